@@ -273,11 +273,12 @@ def test_equal_names_in_a_folder_stay_apart(tmp_path):
 WRONG = {
     "a folder": (lambda p: p, "is a folder: give one of its files, or run `rarefy migrate"),
     "no file": (lambda p: p / "nowhere.yaml", "no file .*nowhere.yaml'"),
+    "a misspelt name": (lambda p: write(p / "recipe.yaml", b"").with_name("recpie.yaml"), r"no file .*recpie.yaml' \(did you mean .*recipe.yaml'\?\)"),
     "a checkpoint": (lambda p: write(p / "m.safetensors", b"\x00\xff"), "m.safetensors is a checkpoint; migrate reads recipes"),
     "bytes": (lambda p: write(p / "r.yaml", b"modifiers:\xff"), "r.yaml: a recipe is UTF-8 text; byte 10 is not: invalid start byte"),
     "python": (lambda p: write(p / "r.py", b"modifiers = 1"), "r.py is Python code: save the text of its recipe as a .yaml file"),
     "our own": (lambda p: write(p / "r.yaml", b"stages:\n- prune: {sparsity: 0.5}\n"), r"is a recipe of Rarefy already: .* \[r.yaml line 1\]"),
-    "a typo": (lambda p: write(p / "r.yaml", b"modifers:\n  - !GMPruningModifier {}\n"), r"r.yaml line 1\].*|neither modifiers nor a config of a known tool"),
+    "a typo": (lambda p: write(p / "r.yaml", b"modifers:\n  - !GMPruningModifier {}\n"), r"neither modifiers nor a config of a known tool \(did you mean 'modifiers' by 'modifers'\?\): .* \[r.yaml line 1\]"),
     "no modifiers": (lambda p: write(p / "r.yaml", b"modifiers: []\n"), r"no modifiers below the keys that end in modifiers"),
     "an alias of nothing": (lambda p: write(p / "r.yaml", b"modifiers:\n  - !EpochRangeModifier {end_epoch: *n}\n"), r"r.yaml line 2: \*n repeats nothing: no value before it has &n"),
     "a merge of a word": (lambda p: write(p / "r.yaml", b"modifiers:\n  - !EpochRangeModifier {<<: x}\n"), "r.yaml line 2: << merges keys and values, got 'x'"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rarefy.common.errors import RecipeError
+from rarefy.common.errors import RecipeError, nearest
 
 MAX_BYTES = 256 << 10  # of a file; a recipe in it has at most 64 Ki characters
 MARKDOWN = (".md", ".markdown", ".mdx")
@@ -47,7 +47,10 @@ def read_file(path: Path) -> str:
     if path.is_dir():
         raise RecipeError(f"{path} is a folder: give one of its files, or run `rarefy migrate {path}`, which does all")
     if not path.is_file():
-        raise RecipeError(f"no file {str(path)!r}: give a recipe or a config of another tool")
+        siblings = [p.name for p in sorted(path.parent.glob("*"))[:1000]] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        hint = f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
+        raise RecipeError(f"no file {str(path)!r}{hint}: give a recipe or a config of another tool")
     if path.suffix in HINTS:
         raise RecipeError(f"{path.name} {HINTS[path.suffix]}")
     size = path.stat().st_size

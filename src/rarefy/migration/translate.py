@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.errors import RecipeError
+from rarefy.common.errors import RecipeError, nearest
 from rarefy.common.yaml_text import MAX_DEPTH
 from rarefy.migration import llm_compressor, nncf_neural_compressor, sparseml
 from rarefy.migration.located_node import Node
@@ -130,7 +130,10 @@ def _recipe(root: Node, path: Path | None, request: Request) -> Translation:
     if isinstance(root.value.get("stages", Node(None, "")).value, list):
         raise RecipeError(f"this is a recipe of Rarefy already: run it with rarefy compress --recipe [{root.where}]")
     if not any("modifiers" in key for key in _keys(root)):
-        raise RecipeError(f"neither modifiers nor a config of a known tool: {KNOWN} [{root.where}]")
+        keys = [key[:40] for key in _keys(root)][:20]
+        typos = [f" (did you mean {near[0]!r} by {key!r}?)" for key in keys if (near := nearest(key, ("modifiers",)))]
+        hint = typos[0] if typos else ""
+        raise RecipeError(f"neither modifiers nor a config of a known tool{hint}: {KNOWN} [{root.where}]")
     overrides = plain_data(request.variables)
     variables = resolve(root, overrides, path)
     if not request.lenient:
