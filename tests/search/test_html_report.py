@@ -226,11 +226,18 @@ def test_the_layers_of_the_best_point():
 
 def test_the_recipe_can_be_copied_and_parsed():
     frontier = samples.realistic()
+    best = replace(frontier.best_point, precision="int8")
+    frontier = replace(frontier, points=(*frontier.points[:3], best, *frontier.points[4:]))
     page = frontier_page(replace(frontier, model="my model; rm -rf"))
-    yaml, command = [Reader(f"<pre>{text}</pre>").text for text in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)]
+    yaml, commands = [Reader(f"<pre>{text}</pre>").text for text in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)]
     stages = recipes.from_yaml(yaml).to_dict()["stages"]
     assert recipes.from_dict(dict(frontier.best_point.recipe)).to_dict()["stages"] == stages and len(stages) == 2
-    assert command == "rarefy compress 'my model; rm -rf' --recipe recipe.yaml --out fast/"
+    assert commands.splitlines() == [
+        "rarefy compress 'my model; rm -rf' --recipe recipe.yaml --out torch/",
+        "rarefy compile torch/ --precision int8 --out fast/",
+    ]
+    text = Reader(frontier_page(replace(frontier, model=""))).text
+    assert "Then run in Python:" in text and "rarefy.compile(model, example, precision='int8')" in text
 
 
 def test_the_verdict_comes_first():

@@ -159,8 +159,8 @@ def scatter(
         *_frame(x, y, title, x_label, y_label, higher_is_better),
         *(_limit(limit, x, y, places[limit]) for limit in limits),
         *_front_path(front, x, y),
-        *_labels(marks, x, y, [_text_box(*places[limit], text_width(limit.label)) for limit in limits]),
         *(_whisker(m, x, y) for m in marks if m.low is not None and m.high is not None and y.holds(m.y)),
+        *_labels(marks, x, y, [_text_box(*places[limit], text_width(limit.label)) for limit in limits]),
         *(_shape(m, x, y) for m in sorted(marks, key=lambda m: list(RADIUS).index(m.kind), reverse=True)),
     ]
     if outside:

@@ -68,13 +68,24 @@ def _key_figures(frontier: Any) -> list[tuple[str, object, object]]:
 
 
 def _best_sections(frontier: Any, best: Any) -> list[Html]:
-    """Return the layers of the best model, its recipe as YAML, and the command that runs it."""
-    command = f"rarefy compress {shlex.quote(frontier.model or 'MODEL')} --recipe recipe.yaml --out fast/"
+    """Return the layers of the best model, its recipe as YAML, and the commands that run it."""
     recipe = [
         element("p", "Save this as recipe.yaml:"),
         element("div", element("pre", write_yaml(plain(best.recipe))), class_="copyable"),
-        element("p", "Then run:"),
-        element("div", element("pre", command), class_="copyable"),
+        element("p", "Then run:" if frontier.model else "Then run in Python:"),
+        element("div", element("pre", _commands(frontier.model, best.precision)), class_="copyable"),
     ]
     layers = [section(f"Layers of the best model: {best.name}", layers_table(best.layers))] if best.layers else []
     return [*layers, section("Make the best model again", *recipe)]
+
+
+def _commands(model: str, precision: str | None) -> str:
+    """Return what makes a model by its recipe, and compiles it in its precision."""
+    if not model:
+        compiled = f"fast = rarefy.compile(model, example, precision={precision!r})"
+        return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
+    option = "" if precision is None else f" --precision {shlex.quote(precision)}"
+    return (
+        f"rarefy compress {shlex.quote(model)} --recipe recipe.yaml --out torch/\n"
+        f"rarefy compile torch/{option} --out fast/"
+    )

@@ -32,7 +32,7 @@ def _plot(frontier: Any, batch: str) -> Html:
         for i, point in enumerate(frontier.points, 1)
         if point.quality is not None and batch in point.milliseconds
     ]
-    description = f"{len(marks)} models, {metric} against milliseconds, {batch_name(batch)}."
+    description = f"{len(marks)} model{'s' * (len(marks) != 1)}, {metric} against milliseconds, {batch_name(batch)}."
     if best is not None and batch in best.milliseconds:
         description += f" The best, {best.name}: {quality_text(frontier, best.quality)} in {time_text(best, batch)} ms."
     references = [("dense", "dense", frontier.dense.quality, frontier.dense.milliseconds)]

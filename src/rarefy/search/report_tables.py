@@ -44,7 +44,8 @@ def points_table(frontier: Any) -> Html:
         state = "failed" if point.error else "best" if point is frontier.best_point else None
         return {"class_": state, "data_point": number or None}
 
-    caption = f"The dense model and {len(frontier.points)} models that were tried. x: times as fast as the dense model."
+    count = len(frontier.points)
+    caption = f"The dense model and {count} tried model{'s' * (count != 1)}. x: times as fast as the dense model."
     return table(caption, columns, enumerate((frontier.dense, *frontier.points)), attributes)
 
 
