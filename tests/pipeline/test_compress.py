@@ -1,13 +1,17 @@
 """`compress_` from recipe to receipt."""
 
+import copy
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import rarefy
-from conftest import Net, Tied, image_batches, tiny_llama
+from conftest import Net, Tied, image_batches, text_model, tiny_llama
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.evaluation.metrics import accuracy
+from rarefy.model import hf
 from rarefy.runtime.sparse_layers import Sparse
 
 HALF = {"stages": [{"prune": {"sparsity": 0.5}}]}
@@ -238,3 +242,40 @@ def test_accuracy_of_labels_in_a_column():
 def test_cast_names_what_it_knows():
     with pytest.raises(RecipeError, match="unknown dtype 'bfloat16'; choose from bf16, fp16, fp32"):
         rarefy.cast_(Net(), "bfloat16")
+
+
+# metrics without labels
+
+
+@pytest.mark.parametrize(("metric", "perfect"), [("similarity", 1.0), ("agreement", 100.0)])
+def test_a_recipe_compares_the_result_with_the_model_before(metric, perfect):
+    net, images = Net().eval(), image_batches()
+    dense = copy.deepcopy(net)
+    recipe = {
+        "stages": [{"prune": {"sparsity": 0.9}}],
+        "evaluate": {"metric": metric, "max_degradation": 0.0001, "latency": {"repeats": 2}},
+    }
+    receipt = rarefy.compress_(net, recipe, {"evaluate": [x for x, _ in images]})
+    with torch.no_grad():
+        pairs = [(dense(x), net(x)) for x, _ in images]
+    same = torch.cat([(a.argmax(1) == b.argmax(1)).float() for a, b in pairs]).mean()
+    cosine = torch.cat([torch.cosine_similarity(a, b) for a, b in pairs]).mean()
+    want = float(cosine) if metric == "similarity" else 100 * float(same)
+    quality = receipt.quality
+    assert quality["before"] == perfect and quality["after"] == pytest.approx(want, abs=1e-5)
+    assert quality["change"] == pytest.approx((want - perfect) / perfect, abs=1e-5)
+    assert quality["passed"] is (quality["change"] >= -0.0001)
+
+
+def test_a_recipe_measures_retrieval_on_pairs_of_a_file(tmp_path):
+    text_model(tmp_path)
+    model, tokenizer = hf.load_folder(tmp_path / "model"), hf.load_tokenizer(tmp_path / "model")
+    tokenizer.pad_token = "</s>"
+    rows = [{"query": f"w{i} w{i + 1}", "text": f"w{i} w{i + 1} w{i + 2}"} for i in range(0, 40, 4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluate = {"metric": "retrieval", "data": "pairs.jsonl", "batch": 5, "latency": {"batch": [2], "repeats": 2}}
+    recipe = {"stages": [{"prune": {"sparsity": 0.5}}], "evaluate": evaluate}
+    receipt = rarefy.compress_(model, recipe, tokenizer=tokenizer, base=tmp_path)
+    assert receipt.quality["metric"] == "retrieval" and 0 < receipt.quality["after"] <= 100
+    assert receipt.quality["before"] > 50 and "retrieval was measured on 2 batches, all of the data" in receipt.notes
+    assert receipt.speed[0]["what"] == "forward, batch 2" and receipt.flops["before"] > 0

@@ -70,7 +70,7 @@ def test_a_setting_that_does_not_fit_a_layer_is_left_out_and_named():
     assert loss_of(report, "deep", pattern="2:4", sparsity=0.5) is None and loss_of(report, "deep", bits=8) > 0
     [note] = report.notes
     assert note.startswith("deep was not measured at 2:4: pattern 2:4 cannot prune deep")
-    [deep, hidden] = report.printed_rows or ()
+    deep, hidden = list(report.printed_rows or ())
     assert deep["2:4"] == "-" and float(hidden["2:4"]) > 0
 
 

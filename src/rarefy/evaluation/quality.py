@@ -33,6 +33,7 @@ from rarefy.model.forward import Model, call, check_batches, evaluating, on_devi
 
 RANKED = {"retrieval": ("R", 1), "ndcg": ("nDCG", 10)}  # what the number is called, and its k where none is given
 LOWER_IS_BETTER = {"distance", "kl", *(name for name, best in BETTER.items() if best is min)}
+RECIPE_METRICS = (*METRICS, "retrieval", "similarity", "agreement")  # those whose relative change means something
 METRIC_NAMES = (*METRICS, *RANKED, "retrieval@10", "ndcg@10", *COMPARISONS)
 
 

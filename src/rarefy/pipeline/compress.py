@@ -17,6 +17,7 @@ from rarefy.common.errors import DataError, RecipeError
 from rarefy.common.progress import say
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
+from rarefy.evaluation.quality import metric_of
 from rarefy.evaluation.receipt import Receipt
 from rarefy.model import distributed
 from rarefy.model.forward import evaluating
@@ -24,7 +25,7 @@ from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
 from rarefy.pipeline.dry_run import stage_in_errors, targets
 from rarefy.pipeline.engine_evaluation import EngineModule, check_sample, engine_of, sample_of
-from rarefy.pipeline.measurements import layer_rows, receipt_of, state_of
+from rarefy.pipeline.measurements import callable_batches, layer_rows, receipt_of, state_of
 from rarefy.pipeline.run_data import RunContext, RunData, needs_calibration
 from rarefy.pipeline.speed import accelerated_copy, measure_speed
 from rarefy.pipeline.stages import run_stage
@@ -133,17 +134,19 @@ def _run(model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path
     if evaluate and evaluate.samples is None and progress and hasattr(held_out, "__len__"):
         hint = "; evaluate.samples=24 reads less" if evaluate.data is not None else ""
         say([f"evaluating all {len(held_out)} batches, before and after{hint}"])
-    before = state_of(model, recipe, held_out, progress)
+    metric = metric_of(evaluate.metric, model, held_out, progress=progress) if evaluate else None
+    before = state_of(model, metric, held_out)
     reports, dense = run_stages(model, recipe, context, resume_dir, timed)
     rows = layer_rows(reports)
     fold_(model)
     model.rarefy_recipe = recipe.to_dict()  # type: ignore[assignment]
-    engine = engine_of(model, recipe, held_out) if evaluate and evaluate.engine else None
-    after = state_of(model, recipe, held_out, progress, engine)
+    batches = callable_batches(held_out)
+    engine = engine_of(model, recipe, batches) if evaluate and evaluate.engine else None
+    after = state_of(model, metric, held_out, engine)
     speed: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
     if dense is not None and timed:
-        speed, samples, more = _timed(recipe, dense, model, engine, held_out, context)
+        speed, samples, more = _timed(recipe, dense, model, engine, batches, context)
         reports += more
     seconds = time.perf_counter() - started
     receipt = receipt_of(recipe, model, before, after, rows, speed, reports, seconds, engine, samples)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from rarefy.checkpoint.save import pack
 from rarefy.checkpoint.tensor_slots import aliases
-from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
-from rarefy.evaluation.metrics import BETTER, METRICS
+from rarefy.evaluation.quality import Metric
 from rarefy.evaluation.receipt import Receipt
 from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
@@ -30,15 +29,14 @@ EXECUTED_WIDE = "stored in few bits, computed in the model's own numbers: no spe
 
 
 def state_of(
-    model: nn.Module, recipe: Recipe, held_out: Any, progress: bool, engine: EngineModule | None = None
+    model: nn.Module, metric: Metric | None, held_out: Any, engine: EngineModule | None = None
 ) -> dict[str, Any]:
     """Measure what a receipt has of one side, before or after.
 
     Args:
         model: the model in eager torch.
-        recipe: the recipe.
-        held_out: the evaluation batches.
-        progress: whether to draw progress bars.
+        metric: what is measured, or None.
+        held_out: the evaluation batches; of pairs, the first side is what operations are counted on.
         engine: the model on the engine, where quality and memory are those of the engine.
     """
     out: dict[str, Any] = {
@@ -46,16 +44,20 @@ def state_of(
         "dense_bytes": sum(t.numel() * t.element_size() for t in _stored(model).values()),
         "sparsity": _model_sparsity(model),
     }
-    if recipe.evaluate:
-        quality = METRICS[recipe.evaluate.metric](engine or model, held_out, progress=progress)
-        if not math.isfinite(quality):
-            raise ModelError(f"the {recipe.evaluate.metric} is {quality} on the evaluation data")
-        out["quality"] = quality
+    if metric is not None:
+        out["quality"], out["higher_is_better"] = metric.measure(engine or model), metric.higher_is_better
         out["batches"] = len(held_out) if hasattr(held_out, "__len__") else None
-        example = on_device(model, next(iter(held_out)))
+        example = on_device(model, next(iter(callable_batches(held_out))))
         with evaluating(model):
             out["flops"] = profiling.flops(model, lambda: call(model, example))
     return out
+
+
+def callable_batches(held_out: Any) -> Any:
+    """Return batches that a model can be called with: both sides of pairs (queries, texts), others as they are."""
+    first = next(iter(held_out), None)
+    pairs = isinstance(first, tuple | list) and len(first) == 2 and all(hasattr(side, "keys") for side in first)
+    return [side for pair in held_out for side in pair] if pairs else held_out
 
 
 def packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def receipt_of(
     e, quality, flops = recipe.evaluate, {}, {}
     if e:
         worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
-        loss = worse if BETTER[e.metric] is min else -worse
+        loss = -worse if after["higher_is_better"] else worse
         passed = None if e.max_degradation is None else loss <= e.max_degradation
         quality = {
             "metric": e.metric,

@@ -11,6 +11,7 @@ from torch import nn
 
 from rarefy.common.errors import DataError, nearest
 from rarefy.data import sources
+from rarefy.data.text_pairs import pair_batches
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
 from rarefy.model.losses import Loss
@@ -61,9 +62,8 @@ class RunData:
                 settings, {"train": "train_samples", "validate": "validate_samples"}.get(purpose, "samples")
             )
             take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
-            self._batches[purpose] = sources.batches(
-                source, take, tokenizer=self.tokenizer, base=self.base, what=purpose
-            )
+            read = pair_batches if purpose == "evaluate" and settings.metric == "retrieval" else sources.batches
+            self._batches[purpose] = read(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
         return self._batches[purpose]
 
     def _option(self, purpose: str) -> str:

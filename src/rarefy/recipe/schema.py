@@ -12,6 +12,7 @@ from rarefy.common.errors import RecipeError, unknown
 from rarefy.common.options import AsTuple, Fraction, Keyed, OneOf, Options, Positive, at, show
 from rarefy.common.yaml_text import write_yaml
 from rarefy.evaluation.metrics import METRICS
+from rarefy.evaluation.quality import RECIPE_METRICS
 from rarefy.lowrank.layer_tying import TieOptions
 from rarefy.lowrank.svd import BUDGETS, FactorizeOptions, check_beside
 from rarefy.prune.options import PruneOptions
@@ -243,8 +244,12 @@ class Decode(Options):
 class Evaluate(Options):
     """Measure before and after on held-out data."""
 
-    metric: Metric = Field(description="what is measured")
-    data: str | None = Field(default=None, description="held-out data: a path or a built-in name")
+    metric: Annotated[str, OneOf(RECIPE_METRICS)] = Field(
+        description="what is measured; similarity and agreement compare with the model before, without labels"
+    )
+    data: str | None = Field(
+        default=None, description="held-out data: a path or a built-in name; for retrieval pairs of texts, or texts"
+    )
     samples: Positive | None = Field(default=None, description="samples; null: all")
     tokens: Positive = Field(default=512, description="tokens of each text")
     batch: Positive = Field(default=8, description="samples of a batch")
