@@ -150,7 +150,7 @@ ERRORS = {
     "unknown reduce": (prune("{pattern: 4x1, sparsity: 0.5, reduce: maxx}"), "r.yaml line 3: stages[0].prune.reduce: unknown reduce 'maxx'; choose from l2, max, mean, sum (did you mean 'max'?)"),
     "unknown schedule": (gradual("{sparsity: 0.5, schedule: cubik}"), "r.yaml line 4: stages[0].train.prune.schedule: unknown schedule 'cubik'; choose from cubic, exponential, linear (did you mean 'cubic'?)"),
     "unknown lr_schedule": ("stages: [{train: {lr_schedule: cosin}}]\n", "r.yaml line 1: stages[0].train.lr_schedule: unknown lr_schedule 'cosin'; choose from constant, cosine, linear, one-cycle (did you mean 'cosine'?)"),
-    "unknown metric": ("evaluate: {metric: acuracy}\n" + STAGES, "r.yaml line 1: evaluate.metric: unknown metric 'acuracy'; choose from accuracy, perplexity (did you mean 'accuracy'?)"),
+    "unknown metric": ("evaluate: {metric: acuracy}\n" + STAGES, "r.yaml line 1: evaluate.metric: unknown metric 'acuracy'; choose from accuracy, agreement, perplexity, retrieval, similarity (did you mean 'accuracy'?)"),
     "unknown dtype": ("stages: [{cast: {dtype: bf8}}]\n", "r.yaml line 1: stages[0].cast.dtype: unknown dtype 'bf8'; choose from bf16, fp16, fp32 (did you mean 'bf16'?)"),
     "unknown format": ("save: {format: bitmaks}\n" + STAGES, "r.yaml line 1: save.format: unknown format 'bitmaks'; choose from bitmask, bsr, csc, csr, dense, dense+mask, nm, smallest (did you mean 'bitmask'?)"),
     "unknown optimizer": ("stages:\n  - train:\n      optimizer: {name: adamv}\n", "r.yaml line 3: stages[0].train.optimizer.name: unknown optimizer 'adamv'; choose from adam, adamw, sgd (did you mean 'adam'?)"),
