@@ -144,9 +144,8 @@ def scatter(
     """
     circles = [m for m in marks if m.kind in ("tried", "on-front", "best")]
     front = front_line(circles, higher_is_better)
-    x = axis_over(
-        [*(max(m.x, m.high or m.x) for m in marks), *(m.x for m in marks), *_values(limits, "x")], LEFT, RIGHT
-    )
+    ends = [end for m in marks for end in (m.low, m.x, m.high) if end is not None]
+    x = axis_over([*ends, *_values(limits, "x")], LEFT, RIGHT)
     must = [*(m.y for m in marks if m.kind in ("dense", "peer", "best")), *_values(limits, "y")]
     core = must if _values(limits, "y") else [*_central([m.y for m in circles]), *must]
     y = axis_over([*(m.y for m in marks), *must], BOTTOM, TOP, core)
