@@ -73,15 +73,18 @@ def apart(got: Any, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-def run(path: Path, feeds: dict[str, Tensor], plain: bool = True) -> Tensor:
+def run(path: Path, feeds: dict[str, Tensor]) -> Tensor:
+    return run_all(path, feeds)[0]
+
+
+def run_all(path: Path, feeds: dict[str, Tensor]) -> list[Tensor]:
     """By ONNX Runtime, operator by operator as written."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    if plain:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {n: t.numpy() for n, t in feeds.items()})[0])
+    return [torch.from_numpy(y) for y in session.run(None, {n: t.numpy() for n, t in feeds.items()})]
 
 
 @torch.no_grad()
@@ -159,8 +162,8 @@ def test_shapes_can_be_given(tmp_path):
     one = rarefy.from_onnx(path, shapes={n: (1, 7) for n in words})  # other than noise would have
     with torch.no_grad():
         assert apart(one(**{n: w[:1] for n, w in words.items()}), model(**{n: w[:1] for n, w in words.items()})) < 1e-5
-    count = [len(list(m.modules())) for m in (free, fixed)]
-    assert count[1] < count[0]
+    sizes = [sum(n.target == "size" for n in m.graph.nodes) for m in (free, fixed)]
+    assert sizes[1] == 0 < sizes[0]
     for shapes, says in [
         ({"input_id": (2, 7)}, "unknown input 'input_id'.*did you mean 'input_ids'"),
         ({"input_ids": (2, 7, 1)}, r"input input_ids has the shape \['batch', 7\], which \[2, 7, 1\] does not fit"),
@@ -428,35 +431,16 @@ W = np.ones((4, 3), np.float32)
         (lambda: plain_graph([], {}).SerializeToString(), ContainerError, "not an ONNX file, or one without operators"),
         (lambda: integer_graph("MatMulInteger", True)[0].SerializeToString()[:-40], ContainerError, "not (an|a sound) ONNX"),
         (
-            lambda: plain_graph([helper.make_node("FusedMatMul", ["x", "x"], ["h"], domain="com.microsoft"), helper.make_node("Multinomial", ["h"], ["y"])], {}),
-            ModelError, r"operators without a torch module: com.microsoft.FusedMatMul \(1\), Multinomial \(1\)",
-        ),
-        (
-            lambda: plain_graph([
-                helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
-                helper.make_node("MatMulInteger", ["q", "w"], ["i"], name="m"), helper.make_node("Cast", ["i"], ["y"], to=1)],
-                {"w": W.astype(np.uint8), "s": np.array(0.1, np.float32)}),
-            ModelError, "m: a MatMulInteger must have constant weights, with a Cast and a Mul by its scale after it",
+            lambda: plain_graph([helper.make_node("Inverse", ["x"], ["h"], domain="com.microsoft"), helper.make_node("Multinomial", ["h"], ["y"])], {}),
+            ModelError, r"operators without a torch module: com.microsoft.Inverse \(1\), Multinomial \(1\)",
         ),
         (
             lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q"), helper.make_node("DequantizeLinear", ["q", "s"], ["y"])], {"s": np.array(np.inf, np.float32)}),
             ModelError, "q: the scale must be above zero and finite, got inf",
         ),
         (
-            lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q"), helper.make_node("DequantizeLinear", ["q", "t"], ["y"], name="d")], {"s": np.array(1, np.float32), "t": np.array(2, np.float32)}),
-            ModelError, "d: dequantized with another scale or zero point",
-        ),
-        (
             lambda: plain_graph([helper.make_node("DequantizeLinear", ["w", "s"], ["d"], name="d", axis=0), helper.make_node("MatMul", ["x", "d"], ["y"])], {"w": W.astype(np.int8), "s": np.ones(3, np.float32)}),
             ModelError, r"d: scales of \[3\] do not fit weights of \[4, 3\]",
-        ),
-        (
-            lambda: plain_graph([helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="q", axis=1), helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=1)], {"s": np.ones(4, np.float32)}),
-            ModelError, "q: quantized activations must have one scale and zero point, both constants",
-        ),
-        (
-            lambda: plain_graph([helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2], dilations=[2])], {}, 19, [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2, 8))]),
-            ModelError, "it needs operators newer than ONNX version 17.*dilations",
         ),
     ],
 )  # fmt: skip
@@ -468,7 +452,7 @@ def test_what_cannot_be_read(make, error, says, tmp_path):
 
 
 def test_without_its_packages(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         ModelError, match=r"reading ONNX needs more packages: pip install '.\[onnx\]' in Rarefy's folder"
     ):
@@ -601,37 +585,38 @@ FAITHFUL = {
         [node("DequantizeLinear", "w s", "d", axis=0, block_size=2), node("MatMul", "x d", "y")],
         {"w": helper.make_tensor("w", TensorProto.INT4, (4, 4), np.arange(-8, 8).tolist()), "s": np.abs(S[:2]) + 0.1}, 21, None,
     ),
-}  # fmt: skip
-REFUSED = {
-    "uneven parts": ([node("Split", "x", "y z w", num_outputs=3, axis=1)], {}, 18, floats(2, 7), "differs from ONNX Runtime"),
-    "slopes of the last axis": ([node("PRelu", "x w", "y")], {"w": S[0]}, 13, floats(1, 4, 4, 4), "differs from ONNX Runtime: by"),
-    "a size asked for": ([node("ConvTranspose", "x w", "y", strides=[2, 2], output_shape=[8, 8])], {"w": K.transpose(1, 0, 2, 3)[:, :2]}, 13, floats(1, 2, 4, 4), "differs from ONNX Runtime: .*, expected"),
-    "a way to resize": ([node("Resize", "x _ s", "y", mode="linear", coordinate_transformation_mode="asymmetric")], {"s": np.array([1, 1, 2, 2], np.float32)}, 13, floats(1, 2, 4, 4), "differs from ONNX Runtime: by|cannot read"),
-    "an output of codes": ([node("QuantizeLinear", "x s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}, 13, None, "y: the graph's outputs must be numbers, not codes"),
+    "uneven parts": ([node("Split", "x", "y z w", num_outputs=3, axis=1)], {}, 18, floats(2, 7)),
+    "slopes of the last axis": ([node("PRelu", "x w", "y")], {"w": S[0]}, 13, floats(1, 4, 4, 4)),
+    "a size asked for": ([node("ConvTranspose", "x w", "y", strides=[2, 2], output_shape=[8, 8])], {"w": K.transpose(1, 0, 2, 3)[:, :2]}, 13, floats(1, 2, 4, 4)),
+    "a way to resize": ([node("Resize", "x _ s", "y", mode="linear", coordinate_transformation_mode="asymmetric")], {"s": np.array([1, 1, 2, 2], np.float32)}, 13, floats(1, 2, 4, 4)),
+    "an output of codes": ([node("QuantizeLinear", "x s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}, 13, None),
     "no zero point": (
         [node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f s", "y")],
-        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, None, "m: its zero points must be constants",
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, None,
     ),
     "a scale a row": (
         [node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f r", "y")],
-        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8), "r": np.abs(S[:, :1])}, 13, floats(4, 4), r"m: a scale of \[4, 1\] is not one for each output",
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8), "r": np.abs(S[:, :1])}, 13, floats(4, 4),
     ),
-    "codes of a sum": ([node("QuantizeLinear", "x s", "q"), node("Cast", "q", "c", to=1), node("QuantizeLinear", "c s", "r"), node("DequantizeLinear", "r s", "y")], {"s": np.array(0.1, np.float32)}, 13, None, "Cast on codes is not supported"),
-    "a scale that is no number": ([node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f x", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, floats(4, 4), "m: the scales before and after"),
-    "codes of nothing": ([node("Cast", "x", "q", to=2), node("MatMulInteger", "q w", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f s", "y")], {"s": np.array(0.1, np.float32), "w": (S * 20).astype(np.int8)}, 13, None, "m: codes of Cast, must be of QuantizeLinear or DynamicQuantizeLinear"),
-    "axes that come later": ([node("Cast", "x", "a", to=7), node("ReduceMean", "x a", "y", name="r")], {}, 18, None, "r: the axes of a ReduceMean are constants"),
-    "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
-    "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "q: activations must be quantized to integers of 4, 8 or 16 bits, got int32"),
+    "codes of a sum": ([node("QuantizeLinear", "x s", "q"), node("Cast", "q", "c", to=1), node("QuantizeLinear", "c s", "r"), node("DequantizeLinear", "r s", "y")], {"s": np.array(0.1, np.float32)}, 13, None),
+    "a scale that is no number": ([node("QuantizeLinear", "x s z", "q"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f x", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "w": (S * 20).astype(np.int8)}, 13, floats(4, 4)),
     "a computed bias": (
-        [node("QuantizeLinear", "x s z", "q"), node("Cast", "x", "b", to=6), node("QLinearConv", "q s z w s k s z b", "o", name="c"), node("DequantizeLinear", "o s z", "y")],
-        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "k": np.array(0, np.int8), "w": (K * 20).astype(np.int8)}, 13, floats(1, 2, 4, 4), "c: the bias of a QLinearConv and its scales must be constants",
+        [node("QuantizeLinear", "x s z", "q"), node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "i", to=6), node("Expand", "i n", "b"), node("QLinearConv", "q s z w s k s z b", "o", name="c"), node("DequantizeLinear", "o s z", "y")],
+        {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8), "k": np.array(0, np.int8), "w": (K * 20).astype(np.int8), "n": np.array([3])}, 13, floats(1, 2, 4, 4),
     ),
     "no scale of the weights": (
         [node("DynamicQuantizeLinear", "x", "q d z"), node("MatMulInteger", "q w z", "i", name="m"), node("Cast", "i", "f", to=1), node("Mul", "f d", "y")],
-        {"w": (S * 20).astype(np.int8)}, 13, None, "m: its scale must be that of DynamicQuantizeLinear times a constant",
+        {"w": (S * 20).astype(np.int8)}, 13, None,
     ),
-    "half a clip": ([node("Clip", "x _ h", "y")], {"h": np.array(1, np.float32)}, 13, None, "onnx2torch cannot read this graph"),
-    "a second output": ([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], {}, 12, floats(1, 2, 4, 4), "the second output of a MaxPool"),
+    "another scale": ([node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q t", "y")], {"s": np.array(1, np.float32), "t": np.array(2, np.float32)}, 13, None),
+    "a scale a column": ([node("QuantizeLinear", "x s", "q", axis=1), node("DequantizeLinear", "q s", "y", axis=1)], {"s": np.abs(S[0])}, 13, None),
+    "a pool with gaps": ([node("AveragePool", "x", "y", kernel_shape=[2], dilations=[2])], {}, 19, floats(1, 2, 8)),
+    "half a clip": ([node("Clip", "x _ h", "y")], {"h": np.array(1, np.float32)}, 13, None),
+    "a second output": ([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], {}, 12, floats(1, 2, 4, 4)),
+}  # fmt: skip
+REFUSED = {
+    "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
+    "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "ONNX Runtime does not run this file"),
     "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
     "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
     "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),
@@ -643,23 +628,24 @@ def file_of(case: Any, path: Path) -> Path:
     nodes, held, opset, inputs = case[:4]
     inputs = inputs or floats(2, 4)
     tensors = [a if isinstance(a, TensorProto) else numpy_helper.from_array(a, n) for n, a in held.items()]
-    kind = TensorProto.UINT8 if nodes[-1].op_type == "QuantizeLinear" else F
-    outputs = [
-        helper.make_tensor_value_info(o, kind, [f"{o}{i}" for i in range(_rank(nodes, tensors, inputs, opset, o))])
-        for o in nodes[-1].output
-    ]
+    outputs = []
+    for name in nodes[-1].output:
+        kind, rank = _kind(nodes, tensors, inputs, opset, name)
+        outputs.append(helper.make_tensor_value_info(name, kind or F, [f"{name}{i}" for i in range(rank)]))
     graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("evil.dom", 1)]
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
     return path
 
 
-def _rank(nodes: Any, tensors: Any, inputs: Any, opset: int, name: str) -> int:
+def _kind(nodes: Any, tensors: Any, inputs: Any, opset: int, name: str) -> tuple[int, int]:
+    """The type of an output and its number of dimensions."""
     graph = helper.make_graph(nodes, "g", inputs, [helper.make_empty_tensor_value_info(name)], tensors)
     made = onnx.shape_inference.infer_shapes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("evil.dom", 1)])
     )
-    return len(made.graph.output[0].type.tensor_type.shape.dim)
+    kind = made.graph.output[0].type.tensor_type
+    return kind.elem_type, len(kind.shape.dim)
 
 
 @pytest.mark.parametrize("name", FAITHFUL)
@@ -668,7 +654,11 @@ def test_the_numbers_of_onnx_runtime(name, tmp_path):
     shape = [d.dim_value for d in (FAITHFUL[name][3] or floats(2, 4))[0].type.tensor_type.shape.dim]
     x = 2 * torch.randn(shape)
     with torch.no_grad():
-        assert apart(rarefy.from_onnx(path)(x), run(path, {"x": x})) < 1e-5
+        outputs = rarefy.from_onnx(path)(x)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    for got, want in zip(outputs, run_all(path, {"x": x}), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)

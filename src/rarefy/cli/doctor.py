@@ -22,7 +22,6 @@ EXTRAS = {
     "pillow": "vision",
     "onnx": "onnx",
     "onnxscript": "onnx",
-    "onnx2torch": "onnx",
     "onnxruntime": "onnx",
 }
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError
-from rarefy.onnx.graph import Graph, attribute, node_label, only_user
+from rarefy.onnx.binding import node_label
+from rarefy.onnx.graph import Graph, attribute, only_user
 
 
 def fuse_gelu(graph: Graph) -> Iterable[Any]:

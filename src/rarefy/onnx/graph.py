@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.quant_grid import Grid
+from rarefy.onnx.binding import evaluate, node_label
+from rarefy.onnx.dtypes import to_array, to_tensor
 
-OPSET = 17  # newer graphs are rewritten to this version of the operators
-SHAPE_OPS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten")
-ARITHMETIC_OPS = ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal")
-REDUCE_OPS = ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
-MAX_FOLDED = 1 << 28  # elements of a folded constant
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known about a value: its ONNX type, and its sizes, None where they are open (or all, if the rank is)."""
+
+    dtype: int = 0
+    dims: tuple[int | None, ...] | None = None
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Graph:
         nodes: its nodes.
         constants: arrays by the name of a value.
         opset: the version of ONNX's operators.
+        kinds: what is known about the types and shapes of values.
+        initializers: the names of the constants that the file stores as weights.
         grids: quantization grids of dequantized constants, with as many dimensions as the array.
         quantized: how activations are quantized, by the name of the quantized value.
         modules: torch modules that compute a value, by its name; an Identity is the value's node.
@@ -39,6 +44,8 @@ class Graph:
     nodes: list[Any]
     constants: dict[str, np.ndarray]
     opset: int
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    initializers: Set[str] = frozenset()
     grids: dict[str, Grid] = field(default_factory=dict)
     quantized: dict[str, ActivationQuant] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -52,7 +59,7 @@ class Graph:
         """Return the nodes that read each value."""
         users: dict[str, list[Any]] = {}
         for node in self.nodes:
-            for name in dict.fromkeys(node.input):
+            for name in dict.fromkeys(inputs_of(node)):
                 users.setdefault(name, []).append(node)
         return users
 
@@ -87,11 +94,6 @@ class Graph:
             yield from replacements.get(id(node), [node] if id(node) not in removed else [])
 
 
-def node_label(node: Any) -> str:
-    """Return the name of a node for messages."""
-    return node.name or node.output[0]
-
-
 def attribute(node: Any, name: str, default: Any) -> Any:
     """Return the value of a node's attribute, or the default."""
     from onnx import helper
@@ -99,13 +101,34 @@ def attribute(node: Any, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def read_graph(model: Any) -> Graph:
+def inputs_of(node: Any) -> list[str]:
+    """Return the names of what a node reads, with what its subgraphs read from outside."""
+    names = list(node.input)
+    for value in node.attribute:
+        if value.HasField("g"):
+            inner = {o for n in value.g.node for o in n.output} | {i.name for i in value.g.initializer}
+            read = [r for n in value.g.node for r in inputs_of(n)] + [o.name for o in value.g.output]
+            names += [r for r in read if r not in inner]
+    return names
+
+
+def read_graph(model: Any, kinds: Mapping[str, Kind]) -> Graph:
     """Return the graph of a model, its constants collected from initializers and Constant nodes; ModelError for
     constants that are not arrays."""
-    from onnx import numpy_helper
-
     proto = model.graph
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    constants, nodes = constants_of(proto)
+    stored = frozenset(i.name for i in proto.initializer)
+    inputs = [i for i in proto.input if i.name not in constants]
+    del proto.input[:]
+    proto.input.extend(inputs)
+    return Graph(model, nodes, constants, opset, kinds, stored)
+
+
+def constants_of(proto: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Return the constants of a graph, and its other nodes."""
+    from onnx import numpy_helper
+
     if proto.sparse_initializer:
         raise ModelError("sparse initializers are not read: write the zeros out")
     try:
@@ -118,10 +141,7 @@ def read_graph(model: Any) -> Graph:
             constants[node.output[0]] = _constant(node)
         else:
             nodes.append(node)
-    inputs = [i for i in proto.input if i.name not in constants]
-    del proto.input[:]
-    proto.input.extend(inputs)
-    return Graph(model, nodes, constants, opset)
+    return constants, nodes
 
 
 def _constant(node: Any) -> np.ndarray:
@@ -146,112 +166,45 @@ def fold_constants(graph: Graph) -> Iterable[Any]:
     """Compute nodes that depend on constants alone; a transposed constant keeps its grid."""
     for node in graph.nodes:
         known = bool(node.input) and all(n in graph.constants or not n for n in node.input)
-        if known and node.op_type in (*SHAPE_OPS, *ARITHMETIC_OPS, "QuantizeLinear") and _small(graph, node):
-            result = _computed(graph, node)
-            if result is None:
-                yield node
-                continue
-            graph.constants[node.output[0]] = result
-            if node.op_type in ("Transpose", "Identity") and node.input[0] in graph.grids:
-                order = list(attribute(node, "perm", reversed(range(result.ndim))))
-                order = order if node.op_type == "Transpose" else list(range(result.ndim))
-                graph.grids[node.output[0]] = graph.grids[node.input[0]].map(lambda t, o=order: t.permute(o))
-        else:
+        stays = node.op_type == "DequantizeLinear" or is_lookup(node, graph.initializers, graph.constants)
+        results = _computed(graph, node) if known and not stays else None
+        if results is None:
             yield node
+            continue
+        graph.constants.update({n: to_array(r) for n, r in zip(node.output, results) if n})
+        if node.op_type in ("Transpose", "Identity") and node.input[0] in graph.grids:
+            rank = results[0].dim()
+            order = list(attribute(node, "perm", reversed(range(rank))))
+            order = order if node.op_type == "Transpose" else list(range(rank))
+            graph.grids[node.output[0]] = graph.grids[node.input[0]].map(lambda t, o=order: t.permute(o))
 
 
-def _small(graph: Graph, node: Any) -> bool:
-    """Whether the result is small enough to keep."""
-    shapes = [graph.constants[n].shape for n in node.input if n]
-    if node.op_type not in ARITHMETIC_OPS:
-        return True
-    try:
-        return math.prod(np.broadcast_shapes(*shapes)) <= MAX_FOLDED
-    except ValueError:
+def is_lookup(node: Any, stored: Set[str], constants: Mapping[str, Any]) -> bool:
+    """Whether a node reads rows of a table that can be trained: it becomes an embedding, even for constant rows."""
+    if node.op_type != "Gather" or node.input[0] not in stored or attribute(node, "axis", 0):
         return False
+    table = constants[node.input[0]]
+    return table.ndim == 2 and table.shape[1] > 1 and "float" in str(table.dtype)
 
 
-def _computed(graph: Graph, node: Any) -> np.ndarray | None:
-    """The result of a node on constants, None where ONNX's reference evaluator cannot compute it."""
-    from onnx import helper
-    from onnx.reference import ReferenceEvaluator
-
-    inputs = {n: graph.constants[n] for n in node.input if n}
-    values = [
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()
-    ]
-    try:
-        out = helper.make_tensor_value_info(node.output[0], 0, None)
-        model = helper.make_model(
-            helper.make_graph([node], "one", values, [out]), opset_imports=[helper.make_opsetid("", graph.opset)]
-        )
-        return np.asarray(next(iter(ReferenceEvaluator(model).run(None, inputs))))
-    except Exception:  # the node stays, and is converted or refused later
-        return None
-
-
-def to_opset_17(graph: Graph) -> Iterable[Any]:
-    """Rewrite newer operators as those of version 17, where that is possible; others are refused later."""
-    from onnx import helper
-
-    if graph.opset <= OPSET:
-        yield from graph.nodes
-        return
-    plain = {"AveragePool": ("dilations", None), "Cast": ("saturate", 1), "Resize": ("antialias", 0)}
-    for node in graph.nodes:
-        kind = node.op_type.removeprefix("Reduce")
-        if node.op_type.startswith("Reduce") and kind in REDUCE_OPS:
-            axes = graph.constants.get(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-            if len(node.input) > 1 and node.input[1] and axes is None:
-                raise ModelError(f"{node_label(node)}: the axes of a {node.op_type} are constants")
-            none = axes is None or not axes.size
-            if none and attribute(node, "noop_with_empty_axes", 0):
-                yield make_node("Identity", node.input[:1], node.output)
-                continue
-            reduce = make_node(node.op_type, node.input[:1], node.output, node, without=("noop_with_empty_axes",))
-            if axes is not None and axes.size:
-                reduce.attribute.append(helper.make_attribute("axes", axes.reshape(-1).tolist()))
-            yield reduce
-        elif node.op_type == "Split":
-            yield make_node("Split", node.input, node.output, node, without=("num_outputs",))
-        elif node.op_type == "Reshape" and not (graph.constants.get(node.input[1], np.ones(1)) == 0).any():
-            yield make_node("Reshape", node.input, node.output, node, without=("allowzero",))
-        elif node.op_type in plain:
-            name, default = plain[node.op_type]
-            value = attribute(node, name, default)
-            same = value == default or (default is None and set(value) == {1})
-            yield make_node(node.op_type, node.input, node.output, node, without=(name,) if same else ())
-        else:
-            yield node
+def _computed(graph: Graph, node: Any) -> tuple[Tensor, ...] | None:
+    """The results of a node on constants, None where they are not computed here."""
+    inputs = [to_tensor(graph.constants[n]) if n else None for n in node.input]
+    return evaluate(node, inputs, graph.opset)
 
 
 def remove_identities(graph: Graph) -> Iterable[Any]:
     """Remove Identity nodes: their users read their input."""
     same: dict[str, str] = {}
+    captured = {name for node in graph.nodes for name in inputs_of(node)[len(node.input) :]}
     for node in graph.nodes:
         for at, name in enumerate(node.input):
             node.input[at] = same.get(name, name)
-        if node.op_type == "Identity" and node.output[0] not in graph.modules and node.output[0] not in graph.outputs:
+        stays = node.output[0] in graph.modules or node.output[0] in graph.outputs or node.output[0] in captured
+        if node.op_type == "Identity" and not stays:
             same[node.output[0]] = node.input[0]
         else:
             yield node
-
-
-def separate_outputs(graph: Graph) -> Iterable[Any]:
-    """Give every output of the graph a node of its own."""
-    producers, known = graph.producers(), set[str]()
-    renamed: dict[str, str] = {}
-    for name in graph.outputs:
-        producer = producers.get(name)
-        single = producer is not None and len([o for o in producer.output if o]) == 1
-        if not single or name in known:
-            renamed[name] = f"{name}_rarefy_out"
-        known.add(name)
-    yield from graph.nodes
-    for output in graph.model.graph.output:
-        if output.name in renamed:
-            yield make_node("Identity", [output.name], [renamed[output.name]])
-            output.name = renamed[output.name]
 
 
 def remove_unused(graph: Graph) -> None:
@@ -261,7 +214,7 @@ def remove_unused(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         if needed & set(node.output):
             nodes.append(node)
-            needed |= set(node.input)
+            needed |= set(inputs_of(node))
     graph.nodes = nodes[::-1]
     graph.constants = {n: a for n, a in graph.constants.items() if n in needed}
 

@@ -1,126 +1,76 @@
-"""Modules for ONNX operators that onnx2torch does not convert, or not for every number of dimensions."""
+"""Modules of the torch graph that are no layers of torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from rarefy.onnx.graph import Graph, attribute, make_node
-
-
-class GlobalAveragePool(nn.Module):
-    """The mean of each channel: [N, C, ...] to [N, C, 1, ...]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(tuple(range(2, x.dim())), keepdim=True)
+from rarefy.model.activation_quant import ActivationQuant
+from rarefy.onnx.operators.signature import Function
 
 
-class Flatten(nn.Module):
-    """Flatten the dimensions before an axis, and those from it on, to two dimensions."""
+class Operator(nn.Module):
+    """An ONNX operator with its constants as attributes, so that a cut finds the sizes among them and updates them."""
 
-    def __init__(self, axis: int):
+    def __init__(self, kind: str, function: Function, constants: dict[str, Any]):
         super().__init__()
-        self.axis = axis
+        self.kind, self.function = kind, function
+        # an attribute must not hide one of nn.Module, such as `to`
+        self._names = {n: f"{n}_" if hasattr(self, n) else n for n in constants}
+        for name, value in constants.items():
+            setattr(self, self._names[name], value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(math.prod(x.shape[: self.axis]), -1)
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        return self.function(*inputs, **{n: getattr(self, a) for n, a in self._names.items()}, **more)
+
+    def _get_name(self) -> str:
+        return self.kind
 
     def extra_repr(self) -> str:
-        return f"axis={self.axis}"
+        return ", ".join(f"{n}={getattr(self, a)!r}" for n, a in self._names.items())
 
 
 class Reshape(nn.Module):
-    """Reshape to constant sizes, where 0 keeps a size of the input and -1 takes what remains."""
+    """Reshape to sizes of which -1 takes what remains and 0 keeps a size of the input; None is a size that is given."""
 
-    def __init__(self, sizes: list[int]):
+    def __init__(self, shape: tuple[int | None, ...]):
         super().__init__()
-        self.sizes = sizes
+        self.open = tuple(n is None for n in shape)
+        self.shape = tuple(-2 if n is None else n for n in shape)
+
+    def forward(self, x: Tensor, *sizes: int) -> Tensor:
+        rest = iter(sizes)
+        return x.reshape([next(rest) if n == -2 else x.shape[d] if n == 0 else n for d, n in enumerate(self.shape)])
+
+    def extra_repr(self) -> str:
+        return ", ".join("?" if n == -2 else str(n) for n in self.shape)
+
+
+class Recurrent(nn.Module):
+    """An LSTM, GRU or RNN of torch, with ONNX's outputs: [steps, directions, batch, hidden] and the last states."""
+
+    def __init__(self, layer: nn.RNNBase, outputs: int):
+        super().__init__()
+        self.layer, self.outputs = layer, outputs
+
+    def forward(self, x: Tensor, *states: Tensor) -> Any:
+        initial = None if not states else states if isinstance(self.layer, nn.LSTM) else states[0]
+        y, last = self.layer(x, initial)
+        y = y.unflatten(-1, (1 + int(self.layer.bidirectional), -1)).transpose(1, 2)
+        lasts = last if isinstance(last, tuple) else (last,)
+        return y if self.outputs == 1 else (y, *lasts)[: self.outputs]
+
+
+class FakeQuantize(nn.Module):
+    """Round values to those that codes can represent."""
+
+    def __init__(self, inputs: ActivationQuant):
+        super().__init__()
+        self.inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape([size or x.shape[d] for d, size in enumerate(self.sizes)])
+        return self.inputs(x)
 
     def extra_repr(self) -> str:
-        return ", ".join(map(str, self.sizes))
-
-
-class Slice(nn.Module):
-    """Slices of some axes: starts, ends, axes and steps are constants or inputs."""
-
-    def __init__(self, *constants: list[int] | None):
-        super().__init__()
-        self.constants = constants
-
-    def forward(
-        self,
-        x: Tensor,
-        starts: Tensor | None = None,
-        ends: Tensor | None = None,
-        axes: Tensor | None = None,
-        steps: Tensor | None = None,
-    ) -> Tensor:
-        inputs = [None if t is None else t.tolist() for t in (starts, ends, axes, steps)]
-        first, last, along, by = [*self.constants, None, None, None, None][:4] if starts is None else inputs
-        assert first is not None and last is not None
-        for i, (start, end) in enumerate(zip(first, last)):
-            axis, step = i if along is None else along[i], 1 if by is None else by[i]
-            indices = slice(start, end, step).indices(x.shape[axis])
-            if step > 0:
-                x = x.movedim(axis, 0)[slice(*indices)].movedim(0, axis)
-            else:
-                x = x.index_select(axis, torch.arange(*indices, device=x.device))
-        return x
-
-    def extra_repr(self) -> str:
-        return ", ".join(map(str, self.constants))
-
-
-class Select(nn.Module):
-    """One index of an axis."""
-
-    def __init__(self, axis: int, index: int):
-        super().__init__()
-        self.axis, self.index = axis, index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.select(self.axis, self.index)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, index={self.index}"
-
-
-def substitute_modules(graph: Graph) -> Iterable[object]:
-    """Substitute these modules for nodes with one input that is not constant, and rewrite operators that have no
-    module by others."""
-    for node in graph.nodes:
-        constants = [graph.constants.get(n) if n else None for n in node.input[1:]]
-        known = all(c is not None for c, n in zip(constants, node.input[1:]) if n)
-        kind = node.op_type if node.domain in ("", "ai.onnx") else ""
-        if kind == "GlobalAveragePool":
-            yield graph.substitute(node, GlobalAveragePool())
-        elif kind == "Flatten":
-            yield graph.substitute(node, Flatten(attribute(node, "axis", 1)))
-        elif kind == "Reshape" and len(constants) == 1 and known and not attribute(node, "allowzero", 0):
-            yield graph.substitute(node, Reshape(constants[0].reshape(-1).tolist()))  # type: ignore[union-attr]
-        elif kind == "Slice" and known and node.input[0] not in graph.constants:
-            old = [attribute(node, n, None) for n in ("starts", "ends", "axes")] if len(node.input) == 1 else []
-            values = [None if c is None else c.reshape(-1).tolist() for c in constants]
-            yield graph.substitute(node, Slice(*(old or values)))
-        elif kind == "Gather" and known and constants[0] is not None and constants[0].ndim == 0:
-            yield graph.substitute(node, Select(attribute(node, "axis", 0), int(constants[0])))
-        elif kind in ("GreaterOrEqual", "LessOrEqual"):
-            sides = [f"{node.output[0]}_rarefy_{i}" for i in range(2)]
-            yield make_node(kind.removesuffix("OrEqual"), node.input, sides[:1])
-            yield make_node("Equal", node.input, sides[1:])
-            yield make_node("Or", sides, node.output)
-        else:
-            yield node
-
-
-def replace_slices_(model: fx.GraphModule) -> None:
-    """Replace the slices of onnx2torch, which index by a list: torch deprecates that."""
-    for name, module in list(model.named_children()):
-        if type(module).__name__ == "OnnxSlice":
-            setattr(model, name, Slice())
+        return repr(self.inputs)

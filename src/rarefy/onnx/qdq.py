@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from rarefy.common.errors import ModelError
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.quant_grid import Grid
-from rarefy.onnx.graph import Graph, attribute, make_node, node_label, only_user
+from rarefy.onnx.binding import node_label
+from rarefy.onnx.graph import Graph, attribute, inputs_of, make_node, only_user
+from rarefy.onnx.modules import FakeQuantize
 
 KEEP_CODES = (  # operators that move codes or choose among them
     "Transpose",
@@ -45,11 +46,11 @@ QLINEAR_OPS = {  # operator on codes: (operator on floats, number of inputs with
 def expand_qlinear(graph: Graph) -> Iterable[Any]:
     """Replace operators that read and write codes by those on floats, between DequantizeLinear and QuantizeLinear."""
     for node in graph.nodes:
-        if node.op_type not in QLINEAR_OPS:
+        kind, count = QLINEAR_OPS.get(node.op_type, ("", 0))
+        if not kind or not _can_expand(graph, node, kind):
             yield node
             continue
-        kind, count = QLINEAR_OPS[node.op_type]
-        name, inputs, where = node.output[0], [*node.input, "", ""], node_label(node)
+        name, inputs = node.output[0], [*node.input, "", ""]
         rest = inputs[3 * count :]
         bias = rest.pop(0 if kind == "Gemm" else 2) if kind in ("Conv", "Gemm") else ""
         floats = [f"{name}_rarefy_{i}" for i in range(count)]
@@ -58,9 +59,7 @@ def expand_qlinear(graph: Graph) -> Iterable[Any]:
                 "DequantizeLinear", inputs[3 * i : 3 * i + 3], [value], axis=_output_axis(graph, node, kind)
             )
         if bias:
-            parts = [graph.constants.get(n) for n in (bias, inputs[1], inputs[4])]
-            if any(p is None for p in parts):
-                raise ModelError(f"{where}: the bias of a {node.op_type} and its scales must be constants")
+            parts = [graph.constants[n] for n in (bias, inputs[1], inputs[4])]
             codes, *scales = (np.asarray(p, np.float32).reshape(-1) for p in parts)
             floats.append(graph.add_constant(codes * scales[0] * scales[1] * np.float32(attribute(node, "alpha", 1.0))))
         if not rest[0]:  # a QGemm without an output scale returns floats
@@ -68,6 +67,14 @@ def expand_qlinear(graph: Graph) -> Iterable[Any]:
             continue
         yield make_node(kind, floats, [f"{name}_rarefy_y"], node, same=True)
         yield make_node("QuantizeLinear", [f"{name}_rarefy_y", *rest[:2]], [name])
+
+
+def _can_expand(graph: Graph, node: Any, kind: str) -> bool:
+    """Whether weights, scales and the bias are constants; otherwise the operator runs on codes, as it is written."""
+    if kind not in ("Conv", "MatMul", "Gemm"):
+        return True
+    names = [*node.input[1:6], *(node.input[8:9] if kind == "Conv" else node.input[6:7] if kind == "Gemm" else ())]
+    return all(n in graph.constants for n in names if n)
 
 
 def _output_axis(graph: Graph, node: Any, kind: str) -> int:
@@ -81,7 +88,7 @@ def _output_axis(graph: Graph, node: Any, kind: str) -> int:
 def fuse_integer_ops(graph: Graph) -> Iterable[Any]:
     """Fuse ConvInteger and MatMulInteger with the Cast and the scale that follow into the operator on floats.
 
-    Their inputs come from QuantizeLinear (static) or DynamicQuantizeLinear (dynamic).
+    Their inputs come from QuantizeLinear (static) or DynamicQuantizeLinear (dynamic). Others run on codes.
     """
     users, producers = graph.users(), graph.producers()
     removed: set[int] = set()
@@ -89,42 +96,19 @@ def fuse_integer_ops(graph: Graph) -> Iterable[Any]:
     for node in graph.nodes:
         if node.op_type not in ("ConvInteger", "MatMulInteger"):
             continue
-        where = node_label(node)
         weight, codes = graph.constants.get(node.input[1]), producers.get(node.input[0])
         cast = only_user(users, graph, node.output[0], "Cast")
         scaled = None if cast is None else only_user(users, graph, cast.output[0], "Mul")
         if weight is None or codes is None or cast is None or scaled is None:
-            raise ModelError(
-                f"{where}: a {node.op_type} must have constant weights, with a Cast and a Mul by its scale after it"
-            )
+            continue
         factor = next(n for n in scaled.input if n != cast.output[0])
-        zeros = [*node.input[2:], "", ""][:2]
-        zero = graph.constants.get(zeros[1]) if zeros[1] else np.zeros(1)
-        zero_name = codes.output[2] if codes.op_type == "DynamicQuantizeLinear" else [*codes.input, "", ""][2]
-        if zero is None or not _same_zero_point(graph, zeros[0], zero_name):
-            raise ModelError(
-                f"{where}: its zero points must be constants, and those that its inputs were quantized with"
-            )
-        if codes.op_type == "QuantizeLinear":
-            step, total = graph.scalar(codes.input[1]), graph.constants.get(factor)
-            if step is None or total is None:
-                raise ModelError(f"{where}: the scales before and after a {node.op_type} must be constants")
-            scale, inputs = total.astype(np.float64) / step, _static(graph, codes, where)
-        elif codes.op_type == "DynamicQuantizeLinear":
-            product = producers.get(factor)
-            parts = [] if product is None or product.op_type != "Mul" else list(product.input)
-            of_weight = next((graph.constants[n] for n in parts if n in graph.constants), None)
-            if codes.output[1] not in parts or of_weight is None:
-                raise ModelError(f"{where}: its scale must be that of DynamicQuantizeLinear times a constant")
-            scale, inputs = of_weight, ActivationQuant()
-        else:
-            raise ModelError(f"{where}: codes of {codes.op_type}, must be of QuantizeLinear or DynamicQuantizeLinear")
+        zero = _weight_zero_point(graph, node, codes)
+        match = _integer_scale(graph, producers, codes, factor)
         axis = 0 if node.op_type == "ConvInteger" else weight.ndim - 1
-        sizes = [n for n in scale.shape if n > 1]
-        along_outputs = not sizes or scale.shape[-1 if axis else max(0, scale.ndim - weight.ndim + 1)] == sizes[0]
-        if len(sizes) > 1 or not along_outputs or (sizes and not axis and scale.ndim < weight.ndim - 1):
-            raise ModelError(f"{where}: a scale of {list(scale.shape)} is not one for each output")
-        name = f"{node.output[0]}_rarefy_w"
+        if zero is None or match is None or not _is_per_output(match[0], weight, axis):
+            continue
+        scale, inputs = match
+        name, where = f"{node.output[0]}_rarefy_w", node_label(node)
         dequantize(graph, name, weight, along(scale, weight, axis, where), along(zero, weight, axis, where))
         rounded = f"{node.output[0]}_rarefy_x"
         graph.quantized[rounded] = inputs
@@ -133,6 +117,37 @@ def fuse_integer_ops(graph: Graph) -> Iterable[Any]:
         replacements[id(scaled)] = [identity, fused]
         removed |= {id(node), id(cast)}
     yield from graph.rewritten(replacements, removed)
+
+
+def _weight_zero_point(graph: Graph, node: Any, codes: Any) -> np.ndarray | None:
+    """The zero point of an integer operator's weights, if the one of its inputs is that of their codes."""
+    zeros = [*node.input[2:], "", ""][:2]
+    zero = graph.constants.get(zeros[1]) if zeros[1] else np.zeros(1)
+    zero_name = codes.output[2] if codes.op_type == "DynamicQuantizeLinear" else [*codes.input, "", ""][2]
+    return zero if _same_zero_point(graph, zeros[0], zero_name) else None
+
+
+def _integer_scale(
+    graph: Graph, producers: dict[str, Any], codes: Any, factor: str
+) -> tuple[np.ndarray, ActivationQuant] | None:
+    """The scale of the weights and how the inputs are quantized, from the factor after an integer operator."""
+    if codes.op_type == "QuantizeLinear":
+        step, total = graph.scalar(codes.input[1]), graph.constants.get(factor)
+        inputs = _static(graph, codes, node_label(codes))
+        return None if step is None or total is None or inputs is None else (total.astype(np.float64) / step, inputs)
+    if codes.op_type == "DynamicQuantizeLinear":
+        product = producers.get(factor)
+        parts = [] if product is None or product.op_type != "Mul" else list(product.input)
+        of_weight = next((graph.constants[n] for n in parts if n in graph.constants), None)
+        return None if codes.output[1] not in parts or of_weight is None else (of_weight, ActivationQuant())
+    return None
+
+
+def _is_per_output(scale: np.ndarray, weight: np.ndarray, axis: int) -> bool:
+    """Whether a scale is one for all outputs or one for each."""
+    sizes = [n for n in scale.shape if n > 1]
+    along_outputs = not sizes or scale.shape[-1 if axis else max(0, scale.ndim - weight.ndim + 1)] == sizes[0]
+    return len(sizes) < 2 and along_outputs and not (sizes and not axis and scale.ndim < weight.ndim - 1)
 
 
 def _same_zero_point(graph: Graph, subtracted: str, added: str) -> bool:
@@ -208,67 +223,65 @@ def along(array: np.ndarray, like: np.ndarray, axis: int, where: str, block: int
     raise ModelError(f"{where}: scales of {list(array.shape)} do not fit weights of {list(like.shape)}")
 
 
-class FakeQuantize(nn.Module):
-    """Round values to those that codes can represent."""
-
-    def __init__(self, inputs: ActivationQuant):
-        super().__init__()
-        self.inputs = inputs
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inputs(x)
-
-    def extra_repr(self) -> str:
-        return repr(self.inputs)
-
-
 def fake_quantize_activations(graph: Graph) -> Iterable[Any]:
-    """Replace QuantizeLinear by fake quantization, and remove DequantizeLinear.
-
-    Between them only operators may stand that move codes or choose among them.
-    """
-    codes, users = dict[str, ActivationQuant](), graph.users()
+    """Replace QuantizeLinear by fake quantization, and remove DequantizeLinear, where only operators stand between them
+    that move codes or choose among them; elsewhere both stay."""
+    codes, fused = _code_paths(graph)
     for node in graph.nodes:
-        where = node_label(node)
-        if node.op_type == "QuantizeLinear":
-            codes[node.output[0]] = _static(graph, node, where)
-            yield graph.substitute(node, FakeQuantize(codes[node.output[0]]))
-        elif node.op_type == "DequantizeLinear" and node.input[0] in codes:
-            if not _inverts(graph, node, codes[node.input[0]], where):
-                raise ModelError(f"{where}: dequantized with another scale or zero point than it was quantized with")
+        quant = codes.get(node.output[0]) if node.op_type == "QuantizeLinear" else None
+        if quant is not None and quant[0] in fused:
+            yield graph.substitute(node, FakeQuantize(quant[1]))
+        elif node.op_type == "DequantizeLinear" and codes.get(node.input[0], ("",))[0] in fused:
             yield make_node("Identity", node.input[:1], node.output)
         else:
-            if node.input and node.input[0] in codes and node.op_type in KEEP_CODES:
-                codes[node.output[0]] = codes[node.input[0]]
             yield node
-    for name in codes:
-        if name in graph.outputs:
-            raise ModelError(f"{name}: the graph's outputs must be numbers, not codes")
-        unsupported = [n for n in users.get(name, ()) if n.op_type not in KEEP_CODES]
-        if unsupported:
-            raise ModelError(f"{node_label(unsupported[0])}: {unsupported[0].op_type} on codes is not supported")
-    graph.quantized |= codes
+    graph.quantized |= {name: quant for name, (source, quant) in codes.items() if source in fused}
 
 
-def _inverts(graph: Graph, node: Any, quant: ActivationQuant, where: str) -> bool:
+def _code_paths(graph: Graph) -> tuple[dict[str, tuple[str, ActivationQuant]], set[str]]:
+    """Values that are codes, each with the QuantizeLinear it comes from and how that quantizes; and those of the
+    QuantizeLinear whose codes are all dequantized as they were quantized."""
+    codes: dict[str, tuple[str, ActivationQuant]] = {}
+    others: set[str] = set()
+    dequantized: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type == "QuantizeLinear" and (quant := _static(graph, node, node_label(node))) is not None:
+            codes[node.output[0]] = (node.output[0], quant)
+            continue
+        for name in inputs_of(node):
+            if name not in codes:
+                continue
+            source, quant = codes[name]
+            if node.op_type == "DequantizeLinear" and name == node.input[0] and _inverts(graph, node, quant):
+                dequantized.add(source)
+            elif node.op_type in KEEP_CODES and node.op_type != "DequantizeLinear" and name == node.input[0]:
+                codes[node.output[0]] = codes[name]
+            else:
+                others.add(source)
+    others |= {codes[name][0] for name in graph.outputs if name in codes}
+    return codes, dequantized - others
+
+
+def _inverts(graph: Graph, node: Any, quant: ActivationQuant) -> bool:
     """Whether a DequantizeLinear inverts a quantization; without a zero point of its own it has zero."""
     if len(node.input) > 2 and node.input[2]:
-        return _static(graph, node, where) == quant
+        return _static(graph, node, node_label(node)) == quant
     return graph.scalar(node.input[1]) == quant.scale and quant.zero in (0, 1 << (quant.bits - 1))
 
 
-def _static(graph: Graph, node: Any, where: str) -> ActivationQuant:
+def _static(graph: Graph, node: Any, where: str) -> ActivationQuant | None:
+    """How a QuantizeLinear rounds, if it has one constant scale and zero point for all."""
     scale = graph.scalar(node.input[1])
     kind = {0: "uint8", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16"}.get(
         attribute(node, "output_dtype", 0), "float32"
     )
     zero = graph.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1, kind)
     if scale is None or zero is None or zero.size != 1:
-        raise ModelError(f"{where}: quantized activations must have one scale and zero point, both constants")
+        return None
     if not math.isfinite(scale) or scale <= 0:
         raise ModelError(f"{where}: the scale must be above zero and finite, got {scale}")
     bits = {"int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int4": 4, "uint4": 4}.get(str(zero.dtype))
     if bits is None:
-        raise ModelError(f"{where}: activations must be quantized to integers of 4, 8 or 16 bits, got {zero.dtype}")
+        return None
     shift = 1 << (bits - 1) if str(zero.dtype).startswith("int") else 0
     return ActivationQuant(bits, scale, int(zero.reshape(-1)[0]) + shift)

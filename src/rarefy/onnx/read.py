@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
+from rarefy.onnx.binding import function_of
+from rarefy.onnx.graph import Kind
 
 MAX_NODES = 200_000  # with functions expanded
 MAX_ELEMENTS = 1 << 27  # of one value whose shape is known
+MAX_SMALL = 1024  # elements of a constant that shape inference may read
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -20,7 +22,6 @@ def read(path: Any) -> Any:
     """Return the checked ONNX model of a file, with its weights."""
     try:
         import onnx
-        import onnx2torch  # noqa: F401
         import onnxruntime  # noqa: F401
         from google.protobuf.message import DecodeError
     except ImportError as error:
@@ -55,7 +56,6 @@ def read(path: Any) -> Any:
 
 def _check_sizes(model: Any, path: Path) -> None:
     """Raise ModelError for functions that expand to too many nodes, and for values of too many elements."""
-    import onnx
 
     strange = sorted({n.domain for n in model.graph.node} - {*DOMAINS, *(f.domain for f in model.functions)})
     if strange:
@@ -74,16 +74,10 @@ def _check_sizes(model: Any, path: Path) -> None:
 
     if (count := size(model.graph.node)) > MAX_NODES:
         raise ModelError(f"{path}: {count:,} operators with its functions expanded; at most {MAX_NODES:,} are read")
-    try:
-        known = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
-    except Exception:  # of more than 2 GiB, for one
-        return
-    for value in known:
-        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")]
+    for name, kind in infer_kinds(model).items():
+        dims = [n for n in kind.dims or () if n is not None]
         if math.prod(dims) > MAX_ELEMENTS:
-            raise ModelError(
-                f"{path}: {value.name} has {math.prod(dims):,} elements; at most {MAX_ELEMENTS:,} are read"
-            )
+            raise ModelError(f"{path}: {name} has {math.prod(dims):,} elements; at most {MAX_ELEMENTS:,} are read")
 
 
 def set_input_shapes_(model: Any, path: Any, shapes: Any) -> None:
@@ -111,16 +105,83 @@ def set_input_shapes_(model: Any, path: Any, shapes: Any) -> None:
             dim.dim_value = n
 
 
-def simplify(model: Any) -> Any:
-    """Return the model with functions inlined and constants folded."""
-    from onnxscript import ir, optimizer
+def infer_kinds(model: Any) -> dict[str, Kind]:
+    """Return the types and shapes of all values that ONNX's shape inference finds, or that the file tells."""
+    import onnx
+
+    light, declared = without_weights(model), _kinds(model.graph.value_info)
+    for value in light.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del light.graph.value_info[:]
+    try:
+        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except Exception:  # an operator with inputs that do not fit; the converter names it
+        return declared
+    inferred = _kinds([*graph.input, *graph.value_info, *graph.output])
+    return {**declared, **{n: k for n, k in inferred.items() if k.dims is not None or n not in declared}}
+
+
+def _kinds(values: Any) -> dict[str, Kind]:
+    kinds = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        dims = [d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim]
+        kinds[value.name] = Kind(tensor.elem_type, tuple(dims) if tensor.HasField("shape") else None)
+    return kinds
+
+
+def without_weights(model: Any) -> Any:
+    """Return a copy of a model whose large constants are inputs: for passes that need their shapes alone."""
+    import onnx
+
+    graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node, output=model.graph.output)
+    graph.value_info.extend(model.graph.value_info)
+    held = {i.name for i in model.graph.initializer}
+    graph.input.extend(i for i in model.graph.input if i.name not in held)
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= MAX_SMALL:
+            graph.initializer.add().CopyFrom(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    light = onnx.ModelProto(ir_version=model.ir_version, graph=graph)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    return light
+
+
+def inline_functions(model: Any) -> Any:
+    """Return the model with calls of functions replaced by their bodies: the file's own, and those that ONNX defines
+    for operators which are unknown here."""
+    import onnx
+    from onnx import inliner
+
+    known = {(f.domain, f.name) for f in model.functions}
+    defined = [n for n in model.graph.node if function_of(n) is None and _has_body(n)]
+    if not known and not defined:
+        return model
+    light = without_weights(model)
+    names = [*known, *((n.domain, n.op_type) for n in defined)]
+    try:
+        inlined = inliner.inline_selected_functions(light, names, inline_schema_functions=bool(defined))
+    except Exception as error:  # onnx's own classes
+        if not known:  # the converter names the operators
+            return model
+        raise ModelError(f"its functions cannot be inlined: {first_line(error)}") from None
+    graph = onnx.GraphProto(name=model.graph.name, node=inlined.graph.node, output=model.graph.output)
+    graph.input.extend(model.graph.input)
+    graph.initializer.extend(model.graph.initializer)
+    graph.value_info.extend(model.graph.value_info)
+    whole = onnx.ModelProto(ir_version=model.ir_version, graph=graph)
+    whole.opset_import.extend(inlined.opset_import)
+    return whole
+
+
+def _has_body(node: Any) -> bool:
+    """Whether ONNX defines an operator by others."""
+    from onnx import defs
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            simplified = ir.from_proto(model)
-            optimizer.inline(simplified)
-            optimizer.fold_constants(simplified)
-            return ir.to_proto(simplified)
-    except Exception:  # the original graph is right too, with more operators
-        return model
+        schema: Any = defs.get_schema(node.op_type, node.domain)
+    except defs.SchemaError:
+        return False
+    return schema.has_function or schema.has_context_dependent_function

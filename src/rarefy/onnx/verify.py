@@ -23,6 +23,7 @@ TOLERANCE = {
     "dynamic": 0.5,
 }  # of the largest output; of the norm if activations are quantized
 TOLERANCE_16_BIT = 0.02  # of the largest output
+SMALLEST = 5e-4  # outputs below are compared absolutely: ONNX Runtime's sigmoid of -40 has an error of 1e-7
 FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 INTEGERS = {
     f"tensor({n})": n for n in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
@@ -67,19 +68,25 @@ def verify(module: nn.Module, path: Any, example: Any, shapes: Mapping[str, Sequ
 def _candidate_inputs(
     inputs: Sequence[Any], example: Any, shapes: Mapping[str, Sequence[int]], path: Path
 ) -> list[dict[str, np.ndarray]]:
-    names = [i.name for i in inputs]
     if example is not None:
-        tensors = (
-            example
-            if isinstance(example, dict)
-            else dict(zip(names, example if isinstance(example, tuple) else (example,)))
-        )
-        if set(tensors) != set(names) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise ModelError(f"{path} takes tensors {', '.join(names)}; example holds {describe_batch(example)}")
-        return [{n: t.numpy() for n, t in tensors.items()}]
+        return [{n: t.numpy() for n, t in named_example([i.name for i in inputs], example, path).items()}]
     if any(i.type not in FLOATS and i.type not in INTEGERS for i in inputs):
         return []
     return [{i.name: _random_input(i, shapes.get(i.name, i.shape), size) for i in inputs} for size in SIZES]
+
+
+def named_example(names: Sequence[str], example: Any, path: Any) -> dict[str, Tensor]:
+    """Return an example by the names of the inputs; ModelError if it does not hold a tensor for each."""
+    if example is None:
+        return {}
+    tensors = (
+        example
+        if isinstance(example, dict)
+        else dict(zip(names, example if isinstance(example, tuple) else (example,)))
+    )
+    if set(tensors) != set(names) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ModelError(f"{path} takes tensors {', '.join(names)}; example holds {describe_batch(example)}")
+    return tensors
 
 
 def _random_input(tensor: Any, dims: Sequence[Any], size: int) -> np.ndarray:
@@ -113,7 +120,9 @@ def _compare(
             dtype_and_shape = f"{theirs.dtype} {'x'.join(map(str, theirs.shape))}"
             raise ModelError(f"{differs}: {describe_batch(ours)}, expected {dtype_and_shape}")
         norm = 2 if quantized else math.inf
-        distance = relative_distance(ours, torch.from_numpy(np.asarray(theirs)), norm=norm, floor=1e-12)
+        distance = relative_distance(
+            ours, torch.from_numpy(np.asarray(theirs)), norm=norm, floor=1e-12 if quantized else SMALLEST
+        )
         half = ours.dtype in (torch.float16, torch.bfloat16) and not quantized
         if not distance <= (TOLERANCE_16_BIT if half else TOLERANCE[quantized]):
             raise ModelError(f"{differs}: by {distance:.2g}, so an operator is converted wrongly")
