@@ -11,7 +11,7 @@ from helpers import onnx_conformance as conformance
 # What is refused, and how the message names it.
 REFUSED = (
     "torch has no type for",
-    r"operators without a torch module: (ImageDecoder|LinearAttention|Loop|Scan|TfIdfVectorizer) ",
+    r"operators without a torch module: (ImageDecoder|Loop|Scan|TfIdfVectorizer) ",
     "an If whose condition depends on the inputs is not supported",
 )
 LEAST_PASSED = 0.95  # of those whose types torch has
