@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,10 @@ def optimize(
     """
     from rarefy.common.atomic_io import check_output_folder, resume_folder
     from rarefy.search.optimize import optimize, save_result
+    from rarefy.search.targets import objective_of, parse_targets
 
+    limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
+    parse_targets(_limit(max_loss), objective_of(target, _limit(max_loss)), **limits)
     check_output_folder(out, force)
     source = shared.source(model)
     with shared.threads(threads):
@@ -85,10 +89,10 @@ def optimize(
         inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
         with resume_folder(out, fresh) as state:
             frontier = optimize(
-                net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), speedup=speedup,
-                latency_ms=latency_ms, size_mb=size_mb, memory_mb=memory_mb, target=target, batch=batch or (1,),
-                minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore, seed=seed,
-                resume_dir=state / "stage-search", progress=not quiet, data_options=inputs["options"],
+                net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
+                batch=batch or (1,), minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore,
+                seed=seed, resume_dir=state / "stage-search", progress=not quiet, data_options=inputs["options"],
+                **limits,
             )  # fmt: skip
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
@@ -111,11 +115,16 @@ def _inputs(
     samples: int, eval_samples: int | None, seed: int, batch: list[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the example, the batches for calibration and evaluation, and the recipe's section about the first."""
+    from rarefy.common.errors import DataError, unknown
     from rarefy.data.sources import Take, batches
     from rarefy.data.text_pairs import pair_batches
+    from rarefy.evaluation.quality import METRIC_NAMES
     from rarefy.model import hf
     from rarefy.recipe.schema import Data
 
+    kinds = {name.partition("@")[0] for name in METRIC_NAMES}
+    if evaluate is not None and evaluate.partition("@")[0] not in kinds:
+        raise DataError(unknown("metric", evaluate, METRIC_NAMES))
     ranked = evaluate is not None and evaluate.partition("@")[0] in RANKED
     if ranked and eval_data is None:
         raise RecipeError(f"--evaluate {evaluate} needs texts or pairs of its own: give --eval-data FILE")
@@ -126,7 +135,10 @@ def _inputs(
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
     if data is not None:
         take = Take(samples=samples, tokens=length, batch=8, seed=seed)
-        result["data"] = batches(data, take, tokenizer=tokenizer, what="--data")
+        try:
+            result["data"] = batches(data, take, tokenizer=tokenizer, what="--data")
+        except DataError as error:  # its hint is one for recipes
+            raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
         place = str(Path(data).absolute()) if Path(data).exists() else data
         result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=8, seed=seed)
     if eval_data is not None:

@@ -18,16 +18,16 @@ from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.compile import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
-from rarefy.model.batches import count_samples
+from rarefy.model.batches import count_samples, split_batch
 from rarefy.model.forward import check_batches, evaluating
-from rarefy.model.layers import Selector, unwrap
+from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.model.losses import Loss
 from rarefy.recipe.schema import Data
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.journal import Journal
 from rarefy.search.search import Search, Task
-from rarefy.search.targets import check_dense, parse_targets
+from rarefy.search.targets import check_dense, objective_of, parse_targets
 
 HELD_OUT = 4  # of so many batches one is for evaluation where no other data are given
 FRONTIER, RECIPE = "frontier.json", "recipe.yaml"
@@ -111,9 +111,9 @@ def optimize(
     inner = unwrap(model)
     check_module(inner)
     check_ready(inner)
-    objective = target if target is not None else "loss" if max_loss is None else "latency"
     limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
-    targets = parse_targets(max_loss, objective, **limits)
+    targets = parse_targets(max_loss, objective_of(target, max_loss), **limits)
+    select_layers(inner, layers, ignore)  # raises for a selector without match
     batches = _batch_sizes(batch)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
@@ -213,12 +213,12 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
         return batches, list(eval_data)
     if callable(evaluate) or isinstance(evaluate, Metric):
         return batches, None
+    if len(batches) == 1:
+        batches = split_batch(batches[0], HELD_OUT)
     if len(batches) < 2:
         if evaluate is None:
             return batches, batches or [example]
-        raise DataError(
-            f"evaluate={evaluate!r} needs data of its own: give eval_data=, or at least two batches of data"
-        )
+        raise DataError(f"evaluate={evaluate!r} needs data of its own: give eval_data=, or two samples of data or more")
     count = max(1, len(batches) // HELD_OUT)
     return batches[count:], batches[:count]
 

@@ -131,6 +131,11 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
     return float(value), False
 
 
+def objective_of(target: str | None, max_loss: float | str | None) -> str:
+    """Return what is minimized: by default the latency, or the loss where that has no limit."""
+    return target if target is not None else "loss" if max_loss is None else "latency"
+
+
 def parse_targets(max_loss: float | str | None, objective: str, **limits: float | None) -> Targets:
     """Return checked targets; RecipeError for what is no limit or contradicts itself."""
     loss, points = parse_loss(max_loss)

@@ -1,0 +1,114 @@
+"""`rarefy optimize` as users meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rarefy
+from conftest import shell, text_model
+
+TIMES = ["--minutes", "0.4", "--tokens", "16", "--samples", "8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny language model, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    text_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    out = place / "fast"
+    options = ["--evaluate", "perplexity", "--max-loss", "50%", *TIMES]
+    result = shell("optimize", place / "model", "--data", place / "text.txt", "-o", out, "--json", *options)
+    return result, out
+
+
+def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
+    result, out = ran
+    assert result.returncode == 0, result.stderr
+    frontier = json.loads(result.stdout)
+    assert (
+        frontier["met"] and frontier["metric"]["name"] == "perplexity" and frontier["batches"] == ["decode", "prompt"]
+    )
+    assert {p["name"] for p in frontier["points"]} >= {"dense, fp32", "dense, int8"}
+    assert json.loads((out / "frontier.json").read_text()) == frontier
+    ids = torch.randint(0, 60, (1, 8))
+    assert rarefy.load(out)(ids).shape[:2] == (1, 8)
+    assert not (place / ".fast.work").exists()
+    again = shell("compress", place / "model", "--recipe", out / "recipe.yaml", "-o", place / "torch", "-q")
+    assert again.returncode == 0, again.stderr
+
+
+def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_path):
+    result = shell(
+        "optimize", place / "model", "--data", place / "text.txt", "-o", tmp_path / "out", "--max-loss", "any",
+        "--speedup", "1000", *TIMES,
+    )  # fmt: skip
+    assert result.returncode == 1 and "Not all limits are kept" in result.stdout
+    assert "dense, int8" in result.stderr and "check failed: " in result.stderr and "written to" in result.stderr
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--evaluate", "retrieval"], "--evaluate retrieval needs texts or pairs of its own: give --eval-data FILE"),
+        (["--evaluate", "perplexity"], "--evaluate perplexity needs data: give --data or --eval-data"),
+        (["--data", "text.txt", "--evaluate", "perplexitty"], "perplexity"),
+        (["--data", "text.txt", "--max-loss", "lots"], "max_loss: expected a percentage such as 1%"),
+        (["--data", "text.txt", "--max-loss", "any"], "nothing limits the loss"),
+        (["--data", "text.txt", "--target", "speed"], "unknown target 'speed'"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "text.txt", "--tokens", "100000"], "--tokens: expected at most"),
+        (["--data", "text.txt", "--layers", "nothing.*", *TIMES], "matches no layer"),
+        (["--data", "text.txt"], "give more text, or pass --tokens 2"),
+        (["--minutes", "0"], "0"),
+    ],
+)
+def test_wrong_use_is_one_line(place, tmp_path, options, message):
+    options = [str(place / o) if o == "text.txt" else o for o in options]
+    result = shell("optimize", place / "model", "-o", tmp_path / "out", *options)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_refused(ran, place):
+    _, out = ran
+    result = shell("optimize", place / "model", "--data", place / "text.txt", "-o", out, *TIMES)
+    assert result.returncode == 2 and "--force" in result.stderr
+
+
+def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        "optimize",
+        str(place / "model"),
+        "--data",
+        str(place / "text.txt"),
+        "-o",
+        str(out),
+        "--max-loss",
+        "any",
+    ]
+    arguments += ["--speedup", "1000", "--minutes", "5", "--tokens", "16", "--samples", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rarefy", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    journal = tmp_path / ".out.work" / "stage-search" / "search.jsonl"
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and "interrupted" in stdout, stderr
+    assert (out / "frontier.json").is_file() and "Traceback" not in stderr
