@@ -73,6 +73,16 @@ def openvino(network: Any, precision: str, examples: Mapping[int, Inputs]) -> tu
     return lambda x: torch.from_numpy(any_size(feed(x))[0].copy()), timed
 
 
+def openvino_int8(
+    model: nn.Module, data: list[Inputs], examples: Mapping[int, Inputs], folder: Path
+) -> tuple[Encode, Timed]:
+    """Return OpenVINO in calibrated 8 bits as a function of inputs, and its calls on the examples."""
+    file = folder / "model.onnx"
+    exported(model, data[0], file)
+    network = import_module("openvino").Core().read_model(str(file))
+    return openvino(nncf_int8(network, [feed(x) for x in data]), "int8", examples)
+
+
 def engines(
     model: nn.Module, data: list[Inputs], examples: Mapping[int, Inputs], folder: Path
 ) -> dict[str, tuple[Encode, Timed]]:

@@ -203,6 +203,46 @@ def _quality(key: str, quality: str, rows: list[Row]) -> str:
     return f"cosine {min(cosines):.4f} or more" if cosines else "not recorded"
 
 
+OPTIMIZE_TITLES = {
+    "minilm": "MiniLM, R@1 of articles",
+    "smollm2": "SmolLM2-135M off its 4-bit grid, perplexity",
+    "efficientnet": "EfficientNet-Lite0, agreement on photographs",
+    "fashion": "Small ResNet, accuracy on Fashion-MNIST",
+}
+
+
+def optimize() -> str:
+    """What `rarefy.optimize` found, beside a uniform model of the same methods and OpenVINO, in one run."""
+
+    def make(rows: list[Row]) -> str:
+        row = rows[-1]
+        compared, times = row["compared"], list(next(iter(row["compared"].values()))["milliseconds"])
+        slow = {b: compared["dense, int8"]["milliseconds"][b]["median"] for b in times}
+        names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform"}
+        cells = [
+            [names.get(n, n), f"{c['quality']:.4g}"]
+            + [
+                f"{number(c['milliseconds'][b]['median'])} ({slow[b] / c['milliseconds'][b]['median']:.2f}x)"
+                for b in times
+            ]
+            for n, c in compared.items()
+        ]
+        limits = ", ".join(f"{k} {v}" for k, v in row["targets"].items() if k != "objective")
+        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes; limit: {limits}."
+        expected, real = row["predicted"], row["measured"]
+        if "loss" in expected:
+            ratios = [expected["milliseconds"][b] / real["milliseconds"][b] for b in times]
+            note += f" Predicted of the best: loss {expected['loss']:.3g} (measured {real['loss']:.3g}), "
+            note += f"time {', '.join(f'{r:.2f}' for r in ratios)} of the measured."
+        return f"{table(['model', row['metric']['name'], *(f'{b}, ms' for b in times)], cells)}\n\n{note}"
+
+    titles = {run: title for run, title in OPTIMIZE_TITLES.items() if read("optimize", run=run)}
+    return "\n\n".join(
+        f"### {title}\n\n{per_machine(latest(read('optimize', run=run), 'label', 'seed'), make)}"
+        for run, title in titles.items()
+    )
+
+
 README_ENGINES = {
     "openvino fp32": "OpenVINO, fp32",
     "onnxruntime int8": "ONNX Runtime, 8 bits",
@@ -386,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine": engine,
     "frontier": frontier,
     "frontier-images": frontier_images,
+    "optimize": optimize,
     "kernels": kernels,
     "language": language,
     "memory": memory,

@@ -1,0 +1,235 @@
+"""`rarefy.optimize` on real models: what it finds, beside uniform models of the same methods and other engines.
+
+    python optimize.py minilm           at most one point of R@1 lost; 30 minutes
+    python optimize.py smollm2          at most 3 % of perplexity lost; 45 minutes
+    python optimize.py efficientnet fashion
+    python optimize.py minilm --minutes 10 --seeds 1 2
+    python optimize.py --table          only print what was measured last
+
+After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
+runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
+State is kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+import frontier
+import frontier_images
+import peers
+import photos
+import rarefy
+import tables
+import texts
+from rarefy.data import builtin, sources
+from rarefy.data.text_pairs import text_pairs
+from rarefy.dependency.graph import trace
+from rarefy.evaluation.quality import Metric, metric_of
+from rarefy.model import hf
+from rarefy.recipe.schema import Recipe
+from rarefy.search.deploy import DECODE, deploy, times_of
+from runtime import alternate, keep_memory
+from values import keep
+
+HERE = Path(__file__).parent
+RESULTS, BUILD = HERE / "results" / "optimize.jsonl", HERE / "build" / "optimize"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data, and how it is judged and limited.
+
+    Attributes:
+        model: the dense model.
+        example: what it is timed with.
+        data: calibration batches.
+        metric: how good a model is.
+        max_loss: what may be lost.
+        batch: batch sizes that are timed.
+        minutes: of the search.
+        peers: whether OpenVINO runs the model.
+    """
+
+    model: nn.Module
+    example: Any
+    data: list[Any]
+    metric: Metric
+    max_loss: str
+    batch: tuple[int, ...]
+    minutes: float
+    peers: bool = True
+
+
+def minilm(seed: int) -> Task:
+    """MiniLM, judged by descriptions that find their article."""
+    folder = builtin.model_folder("minilm")
+    tokenizer, model = hf.load_tokenizer(folder), hf.load_folder(folder).eval()
+    data = frontier.calibration(tokenizer, 128, seed)
+    metric = metric_of("retrieval", model, text_pairs(texts.judged_articles(), tokenizer))
+    return Task(model, frontier.example(tokenizer, 16), data, metric, "1 point", (1, 16), 30)
+
+
+def off_grid(model: Any, seed: int) -> Any:
+    """Return SmolLM2 off the 4-bit grid that its packaged weights come from.
+
+    Each layer's weights are multiplied by random factors near one, a factor for each input, which the norm or the layer
+    before divides out: the function stays.
+    """
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.model.layers:
+            for norm, readers in (
+                (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+                (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+            ):
+                factor = torch.exp(0.1 * torch.randn(len(norm.weight), generator=random))
+                norm.weight /= factor
+                for layer in readers:
+                    layer.weight *= factor
+            factor = torch.exp(0.1 * torch.randn(block.mlp.down_proj.in_features, generator=random))
+            block.mlp.up_proj.weight /= factor[:, None]
+            block.mlp.down_proj.weight *= factor
+    return model
+
+
+def smollm2(seed: int) -> Task:
+    """SmolLM2 off its grid, judged by perplexity on articles."""
+    folder = builtin.model_folder("smollm2-135m")
+    tokenizer, model = hf.load_tokenizer(folder), off_grid(hf.load_folder(folder).eval(), seed)
+    data: Any = sources.batches("wiki", sources.Take(samples=32, tokens=512, batch=4, seed=seed), tokenizer=tokenizer)
+    held_out: Any = sources.batches("wiki-test", sources.Take(samples=24, tokens=512, batch=8), tokenizer=tokenizer)
+    return Task(model, data[0], data, metric_of("perplexity", model, held_out), "3%", (1,), 45, peers=False)
+
+
+def images(name: str, key: str, data: Any, max_loss: str, minutes: float, seed: int) -> Task:
+    """A task of frontier_images.py."""
+    task = frontier_images.TASKS[name]
+    model = task.dense(seed)
+    metric = Metric(key, True, lambda m: task.judge(m, model)[key], "%")
+    batches = tuple(task.batches)
+    return Task(model, data[: max(batches)].contiguous(), list(data.split(16)), metric, max_loss, batches, minutes)
+
+
+def efficientnet(seed: int) -> Task:
+    """EfficientNet-Lite0, judged by its agreement with the dense model on photographs."""
+    return images("efficientnet", "agreement", photos.crops(128, judged=False, seed=seed), "3%", 20, seed)
+
+
+def fashion(seed: int) -> Task:
+    """The small ResNet, judged by its accuracy."""
+    return images("fashion", "accuracy", frontier_images.TASKS["fashion"].calibration(seed), "1%", 15, seed)
+
+
+TASKS: dict[str, Callable[[int], Task]] = {
+    "minilm": minilm, "smollm2": smollm2, "efficientnet": efficientnet, "fashion": fashion,
+}  # fmt: skip
+
+
+def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe that removes the same share by each method in every group; layers in 4 bits are spread evenly."""
+    sizes = {g.name: g.size for g in trace(model, example).groups}
+    stages = []
+    for stage in copy.deepcopy(list(recipe["stages"])):
+        options = next(iter(stage.values()))
+        if "counts" in options:
+            all_of = {g.name: g for g in trace(model, example).groups if g.kind == options["units"] and g.lock is None}
+            share = sum(sizes[n] - c for n, c in options["counts"].items()) / sum(g.size for g in all_of.values())
+            options["counts"] = {n: max(1, round(g.size * (1 - share))) for n, g in all_of.items()}
+        elif "per_layer" in options:
+            weights = {n: model.get_submodule(n).weight.numel() for n in options["per_layer"]}  # type: ignore[union-attr]
+            mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())
+            options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
+        elif "weights" in options:
+            linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
+            count = len(options["layers"])
+            options["layers"] = [linear[i * len(linear) // count] for i in range(count)]
+        stages.append(stage)
+    return {**recipe, "stages": stages}
+
+
+@torch.no_grad()
+def measure(name: str, seed: int, minutes: float | None) -> Iterator[dict[str, Any]]:
+    """Yield one record: what the search found, and what stands beside it, measured in turns."""
+    task = TASKS[name](seed)
+    with torch.enable_grad():
+        found = rarefy.optimize(
+            task.model, task.example, task.data, task.metric, max_loss=task.max_loss, batch=task.batch,
+            minutes=minutes or task.minutes, seed=seed, resume_dir=BUILD / f"{name}-{seed}", progress=True,
+        )  # fmt: skip
+        print(found, flush=True)
+        point = found.points[found.best_index or 0]
+        recipe = uniform(task.model, task.example, point.recipe)
+        same = copy.deepcopy(task.model)
+        rarefy.compress_(same, Recipe(**recipe), {"calibrate": task.data})
+    assert found.best is not None
+    make = partial(deploy, example=task.example, calibration=task.data)
+    models = {
+        "dense, fp32": make(task.model, precision=None),
+        "dense, int8": make(task.model, precision="int8"),
+        "uniform": make(same, precision=point.precision),
+        "found": make(found.best.compressed, precision=point.precision),
+    }
+    compared: dict[str, Any] = {n: {"quality": task.metric.measure(m)} for n, m in models.items()}
+    vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
+    if found.batches == DECODE:
+        times = times_of(models, task.example, DECODE, vocabulary)
+    else:
+        times = _beside_peers(task, models, compared)
+    for label, entry in compared.items():
+        entry["milliseconds"] = {b: t[label] for b, t in times.items()}
+    yield {
+        "run": name, "seed": seed, "minutes": minutes or task.minutes, "seconds": found.seconds,
+        "finished": found.finished, "metric": dict(found.metric), "targets": dict(found.targets),
+        "tried": len(found.points), "met": found.met, "best": point.name, "predicted": dict(point.predicted),
+        "measured": {"loss": point.loss, "milliseconds": {b: t["median"] for b, t in point.milliseconds.items()}},
+        "speedup": dict(point.speedup), "disk_bytes": point.disk_bytes, "compared": compared,
+    }  # fmt: skip
+
+
+def _beside_peers(task: Task, models: Mapping[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
+    """Return quartiles of milliseconds of our models and of OpenVINO in 8 bits, in turns; add its quality."""
+    from rarefy.pipeline.speed import resize_batch
+
+    examples = {b: resize_batch(task.example, b) for b in task.batch}
+    times: dict[str, Any] = {}
+    with TemporaryDirectory() as place:
+        singles = task.data if hasattr(task.example, "keys") else [x for b in task.data for x in b.split(1)]
+        engine, timed = peers.openvino_int8(task.model, singles, examples, Path(place))
+        compared["openvino int8"] = {"quality": task.metric.measure(engine)}
+        for batch, x in examples.items():
+            runs = {n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()}
+            runs["openvino int8"] = timed[batch]
+            repeats = 15 if batch > 1 else 60
+            times[str(batch)] = {n: {"median": t[1], "low": t[0], "high": t[2]} for n, t in
+                                 alternate(runs, repeats, frontier.PAUSE).items()}  # fmt: skip
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    hf.no_bars()
+    keep_memory()
+    texts.fetch()
+    runs = [partial(measure, t, s, args.minutes) for t in args.tasks for s in args.seeds if not args.table]
+    keep(RESULTS, runs)
+    tables.show("optimize")
+
+
+if __name__ == "__main__":
+    main()
