@@ -17,11 +17,13 @@ from rarefy.model.layers import Layer, Selector
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
+from rarefy.search.solve import line
 from rarefy.search.space import BITS, CUTS, LEVELS, PATTERNS, PROBE, Part
 from rarefy.structured.cut import run_cut
 from rarefy.structured.options import CutOptions
 
-PROBE_LEVELS = (0.5, 0.9)  # sparsities at which times and losses are measured; between them they are interpolated
+PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
+TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
 
 
 class PartMeasurer:
@@ -142,12 +144,12 @@ class PartMeasurer:
         layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
         if not layers:
             return []
-        levels = (1.0,) if method == BITS else PROBE_LEVELS
+        levels, timed = ((1.0,), (1.0,)) if method == BITS else (PROBE_LEVELS, TIMED_LEVELS)
         saved: dict[float, dict[str, float]] = {}
-        for level in reversed(levels):
+        for level in reversed(timed):
             key = f"time of {method} {level} {self.precision}"
             saved[level] = self.journal.get(key, lambda v=level: self._time_of_weights(layers, method, v))
-            if max(saved[level].values()) < space.MIN_SAVING:
+            if level == timed[-1] and max(saved[level].values()) < space.MIN_SAVING:
                 return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
         losses = {level: self._layer_losses(layers, method, level) for level in levels}
@@ -195,10 +197,7 @@ class PartMeasurer:
         power = math.log(max(losses[high], 1e-30) / max(losses[low], 1e-30)) / math.log(high / low)
         predicted = tuple(losses[low] * (a / low) ** max(power, 1.0) for a in LEVELS)
         savings = {
-            n: tuple(
-                share * (saved[low][n] + (saved[high][n] - saved[low][n]) * (a - low) / (high - low)) for a in LEVELS
-            )
-            for n in saved[low]
+            n: tuple(share * line([(v, saved[v][n]) for v in TIMED_LEVELS], a) for a in LEVELS) for n in saved[low]
         }
         return Part(method, layer.full_name, layer.weight.numel(), LEVELS, predicted, savings)
 

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -393,7 +392,7 @@ class Search:
         correction = _correction([(c.saving, 1 - _mean(base.speedup) / _mean(p.speedup)) for c, p in others])
         milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in saved.items()}
         known = sorted([(0.0, base.loss), *((c.loss, p.loss) for c, p in others)])
-        loss = _line(known, choice.loss) if others else None  # type: ignore[arg-type]
+        loss = solve.line(known, choice.loss) if others else None  # type: ignore[arg-type]
         return {"milliseconds": milliseconds, **({} if loss is None else {"loss": loss})}
 
     def _rows(self, choice: Choice, parts: Sequence[Part], precision: str | None) -> tuple[dict[str, Any], ...]:
@@ -447,10 +446,3 @@ def _correction(pairs: Sequence[tuple[float, float]]) -> float:
     """Return the factor that brings predicted savings closest to measured ones; 1 where nothing was measured."""
     squares = sum(p * p for p, _ in pairs)
     return sum(p * m for p, m in pairs) / squares if squares else 1.0
-
-
-def _line(known: Sequence[tuple[float, float]], x: float) -> float:
-    """Return the value at x on straight lines through known points, the last one continued."""
-    pairs = list(pairwise(known))
-    (x0, y0), (x1, y1) = next((p for p in pairs if x <= p[1][0]), pairs[-1])
-    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)

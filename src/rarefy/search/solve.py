@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rarefy.search.space import Amounts, Part
 
@@ -81,3 +82,10 @@ def at_loss(choices: Sequence[Choice], loss: float) -> int:
 def at_saving(choices: Sequence[Choice], saving: float) -> int:
     """Return the number of the first choice that saves this, or the last."""
     return next((i for i, c in enumerate(choices) if c.saving >= saving), len(choices) - 1)
+
+
+def line(known: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the value at x on straight lines through known points, the last one continued."""
+    pairs = list(pairwise(known))
+    (x0, y0), (x1, y1) = next((p for p in pairs if x <= p[1][0]), pairs[-1])
+    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
