@@ -75,17 +75,17 @@ def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_
         (["--minutes", "0"], "0"),
     ],
 )
-def test_wrong_use_is_one_line(place, tmp_path, options, message):
+def test_wrong_use_is_one_line(run, place, tmp_path, options, message):
     options = [str(place / o) if o == "text.txt" else o for o in options]
-    result = shell("optimize", place / "model", "-o", tmp_path / "out", *options)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    result = run("optimize", place / "model", "-o", tmp_path / "out", *options)
+    assert result.code == 2 and message in result.err
+    assert "Traceback" not in result.err and not any(tmp_path.iterdir())
 
 
-def test_an_output_that_exists_is_refused(ran, place):
+def test_an_output_that_exists_is_refused(run, ran, place):
     _, out = ran
-    result = shell("optimize", place / "model", "--data", place / "text.txt", "-o", out, *TIMES)
-    assert result.returncode == 2 and "--force" in result.stderr
+    result = run("optimize", place / "model", "--data", place / "text.txt", "-o", out, *TIMES)
+    assert result.code == 2 and "--force" in result.err
 
 
 def test_ctrl_c_saves_the_best_so_far(place, tmp_path):

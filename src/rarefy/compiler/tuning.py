@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled, Native
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.op_registry import name_of
@@ -27,6 +28,7 @@ MAX_PAIR_SECONDS = 0.4  # of timing one native call against torch, where there a
 MAX_MODEL_SECONDS = 2.0  # of timing the whole model against eager torch
 MIN_PAIRS, MAX_PAIRS = 3, 15  # runs of each side
 NATIVE, TORCH = "native", "torch"
+MUCH_FASTER = 2.0  # torch takes over rows of a table in 8 bits only then: its own table is four times as large
 
 
 def is_enabled() -> bool:
@@ -65,7 +67,9 @@ def slow_nodes(compiled: Compiled, weights: Mapping[str, Tensor], leaves: Sequen
                 choice = measured.get(key) or known.get(key)
                 if choice is None and time.perf_counter() < deadline:
                     choice = measured[key] = _fastest(call, lookup, seconds)
-                if choice is not None and choice.get(1, (NATIVE,))[0] == TORCH:
+                name, ratio = (choice or {}).get(1, (NATIVE, 1.0))
+                packed = all(n.target is ops.embedding and n in compiled.kernels for n in call.nodes)
+                if name == TORCH and ratio >= (MUCH_FASTER if packed else 1.0):
                     slow.update(call.nodes)
     if measured:
         tuning_cache.write(file, measured)

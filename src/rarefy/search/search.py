@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ from rarefy.search.journal import Journal
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.solve import Choice
 from rarefy.search.space import BITS, CUTS, Part
-from rarefy.search.targets import Targets
+from rarefy.search.targets import Targets, mean_speedup
 
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
-BALANCES = (0.4, 2.5)  # factors on the losses of one method against those of the others
+BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
 RESERVED = 0.03  # of the time, for saving the result
 MAX_POINTS = 200
 
@@ -194,7 +195,10 @@ class Search:
         return model, deploy(model, self.task.example, point.precision, self.task.data)
 
     def add(self, point: Point) -> Point:
-        """Add a point to those that were tried."""
+        """Add a point to those that were tried, unless the same model is among them."""
+        for other in self.points:
+            if (other.recipe, other.precision) == (point.recipe, point.precision):
+                return other
         self.points.append(point)
         return point
 
@@ -271,11 +275,11 @@ class Search:
         scales: dict[str, float] = {}
         best = self._along(precision, parts, scales)
         methods = sorted({p.method for p in parts})
-        improved = len(methods) > 1
-        while improved:
-            improved = False
-            for method in methods:
-                for factor in BALANCES:
+        for factors in BALANCES if len(methods) > 1 else ():
+            improved = True
+            while improved:
+                improved = False
+                for method, factor in product(methods, factors):
                     trial = {**scales, method: scales.get(method, 1.0) * factor}
                     other = self._along(precision, parts, trial, start=best)
                     if other is not None and (best is None or self._better(other, best)):
@@ -327,7 +331,7 @@ class Search:
     def _first_guess(self, choices: Sequence[Choice], base: Point, start: Point | None) -> int:
         """Return where to begin: at the time of the best point, at the time that is asked for, or at a third."""
         if start is not None:
-            saving = 1 - _mean(base.speedup) / _mean(start.speedup)
+            saving = 1 - mean_speedup(base.speedup) / mean_speedup(start.speedup)
         elif self.task.targets.speedup is not None and self.task.targets.speedup > base.slowest:
             saving = 1 - base.slowest / self.task.targets.speedup
         else:
@@ -389,7 +393,9 @@ class Search:
                 at = part.amounts.index(amount)
                 saved = {n: s + part.savings[n][at] for n, s in saved.items()}
         others = [(choices[i], p) for i, p in seen.items() if i and i < len(choices) and p.loss is not None]
-        correction = _correction([(c.saving, 1 - _mean(base.speedup) / _mean(p.speedup)) for c, p in others])
+        correction = _correction(
+            [(c.saving, 1 - mean_speedup(base.speedup) / mean_speedup(p.speedup)) for c, p in others]
+        )
         milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in saved.items()}
         known = sorted([(0.0, base.loss), *((c.loss, p.loss) for c, p in others)])
         loss = solve.line(known, choice.loss) if others else None  # type: ignore[arg-type]
@@ -435,11 +441,6 @@ def describe(choice: Choice, parts: Sequence[Part], precision: str | None) -> st
                 else f"{percent} zeros ({method})"
             )
     return ", ".join(words)
-
-
-def _mean(speedup: Mapping[str, float]) -> float:
-    """Return the dense time over the mean of relative times."""
-    return len(speedup) / sum(1 / s for s in speedup.values())
 
 
 def _correction(pairs: Sequence[tuple[float, float]]) -> float:
