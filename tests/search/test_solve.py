@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rarefy.search.solve import at_loss, at_saving, front, hull
-from rarefy.search.space import Part, group_amounts, step_of
+from rarefy.search.space import Part, few_samples, group_amounts, step_of
 
 
 def random_parts(seed, count=4, amounts=4):
@@ -63,3 +63,12 @@ def test_amounts_are_whole_units(size, method):
     amounts = group_amounts(size, method)
     assert all((a * size) % step_of(size, method) == pytest.approx(0) and 0 < a <= 0.75 for a in amounts)
     assert len(amounts) <= 48 and (amounts or size == 1)
+
+
+def test_few_samples_are_whole_samples_of_the_first_batches():
+    texts = [{"input_ids": torch.full((4, 100), i)} for i in range(6)]
+    assert [len(b["input_ids"]) for b in few_samples(texts, 10)] == [4, 4, 2]
+    assert [len(b["input_ids"]) for b in few_samples(texts, 32, tokens=650)] == [4, 2]
+    assert [len(b["input_ids"]) for b in few_samples(texts, 32, tokens=10)] == [2]
+    images = [torch.zeros(8, 3, 32, 32)] * 3
+    assert [len(b) for b in few_samples(images, 20)] == [8, 8, 4]

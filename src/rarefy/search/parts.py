@@ -58,7 +58,8 @@ class PartMeasurer:
         self.dense, self.example, self.data, self.precision, self.names = dense, example, data, precision, names
         self.journal, self.layers, self.ignore, self.has_time = journal, layers, ignore, has_time
         self.progress = progress
-        self.few = space.few_samples(data) if data else [example]
+        weights = sum(p.numel() for p in dense.parameters())
+        self.few = space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
         self.wanted: list[Any] = []
         self.deployed: Deployed | None = None  # the dense model in this precision
 

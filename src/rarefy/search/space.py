@@ -17,7 +17,7 @@ from torch import nn
 
 from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
-from rarefy.model.batches import count_samples, first_samples
+from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
 from rarefy.model.layers import Layer, Selector, select_layers
 from rarefy.model.masks import fold_
@@ -39,7 +39,7 @@ LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
 BITS, GROUP = "4 bits", 32  # and the inputs that share a scale
 MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
-SAMPLES = 32  # for losses
+SAMPLES, WORK = 32, 1.5e11  # for losses: at most so many samples, and tokens times weights; at least two samples
 PROBE = 0.3  # fraction of a group that is removed to measure its loss
 MIN_SAVING = 0.03  # a method that saves less of a call's time at its largest amount is left out
 CUT_SCORES = ("obs", "fluctuation", "magnitude")  # the first that the groups support
@@ -241,12 +241,14 @@ def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selec
     return [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
 
 
-def few_samples(data: Sequence[Any], samples: int = SAMPLES) -> list[Any]:
-    """Return the first samples of data, in batches."""
-    chosen, count = [], 0
+def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = float("inf")) -> list[Any]:
+    """Return the first samples of data, in batches: at most so many, and about so many tokens, but at least two."""
+    chosen, count, used = [], 0, 0
     for batch in data:
-        if count >= samples:
+        each = count_tokens(batch) / max(count_samples(batch), 1)
+        more = min(samples - count, count_samples(batch), max(int(min((tokens - used) / max(each, 1), SAMPLES)), 2 - count))
+        if more <= 0:
             break
-        chosen.append(first_samples(batch, min(samples - count, count_samples(batch))))
-        count += count_samples(chosen[-1])
+        chosen.append(first_samples(batch, more))
+        count, used = count + more, used + more * each
     return chosen
