@@ -208,7 +208,9 @@ def _beside_peers(task: Task, models: Mapping[str, Any], compared: dict[str, Any
         engine, timed = peers.openvino_int8(task.model, singles, examples, Path(place))
         compared["openvino int8"] = {"quality": task.metric.measure(engine)}
         for batch, x in examples.items():
-            runs = {n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()}
+            runs: dict[str, Callable[[], Any]] = {
+                n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()
+            }
             runs["openvino int8"] = timed[batch]
             repeats = 15 if batch > 1 else 60
             times[str(batch)] = {n: {"median": t[1], "low": t[0], "high": t[2]} for n, t in

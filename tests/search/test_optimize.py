@@ -42,7 +42,7 @@ def accuracy(model):
 BATCHES = X.split(32)
 
 
-def run(evaluate=accuracy, net=NET, data=BATCHES, minutes=0.3, **options):
+def run(evaluate=accuracy, net=NET, data=BATCHES, minutes=9.0, **options):
     return rarefy.optimize(net, X[:4], data, evaluate, **{"max_loss": 0.1, "minutes": minutes, **options})
 
 
@@ -125,7 +125,7 @@ def test_text_of_a_frontier(found):
 
 
 def test_without_data_the_precisions_and_sizes_of_weights_are_tried():
-    frontier = rarefy.optimize(NET, X[:4], max_loss=0.5, minutes=0.2)
+    frontier = rarefy.optimize(NET, X[:4], max_loss=0.5, minutes=9)
     assert frontier.best is not None and frontier.metric["name"] == "agreement"
 
 
@@ -135,14 +135,14 @@ def test_a_limit_that_the_dense_model_keeps_is_met_at_once():
 
 
 def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
-    frontier = run(speedup=1000.0, minutes=0.2)
+    frontier = run(speedup=1000.0)
     assert not frontier.met and frontier.best is not None
     assert "Not all limits are kept" in frontier.verdict and "speedup by" in frontier.verdict
     assert "The fastest model tried is" in frontier.verdict
 
 
 def test_the_least_loss_at_a_speed():
-    frontier = run(max_loss=None, speedup=1.2, minutes=0.2)
+    frontier = run(max_loss=None, speedup=1.2)
     others = [p for p in frontier.points if p.loss is not None and p.slowest >= 1.2]
     assert frontier.met and frontier.best_point.loss == min(p.loss for p in others)
 
@@ -224,7 +224,7 @@ def test_a_network_of_convolutions_gets_narrower():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
     ).eval()  # fmt: skip
     images = torch.randn(32, 3, 24, 24)
-    frontier = rarefy.optimize(net, images[:2], images.split(8), max_loss=0.3, minutes=0.5)
+    frontier = rarefy.optimize(net, images[:2], images.split(8), max_loss=0.3, minutes=9)
     assert any("fewer channels" in p.name for p in frontier.points)
     assert frontier.best.model(images).shape == (32, 5)
 

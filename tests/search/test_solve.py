@@ -49,6 +49,11 @@ def test_a_part_that_saves_nothing_is_left_alone():
     assert hull(slow) == [] and len(front([slow])) == 1
 
 
+def test_a_layer_has_one_pattern():
+    options = [Part(m, "fc", 64, (0.5, 0.9), (l, 4 * l), {"1": (0.1, 0.2)}) for m, l in (("1x4", 0.2), ("4x1", 0.1))]
+    assert [set(c.amounts) for c in front(options)] == [set(), {("4x1", "fc")}, {("4x1", "fc")}]
+
+
 def test_scales_move_the_balance():
     a, b = random_parts(0, count=2)
     b = Part("head", b.name, b.size, b.amounts, b.losses, b.savings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from rarefy.pipeline.speed import resize_batch
 SECONDS = 1.5  # of calls of one model at one batch size
 REPEATS = (5, 60)  # at least and at most
 PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
+SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
 DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
 
 Deployed = Compiled | EngineModule
@@ -98,12 +100,29 @@ def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:
     return {name: 1e3 * tokens / rate[of] for name, of in ends.items()}
 
 
-def precisions_of(model: nn.Module) -> tuple[str | None, ...]:
-    """Return the precisions of the engine that change a model: bf16 only where it has linear layers."""
-    linear = any(isinstance(m, nn.Linear) for m in model.modules())
+@dataclass(frozen=True)
+class Variant:
+    """A precision of the engine, and whether large inputs are smoothed for it (SmoothQuant) by a last stage."""
+
+    name: str
+    precision: str | None
+    smooth: bool = False
+
+    def stages(self, ignore: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the recipe's last stages; layers in `ignore` keep their own bits."""
+        if not self.smooth:
+            return []
+        options = {"weights": "int8", "activations": "int8", "smooth": SMOOTH}
+        return [{"quantize": {**options, "ignore": list(ignore)} if ignore else options}]
+
+
+def variants_of(model: nn.Module, has_data: bool) -> tuple[Variant, ...]:
+    """Return the precisions of the engine that change a model: bf16 only where it has linear layers, but no decoder."""
+    plain, int8 = Variant("fp32", None), Variant("int8", "int8")
     if hf.is_causal_lm(model):
-        return (None, "int8")
-    return (None, "bf16", "int8") if linear else (None, "int8")
+        return (plain, int8, Variant("int8 smoothed", "int8", True)) if has_data else (plain, int8)
+    linear = any(isinstance(m, nn.Linear) for m in model.modules())
+    return (plain, Variant("bf16", "bf16"), int8) if linear else (plain, int8)
 
 
 @torch.no_grad()

@@ -29,12 +29,12 @@ from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
 from rarefy.recipe.schema import Data, Recipe
 from rarefy.search import solve, space
-from rarefy.search.deploy import Deployed, deploy, precisions_of, sizes_of, timed_names, times_of
+from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
 from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.solve import Choice
-from rarefy.search.space import BITS, CUTS, Part
+from rarefy.search.space import BITS, CUTS, Amounts, Part
 from rarefy.search.targets import Targets, mean_speedup
 
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
@@ -93,6 +93,7 @@ class Search:
         self.costs: list[float] = []  # seconds of each point
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
+        self.bases: dict[Variant, Point] = {}  # the dense model in each precision
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
     # ---- time --------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class Search:
         """Measure the dense model, compiled in fp32."""
         task = self.task
         self.dense_fast = deploy(task.dense, task.example, None, task.data)
-        self.reference = self._point("dense, fp32", None, self._stages({}))
+        self.reference = self._point("dense, fp32", None, self._stages({}, (), variants_of(self.task.dense, False)[0]))
         return self.reference
 
     def _point(
@@ -217,7 +218,7 @@ class Search:
         data = {} if self.task.data_options is None else {"data": self.task.data_options.model_dump(mode="json")}
         return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
 
-    def _stages(self, amounts: Mapping[tuple[str, str], float], parts: Sequence[Part] = ()) -> list[dict[str, Any]]:
+    def _stages(self, amounts: Amounts, parts: Sequence[Part], variant: Variant) -> list[dict[str, Any]]:
         """Return the stages of a choice; a cast to fp32, which changes nothing, where there is none."""
         by_method: dict[str, dict[str, Any]] = {}
         for part in parts:
@@ -231,6 +232,7 @@ class Search:
                 stages.append(space.cut_stage(method, chosen, self.journal.values[f"score of {method}"]))
             else:
                 stages.append(space.weight_stages(method, chosen, bool(self.task.data)))
+        stages += variant.stages(list(by_method.get(BITS, ())))
         return stages or [{"cast": {"dtype": "fp32"}}]
 
     # ---- the search --------------------------------------------------------------------------------------------
@@ -240,24 +242,26 @@ class Search:
         if self.reference is None:
             self.measure_dense()
         try:
-            precision = self._precisions()
-            parts = self._parts(precision)
+            variant = self._variants()
+            parts = self._parts(variant.precision)
             if parts:
-                self._search(precision, parts)
+                self._search(variant, parts)
         except OutOfTime:
             return "time"
         return "done"
 
-    def _precisions(self) -> str | None:
+    def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
         assert self.reference is not None
-        self.add(replace(self.reference, speedup=dict.fromkeys(self.names, 1.0)))
-        for precision in precisions_of(self.task.dense)[1:]:
-            self.add(self._point(f"dense, {precision}", precision, self._stages({})))
-        measured = [p for p in self.points if p.loss is not None]
+        plain, *others = variants_of(self.task.dense, bool(self.task.data))
+        self.bases[plain] = self.add(replace(self.reference, speedup=dict.fromkeys(self.names, 1.0)))
+        for variant in others:
+            stages = self._stages({}, (), variant)
+            self.bases[variant] = self.add(self._point(f"dense, {variant.name}", variant.precision, stages))
+        measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         limit = self.task.targets.max_loss
-        within = [p for p in measured if limit is None or p.loss <= limit] or measured  # type: ignore[operator]
-        return max(within, key=lambda p: p.slowest).precision
+        within = {v: p for v, p in measured.items() if limit is None or p.loss <= limit} or measured  # type: ignore[operator]
+        return max(within, key=lambda v: within[v].slowest)
 
     def _parts(self, precision: str | None) -> list[Part]:
         """Return the parts of the model; their losses may take a third of the time that is left."""
@@ -270,10 +274,10 @@ class Search:
             raise OutOfTime
         return measurer.measure()
 
-    def _search(self, precision: str | None, parts: list[Part]) -> None:
+    def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit for one balance of the methods after the other."""
         scales: dict[str, float] = {}
-        best = self._along(precision, parts, scales)
+        best = self._along(variant, parts, scales)
         methods = sorted({p.method for p in parts})
         for factors in BALANCES if len(methods) > 1 else ():
             improved = True
@@ -281,7 +285,7 @@ class Search:
                 improved = False
                 for method, factor in product(methods, factors):
                     trial = {**scales, method: scales.get(method, 1.0) * factor}
-                    other = self._along(precision, parts, trial, start=best)
+                    other = self._along(variant, parts, trial, start=best)
                     if other is not None and (best is None or self._better(other, best)):
                         best, scales, improved = other, trial, True
 
@@ -290,7 +294,7 @@ class Search:
         return index == 1
 
     def _along(
-        self, precision: str | None, parts: list[Part], scales: Mapping[str, float], start: Point | None = None
+        self, variant: Variant, parts: list[Part], scales: Mapping[str, float], start: Point | None = None
     ) -> Point | None:
         """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better.
 
@@ -298,13 +302,13 @@ class Search:
         (the loss) or after some choice (time, bytes).
         """
         choices = solve.front(parts, scales)
-        base = next(p for p in self.points if p.precision == precision and p.loss is not None)
+        base = self.bases[variant]
         seen: dict[int, Point] = {0: base}
         low, high = 0, len(choices)  # the last one known to keep the loss, the first one known not to
         index = self._first_guess(choices, base, start)
         best: Point | None = None
         while index not in seen and len(self.points) < MAX_POINTS:
-            point = self.add(self._choice(precision, parts, choices[index], seen, choices))
+            point = self.add(self._choice(variant, parts, choices[index], seen, choices))
             seen[index] = point
             if point.loss is None:
                 choices = choices[:index]
@@ -364,23 +368,22 @@ class Search:
 
     def _choice(
         self,
-        precision: str | None,
+        variant: Variant,
         parts: list[Part],
         choice: Choice,
         seen: Mapping[int, Point],
         choices: Sequence[Choice],
     ) -> Point:
         """Measure one choice."""
-        name = describe(choice, parts, precision)
-        predicted = self._predicted(choice, parts, precision, seen, choices)
-        rows = self._rows(choice, parts, precision)
-        return self._point(name, precision, self._stages(choice.amounts, parts), predicted, rows)
+        name = describe(choice, parts, variant)
+        predicted = self._predicted(choice, parts, seen, choices)
+        rows = self._rows(choice, parts, variant)
+        return self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)
 
     def _predicted(
         self,
         choice: Choice,
         parts: Sequence[Part],
-        precision: str | None,
         seen: Mapping[int, Point],
         choices: Sequence[Choice],
     ) -> dict[str, Any]:
@@ -401,10 +404,11 @@ class Search:
         loss = solve.line(known, choice.loss) if others else None  # type: ignore[arg-type]
         return {"milliseconds": milliseconds, **({} if loss is None else {"loss": loss})}
 
-    def _rows(self, choice: Choice, parts: Sequence[Part], precision: str | None) -> tuple[dict[str, Any], ...]:
+    def _rows(self, choice: Choice, parts: Sequence[Part], variant: Variant) -> tuple[dict[str, Any], ...]:
         """Return a row for each part: what is done with it, and why."""
-        base = next(p for p in self.points if p.precision == precision and p.milliseconds)
+        base = self.bases[variant]
         whole = sum(t["median"] for t in base.milliseconds.values()) / len(base.milliseconds)
+        bits = {None: 32, "bf16": 16, "int8": 8}[variant.precision]
         rows = []
         for part in parts:
             amount = choice.amounts.get(part.key, 0.0)
@@ -416,7 +420,7 @@ class Search:
                 "layer": part.name, "choice": part.method if at is not None else "as it is",
                 "sparsity": amount if part.method not in (*CUTS, BITS) else 0.0,
                 "pattern": part.method if part.method not in (*CUTS, BITS) else "",
-                "bits": 4 if part.method == BITS and at is not None else {None: 32, "bf16": 16, "int8": 8}[precision],
+                "bits": 4 if part.method == BITS and at is not None else bits,
                 "kept": f"{part.units_left(amount)} of {part.size}" if part.method in CUTS else "",
                 "milliseconds": 0.0 if at is None else whole * means[at],
                 "loss": 0.0 if at is None else part.losses[at],
@@ -425,9 +429,9 @@ class Search:
         return tuple(rows)
 
 
-def describe(choice: Choice, parts: Sequence[Part], precision: str | None) -> str:
+def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:
     """Return a choice in short, such as "int8, 25 % fewer neurons, 10 % fewer heads"."""
-    words = [precision or "fp32"]
+    words = [variant.name]
     for method in dict.fromkeys(p.method for p in parts):
         sizes = [(p.size, choice.amounts.get(p.key, 0.0)) for p in parts if p.method == method]
         share = sum(size * amount for size, amount in sizes) / max(sum(size for size, _ in sizes), 1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rarefy.search.space import Amounts, Part
+from rarefy.search.space import CUTS, Amounts, Part
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ def hull(part: Part, scale: float = 1.0) -> list[Step]:
 def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> list[Choice]:
     """Return choices of rising saving, each with the least predicted loss; the first changes nothing. O(steps log).
 
+    Of several patterns for one layer the one whose first step is cheapest stays.
+
     `scales` multiplies the losses of a method.
     """
     scales = scales or {}
+    pattern_of: dict[str, str] = {}  # a layer is pruned or rounded in one way
     steps = [s for part in parts for s in hull(part, scales.get(part.method, 1.0))]
     choices = [Choice({}, 0.0, 0.0)]
     for step in sorted(steps, key=lambda s: s.loss / s.saving):
+        method, name = step.part.key
+        if method not in CUTS and pattern_of.setdefault(name, method) != method:
+            continue
         last = choices[-1]
         amounts = {**last.amounts, step.part.key: step.amount}
         choices.append(Choice(amounts, last.loss + step.loss, last.saving + step.saving))

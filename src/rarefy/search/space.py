@@ -246,7 +246,8 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
     chosen, count, used = [], 0, 0
     for batch in data:
         each = count_tokens(batch) / max(count_samples(batch), 1)
-        more = min(samples - count, count_samples(batch), max(int(min((tokens - used) / max(each, 1), SAMPLES)), 2 - count))
+        room = int(min((tokens - used) / max(each, 1), samples))
+        more = min(samples - count, count_samples(batch), max(room, 2 - count))
         if more <= 0:
             break
         chosen.append(first_samples(batch, more))
