@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
-from conftest import Net, Tied, tiny_bert
+from conftest import Net, Tied
 from helpers.compile_models import Attends
+from helpers.onnx_files import apart, bert, export, run, run_all
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import ops
 from rarefy.model.activation_quant import get_activation_quant
@@ -31,60 +32,6 @@ from rarefy.runtime import bindings
 from rarefy.runtime.packing import unpack
 
 OPSETS = [11, 13, 17, "dynamo"]
-
-
-def export(model: nn.Module, example: Any, path: Path, opset: Any = 13, names: tuple[str, ...] = ("x",)) -> Path:
-    """By torch's exporter: the one of TorchScript, or the one of today."""
-    example = example if isinstance(example, tuple) else (example,)
-    open_ = {n: {0: "batch"} for n in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if opset == "dynamo":
-            torch.onnx.export(
-                model, example, path, dynamo=True, external_data=False, verbose=False, input_names=list(names)
-            )
-        else:
-            how: dict[str, Any] = {"dynamo": False, "opset_version": opset, "input_names": list(names)}
-            torch.onnx.export(model, example, path, dynamic_axes=open_, **how)
-    return path
-
-
-class Words(nn.Module):
-    """A transformers model as a function of tensors."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-
-
-def bert(path: Path, opset: Any = 14) -> tuple[nn.Module, Path, dict[str, Tensor]]:
-    model = Words(zoo.lively(tiny_bert())).eval()
-    words = {"input_ids": torch.randint(5, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
-    words["attention_mask"][1, 4:] = 0
-    return model, export(model, tuple(words.values()), path / "bert.onnx", opset, tuple(words)), words
-
-
-def apart(got: Any, want: Tensor) -> float:
-    got = torch.as_tensor(np.asarray(got)) if not isinstance(got, Tensor) else got
-    assert got.shape == want.shape and got.dtype == want.dtype
-    return float((got - want).abs().max() / want.abs().max())
-
-
-def run(path: Path, feeds: dict[str, Tensor]) -> Tensor:
-    return run_all(path, feeds)[0]
-
-
-def run_all(path: Path, feeds: dict[str, Tensor]) -> list[Tensor]:
-    """By ONNX Runtime, operator by operator as written."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(y) for y in session.run(None, {n: t.numpy() for n, t in feeds.items()})]
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class Graph:
     nodes: list[Any]
     constants: dict[str, np.ndarray]
     opset: int
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
     initializers: Set[str] = frozenset()
     grids: dict[str, Grid] = field(default_factory=dict)
     quantized: dict[str, ActivationQuant] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def inputs_of(node: Any) -> list[str]:
     return names
 
 
-def read_graph(model: Any, kinds: Mapping[str, Kind]) -> Graph:
+def read_graph(model: Any, kinds: dict[str, Kind]) -> Graph:
     """Return the graph of a model, its constants collected from initializers and Constant nodes; ModelError for
     constants that are not arrays."""
     proto = model.graph

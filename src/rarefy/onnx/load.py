@@ -9,7 +9,7 @@ from typing import Any
 import torch  # noqa: F401 (for the example of the docstring)
 from torch import nn
 
-from rarefy.onnx import fusions, qdq
+from rarefy.onnx import fusions, layout, qdq
 from rarefy.onnx import graph as onnx_graph
 from rarefy.onnx.convert import convert
 from rarefy.onnx.graph import Graph
@@ -26,6 +26,8 @@ PASSES = (
     onnx_graph.remove_identities,
     fusions.fuse_gelu,
     fusions.fuse_layer_norm,
+    layout.fold_transposes,
+    onnx_graph.remove_identities,
 )
 
 
