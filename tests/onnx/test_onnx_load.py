@@ -109,7 +109,8 @@ def test_shapes_can_be_given(tmp_path):
     one = rarefy.from_onnx(path, shapes={n: (1, 7) for n in words})  # other than noise would have
     with torch.no_grad():
         assert apart(one(**{n: w[:1] for n, w in words.items()}), model(**{n: w[:1] for n, w in words.items()})) < 1e-5
-    sizes = [sum(n.target == "size" for n in m.graph.nodes) for m in (free, fixed)]
+    graphs: list[Any] = [free.graph, fixed.graph]
+    sizes = [sum(n.target == "size" for n in g.nodes) for g in graphs]
     assert sizes[1] == 0 < sizes[0]
     for shapes, says in [
         ({"input_id": (2, 7)}, "unknown input 'input_id'.*did you mean 'input_ids'"),

@@ -120,7 +120,8 @@ class _Folding:
         keep = attribute(node, "keepdims", 1)
         if not keep and rest != sorted(rest):
             return None
-        inputs, more = [source], {"axes": places}
+        inputs: list[str] = [source]
+        more: dict[str, Any] = {"axes": places}
         if len(node.input) > 1:
             inputs, more = [source, self.graph.add_constant(np.array(places, np.int64))], {}
         if keep:
