@@ -38,6 +38,7 @@ from rarefy.dependency.graph import trace
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import hf
 from rarefy.recipe.schema import Recipe
+from rarefy.search import space
 from rarefy.search.deploy import DECODE, deploy, times_of
 from runtime import alternate, keep_memory
 from values import keep
@@ -138,14 +139,14 @@ TASKS: dict[str, Callable[[int], Task]] = {
 
 def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe that removes the same share by each method in every group; layers in 4 bits are spread evenly."""
-    sizes = {g.name: g.size for g in trace(model, example).groups}
-    stages = []
+    graph, stages = trace(model, example), []
     for stage in copy.deepcopy(list(recipe["stages"])):
         options = next(iter(stage.values()))
         if "counts" in options:
-            all_of = {g.name: g for g in trace(model, example).groups if g.kind == options["units"] and g.lock is None}
-            share = sum(sizes[n] - c for n, c in options["counts"].items()) / sum(g.size for g in all_of.values())
-            options["counts"] = {n: max(1, round(g.size * (1 - share))) for n, g in all_of.items()}
+            groups = space.cuttable_groups(model, graph, options["units"], None, None)
+            lost = sum(g.size - options["counts"].get(g.name, g.size) for g in groups)
+            share = lost / sum(g.size for g in groups)
+            options["counts"] = {g.name: max(1, round(g.size * (1 - share))) for g in groups}
         elif "per_layer" in options:
             weights = {n: model.get_submodule(n).weight.numel() for n in options["per_layer"]}  # type: ignore[union-attr]
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rarefy.search.solve import at_loss, at_saving, front, hull
+from rarefy.search.solve import at_loss, at_saving, front, hull, shares, uniform_front
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
 
 
@@ -47,6 +47,18 @@ def test_choices_rise():
 def test_a_part_that_saves_nothing_is_left_alone():
     slow = Part("head", "a", 4, (0.5,), (0.1,), {"1": (-0.02,)})
     assert hull(slow) == [] and len(front([slow])) == 1
+
+
+def test_uniform_choices_lose_the_same_share_everywhere():
+    a, b = random_parts(0, count=2)
+    c = Part("head", "h", 4, (0.25, 0.5), (1.0, 2.0), {"1": (0.01, 0.02)})
+    choices = uniform_front([a, b, c], {"neuron": 0.4, "head": 0.25})
+    assert choices[0].amounts == {} and all(y.saving > x.saving for x, y in itertools.pairwise(choices))
+    for choice in choices[1:]:
+        assert choice.amounts.get(a.key) == choice.amounts.get(b.key)
+        assert choice.loss == pytest.approx(sum(p.losses[p.amounts.index(v)] for p in (a, b, c)
+                                                if (v := choice.amounts.get(p.key))))  # fmt: skip
+    assert shares(choices[-1], [a, b, c]) == {"neuron": 0.8, "head": 0.5}
 
 
 def test_a_layer_has_one_pattern():

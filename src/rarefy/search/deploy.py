@@ -15,7 +15,7 @@ from torch import nn
 from rarefy.checkpoint.save import save
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
-from rarefy.evaluation.outputs import outputs, token_mask
+from rarefy.evaluation.outputs import named_output, output_tensor, pool, token_mask
 from rarefy.evaluation.profiling import Times, compare, rates
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf
@@ -135,9 +135,18 @@ def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the outputs for each batch in fp32, without padding where a mask marks it."""
+    """Return the outputs for each batch in fp32: embeddings of texts where a model returns hidden states alone, else
+    all numbers but those at padding."""
     tensors = []
-    for inputs, output in outputs(model, batches, "", False):
-        mask = token_mask(inputs, output)
-        tensors.append((output if mask is None else output[mask]).float())
+    with evaluating(model):
+        for batch in batches:
+            inputs = without_targets(batch)
+            output = call(model, inputs)
+            tensor = output_tensor(output)
+            mask = token_mask(inputs, tensor)
+            if mask is not None and named_output(output, "last_hidden_state") is tensor:
+                tensor = pool(tensor.float(), mask)
+            elif mask is not None:
+                tensor = tensor[mask]
+            tensors.append(tensor.float())
     return tensors

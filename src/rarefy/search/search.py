@@ -94,6 +94,7 @@ class Search:
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
+        self.choices: dict[str, Choice] = {}  # by the names of their points
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
     # ---- time --------------------------------------------------------------------------------------------------
@@ -278,7 +279,11 @@ class Search:
     def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit for one balance of the methods after the other."""
         scales: dict[str, float] = {}
-        best = self._along(variant, parts, scales)
+        best = self._along(variant, parts, solve.front(parts))
+        if best is not None and best.name in self.choices:
+            shares = solve.shares(self.choices[best.name], parts)
+            other = self._along(variant, parts, solve.uniform_front(parts, shares), start=best)
+            best = other if other is not None and self._better(other, best) else best
         methods = sorted({p.method for p in parts})
         for factors in BALANCES if len(methods) > 1 else ():
             improved = True
@@ -286,7 +291,7 @@ class Search:
                 improved = False
                 for method, factor in product(methods, factors):
                     trial = {**scales, method: scales.get(method, 1.0) * factor}
-                    other = self._along(variant, parts, trial, start=best)
+                    other = self._along(variant, parts, solve.front(parts, trial), start=best)
                     if other is not None and (best is None or self._better(other, best)):
                         best, scales, improved = other, trial, True
 
@@ -295,14 +300,13 @@ class Search:
         return index == 1
 
     def _along(
-        self, variant: Variant, parts: list[Part], scales: Mapping[str, float], start: Point | None = None
+        self, variant: Variant, parts: list[Part], choices: list[Choice], start: Point | None = None
     ) -> Point | None:
         """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better.
 
         The line goes from the dense model to the fastest. What has to be kept on the way is kept before some choice
         (the loss) or after some choice (time, bytes).
         """
-        choices = solve.front(parts, scales)
         base = self.bases[variant]
         seen: dict[int, Point] = {0: base}
         low, high = 0, len(choices)  # the last one known to keep the loss, the first one known not to
@@ -320,10 +324,15 @@ class Search:
                 high = min(high, index)
             if point.loss is not None and (best is None or self._better(point, best)):
                 best = point
-            if start is not None and best is not None and not self._better(best, start):
-                return best  # this balance is no better at the speed of the best one
+            if start is not None and len(seen) == 2 and not self._promises(point, start):
+                return best
             index = self._next(choices, seen, low, high)
         return best
+
+    def _promises(self, point: Point, start: Point) -> bool:
+        """Return whether a point is better than the best one, or loses less at about its speed."""
+        less = point.loss is not None and start.loss is not None and point.loss < start.loss
+        return less or self._better(point, start)
 
     def _goes_on(self, point: Point) -> bool:
         """Return whether a faster choice is wanted: the loss allows it, or time and bytes need it."""
@@ -377,6 +386,7 @@ class Search:
     ) -> Point:
         """Measure one choice."""
         name = describe(choice, parts, variant)
+        self.choices[name] = choice
         predicted = self._predicted(choice, parts, seen, choices)
         rows = self._rows(choice, parts, variant)
         return self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)

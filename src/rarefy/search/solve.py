@@ -80,6 +80,35 @@ def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> l
     return choices
 
 
+def shares(choice: Choice, parts: Sequence[Part]) -> dict[str, float]:
+    """Return the share of all units or weights that each method of a choice removes."""
+    sizes, removed = dict[str, float](), dict[str, float]()
+    for part in parts:
+        sizes[part.method] = sizes.get(part.method, 0) + part.size
+        removed[part.method] = removed.get(part.method, 0) + part.size * choice.amounts.get(part.key, 0.0)
+    return {method: removed[method] / size for method, size in sizes.items() if removed[method]}
+
+
+def uniform_front(parts: Sequence[Part], share_of: Mapping[str, float]) -> list[Choice]:
+    """Return choices of rising saving in which each part loses the same share by a method: 1/8 to 2 times `share_of`.
+
+    The predictions may be wrong about which parts matter; these choices do not depend on them.
+    """
+    choices = [Choice({}, 0.0, 0.0)]
+    for sixteenth in range(2, 33):
+        amounts, loss, saving = {}, 0.0, 0.0
+        for part in parts:
+            wanted = share_of.get(part.method, 0.0) * sixteenth / 16
+            nearest = min((0.0, *part.amounts), key=lambda a, w=wanted: abs(a - w))
+            if nearest:
+                at = part.amounts.index(nearest)
+                amounts[part.key] = nearest
+                loss, saving = loss + part.losses[at], saving + mean_savings(part)[at]
+        if saving > choices[-1].saving:
+            choices.append(Choice(amounts, loss, saving))
+    return choices
+
+
 def at_loss(choices: Sequence[Choice], loss: float) -> int:
     """Return the number of the last choice whose predicted loss is at most this."""
     return max((i for i, c in enumerate(choices) if c.loss <= loss), default=0)
