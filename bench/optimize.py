@@ -147,6 +147,8 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             lost = sum(g.size - options["counts"].get(g.name, g.size) for g in groups)
             share = lost / sum(g.size for g in groups)
             options["counts"] = {g.name: max(1, round(g.size * (1 - share))) for g in groups}
+            if all(options["counts"][g.name] == g.size for g in groups):
+                continue  # too small a share for one unit of each group
         elif "per_layer" in options:
             weights = {n: model.get_submodule(n).weight.numel() for n in options["per_layer"]}  # type: ignore[union-attr]
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())

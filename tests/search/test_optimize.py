@@ -203,7 +203,7 @@ def test_evaluation_that_raises_on_the_dense_model_is_passed_on():
         ({"speedup": -1}, RecipeError, "speedup: expected a number above 0"),
         ({"target": "fast"}, RecipeError, "unknown target 'fast'"),
         ({"evaluate": "acuracy"}, DataError, "accuracy"),
-        ({"evaluate": "accuracy", "data": [X]}, DataError, "needs data of its own"),
+        ({"evaluate": "accuracy", "data": [X[:1]]}, DataError, "needs data of its own"),
         ({"data": 5}, DataError, "data"),
         ({"layers": "nothing.*"}, RarefyError, "matches no layer"),
         ({"net": "folder"}, ModelError, "expected a torch.nn.Module"),

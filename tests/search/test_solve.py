@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rarefy.search.solve import at_loss, at_saving, front, hull, shares, uniform_front
+from rarefy.search.solve import at_loss, at_saving, front, hull, shrunk
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
 
 
@@ -49,16 +49,20 @@ def test_a_part_that_saves_nothing_is_left_alone():
     assert hull(slow) == [] and len(front([slow])) == 1
 
 
-def test_uniform_choices_lose_the_same_share_everywhere():
-    a, b = random_parts(0, count=2)
-    c = Part("head", "h", 4, (0.25, 0.5), (1.0, 2.0), {"1": (0.01, 0.02)})
-    choices = uniform_front([a, b, c], {"neuron": 0.4, "head": 0.25})
-    assert choices[0].amounts == {} and all(y.saving > x.saving for x, y in itertools.pairwise(choices))
-    for choice in choices[1:]:
-        assert choice.amounts.get(a.key) == choice.amounts.get(b.key)
-        assert choice.loss == pytest.approx(sum(p.losses[p.amounts.index(v)] for p in (a, b, c)
-                                                if (v := choice.amounts.get(p.key))))  # fmt: skip
-    assert shares(choices[-1], [a, b, c]) == {"neuron": 0.8, "head": 0.5}
+def test_shrunk_losses_go_from_the_measured_to_a_uniform_allocation():
+    amounts = (0.25, 0.5, 0.75)
+    parts = [
+        Part("neuron", f"p{i}", 64, amounts, tuple(f * a**2 for a in amounts), {"1": tuple(s * a for a in amounts)})
+        for i, (f, s) in enumerate([(1.0, 0.1), (5.0, 0.1), (2.0, 0.3)])
+    ]
+    assert [p.losses for p in shrunk(parts, 0.0)] == [pytest.approx(p.losses) for p in parts]
+    ends = [c for c in front(shrunk(parts, 1.0)) if len(c.amounts) in (0, 3) and len(set(c.amounts.values())) <= 1]
+    assert [c.amounts.get(("neuron", "p0")) for c in ends] == [None, *amounts]  # all three lose the same fraction
+    half = shrunk(parts, 0.5)
+    even = shrunk(parts, 1.0)
+    for p, m, e in zip(half, parts, even):
+        assert p.losses == pytest.approx([(a * b) ** 0.5 for a, b in zip(m.losses, e.losses)])
+    assert sum(p.losses[1] for p in even) == pytest.approx(sum(p.losses[1] for p in parts))
 
 
 def test_a_layer_has_one_pattern():

@@ -2,7 +2,8 @@
 
 Predictions order the models along a line: from the dense one, each next model saves more time for the least predicted
 loss (`solve.front`). True losses rise along it, so the model that a limit allows is found by bisection with
-interpolation. Then the balance between methods is varied at the same speed, as long as that helps.
+interpolation. The first line is uniform; then measured losses of the parts, and other balances between methods, are
+tried at the same speed, as long as that helps.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from rarefy.search.targets import Targets, mean_speedup
 
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
+UNIFORM = (1.0, 0.5, 0.0)  # how far the losses of parts are taken as equal, see `solve.shrunk`
 RESERVED = 0.03  # of the time, for saving the result
 MAX_POINTS = 200
 
@@ -94,7 +96,7 @@ class Search:
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
-        self.choices: dict[str, Choice] = {}  # by the names of their points
+        self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
     # ---- time --------------------------------------------------------------------------------------------------
@@ -132,7 +134,8 @@ class Search:
     ) -> Point:
         """Return a point, from the journal or measured."""
         recipe = self._recipe(name, precision, stages)
-        digest = hashlib.sha256(json.dumps([recipe, precision], sort_keys=True).encode()).hexdigest()[:16]
+        same = json.dumps([recipe["stages"], recipe["seed"], precision], sort_keys=True)  # whatever the name
+        digest = hashlib.sha256(same.encode()).hexdigest()[:16]
         key = f"point {digest}"
         self._need_time(key)
         known = key in self.journal.values
@@ -199,10 +202,14 @@ class Search:
     def add(self, point: Point) -> Point:
         """Add a point to those that were tried, unless the same model is among them."""
         for other in self.points:
-            if (other.recipe, other.precision) == (point.recipe, point.precision):
+            if (other.recipe["stages"], other.precision) == (point.recipe["stages"], point.precision):
                 return other
-        self.points.append(point)
-        return point
+        names = {p.name for p in self.points}
+        free = (f"{point.name} ({n})" for n in range(2, MAX_POINTS + 3))
+        self.points.append(
+            point if point.name not in names else replace(point, name=next(n for n in free if n not in names))
+        )
+        return self.points[-1]
 
     def make(self, recipe: Mapping[str, Any]) -> nn.Module:
         """Return the dense model after the stages of a recipe."""
@@ -277,13 +284,13 @@ class Search:
         return measurer.measure()
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
-        """Find the choice at the limit for one balance of the methods after the other."""
-        scales: dict[str, float] = {}
-        best = self._along(variant, parts, solve.front(parts))
-        if best is not None and best.name in self.choices:
-            shares = solve.shares(self.choices[best.name], parts)
-            other = self._along(variant, parts, solve.uniform_front(parts, shares), start=best)
-            best = other if other is not None and self._better(other, best) else best
+        """Find the choice at the limit for one balance after the other: between parts, then between methods."""
+        best, weight = self._along(variant, parts, solve.front(solve.shrunk(parts, UNIFORM[0]))), UNIFORM[0]
+        for other_weight in UNIFORM[1:]:
+            other = self._along(variant, parts, solve.front(solve.shrunk(parts, other_weight)), start=best)
+            if other is not None and (best is None or self._better(other, best)):
+                best, weight = other, other_weight
+        balanced, scales = solve.shrunk(parts, weight), dict[str, float]()
         methods = sorted({p.method for p in parts})
         for factors in BALANCES if len(methods) > 1 else ():
             improved = True
@@ -291,7 +298,7 @@ class Search:
                 improved = False
                 for method, factor in product(methods, factors):
                     trial = {**scales, method: scales.get(method, 1.0) * factor}
-                    other = self._along(variant, parts, solve.front(parts, trial), start=best)
+                    other = self._along(variant, parts, solve.front(balanced, trial), start=best)
                     if other is not None and (best is None or self._better(other, best)):
                         best, scales, improved = other, trial, True
 
@@ -313,7 +320,7 @@ class Search:
         index = self._first_guess(choices, base, start)
         best: Point | None = None
         while index not in seen and len(self.points) < MAX_POINTS:
-            point = self.add(self._choice(variant, parts, choices[index], seen, choices))
+            point = self.add(self._choice(variant, parts, choices[index]))
             seen[index] = point
             if point.loss is None:
                 choices = choices[:index]
@@ -376,44 +383,27 @@ class Search:
         predicted = choices[low].loss + (limit - a) / (b - a) * (choices[high].loss - choices[low].loss)
         return choices[solve.at_loss(choices, predicted)].saving
 
-    def _choice(
-        self,
-        variant: Variant,
-        parts: list[Part],
-        choice: Choice,
-        seen: Mapping[int, Point],
-        choices: Sequence[Choice],
-    ) -> Point:
+    def _choice(self, variant: Variant, parts: list[Part], choice: Choice) -> Point:
         """Measure one choice."""
         name = describe(choice, parts, variant)
-        self.choices[name] = choice
-        predicted = self._predicted(choice, parts, seen, choices)
+        loss, savings = _sums(choice, parts, self.names)
+        predicted = self._predicted(self.bases[variant], loss, savings)
         rows = self._rows(choice, parts, variant)
-        return self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)
+        point = self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)
+        if point.loss is not None:
+            self.observed.append((loss, savings, point))
+        return point
 
-    def _predicted(
-        self,
-        choice: Choice,
-        parts: Sequence[Part],
-        seen: Mapping[int, Point],
-        choices: Sequence[Choice],
-    ) -> dict[str, Any]:
+    def _predicted(self, base: Point, loss: float, savings: Mapping[str, float]) -> dict[str, Any]:
         """Return the expected loss and milliseconds of a choice, corrected by the points measured before."""
-        base = seen[0]
-        saved = dict.fromkeys(self.names, 0.0)
-        for part in parts:
-            amount = choice.amounts.get(part.key)
-            if amount is not None:
-                at = part.amounts.index(amount)
-                saved = {n: s + part.savings[n][at] for n, s in saved.items()}
-        others = [(choices[i], p) for i, p in seen.items() if i and i < len(choices) and p.loss is not None]
-        correction = _correction(
-            [(c.saving, 1 - mean_speedup(base.speedup) / mean_speedup(p.speedup)) for c, p in others]
-        )
-        milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in saved.items()}
-        known = sorted([(0.0, base.loss), *((c.loss, p.loss) for c, p in others)])
-        loss = solve.line(known, choice.loss) if others else None  # type: ignore[arg-type]
-        return {"milliseconds": milliseconds, **({} if loss is None else {"loss": loss})}
+        pairs = [
+            (saved[n], 1 - base.speedup[n] / point.speedup[n]) for _, saved, point in self.observed for n in self.names
+        ]
+        correction = _correction(pairs)
+        milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in savings.items()}
+        known = sorted([(0.0, base.loss), *((e, point.loss) for e, _, point in self.observed)])
+        expected = {"loss": solve.line(known, loss)} if self.observed else {}  # type: ignore[arg-type]
+        return {"milliseconds": milliseconds, **expected}
 
     def _rows(self, choice: Choice, parts: Sequence[Part], variant: Variant) -> tuple[dict[str, Any], ...]:
         """Return a row for each part: what is done with it, and why."""
@@ -438,6 +428,17 @@ class Search:
                 "why": f"a hundredth of the time costs a loss of {each:.2g} or more",
             })  # fmt: skip
         return tuple(rows)
+
+
+def _sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Return the sums of predicted losses and savings of a choice."""
+    loss, savings = 0.0, dict.fromkeys(names, 0.0)
+    for part in parts:
+        amount = choice.amounts.get(part.key)
+        if amount is not None:
+            at = part.amounts.index(amount)
+            loss, savings = loss + part.losses[at], {n: s + part.savings[n][at] for n, s in savings.items()}
+    return loss, savings
 
 
 def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:

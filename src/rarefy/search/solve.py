@@ -8,7 +8,7 @@ least loss (the Lagrangian relaxation of the multiple-choice knapsack; Sinha and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rarefy.search.space import CUTS, Amounts, Part
@@ -80,33 +80,30 @@ def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> l
     return choices
 
 
-def shares(choice: Choice, parts: Sequence[Part]) -> dict[str, float]:
-    """Return the share of all units or weights that each method of a choice removes."""
-    sizes, removed = dict[str, float](), dict[str, float]()
-    for part in parts:
-        sizes[part.method] = sizes.get(part.method, 0) + part.size
-        removed[part.method] = removed.get(part.method, 0) + part.size * choice.amounts.get(part.key, 0.0)
-    return {method: removed[method] / size for method, size in sizes.items() if removed[method]}
+def shrunk(parts: Sequence[Part], weight: float) -> list[Part]:
+    """Return the parts with losses between the measured ones (weight 0) and those of a uniform allocation (weight 1).
 
-
-def uniform_front(parts: Sequence[Part], share_of: Mapping[str, float]) -> list[Choice]:
-    """Return choices of rising saving in which each part loses the same share by a method: 1/8 to 2 times `share_of`.
-
-    The predictions may be wrong about which parts matter; these choices do not depend on them.
+    Where each amount costs every part of a method the same loss for the time that it saves, all of them lose the same
+    fraction. Measured losses of single parts may mislead: they are of small changes and few samples.
     """
-    choices = [Choice({}, 0.0, 0.0)]
-    for sixteenth in range(2, 33):
-        amounts, loss, saving = {}, 0.0, 0.0
-        for part in parts:
-            wanted = share_of.get(part.method, 0.0) * sixteenth / 16
-            nearest = min((0.0, *part.amounts), key=lambda a, w=wanted: abs(a - w))
-            if nearest:
-                at = part.amounts.index(nearest)
-                amounts[part.key] = nearest
-                loss, saving = loss + part.losses[at], saving + mean_savings(part)[at]
-        if saving > choices[-1].saving:
-            choices.append(Choice(amounts, loss, saving))
-    return choices
+    result = []
+    for method in dict.fromkeys(p.method for p in parts):
+        alike = [p for p in parts if p.method == method]
+        grid = sorted({a for p in alike for a in p.amounts})
+        mean = [(a, _mean_slope(alike, a)) for a in grid]
+        for part in alike:
+            savings = [max(s, 0.0) for s in mean_savings(part)]
+            even = [s * (line(mean, a) if len(mean) > 1 else mean[0][1]) for a, s in zip(part.amounts, savings)]
+            losses = tuple(l ** (1 - weight) * e**weight for l, e in zip(part.losses, even))
+            result.append(replace(part, losses=losses))
+    return result
+
+
+def _mean_slope(parts: Sequence[Part], amount: float) -> float:
+    """Return the loss of all parts at their amounts next to this one, over the time that they save."""
+    at = [(p, min(range(len(p.amounts)), key=lambda i, p=p: abs(p.amounts[i] - amount))) for p in parts]
+    saving = sum(mean_savings(p)[i] for p, i in at)
+    return sum(p.losses[i] for p, i in at) / saving if saving > 0 else 0.0
 
 
 def at_loss(choices: Sequence[Choice], loss: float) -> int:
