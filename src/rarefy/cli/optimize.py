@@ -79,7 +79,7 @@ def optimize(
     from rarefy.search.optimize import optimize, save_result
     from rarefy.search.targets import objective_of, parse_targets
 
-    limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
+    limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     parse_targets(_limit(max_loss), objective_of(target, _limit(max_loss)), **limits)
     check_output_folder(out, force)
     source = shared.source(model)
