@@ -157,10 +157,12 @@ def test_agreement_similarity_and_divergence_of_a_classifier():
 
 def by_token(model, batches):
     """Return the logits of each real token, one text at a time without padding."""
+    rows = []
     with torch.no_grad():
         for batch in batches:
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
-                yield from model(input_ids=ids[mask.bool()][None]).logits[0].double()
+                rows += model(input_ids=ids[mask.bool()][None]).logits[0].double()
+    return rows
 
 
 def test_divergence_of_a_language_model_leaves_padding_out():

@@ -97,6 +97,11 @@ def optimize(
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
                 save_result(frontier, out, overwrite=force, files=_side_files(source))
+    _show(frontier, out, as_json, quiet)
+
+
+def _show(frontier: Any, out: Path, as_json: bool, quiet: bool) -> None:
+    """Print the result; exit with 1 where no model keeps all limits."""
     shared.show(frontier, as_json, quiet)
     if frontier.best is not None and not quiet:
         print(f"written to {out}", file=sys.stderr)

@@ -102,6 +102,7 @@ def optimize(
     Cost: `minutes`. Memory: the dense model, two copies and two compiled models.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
         >>> x = torch.randn(64, 64)
         >>> frontier = optimize(net, x, [x], max_loss="20%", minutes=1)
