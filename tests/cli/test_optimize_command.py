@@ -101,8 +101,10 @@ def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
         "any",
     ]
     arguments += ["--speedup", "1000", "--minutes", "5", "--tokens", "16", "--samples", "8"]
+    # a shell's background job ignores SIGINT, and so would Python
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rarefy.cli.main import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "rarefy", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     journal = tmp_path / ".out.work" / "stage-search" / "search.jsonl"
@@ -110,5 +112,5 @@ def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1 and ("interrupted" in stdout or "dense, int8" in stderr), stderr
+    assert process.returncode == 1 and "interrupted" in stdout, stderr
     assert (out / "frontier.json").is_file() and "Traceback" not in stderr
