@@ -30,16 +30,26 @@ def _sides(x: Tensor, kernel: Any, strides: Any, dilations: Any, pads: Any, auto
     return sides, beyond
 
 
+def _checked(name: str, kernel_shape: Ints, strides: Ints | None, dilations: Ints | None) -> tuple[int, Ints, Ints]:
+    """Return the number of dimensions, which torch must support, and steps with their defaults."""
+    n = len(kernel_shape)
+    require(0 < n < 4, f"{name} of {n} dimensions is not supported")
+    return n, strides or (1,) * n, dilations or (1,) * n
+
+
+def _plain(sides: Any, beyond: Any, kernel_shape: Ints) -> bool:
+    """Return whether torch's pooling pads alike: equally on both sides, by half a window at most."""
+    return all(a == b and not c and 2 * a <= k for (a, b), c, k in zip(sides, beyond, kernel_shape))
+
+
 def max_pool(
     x: Tensor, *, kernel_shape: Ints, auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: Ints | None = None,
     pads: Ints | None = None, storage_order: int = 0, strides: Ints | None = None, outputs: int = 1,
 ) -> Any:  # fmt: skip
     """Return the largest element of each window, and its place in the whole tensor."""
-    n = len(kernel_shape)
-    require(0 < n < 4, f"MaxPool of {n} dimensions is not supported")
-    strides, dilations = strides or (1,) * n, dilations or (1,) * n
+    n, strides, dilations = _checked("MaxPool", kernel_shape, strides, dilations)
     sides, beyond = _sides(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    plain = all(a == b and not c and 2 * a <= k for (a, b), c, k in zip(sides, beyond, kernel_shape))
+    plain = _plain(sides, beyond, kernel_shape)
     dtype, values = x.dtype, x
     if not x.is_floating_point() and dtype not in (torch.int64, torch.int32):
         values = x.to(torch.int32)
@@ -75,12 +85,10 @@ def average_pool(
     x: Tensor, *, kernel_shape: Ints, auto_pad: str = "NOTSET", ceil_mode: int = 0, count_include_pad: int = 0,
     dilations: Ints | None = None, pads: Ints | None = None, strides: Ints | None = None,
 ) -> Tensor:  # fmt: skip
-    n = len(kernel_shape)
-    require(0 < n < 4, f"AveragePool of {n} dimensions is not supported")
-    strides, dilations = strides or (1,) * n, dilations or (1,) * n
+    """Return the mean of each window; `count_include_pad`: zeros of the padding count."""
+    n, strides, dilations = _checked("AveragePool", kernel_shape, strides, dilations)
     sides, beyond = _sides(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    symmetric = all(a == b and not c and 2 * a <= k for (a, b), c, k in zip(sides, beyond, kernel_shape))
-    if symmetric and set(dilations) == {1}:
+    if _plain(sides, beyond, kernel_shape) and set(dilations) == {1}:
         padding = [a for a, _ in sides]
         return AVERAGE_POOL[n - 1](x, kernel_shape, strides, padding, count_include_pad=bool(count_include_pad))
     ones = torch.ones([1, 1, *x.shape[2:]], dtype=x.dtype)
