@@ -184,9 +184,8 @@ def measure(name: str, seed: int, minutes: float | None) -> Iterator[dict[str, A
         "found": make(found.best.compressed, precision=point.precision),
     }
     compared: dict[str, Any] = {n: {"quality": task.metric.measure(m)} for n, m in models.items()}
-    vocabulary = getattr(getattr(task.model, "config", None), "vocab_size", None)
     if found.batches == DECODE:
-        times = times_of(models, task.example, DECODE, vocabulary)
+        times = times_of(models, task.example, DECODE, task.model)
     else:
         times = _beside_peers(task, models, compared)
     for label, entry in compared.items():

@@ -246,7 +246,6 @@ def compile_(
 
     rarefy compile minilm --out fast/ --tokens 128
     """
-    from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import check_output_folder
     from rarefy.compiler.compile import compile
@@ -264,8 +263,7 @@ def compile_(
             compiled: Any = decoder(net, precision=precision)
         else:
             compiled = compile(net, example_input(net, tokens, batch, tokenizer), precision=precision)
-        names = ("config.json",)  # transformers needs it to find the tokenizer class
-        files = side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}
+        files = shared.files_beside_engine(source)
         receipt = getattr(net, "rarefy_receipt", None)
         size = save(compiled, out, files=files, receipt=receipt, overwrite=force)
     step = compiled.compiled if hf.is_causal_lm(net) else compiled

@@ -96,7 +96,7 @@ def optimize(
             )  # fmt: skip
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
-                save_result(frontier, out, overwrite=force, files=_side_files(source))
+                save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
     _show(frontier, out, as_json, quiet)
 
 
@@ -151,11 +151,3 @@ def _inputs(
         read = pair_batches if ranked else batches
         result["eval_data"] = read(eval_data, take, tokenizer=tokenizer, what="--eval-data")
     return result
-
-
-def _side_files(source: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer and its model's configuration."""
-    from rarefy.checkpoint.export import side_files
-
-    names = ("config.json",)  # transformers needs it to find the tokenizer's class
-    return side_files(source) | {n: (source / n).read_bytes() for n in names if (source / n).is_file()}

@@ -91,6 +91,14 @@ def kind_of(model: Any) -> str:
     return "decoder" if isinstance(model, Decoder) else "compiled model" if isinstance(model, Compiled) else "model"
 
 
+def files_beside_engine(source: Path) -> dict[str, bytes]:
+    """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer."""
+    from rarefy.checkpoint.export import side_files
+
+    config = source / "config.json"  # transformers needs it to find the tokenizer class
+    return side_files(source) | ({config.name: config.read_bytes()} if config.is_file() else {})
+
+
 def show(result: Any, as_json: bool, quiet: bool) -> None:
     """Print a report as text or JSON, unless `quiet`."""
     if as_json:

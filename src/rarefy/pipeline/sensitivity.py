@@ -110,11 +110,11 @@ def sensitivity(
     for layer, setting in track(todo, "measuring layers", progress):
         loss = None
         try:
-            weight = _compressed(layer, setting, stats, score)
+            weight = compressed_weight(layer, setting, stats, score)
         except PatternError as error:
             notes[f"{layer.full_name} was not measured at {setting.label}: {error}"] = None
         else:
-            with _replaced(layer, weight):
+            with replaced_weight(layer, weight):
                 loss = sign * (measured.measure(model) - dense)
         rows.append(_row(layer, setting, loss))
     summary = {"metric": measured.name, "of the dense model": dense}
@@ -146,7 +146,7 @@ def _inputs(batches: list[Any], metric: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def _compressed(layer: Layer, setting: Setting, stats: dict[str, LayerStats], score: str) -> Tensor:
+def compressed_weight(layer: Layer, setting: Setting, stats: dict[str, LayerStats], score: str) -> Tensor:
     """Return a layer's weight at a setting, in its stored shape; PatternError where the setting does not fit it."""
     weight = effective_weight(layer)
     if setting.pattern is not None:
@@ -162,7 +162,7 @@ def _compressed(layer: Layer, setting: Setting, stats: dict[str, LayerStats], sc
 
 
 @contextmanager
-def _replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
+def replaced_weight(layer: Layer, weight: Tensor) -> Iterator[None]:
     """Give a layer another weight for a while. The dense tensor itself comes back, so that no bit can change."""
     parameter = layer.original
     dense = parameter.data

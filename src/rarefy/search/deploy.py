@@ -64,7 +64,7 @@ def timed_names(model: nn.Module, batches: Sequence[int]) -> tuple[str, ...]:
 
 
 def times_of(
-    models: Mapping[str, Deployed], example: Any, names: Sequence[str], vocabulary: int | None
+    models: Mapping[str, Deployed], example: Any, names: Sequence[str], dense: nn.Module
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return quartiles of milliseconds of models whose calls take turns: {batch: {model: quartiles}}.
 
@@ -72,10 +72,10 @@ def times_of(
         models: deployed models by name.
         example: what they can be called with; it is repeated or cut to each batch size.
         names: what is timed, from `timed_names`.
-        vocabulary: of a language model.
+        dense: the model that they were made from; a language model's configuration has its vocabulary.
     """
     if names == DECODE:
-        assert vocabulary is not None
+        vocabulary: int = dense.config.vocab_size  # type: ignore[assignment, union-attr]
         steps = {n: decode_step(engine_in(m), PROMPT + NEW) for n, m in models.items()}
         rates_of = rates(steps, vocabulary, prompt=PROMPT, new=NEW, repeats=REPEATS[0])
         tokens = {"decode": ("decode", 1), "prompt": ("prefill", PROMPT)}

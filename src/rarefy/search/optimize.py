@@ -21,7 +21,6 @@ from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model.batches import count_samples, split_batch
 from rarefy.model.forward import check_batches, evaluating
 from rarefy.model.layers import Selector, select_layers, unwrap
-from rarefy.model.losses import Loss
 from rarefy.recipe.schema import Data
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
@@ -51,7 +50,6 @@ def optimize(
     higher_is_better: bool = True,
     layers: Selector = None,
     ignore: Selector = None,
-    loss: Loss | None = None,
     resume_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -86,7 +84,6 @@ def optimize(
         higher_is_better: of the number that a function returns.
         layers: selectors of layers that may change; by default all but embeddings and head.
         ignore: selectors of layers that stay as they are.
-        loss: callable(output, batch) for scores that read gradients.
         resume_dir: folder for what was measured: after a kill, the same call continues from there.
         seed: of all random choices.
         progress: say what is measured.
@@ -121,7 +118,7 @@ def optimize(
     calibration, held_out = _split(data, eval_data, evaluate, example)
     metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
     task = Task(
-        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, loss, data_options, seed,
+        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, data_options, seed,
         progress,
     )  # fmt: skip
     settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}

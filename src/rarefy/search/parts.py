@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
 
+from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import track
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.model import hf
 from rarefy.model.layers import Layer, Selector
+from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
@@ -61,6 +64,7 @@ class PartMeasurer:
         weights = sum(p.numel() for p in dense.parameters())
         self.few = space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
         self.wanted: list[Any] = []
+        self.stats: dict[str, LayerStats] = {}
         self.deployed: Deployed | None = None  # the dense model in this precision
 
     def measure(self) -> list[Part]:
@@ -88,11 +92,7 @@ class PartMeasurer:
         saved = self.journal.get(f"time of {method} {self.precision}", lambda: self._time_of_cut(groups, method))
         if max(saved.values()) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
             return []
-        scores: dict[str, Any] = {}  # computed where they are needed first
-
-        def scored() -> dict[str, Any]:
-            return scores or scores.update(space.removal_scores(self.dense, graph, groups, score, data)) or scores
-
+        scored = cache(lambda: space.removal_scores(self.dense, graph, groups, score, data))
         errors = self.journal.get(f"errors of {method}", lambda: space.local_errors(scored(), score))
         losses = self._group_losses(groups, method, scored, errors)
         shares = space.shares_of_groups(graph, groups)
@@ -163,18 +163,18 @@ class PartMeasurer:
         """Return the part of a call's time that is saved where all layers are pruned to a level, or quantized."""
         smaller = copy.deepcopy(self.dense)
         try:
+            names = [l.full_name for l in layers]
             if method == BITS:
-                space.quantize_(smaller, [l.full_name for l in layers])
+                space.quantize_(smaller, names)
             else:
-                space.change_(smaller, method, {l.full_name: level for l in layers}, [])
+                space.prune_quickly_(smaller, method, names, level)
             return self._saved_by(smaller)
         except RarefyError:
             return dict.fromkeys(self.names, 0.0)
 
     def _layer_losses(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
-        copied = copy.deepcopy(self.dense)
-        of_copy = {l.full_name: l for l in space.chosen_layers(copied, method, self.layers, self.ignore)}
-        losses: dict[str, float] = {}
+        score = "wanda" if self.data else "magnitude"
+        setting, losses = space.setting_of(method, level), dict[str, float]()
         for layer in track(layers, f"losses of {method} {level:g}", self.progress, len(layers)):
             name = layer.full_name
             key = f"loss of {method} {level} {name}"
@@ -182,8 +182,8 @@ class PartMeasurer:
                 continue
             losses[name] = self.journal.get(
                 key,
-                lambda n=name: space.measured_layer_loss(
-                    copied, of_copy[n], method, level, self.few if self.data else [], self._wanted(), self.few
+                lambda l=layer: space.measured_layer_loss(
+                    self.dense, l, setting, self._stats(layers, method, score), score, self.few, self._wanted()
                 ),
             )
         return _fill(losses, [l.full_name for l in layers])
@@ -204,6 +204,12 @@ class PartMeasurer:
 
     # ---- shared ------------------------------------------------------------------------------------------------
 
+    def _stats(self, layers: Sequence[Layer], method: str, score: str) -> dict[str, LayerStats]:
+        """Return what the score reads of the inputs of these layers, the same for all patterns; nothing for bits."""
+        if not self.stats and method != BITS:
+            self.stats = calibrate(self.dense, layers, score, self.few, None, 0)
+        return self.stats
+
     def _wanted(self) -> list[Any]:
         """Return the dense model's outputs on the few samples."""
         if not self.wanted:
@@ -215,8 +221,7 @@ class PartMeasurer:
         if self.deployed is None:
             self.deployed = deploy(self.dense, self.example, self.precision, self.few)
         models = {"dense": self.deployed, "smaller": deploy(smaller, self.example, self.precision, self.few)}
-        vocabulary = getattr(getattr(self.dense, "config", None), "vocab_size", None)
-        times = times_of(models, self.example, self.names, vocabulary)
+        times = times_of(models, self.example, self.names, self.dense)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
 
 

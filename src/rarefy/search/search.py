@@ -24,7 +24,6 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.evaluation.quality import Metric
 from rarefy.model.layers import Selector
-from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
@@ -59,7 +58,6 @@ class Task:
         seconds: how long the search may take.
         layers: selectors of layers that may change.
         ignore: selectors of layers that stay.
-        loss: for scores that read gradients.
         data_options: where recipes read the calibration data from; None where it was given as batches.
         seed: of all random choices.
         progress: whether to say what is measured.
@@ -74,7 +72,6 @@ class Task:
     seconds: float
     layers: Selector = None
     ignore: Selector = None
-    loss: Loss | None = None
     data_options: Data | None = None
     seed: int = 0
     progress: bool = False
@@ -159,11 +156,7 @@ class Search:
         except RarefyError as error:
             seconds = time.perf_counter() - began
             return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
-        dense_quality = quality if self.reference is None else self.reference.quality
-        assert dense_quality is not None
-        loss = (
-            self.task.targets.loss(dense_quality, quality, self.task.metric.higher_is_better) if self.reference else 0.0
-        )
+        loss = 0.0 if self.reference is None else self._loss(quality)
         point = Point(
             name, quality, loss, {n: t["model"] for n, t in times.items()},
             {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
@@ -181,8 +174,7 @@ class Search:
         """Return the times of a model and of the dense one, in turns."""
         assert self.dense_fast is not None
         models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
-        vocabulary = getattr(getattr(self.task.dense, "config", None), "vocab_size", None)
-        times = times_of(models, self.task.example, self.names, vocabulary)
+        times = times_of(models, self.task.example, self.names, self.task.dense)
         return {n: {"dense": t["model"], **t} for n, t in times.items()}
 
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
@@ -216,7 +208,7 @@ class Search:
         parsed = Recipe(**recipe)
         model = copy.deepcopy(self.task.dense)
         data = {"calibrate": list(self.task.data)} if self.task.data else None
-        context = RunContext(RunData(parsed, data), self.task.loss)
+        context = RunContext(RunData(parsed, data))
         run_stages(model, parsed, context)
         fold_(model)
         return model.eval()

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
 from rarefy.model.layers import Layer, Selector, select_layers
 from rarefy.model.masks import fold_
+from rarefy.model.sparsity_pattern import parse_pattern
+from rarefy.pipeline.sensitivity import GROUP, Setting, compressed_weight, replaced_weight
 from rarefy.prune.options import PruneOptions
 from rarefy.prune.prune import run_prune
 from rarefy.quantization.config import QuantizeOptions
@@ -36,7 +39,7 @@ from rarefy.structured.unit_selection import flops, groups_by_signature, keep_ma
 CUTS = ("neuron", "head", "channel")
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
-BITS, GROUP = "4 bits", 32  # and the inputs that share a scale
+BITS = "4 bits"
 MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
 SAMPLES, WORK = 32, 1.5e11  # for losses: at most so many samples, and tokens times weights; at least two samples
@@ -199,35 +202,23 @@ def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) ->
     return {name: w / total for name, w in work.items()}
 
 
+def setting_of(method: str, amount: float) -> Setting:
+    """Return a layer's setting: zeros in a pattern, or 4 bits."""
+    return Setting(bits=4) if method == BITS else Setting(parse_pattern(method), amount)
+
+
 def measured_layer_loss(
-    model: nn.Module, layer: Layer, method: str, amount: float, data: Sequence[Any], wanted: Any, judged: Sequence[Any]
+    model: nn.Module, layer: Layer, setting: Setting, stats: dict[str, LayerStats], score: str, data: Any, wanted: Any
 ) -> float:
-    """Return the loss where one layer alone is pruned by the size of weights and inputs, or rounded to 4 bits.
-
-    `judged` holds the batches whose outputs `wanted` are. The model is as before afterwards.
-    """
-    before = layer.original.detach().clone()
-    try:
-        change_(model, method, {layer.full_name: amount}, data)
-        return distance(model, wanted, judged)
-    finally:
-        with torch.no_grad():
-            layer.original.copy_(before)
+    """Return the loss where one layer alone is pruned by a score, or rounded; no other weights move."""
+    with replaced_weight(layer, compressed_weight(layer, setting, stats, score)):
+        return distance(model, wanted, data)
 
 
-def change_(model: nn.Module, method: str, amounts: Mapping[str, float], data: Sequence[Any]) -> None:
-    """Prune or round layers in place, quickly, without moving weights."""
-    if method == BITS:
-        for name in amounts:
-            module = model.get_submodule(name)
-            rounded = nn.Sequential(copy.deepcopy(module))  # apart, so that the model keeps no note of the grid
-            quantize_(rounded, ["*"])
-            with torch.no_grad():
-                module.weight.copy_(rounded[0].weight)  # type: ignore[operator, arg-type]
-    else:
-        score = "wanda" if data else "magnitude"
-        run_prune(model, PruneOptions(pattern=method, per_layer=dict(amounts), score=score), data or None)
-        fold_(model)
+def prune_quickly_(model: nn.Module, pattern: str, layers: Sequence[str], sparsity: float) -> None:
+    """Prune layers in place by the size of their weights, to time the model."""
+    run_prune(model, PruneOptions(pattern=pattern, per_layer=dict.fromkeys(layers, sparsity)))
+    fold_(model)
 
 
 def quantize_(model: nn.Module, layers: Sequence[str]) -> None:
