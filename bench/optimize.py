@@ -8,7 +8,8 @@
 
 After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
 runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
-State is kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
+Qualities in the table are of data that neither the search nor its calibration has seen. State is kept in
+build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import photos
 import rarefy
 import tables
 import texts
+import vision_net
 from rarefy.data import builtin, sources
 from rarefy.data.text_pairs import text_pairs
 from rarefy.dependency.graph import trace
@@ -55,7 +57,8 @@ class Task:
         model: the dense model.
         example: what it is timed with.
         data: calibration batches.
-        metric: how good a model is.
+        metric: how good a model is, in the search.
+        judge: the same of other data, which the search has not seen.
         max_loss: what may be lost.
         batch: batch sizes that are timed.
         minutes: of the search.
@@ -66,6 +69,7 @@ class Task:
     example: Any
     data: list[Any]
     metric: Metric
+    judge: Metric
     max_loss: str
     batch: tuple[int, ...]
     minutes: float
@@ -77,8 +81,11 @@ def minilm(seed: int) -> Task:
     folder = builtin.model_folder("minilm")
     tokenizer, model = hf.load_tokenizer(folder), hf.load_folder(folder).eval()
     data = frontier.calibration(tokenizer, 128, seed)
-    metric = metric_of("retrieval", model, text_pairs(texts.judged_articles(), tokenizer))
-    return Task(model, frontier.example(tokenizer, 16), data, metric, "1 point", (1, 16), 30)
+    metric, judge = (
+        metric_of("retrieval", model, text_pairs(pairs, tokenizer))
+        for pairs in (texts.other_articles(), texts.judged_articles())
+    )
+    return Task(model, frontier.example(tokenizer, 16), data, metric, judge, "1 point", (1, 16), 30)
 
 
 def off_grid(model: Any, seed: int) -> Any:
@@ -109,27 +116,42 @@ def smollm2(seed: int) -> Task:
     folder = builtin.model_folder("smollm2-135m")
     tokenizer, model = hf.load_tokenizer(folder), off_grid(hf.load_folder(folder).eval(), seed)
     data: Any = sources.batches("wiki", sources.Take(samples=32, tokens=512, batch=4, seed=seed), tokenizer=tokenizer)
-    held_out: Any = sources.batches("wiki-test", sources.Take(samples=24, tokens=512, batch=8), tokenizer=tokenizer)
-    return Task(model, data[0], data, metric_of("perplexity", model, held_out), "3%", (1,), 45, peers=False)
+    held_out: Any = sources.batches("wiki-test", sources.Take(samples=48, tokens=512, batch=8), tokenizer=tokenizer)
+    metric, judge = (metric_of("perplexity", model, held_out[i::2]) for i in (0, 1))
+    return Task(model, data[0], data, metric, judge, "3%", (1,), 45, peers=False)
 
 
-def images(name: str, key: str, data: Any, max_loss: str, minutes: float, seed: int) -> Task:
+def images(name: str, data: Any, metric: Metric, judge: Metric, max_loss: str, minutes: float, seed: int) -> Task:
     """A task of frontier_images.py."""
     task = frontier_images.TASKS[name]
-    model = task.dense(seed)
-    metric = Metric(key, True, lambda m: task.judge(m, model)[key], "%")
-    batches = tuple(task.batches)
-    return Task(model, data[: max(batches)].contiguous(), list(data.split(16)), metric, max_loss, batches, minutes)
+    batches, batch = tuple(task.batches), data[: max(task.batches)].contiguous()
+    return Task(task.dense(seed), batch, list(data.split(16)), metric, judge, max_loss, batches, minutes)
 
 
 def efficientnet(seed: int) -> Task:
     """EfficientNet-Lite0, judged by its agreement with the dense model on photographs."""
-    return images("efficientnet", "agreement", photos.crops(128, judged=False, seed=seed), "3%", 20, seed)
+    dense = frontier_images.TASKS["efficientnet"].dense(seed)
+    of_search, of_judge = photos.crops(1000, judged=False, seed=seed + 1000), frontier_images.judged_photos()
+
+    def agreement(x: torch.Tensor) -> Metric:
+        classes = frontier_images.outputs(dense, x).argmax(1)
+        same = lambda m: 100 * float((frontier_images.outputs(m, x).argmax(1) == classes).float().mean())  # noqa: E731
+        return Metric("agreement", True, same, "%")
+
+    data = photos.crops(128, judged=False, seed=seed)
+    return images("efficientnet", data, agreement(of_search), agreement(of_judge), "3%", 20, seed)
 
 
 def fashion(seed: int) -> Task:
-    """The small ResNet, judged by its accuracy."""
-    return images("fashion", "accuracy", frontier_images.TASKS["fashion"].calibration(seed), "1%", 15, seed)
+    """The small ResNet, judged by its accuracy on one half of the test images, searched on the other."""
+    _, _, x, y = vision_net.load()
+
+    def accuracy(half: slice) -> Metric:
+        right = lambda m: 100 * float((frontier_images.outputs(m, x[half]).argmax(1) == y[half]).float().mean())  # noqa: E731
+        return Metric("accuracy", True, right, "%")
+
+    data, middle = frontier_images.TASKS["fashion"].calibration(seed), len(x) // 2
+    return images("fashion", data, accuracy(slice(middle)), accuracy(slice(middle, None)), "1%", 15, seed)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
@@ -183,7 +205,7 @@ def measure(name: str, seed: int, minutes: float | None) -> Iterator[dict[str, A
         "uniform": make(same, precision=point.precision),
         "found": make(found.best.compressed, precision=point.precision),
     }
-    compared: dict[str, Any] = {n: {"quality": task.metric.measure(m)} for n, m in models.items()}
+    compared: dict[str, Any] = {n: {"quality": task.judge.measure(m)} for n, m in models.items()}
     if found.batches == DECODE:
         times = times_of(models, task.example, DECODE, task.model)
     else:
@@ -209,7 +231,7 @@ def _beside_peers(task: Task, models: Mapping[str, Any], compared: dict[str, Any
         singles = task.data if hasattr(task.example, "keys") else [x for b in task.data for x in b.split(1)]
         engine, timed = peers.openvino_int8(task.model, singles, examples, Path(place))
         called: Any = lambda *images, **inputs: engine(inputs or images[0])  # noqa: E731
-        compared["openvino int8"] = {"quality": task.metric.measure(called)}
+        compared["openvino int8"] = {"quality": task.judge.measure(called)}
         for batch, x in examples.items():
             runs: dict[str, Callable[[], Any]] = {
                 n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()

@@ -87,6 +87,12 @@ def judged_articles() -> list[tuple[str, str]]:
     return [(v["description"], v["extract"]) for v in all_articles() if v["description"] and v["extract"]][:JUDGED]
 
 
+def other_articles() -> list[tuple[str, str]]:
+    """Return 2,000 other such pairs, for choices that are judged by the first ones afterwards."""
+    pairs = [(v["description"], v["extract"]) for v in all_articles() if v["description"] and v["extract"]]
+    return pairs[JUDGED : 3 * JUDGED]
+
+
 def articles() -> Iterator[str]:
     """Yield articles that nothing is judged by, with title, in part, and their descriptions."""
     judged = {extract for _, extract in judged_articles()}

@@ -15,6 +15,31 @@ from rarefy.cli.inference_commands import example_input
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import RecipeError
 
+Evaluated = Annotated[
+    str | None,
+    typer.Option(
+        help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, kl. "
+        "By default how well the model agrees with the dense one, which needs no labels."
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
+        "and text. By default a quarter of --data."
+    ),
+]
+TrainMinutes = Annotated[
+    float,
+    typer.Option(min=0, help="Minutes of training after the search: the best models learn from the dense one."),
+]
+TrainData = Annotated[
+    str | None,
+    typer.Option(
+        help="Data to train on; no labels are read. By default --data: where it is a text or "
+        "folder and --eval-data is given, all of it."
+    ),
+]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
 
 
@@ -24,20 +49,8 @@ def optimize(
     data: Annotated[
         str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
     ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, kl. "
-            "By default how well the model agrees with the dense one, which needs no labels."
-        ),
-    ] = None,
-    eval_data: Annotated[
-        str | None,
-        typer.Option(
-            help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
-            "and text. By default a quarter of --data."
-        ),
-    ] = None,
+    evaluate: Evaluated = None,
+    eval_data: EvalData = None,
     max_loss: Annotated[
         str, typer.Option(help="Largest accepted loss: 1% of the dense model's number, or points of it, such as 0.5.")
     ] = "1%",
@@ -54,6 +67,9 @@ def optimize(
     samples: Annotated[int, typer.Option(min=1, help="Samples of --data.")] = 128,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
+    train: TrainMinutes = 0.0,
+    train_data: TrainData = None,
+    train_samples: Annotated[int | None, typer.Option(min=1, help="Samples to train on; by default all.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Selector of layers that may change; give several.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Selector of layers that stay; give several.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
@@ -65,10 +81,10 @@ def optimize(
 ) -> None:
     """Search the model that runs fastest on this machine within the loss you accept, and save it.
 
-    Tries the precisions of the engine, fewer neurons, heads and channels, zeros in patterns, and 4 bits, measures each
-    model as it is deployed, and keeps to the time. The output folder holds the compiled model (rarefy.load,
-    rarefy bench), recipe.yaml, which makes the torch model again (rarefy compress MODEL --recipe OUT/recipe.yaml), and
-    frontier.json with every model that was tried.
+    Tries the precisions of the engine, fewer neurons, heads, channels and blocks, zeros in patterns, low rank, and
+    4 bits, measures each model as it is deployed, and keeps to the time. The output folder holds the compiled model
+    (rarefy.load, rarefy bench), recipe.yaml, which makes the torch model again (rarefy compress MODEL --recipe
+    OUT/recipe.yaml), and frontier.json with every model that was tried.
 
     rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
 
@@ -87,12 +103,12 @@ def optimize(
         net, tokenizer = shared.load(source)
         net = net.float().eval()
         inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
+        training = _training(tokenizer, inputs, data, eval_data, train, train_data, train_samples)
         with resume_folder(out, fresh) as state:
             frontier = optimize(
                 net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
                 batch=batch or (1,), minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore,
-                seed=seed, resume_dir=state / "stage-search", progress=not quiet, data_options=inputs["options"],
-                **limits,
+                seed=seed, resume_dir=state / "stage-search", progress=not quiet, **training, **limits,
             )  # fmt: skip
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
@@ -115,6 +131,35 @@ def _limit(text: str) -> str | None:
     return None if text == "any" else text
 
 
+def _training(
+    tokenizer: Any, inputs: dict[str, Any], data: str | None, eval_data: str | None, minutes: float,
+    train_data: str | None, samples: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the options of training, with the recipe's section about all data."""
+    from rarefy.data.sources import Take, batches
+    from rarefy.recipe.schema import Data
+
+    options = inputs["options"]
+    if not minutes:
+        for name, value in (("--train-data", train_data), ("--train-samples", samples)):
+            if value is not None:
+                raise RecipeError(f"{name} has no effect without training: give --train MINUTES")
+        return {"data_options": options}
+    source = train_data or (data if eval_data is not None else None)
+    if source is None:
+        if samples is not None:
+            raise RecipeError("--train-samples has no effect on the calibration data: give --train-data or --eval-data")
+        if options is not None:  # the samples that are not for evaluation
+            options = options.model_copy(update={"train": options.calibrate})
+        return {"data_options": options, "train_minutes": minutes}
+    first = options or Data()
+    take = Take(samples=samples, tokens=first.tokens, batch=first.batch, seed=first.seed)
+    read = batches(source, take, tokenizer=tokenizer, what="--train-data")
+    place = str(Path(source).absolute()) if Path(source).exists() else source
+    options = first.model_copy(update={"train": place})
+    return {"data_options": options, "train_minutes": minutes, "train_data": read}
+
+
 def _inputs(
     net: Any, tokenizer: Any, data: str | None, evaluate: str | None, eval_data: str | None, tokens: int | None,
     samples: int, eval_samples: int | None, seed: int, batch: list[int] | None,
@@ -135,17 +180,18 @@ def _inputs(
         raise RecipeError(f"--evaluate {evaluate} needs texts or pairs of its own: give --eval-data FILE")
     if data is None and eval_data is None and evaluate not in (None, "similarity", "agreement", "kl"):
         raise RecipeError(f"--evaluate {evaluate} needs data: give --data or --eval-data")
-    length = tokens or (512 if hf.is_causal_lm(net) else 128)
+    length, size = (512, 8) if hf.is_causal_lm(net) else (128, 32)
+    length = tokens or length
     example = example_input(net, tokens, max(batch or (1,)), tokenizer)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
     if data is not None:
-        take = Take(samples=samples, tokens=length, batch=8, seed=seed)
+        take = Take(samples=samples, tokens=length, batch=size, seed=seed)
         try:
             result["data"] = batches(data, take, tokenizer=tokenizer, what="--data")
         except DataError as error:  # its hint is one for recipes
             raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
         place = str(Path(data).absolute()) if Path(data).exists() else data
-        result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=8, seed=seed)
+        result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=size, seed=seed)
     if eval_data is not None:
         take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
         read = pair_batches if ranked else batches

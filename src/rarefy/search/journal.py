@@ -68,6 +68,10 @@ class Journal:
                 self._append({"key": key, "value": value, "seconds": seconds})
         return self.values[key]
 
+    def folder_of(self, name: str) -> Path | None:
+        """Return a folder beside the file for the state of one long step, or None where nothing is on disk."""
+        return None if self.file is None else self.file.with_name(name.replace(" ", "-"))
+
     def _append(self, record: dict[str, Any]) -> None:
         assert self.file is not None
         with self.file.open("ab") as out:

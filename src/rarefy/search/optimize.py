@@ -25,6 +25,7 @@ from rarefy.recipe.schema import Data
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.journal import Journal
+from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search, Task
 from rarefy.search.targets import check_dense, objective_of, parse_targets
 
@@ -47,6 +48,8 @@ def optimize(
     batch: int | Sequence[int] = (1,),
     minutes: float = 60.0,
     eval_data: Iterable[Any] | None = None,
+    train_minutes: float = 0.0,
+    train_data: Iterable[Any] | None = None,
     higher_is_better: bool = True,
     layers: Selector = None,
     ignore: Selector = None,
@@ -57,10 +60,11 @@ def optimize(
 ) -> Frontier:
     """Search the model that loses least and runs fastest on this machine, within the limits that are given.
 
-    The search joins what Rarefy can do: precisions of the engine, units removed (neurons, heads, channels), weights
-    pruned in patterns, layers in 4 bits. It measures what each part of the model gains and costs, predicts the rest
-    (losses add up, SPDY, Frantar 2022; ZipLM, Kurtic 2023), makes the most promising models, measures them as they are
-    deployed, and corrects its predictions. Nothing is trained. The model itself is left as it is.
+    The search joins what Rarefy can do: precisions of the engine, units removed (neurons, heads, channels, whole
+    blocks), weights pruned in patterns, low-rank factors, layers in 4 bits. It measures what each part of the model
+    gains and costs, predicts the rest (losses add up, SPDY, Frantar 2022; ZipLM, Kurtic 2023), makes the most promising
+    models, measures them as they are deployed, and corrects its predictions. With `train_minutes` the one or two models
+    that promise most then learn from the dense one. The model itself is left as it is.
 
     Args:
         model: the model, in evaluation mode, on the CPU, in fp32.
@@ -81,6 +85,9 @@ def optimize(
         batch: batch sizes that are timed. Language models are timed at decoding and reading a prompt instead.
         minutes: how long the search may take, within 5 %. What was measured until then decides.
         eval_data: batches that `evaluate` measures on; by default a quarter of `data`, which is then not calibrated on.
+        train_minutes: how long models may be trained after the search, in addition to `minutes`: they learn the dense
+            model's outputs, so that no labels are needed. 0: nothing is trained.
+        train_data: batches to train on, the more the better; by default those of the calibration.
         higher_is_better: of the number that a function returns.
         layers: selectors of layers that may change; by default all but embeddings and head.
         ignore: selectors of layers that stay as they are.
@@ -96,7 +103,8 @@ def optimize(
     Raises:
         RarefyError: for a model, data or limits that do not fit, or an evaluation that fails on the dense model.
 
-    Cost: `minutes`. Memory: the dense model, two copies and two compiled models.
+    Cost: `minutes` and `train_minutes`. Memory: the dense model, two copies and two compiled models; training also
+    takes gradients and the optimizer's state.
 
     Example:
         >>> import torch
@@ -116,13 +124,16 @@ def optimize(
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
     calibration, held_out = _split(data, eval_data, evaluate, example)
+    recovery = _recovery(train_minutes, train_data, calibration)
     metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
     task = Task(
-        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, data_options, seed,
-        progress,
+        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, recovery, data_options,
+        seed, progress,
     )  # fmt: skip
     settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}
     settings |= {"model": _signature(inner), "samples": sum(map(count_samples, calibration))}
+    if recovery is not None:
+        settings |= {"training samples": sum(map(count_samples, recovery.data))}
     search = Search(task, Journal(parse_path(resume_dir), settings))
     with evaluating(inner):
         return _run(search)
@@ -219,6 +230,22 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
         raise DataError(f"evaluate={evaluate!r} needs data of its own: give eval_data=, or two samples of data or more")
     count = max(1, len(batches) // HELD_OUT)
     return batches[count:], batches[:count]
+
+
+def _recovery(minutes: float, data: Any, calibration: list[Any]) -> Recovery | None:
+    """Return what may be trained, or None."""
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise RecipeError(f"train_minutes: expected a number of at least 0, got {minutes!r}")
+    if data is not None:
+        check_batches(data, "train_data")
+        if not minutes:
+            raise RecipeError("train_data has no effect without training: give train_minutes")
+    if not minutes:
+        return None
+    batches = calibration if data is None else list(data)
+    if not batches:
+        raise DataError("training needs data: give train_data=batches, or data=batches")
+    return Recovery(60 * minutes, batches)
 
 
 def _signature(model: nn.Module) -> dict[str, Any]:

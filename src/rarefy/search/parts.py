@@ -15,18 +15,20 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import track
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.model import hf
-from rarefy.model.layers import Layer, Selector
+from rarefy.model.layers import Layer, Selector, all_layers
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
-from rarefy.search.solve import line
-from rarefy.search.space import BITS, CUTS, LEVELS, PATTERNS, PROBE, Part
+from rarefy.search.solve import line, mean_savings
+from rarefy.search.space import BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
 from rarefy.structured.cut import run_cut
+from rarefy.structured.layer_drop import Block
 from rarefy.structured.options import CutOptions
 
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
+CHEAP = 4.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
 class PartMeasurer:
@@ -73,9 +75,10 @@ class PartMeasurer:
         graph = trace(self.dense, self.example)
         for method in CUTS:
             result += self._groups(graph, method)
+        result += self._blocks()
         for method in (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS:
             result += self._weights(method)
-        return result
+        return result + self._low_rank(result)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -139,6 +142,41 @@ class PartMeasurer:
         savings = {n: tuple(a / 0.5 * s * share for a in amounts) for n, s in saved.items()}
         return Part(method, group.name, group.size, amounts, losses, savings)
 
+    # ---- whole blocks ------------------------------------------------------------------------------------------
+
+    def _blocks(self) -> list[Part]:
+        """Return the blocks that can be left out; one of each list stays."""
+        blocks = space.removable_blocks(self.dense, self.example, self.layers, self.ignore)
+        lists = [b.stack for b in blocks]
+        blocks = [b for b in blocks if lists.count(b.stack) > 1]
+        if not blocks:
+            return []
+        shares = space.shares_of_blocks(
+            blocks, space.shares_of_layers(self.dense, all_layers(self.dense), self.example)
+        )
+        timed = [b for i, b in enumerate(blocks) if i and b.stack == blocks[i - 1].stack][::2]
+        share = max(sum(shares[b.name] for b in timed), 1e-9)
+        saved = self.journal.get(f"time of {BLOCK} {self.precision}", lambda: self._time_of_blocks(timed))
+        if max(saved.values()) < space.MIN_SAVING:
+            return []
+        losses: dict[str, float] = {}
+        for block in track(blocks, "losses of layers", self.progress, len(blocks)):
+            key = f"loss of {BLOCK} {block.name}"
+            if key in self.journal.values or self.has_time():
+                losses[block.name] = self.journal.get(
+                    key, lambda b=block: space.measured_block_loss(self.dense, b, self.few, self._wanted())
+                )
+        losses = _fill(losses, [b.name for b in blocks])
+        savings = {b.name: {n: (s * shares[b.name] / share,) for n, s in saved.items()} for b in blocks}
+        return [Part(BLOCK, b.name, 1, (1.0,), (losses[b.name],), savings[b.name]) for b in blocks]
+
+    def _time_of_blocks(self, blocks: Sequence[Block]) -> dict[str, float]:
+        """Return the part of a call's time that is saved without these blocks."""
+        try:
+            return self._saved_by(space.without_blocks(self.dense, self.example, blocks))
+        except RarefyError:
+            return dict.fromkeys(self.names, 0.0)
+
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def _weights(self, method: str) -> list[Part]:
@@ -146,18 +184,27 @@ class PartMeasurer:
         if not layers:
             return []
         levels, timed = ((1.0,), (1.0,)) if method == BITS else (PROBE_LEVELS, TIMED_LEVELS)
-        saved: dict[float, dict[str, float]] = {}
-        for level in reversed(timed):
-            key = f"time of {method} {level} {self.precision}"
-            saved[level] = self.journal.get(key, lambda v=level: self._time_of_weights(layers, method, v))
-            if level == timed[-1] and max(saved[level].values()) < space.MIN_SAVING:
-                return []
+        saved = self._times_of_weights(layers, method, timed)
+        if not saved:
+            return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
         losses = {level: self._layer_losses(layers, method, level) for level in levels}
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
             for l in layers
         ]
+
+    def _times_of_weights(
+        self, layers: Sequence[Layer], method: str, levels: Sequence[float]
+    ) -> dict[float, dict[str, float]]:
+        """Return what all layers save at each level; nothing where that is little at the largest."""
+        saved: dict[float, dict[str, float]] = {}
+        for level in reversed(levels):
+            key = f"time of {method} {level} {self.precision}"
+            saved[level] = self.journal.get(key, lambda v=level: self._time_of_weights(layers, method, v))
+            if level == levels[-1] and max(saved[level].values()) < space.MIN_SAVING:
+                return {}
+        return saved
 
     def _time_of_weights(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
         """Return the part of a call's time that is saved where all layers are pruned to a level, or quantized."""
@@ -166,6 +213,8 @@ class PartMeasurer:
             names = [l.full_name for l in layers]
             if method == BITS:
                 space.quantize_(smaller, names)
+            elif method == RANK:
+                space.factorize_(smaller, names, level)
             else:
                 space.prune_quickly_(smaller, method, names, level)
             return self._saved_by(smaller)
@@ -201,6 +250,42 @@ class PartMeasurer:
             n: tuple(share * line([(v, saved[v][n]) for v in TIMED_LEVELS], a) for a in LEVELS) for n in saved[low]
         }
         return Part(method, layer.full_name, layer.weight.numel(), LEVELS, predicted, savings)
+
+    def _low_rank(self, others: Sequence[Part]) -> list[Part]:
+        """Return the layers that can be factorized; none where others cost far less for the same time."""
+        layers = space.chosen_layers(self.dense, RANK, self.layers, self.ignore)
+        saved = self._times_of_weights(layers, RANK, RANK_LEVELS) if layers else {}
+        if not saved:
+            return []
+        shares = space.shares_of_layers(self.dense, layers, self.example)
+        score = "wanda" if self.data else "magnitude"
+        first = RANK_LEVELS[0]
+        limit = CHEAP * min((p.losses[0] / max(mean_savings(p)[0], 1e-9) for p in others), default=math.inf)
+        losses: dict[float, dict[str, float]] = {level: {} for level in RANK_LEVELS}
+        mean_saved = sum(saved[first].values()) / len(saved[first])
+        for layer in track(layers, "losses of low rank", self.progress, len(layers)):
+            name = layer.full_name
+            for level in RANK_LEVELS:
+                key = f"loss of {RANK} {level} {name}"
+                if key not in self.journal.values and not self.has_time():
+                    continue
+                losses[level][name] = self.journal.get(
+                    key,
+                    lambda l=layer, v=level: space.measured_rank_loss(
+                        self.dense, l, v, self._stats(layers, RANK, score), self.few, self._wanted()
+                    ),
+                )
+                if losses[level][name] > limit * max(mean_saved * shares[name], 1e-9):
+                    break  # the higher levels of this layer cost even more
+        usable = [l for l in layers if all(l.full_name in losses[level] for level in RANK_LEVELS)]
+        return [
+            Part(
+                RANK, l.full_name, l.weight.numel(), RANK_LEVELS,
+                tuple(losses[level][l.full_name] for level in RANK_LEVELS),
+                {n: tuple(shares[l.full_name] * saved[level][n] for level in RANK_LEVELS) for n in self.names},
+            )
+            for l in usable
+        ]  # fmt: skip
 
     # ---- shared ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,18 +24,31 @@ from torch import nn
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.evaluation.quality import Metric
+from rarefy.model.batches import count_samples
 from rarefy.model.layers import Selector
 from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
-from rarefy.recipe.schema import Data, Recipe
-from rarefy.search import solve, space
+from rarefy.recipe.schema import Data, Recipe, TrainStage
+from rarefy.search import solve
 from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
+from rarefy.search.describe import describe, rows_of
 from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.parts import PartMeasurer
+from rarefy.search.recovery import (
+    REMAINS,
+    SHARES,
+    Recovery,
+    candidate,
+    fitting,
+    seconds_a_batch,
+    train_stage,
+    with_training,
+)
 from rarefy.search.solve import Choice
-from rarefy.search.space import BITS, CUTS, Amounts, Part
+from rarefy.search.space import CUTS, Amounts, Part
+from rarefy.search.stages import stages_of
 from rarefy.search.targets import Targets, mean_speedup
 
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
@@ -58,6 +72,7 @@ class Task:
         seconds: how long the search may take.
         layers: selectors of layers that may change.
         ignore: selectors of layers that stay.
+        recovery: training that comes after the search; None: nothing is trained.
         data_options: where recipes read the calibration data from; None where it was given as batches.
         seed: of all random choices.
         progress: whether to say what is measured.
@@ -72,6 +87,7 @@ class Task:
     seconds: float
     layers: Selector = None
     ignore: Selector = None
+    recovery: Recovery | None = None
     data_options: Data | None = None
     seed: int = 0
     progress: bool = False
@@ -87,6 +103,7 @@ class Search:
     def __init__(self, task: Task, journal: Journal):
         self.task, self.journal = task, journal
         self.began = time.perf_counter() - journal.seconds
+        self.seconds = task.seconds  # until when measurements begin
         self.names = timed_names(task.dense, task.batches)
         self.points: list[Point] = []
         self.costs: list[float] = []  # seconds of each point
@@ -104,7 +121,7 @@ class Search:
 
     def left(self) -> float:
         """Return the seconds that are left for measurements."""
-        return self.task.seconds * (1 - RESERVED) - self.elapsed()
+        return self.seconds * (1 - RESERVED) - self.elapsed()
 
     def _need_time(self, key: str) -> None:
         """Raise OutOfTime where a point that is not in the journal would take too long."""
@@ -131,9 +148,7 @@ class Search:
     ) -> Point:
         """Return a point, from the journal or measured."""
         recipe = self._recipe(name, precision, stages)
-        same = json.dumps([recipe["stages"], recipe["seed"], precision], sort_keys=True)  # whatever the name
-        digest = hashlib.sha256(same.encode()).hexdigest()[:16]
-        key = f"point {digest}"
+        key = f"point {_digest(recipe, precision)}"
         self._need_time(key)
         known = key in self.journal.values
         if self.task.progress and not known:
@@ -207,33 +222,35 @@ class Search:
         """Return the dense model after the stages of a recipe."""
         parsed = Recipe(**recipe)
         model = copy.deepcopy(self.task.dense)
-        data = {"calibrate": list(self.task.data)} if self.task.data else None
-        context = RunContext(RunData(parsed, data))
-        run_stages(model, parsed, context)
+        data: dict[str, Any] = {"calibrate": list(self.task.data)} if self.task.data else {}
+        trains, folder = any(isinstance(s, TrainStage) for s in parsed.stages), None
+        if trains:
+            data["train"] = self._training_data()
+            folder = self.journal.folder_of(f"training {_digest(recipe, None)}")
+        context = RunContext(RunData(parsed, data or None), progress=self.task.progress and trains)
+        run_stages(model, parsed, context, folder)
         fold_(model)
         return model.eval()
 
     def _recipe(self, name: str, precision: str | None, stages: list[Any]) -> dict[str, Any]:
         about = f"Found by rarefy optimize; compile with precision={precision!r}."
-        data = {} if self.task.data_options is None else {"data": self.task.data_options.model_dump(mode="json")}
+        data: dict[str, Any] = {}
+        if (options := self.task.data_options) is not None:
+            trained = any("train" in stage for stage in stages)
+            samples = sum(map(count_samples, self._training_data())) if trained else None
+            changes = {"train_samples": samples} if trained else {"train": None, "train_samples": None}
+            data = {"data": options.model_copy(update=changes).model_dump(mode="json", exclude_none=True)}
         return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
 
+    def _training_data(self) -> list[Any]:
+        """Return the batches that models are trained on: as many as the time allows to read once."""
+        assert self.task.recovery is not None
+        return list(self.task.recovery.data[: self.journal.values["training batches"]])
+
     def _stages(self, amounts: Amounts, parts: Sequence[Part], variant: Variant) -> list[dict[str, Any]]:
-        """Return the stages of a choice; a cast to fp32, which changes nothing, where there is none."""
-        by_method: dict[str, dict[str, Any]] = {}
-        for part in parts:
-            amount = amounts.get(part.key, 0.0)
-            if amount:
-                left = part.units_left(amount) if part.method in CUTS else amount
-                by_method.setdefault(part.method, {})[part.name] = left
-        stages = []
-        for method, chosen in by_method.items():
-            if method in CUTS:
-                stages.append(space.cut_stage(method, chosen, self.journal.values[f"score of {method}"]))
-            else:
-                stages.append(space.weight_stages(method, chosen, bool(self.task.data)))
-        stages += variant.stages(list(by_method.get(BITS, ())))
-        return stages or [{"cast": {"dtype": "fp32"}}]
+        """Return the stages of a choice."""
+        scores = {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
+        return stages_of(amounts, parts, variant, scores, bool(self.task.data))
 
     # ---- the search --------------------------------------------------------------------------------------------
 
@@ -241,14 +258,18 @@ class Search:
         """Search until nothing is left to try or the time is over; return why it ended."""
         if self.reference is None:
             self.measure_dense()
+        ended = "done"
         try:
             variant = self._variants()
             parts = self._parts(variant.precision)
             if parts:
                 self._search(variant, parts)
         except OutOfTime:
-            return "time"
-        return "done"
+            ended = "time"
+        if self.task.recovery is not None:
+            with suppress(OutOfTime):
+                self._recover(self.task.recovery)
+        return ended
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
@@ -293,6 +314,38 @@ class Search:
                     other = self._along(variant, parts, solve.front(balanced, trial), start=best)
                     if other is not None and (best is None or self._better(other, best)):
                         best, scales, improved = other, trial, True
+
+    def _recover(self, recovery: Recovery) -> None:
+        """Train the models that are expected to be the best ones after it, one after the other."""
+        began = self.journal.get("training began", self.elapsed)
+        self.seconds = (began + recovery.seconds) / (1 - RESERVED)
+        bases, remains = {v.precision: p for v, p in self.bases.items()}, REMAINS
+        for share in SHARES:
+            index = candidate(self.points, bases, self.task.targets, remains)
+            if index is None:
+                return
+            point = self.points[index]
+            train = self._training_of(point, recovery, share * (began + recovery.seconds - self.elapsed()))
+            stages = with_training(point.recipe["stages"], train)
+            trained = self.add(self._point(f"{point.name}, trained", point.precision, stages, rows=point.layers))
+            base = bases[point.precision].loss
+            if trained.loss is not None and point.loss is not None and base is not None and point.loss > base:
+                remains = min(max((trained.loss - base) / (point.loss - base), 0.1), 0.9)
+
+    def _training_of(self, point: Point, recovery: Recovery, seconds: float) -> dict[str, Any]:
+        """Return the stage that trains a point for about so many seconds, with those of making and measuring it."""
+        task = self.task
+
+        def epochs() -> int:
+            began = time.perf_counter()
+            student, stage = self.make(point.recipe), train_stage(task.dense, task.example, task.metric.name, 1)
+            each = seconds_a_batch(student, task.dense, stage, recovery.data, task.seed)
+            left = seconds - (time.perf_counter() - began) - point.seconds
+            batches = self.journal.get("training batches", lambda: fitting(left, each, len(recovery.data))[0])
+            return fitting(left, each, batches)[1]
+
+        count = self.journal.get(f"epochs of {_digest(point.recipe, point.precision)}", epochs)
+        return train_stage(task.dense, task.example, task.metric.name, count)
 
     def _better(self, a: Point, b: Point) -> bool:
         index, _ = self.task.targets.best([b, a])
@@ -380,7 +433,7 @@ class Search:
         name = describe(choice, parts, variant)
         loss, savings = _sums(choice, parts, self.names)
         predicted = self._predicted(self.bases[variant], loss, savings)
-        rows = self._rows(choice, parts, variant)
+        rows = rows_of(choice, parts, variant, self.bases[variant])
         point = self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)
         if point.loss is not None:
             self.observed.append((loss, savings, point))
@@ -397,29 +450,11 @@ class Search:
         expected = {"loss": solve.line(known, loss)} if self.observed else {}  # type: ignore[arg-type]
         return {"milliseconds": milliseconds, **expected}
 
-    def _rows(self, choice: Choice, parts: Sequence[Part], variant: Variant) -> tuple[dict[str, Any], ...]:
-        """Return a row for each part: what is done with it, and why."""
-        base = self.bases[variant]
-        whole = sum(t["median"] for t in base.milliseconds.values()) / len(base.milliseconds)
-        bits = {None: 32, "bf16": 16, "int8": 8}[variant.precision]
-        rows = []
-        for part in parts:
-            amount = choice.amounts.get(part.key, 0.0)
-            at = part.amounts.index(amount) if amount else None
-            means = solve.mean_savings(part)
-            cheapest = min(range(len(means)), key=lambda i: part.losses[i] / max(means[i], 1e-12))
-            each = part.losses[cheapest] / max(100 * means[cheapest], 1e-9)
-            rows.append({
-                "layer": part.name, "choice": part.method if at is not None else "as it is",
-                "sparsity": amount if part.method not in (*CUTS, BITS) else 0.0,
-                "pattern": part.method if part.method not in (*CUTS, BITS) else "",
-                "bits": 4 if part.method == BITS and at is not None else bits,
-                "kept": f"{part.units_left(amount)} of {part.size}" if part.method in CUTS else "",
-                "milliseconds": 0.0 if at is None else whole * means[at],
-                "loss": 0.0 if at is None else part.losses[at],
-                "why": f"a hundredth of the time costs a loss of {each:.2g} or more",
-            })  # fmt: skip
-        return tuple(rows)
+
+def _digest(recipe: Mapping[str, Any], precision: str | None) -> str:
+    """Return a name for what a recipe does, whatever its own name."""
+    same = json.dumps([recipe["stages"], recipe["seed"], precision], sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]
 
 
 def _sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) -> tuple[float, dict[str, float]]:
@@ -431,24 +466,6 @@ def _sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) -> tuple[
             at = part.amounts.index(amount)
             loss, savings = loss + part.losses[at], {n: s + part.savings[n][at] for n, s in savings.items()}
     return loss, savings
-
-
-def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:
-    """Return a choice in short, such as "int8, 25 % fewer neurons, 10 % fewer heads"."""
-    words = [variant.name]
-    for method in dict.fromkeys(p.method for p in parts):
-        sizes = [(p.size, choice.amounts.get(p.key, 0.0)) for p in parts if p.method == method]
-        share = sum(size * amount for size, amount in sizes) / max(sum(size for size, _ in sizes), 1)
-        if share:
-            percent = f"{100 * share:.0f} %"
-            words.append(
-                f"{percent} fewer {method}s"
-                if method in CUTS
-                else f"{percent} in 4 bits"
-                if method == BITS
-                else f"{percent} zeros ({method})"
-            )
-    return ", ".join(words)
 
 
 def _correction(pairs: Sequence[tuple[float, float]]) -> float:

@@ -7,11 +7,12 @@ least loss (the Lagrangian relaxation of the multiple-choice knapsack; Sinha and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from rarefy.search.space import CUTS, Amounts, Part
+from rarefy.search.space import BLOCK, CUTS, Amounts, Part
 
 
 @dataclass(frozen=True)
@@ -60,34 +61,62 @@ def hull(part: Part, scale: float = 1.0) -> list[Step]:
 
 
 def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> list[Choice]:
-    """Return choices of rising saving, each with the least predicted loss; the first changes nothing. O(steps log).
+    """Return choices of rising saving, each with the least predicted loss; the first changes nothing. O(steps parts).
 
-    Of several patterns for one layer the one whose first step is cheapest stays.
+    Of several methods for one layer's weight the one whose first step is cheapest stays. Where a whole block goes, what
+    was done inside it is undone; of each list one block stays.
 
     `scales` multiplies the losses of a method.
     """
     scales = scales or {}
-    pattern_of: dict[str, str] = {}  # a layer is pruned or rounded in one way
     steps = [s for part in parts for s in hull(part, scales.get(part.method, 1.0))]
+    method_of: dict[str, str] = {}  # a layer is pruned, factorized or rounded in one way
+    left = Counter(_list_of(p.name) for p in parts if p.method == BLOCK)
+    gone: list[str] = []
+    taken: dict[tuple[str, str], tuple[float, float, float]] = {}  # amount, loss and saving of each part
     choices = [Choice({}, 0.0, 0.0)]
     for step in sorted(steps, key=lambda s: s.loss / s.saving):
         method, name = step.part.key
-        if method not in CUTS and pattern_of.setdefault(name, method) != method:
+        if any(name.startswith(f"{block}.") for block in gone):
             continue
-        last = choices[-1]
-        amounts = {**last.amounts, step.part.key: step.amount}
-        choices.append(Choice(amounts, last.loss + step.loss, last.saving + step.saving))
+        after = dict(taken)
+        if method == BLOCK:
+            if left[_list_of(name)] == 1:
+                continue
+            after = {key: t for key, t in taken.items() if not key[1].startswith(f"{name}.")}
+        elif method not in CUTS and method_of.setdefault(name, method) != method:
+            continue
+        _, loss, saving = taken.get(step.part.key, (0.0, 0.0, 0.0))
+        after[step.part.key] = (step.amount, loss + step.loss, saving + step.saving)
+        choice = Choice(
+            {key: amount for key, (amount, _, _) in after.items()},
+            sum(loss for _, loss, _ in after.values()),
+            sum(saving for _, _, saving in after.values()),
+        )
+        if choice.saving <= choices[-1].saving:
+            continue
+        if method == BLOCK:
+            gone.append(name)
+            left[_list_of(name)] -= 1
+        taken = after
+        choices.append(choice)
     return choices
+
+
+def _list_of(block: str) -> str:
+    """Return the name of the list that a block is in."""
+    return block.rpartition(".")[0]
 
 
 def shrunk(parts: Sequence[Part], weight: float) -> list[Part]:
     """Return the parts with losses between the measured ones (weight 0) and those of a uniform allocation (weight 1).
 
     Where each amount costs every part of a method the same loss for the time that it saves, all of them lose the same
-    fraction. Measured losses of single parts may mislead: they are of small changes and few samples.
+    fraction. Measured losses of single parts may mislead: they are of small changes and few samples. Whole blocks keep
+    their losses: a fraction of a block cannot go.
     """
-    result = []
-    for method in dict.fromkeys(p.method for p in parts):
+    result = [p for p in parts if p.method == BLOCK]
+    for method in dict.fromkeys(p.method for p in parts if p.method != BLOCK):
         alike = [p for p in parts if p.method == method]
         grid = sorted({a for p in alike for a in p.amounts})
         mean = [(a, _mean_slope(alike, a)) for a in grid]

@@ -1,8 +1,9 @@
 """What may be done to each part of a model: the predicted loss and the time saved by each amount of it.
 
-A part is a group of units (neurons, heads, channels) that can be removed together, or the weight of a layer that can be
-pruned in a pattern or quantized to 4 bits. Losses are squared distances of the model's outputs where this part alone is
-changed; they add up for small changes. Times are those of the dense model's call in the same precision, taken as 1.
+A part is a group of units (neurons, heads, channels) that can be removed together, a whole block, or the weight of a
+layer that can be pruned in a pattern, factorized or quantized to 4 bits. Losses are squared distances of the model's
+outputs where this part alone is changed; they add up for small changes. Times are those of the dense model's call in
+the same precision, taken as 1.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import nn
 from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
+from rarefy.lowrank.svd import FactorizeOptions, run_factorize, truncated
 from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
-from rarefy.model.layers import Layer, Selector, select_layers
+from rarefy.model.layers import Layer, Selector, all_layers, select_layers
 from rarefy.model.masks import fold_
 from rarefy.model.sparsity_pattern import parse_pattern
 from rarefy.pipeline.sensitivity import GROUP, Setting, compressed_weight, replaced_weight
@@ -33,13 +35,17 @@ from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.cut import remove_and_compensate, run_cut
 from rarefy.structured.group_selection import select_groups
 from rarefy.structured.importance import unit_scores
+from rarefy.structured.layer_drop import Block, drop_layers_, droppable, skipping
 from rarefy.structured.options import CutOptions
 from rarefy.structured.unit_selection import flops, groups_by_signature, keep_masks
 
 CUTS = ("neuron", "head", "channel")
+BLOCK = "layer"  # whole blocks, such as those of a transformer
+RANK = "low rank"
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
 BITS = "4 bits"
+RANK_LEVELS = (0.3, 0.5, 0.7)  # fractions of a layer's weights that its factors save
 MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
 SAMPLES, WORK = 32, 1.5e11  # for losses: at most so many samples, and tokens times weights; at least two samples
@@ -53,10 +59,10 @@ class Part:
     """A part of a model, and what an amount of a method does to it.
 
     Attributes:
-        method: neuron, head or channel (removed), a pattern (pruned), or "4 bits".
-        name: of the group or layer.
-        size: units of the group, or weights of the layer.
-        amounts: fractions that may be removed or pruned, rising; of 4 bits 1.
+        method: neuron, head, channel or layer (removed), a pattern (pruned), "low rank", or "4 bits".
+        name: of the group, block or layer.
+        size: units of the group, weights of the layer, or 1 for a block.
+        amounts: fractions that may be removed or pruned, rising; of a block and of 4 bits 1.
         losses: predicted loss of each amount.
         savings: by name of what is timed, the part of the call's time that each amount saves.
     """
@@ -109,11 +115,6 @@ def cuttable_groups(
     except RarefyError:
         return ()
     return tuple(g for g in groups if group_amounts(g.size, method))
-
-
-def cut_stage(method: str, counts: Mapping[str, int], score: str) -> dict[str, Any]:
-    """Return the recipe's stage that leaves so many units in each group."""
-    return {"cut": {"units": method, "counts": dict(counts), "score": score}}
 
 
 def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Sequence[Any], method: str) -> str:
@@ -172,16 +173,40 @@ def shares_of_groups(graph: Graph, groups: Sequence[Group]) -> dict[str, float]:
     return {name: s / total for name, s in saved.items()}
 
 
+# ---- whole blocks --------------------------------------------------------------------------------------------------
+
+
+def removable_blocks(model: nn.Module, example: Any, layers: Selector, ignore: Selector) -> list[Block]:
+    """Return the blocks that can go as a whole: the rest fits without them, and all their layers may change."""
+    try:
+        blocks = droppable(model, example)
+    except RarefyError:
+        return []
+    if layers is None and ignore is None:
+        return blocks
+    stay = {l.full_name for l in all_layers(model)} - {l.full_name for l in select_layers(model, layers, ignore)}
+    return [b for b in blocks if not any(name.startswith(f"{b.name}.") for name in stay)]
+
+
+def without_blocks(model: nn.Module, example: Any, blocks: Sequence[Block]) -> nn.Module:
+    """Return a copy of the model without some of its blocks."""
+    smaller = copy.deepcopy(model)
+    drop_layers_(smaller, example, layers=[b.name for b in blocks], score="random")
+    return smaller
+
+
+def measured_block_loss(model: nn.Module, block: Block, data: Sequence[Any], wanted: Any) -> float:
+    """Return the loss where a block returns its input."""
+    with skipping([block]):
+        return distance(model, wanted, data)
+
+
+def shares_of_blocks(blocks: Sequence[Block], shares: Mapping[str, float]) -> dict[str, float]:
+    """Return each block's part of the multiply-adds, from those of its layers."""
+    return {b.name: sum(s for name, s in shares.items() if name.startswith(f"{b.name}.")) for b in blocks}
+
+
 # ---- weights of layers ---------------------------------------------------------------------------------------------
-
-
-def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> dict[str, Any]:
-    """Return the recipe's stage that prunes or quantizes these layers."""
-    if method == BITS:
-        solver = {"solver": "obs"} if has_data else {}
-        return {"quantize": {"weights": "int4", "group": GROUP, "layers": list(amounts), **solver}}
-    solver = {"solver": "admm"} if has_data else {"score": "magnitude"}
-    return {"prune": {"pattern": method, "per_layer": dict(amounts), **solver}}
 
 
 def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, float]:
@@ -200,6 +225,20 @@ def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) ->
     work = {l.full_name: l.weight.numel() * positions.get(l.full_name, 0) for l in layers}
     total = max(sum(work.values()), 1)
     return {name: w / total for name, w in work.items()}
+
+
+def measured_rank_loss(
+    model: nn.Module, layer: Layer, level: float, stats: Mapping[str, LayerStats], data: Any, wanted: Any
+) -> float:
+    """Return the loss where one Linear layer alone is factorized, with each input weighted by its size in the data."""
+    weight = layer.weight.detach().float()
+    scale = torch.ones(weight.shape[1])
+    if layer.full_name in stats and stats[layer.full_name].in_square is not None:
+        scale = stats[layer.full_name].in_norm.flatten().float().clamp_min(1e-6)
+    rank = max(1, int((1 - level) * weight.numel() / sum(weight.shape)))
+    a, b, _ = truncated(weight * scale, None, rank)
+    with replaced_weight(layer, a @ b / scale):
+        return distance(model, wanted, data)
 
 
 def setting_of(method: str, amount: float) -> Setting:
@@ -221,6 +260,11 @@ def prune_quickly_(model: nn.Module, pattern: str, layers: Sequence[str], sparsi
     fold_(model)
 
 
+def factorize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
+    """Replace layers in place by factors that save a fraction of their weights, to time the model."""
+    run_factorize(model, FactorizeOptions(keep=1 - level, layers=tuple(layers)))
+
+
 def quantize_(model: nn.Module, layers: Sequence[str]) -> None:
     """Round layers to 4 bits in place, to the nearest."""
     run_quantize(model, QuantizeOptions(weights="int4", group=GROUP, layers=tuple(layers)))
@@ -228,7 +272,7 @@ def quantize_(model: nn.Module, layers: Sequence[str]) -> None:
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
     """Return the layers whose weights a method may change."""
-    kinds = (nn.Linear,) if method == BITS else (nn.Linear, nn.Conv2d)
+    kinds = (nn.Linear,) if method in (BITS, RANK) else (nn.Linear, nn.Conv2d)
     return [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
 
 

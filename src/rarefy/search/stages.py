@@ -1,0 +1,70 @@
+"""The stages of a recipe that do what a search has chosen, and their names after whole layers have gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rarefy.pipeline.sensitivity import GROUP
+from rarefy.search.deploy import Variant
+from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part
+
+
+def stages_of(
+    amounts: Amounts, parts: Sequence[Part], variant: Variant, scores: Mapping[str, str], has_data: bool
+) -> list[dict[str, Any]]:
+    """Return the stages of a choice; a cast to fp32, which changes nothing, where there is none.
+
+    Whole layers go first, so that all that follows is fitted to what is left of the model.
+
+    Args:
+        amounts: what is done to each part.
+        parts: all parts.
+        variant: the precision, with its own last stages.
+        scores: by method the score of units, from `space.cut_score`.
+        has_data: whether there is calibration data.
+    """
+    dropped = [p.name for p in parts if p.method == BLOCK and amounts.get(p.key)]
+    by_method: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        amount = amounts.get(part.key, 0.0)
+        if amount and part.method != BLOCK:
+            left = part.units_left(amount) if part.method in CUTS else amount
+            by_method.setdefault(part.method, {})[renumbered(part.name, dropped)] = left
+    stages: list[dict[str, Any]] = [{"cut": {"units": BLOCK, "layers": dropped}}] if dropped else []
+    for method, chosen in by_method.items():
+        if method in CUTS:
+            stages.append({"cut": {"units": method, "counts": chosen, "score": scores[method]}})
+        else:
+            stages += weight_stages(method, chosen, has_data)
+    stages += variant.stages(list(by_method.get(BITS, ())))
+    return stages or [{"cast": {"dtype": "fp32"}}]
+
+
+def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> list[dict[str, Any]]:
+    """Return the stages that prune, factorize or quantize these layers."""
+    if method == BITS:
+        solver = {"solver": "obs"} if has_data else {}
+        return [{"quantize": {"weights": "int4", "group": GROUP, "layers": list(amounts), **solver}}]
+    if method == RANK:
+        levels = sorted(set(amounts.values()))
+        names = {level: [n for n, a in amounts.items() if a == level] for level in levels}
+        return [{"factorize": {"keep": round(1 - level, 4), "layers": names[level]}} for level in levels]
+    solver = {"solver": "admm"} if has_data else {"score": "magnitude"}
+    return [{"prune": {"pattern": method, "per_layer": dict(amounts), **solver}}]
+
+
+def renumbered(name: str, dropped: Sequence[str]) -> str:
+    """Return the name of a layer or group after blocks have gone from the lists before it.
+
+    >>> renumbered("layers.4.attention", ["layers.1", "layers.3", "layers.5"])
+    'layers.2.attention'
+    """
+    for stack in dict.fromkeys(block.rpartition(".")[0] for block in dropped):
+        prefix = f"{stack}." if stack else ""
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit():
+            gone = [int(b.removeprefix(prefix)) for b in dropped if b.rpartition(".")[0] == stack]
+            fewer = int(number) - sum(n < int(number) for n in gone)
+            name = f"{prefix}{fewer}" + (f".{rest}" if rest else "")
+    return name
