@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
+from typing import Any
 
-from records import read, table
+from records import by, number, read, table
+
+MAX_DIFFERENCE = 1e-4  # of the largest output, up to which a model read from a file equals ONNX Runtime
 
 
 def onnx_totals() -> str:
@@ -36,4 +41,31 @@ def onnx_operators() -> str:
     return table(["", "operators, and how many tests they have"], [row for row in rows if row[1]])
 
 
-TABLES: dict[str, Callable[[], str]] = {"onnx-operators": onnx_operators, "onnx-totals": onnx_totals}
+def onnx_models() -> str:
+    """How many files of each architecture are read and equal ONNX Runtime, and times where they were measured."""
+    lines, ratios = [], []
+    for name, records in by(read("onnx_models"), "model").items():
+        outcomes = [v for r in records for v in r.get("files", {}).items()]
+        files = {k: v for k, v in dict(outcomes).items() if not str(v).startswith("not exported")}
+        differences = [v for v in files.values() if isinstance(v, float)]
+        equal = sum(d <= MAX_DIFFERENCE for d in differences)
+        cells = [name, f"{equal} of {len(files)}", f"{max(differences, default=math.nan):.1e}"]
+        timed: dict[str, Any] = next((r for r in reversed(records) if r["run"] == "speed"), {})
+        if timed:
+            theirs, ours = timed["onnxruntime"][1], timed["compiled"][1]
+            ratios.append(theirs / ours)
+            cells += [number(theirs), number(ours), f"{theirs / ours:.2f}x"]
+        lines.append(cells)
+    head = ["architecture", "files that equal ONNX Runtime", "largest difference"]
+    if not ratios:
+        return table(head, lines)
+    lines = [line + [""] * (6 - len(line)) for line in lines]
+    mean = f"Geometric mean {statistics.geometric_mean(ratios):.2f}x, least {min(ratios):.2f}x."
+    return f"{table([*head, 'ONNX Runtime, ms', 'compiled, ms', 'times as fast'], lines)}\n\n{mean}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "onnx-models": onnx_models,
+    "onnx-operators": onnx_operators,
+    "onnx-totals": onnx_totals,
+}

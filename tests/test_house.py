@@ -121,6 +121,19 @@ def test_no_code_from_files(path):
             assert not {a.name for a in node.names} & banned
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_no_private_or_deprecated_part_of_torch_for_onnx(path):
+    names = {n for node in ast.walk(ast.parse(path.read_text())) for n in imported(node)}
+    assert not [n for n in names if n.startswith(("torch.ao", "torch.onnx._", "torch.onnx.symbolic"))]
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Return the full names that an import statement names."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
 def test_files_stay_short():
     long = {str(p.relative_to(SRC)): n for p in FILES if (n := len(p.read_text().splitlines())) > 500}
     assert not long

@@ -1,13 +1,11 @@
-"""Quantized models in the layouts of others, read back by those others: compressed-tensors, ONNX Runtime, torch.export."""
+"""Quantized models in the layouts of others, read back by those others: compressed-tensors, torch.export."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
-from torch import nn
 
 import rarefy
 from conftest import Net, tiny_llama
@@ -86,113 +84,6 @@ def test_what_that_layout_has_no_word_for(do, says, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
-# ONNX
-
-
-def run(path, *inputs):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI its sums of bytes overflow
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    given = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)}
-    return torch.from_numpy(session.run(None, given)[0])
-
-
-def kinds(path):
-    import onnx
-
-    return [n.op_type for n in onnx.load(path).graph.node]
-
-
-def stored_in_bytes(path):
-    """How many numbers of a file are bytes."""
-    import onnx
-
-    return sum(math.prod(i.dims) for i in onnx.load(path).graph.initializer if i.data_type == onnx.TensorProto.INT8)
-
-
-def picture_net():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(16 * 9, 10),
-    ).eval()  # fmt: skip
-
-
-@pytest.mark.parametrize(("activations", "group"), [(None, None), ("int8-static", None), ("int8-static", "tensor")])
-def test_onnx_runtime_returns_the_same(activations, group, tmp_path):
-    torch.manual_seed(0)
-    net, data = picture_net(), [torch.randn(16, 3, 8, 8)]
-    options = {"activations": activations, "data": data} if activations else {}
-    rarefy.quantize_(net, "int8", group=group, layers=["Conv2d", "Linear"], **options)
-    state = copy.deepcopy(net.state_dict())
-    path = rarefy.export_onnx(net, data[0][:4], tmp_path / "net.onnx")
-    found = kinds(path)
-    assert found.count("DequantizeLinear") == 3 + (3 if activations else 0)
-    assert found.count("QuantizeLinear") == (3 if activations else 0)
-    for n in (1, 4, 9):  # batches stay open
-        x = torch.randn(n, 3, 8, 8)
-        got, want = run(path, x), net(x).detach()
-        assert float((got - want).norm() / want.norm()) < (0.02 if activations else 1e-5)
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert stored_in_bytes(path) >= sum(m.weight.numel() for m in (net[0], net[2], net[5]))
-
-
-def test_one_tensor_as_two_inputs(tmp_path):
-    class Difference(nn.Module):
-        def forward(self, p, q):
-            return p - 2 * q
-
-    onnxruntime = pytest.importorskip("onnxruntime")
-    x, y = torch.randn(2, 3), torch.randn(2, 3)
-    session = onnxruntime.InferenceSession(str(rarefy.export_onnx(Difference().eval(), (x, x), tmp_path / "net.onnx")))
-    (got,) = session.run(None, {"p": x.numpy(), "q": y.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), x - 2 * y)
-
-
-def test_other_grids_and_masks_become_plain_numbers(tmp_path):
-    net = picture_net()
-    rarefy.prune_(net, sparsity=0.5)
-    rarefy.quantize_(net, "int4", symmetric=False)
-    x = torch.randn(2, 3, 8, 8)
-    path = rarefy.export_onnx(net, x, tmp_path / "net.onnx")
-    assert "DequantizeLinear" not in kinds(path)
-    torch.testing.assert_close(run(path, x), net(x).detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", ["exists", "folder", "dynamic", "impossible", "wrong input"])
-def test_what_cannot_be_exported_to_onnx(how, tmp_path):
-    net, x, path = picture_net(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx"
-    if how == "exists":
-        path.write_text("mine")
-        with pytest.raises(ContainerError, match=r"net.onnx exists: pass overwrite=True"):
-            rarefy.export_onnx(net, x, path)
-        assert path.read_text() == "mine"
-        rarefy.export_onnx(net, x, path, overwrite=True)
-        assert path.stat().st_size > 1000
-        return
-    if how == "folder":
-        with pytest.raises(ContainerError, match="exists"):
-            rarefy.export_onnx(net, x, tmp_path, overwrite=True)
-        return
-    if how == "dynamic":
-        rarefy.quantize_(net, "int8", activations="int8")
-        with pytest.raises(ModelError, match="0 quantizes its inputs row by row, for which ONNX has no operator"):
-            rarefy.export_onnx(net, x, path)
-    elif how == "impossible":
-
-        class Branches(nn.Module):
-            def forward(self, x):
-                return x if float(x.sum()) > 0 else -x
-
-        with pytest.raises(ModelError, match="torch cannot export this Branches to ONNX"):
-            rarefy.export_onnx(Branches(), x, path)
-    else:
-        with pytest.raises(ModelError, match="torch cannot export this Sequential to ONNX"):
-            rarefy.export_onnx(net, torch.randn(2, 5, 8, 8), path)
-    assert not path.exists()
-
-
 # torch.export
 
 
@@ -205,10 +96,6 @@ def test_quantized_models_export_and_compile():
     torch.testing.assert_close(program.module()(x), want)
     live = torch.export.export(net, (x,))
     torch.testing.assert_close(live.module()(x), want)
-
-
-def linear(width=64, out=64):
-    return nn.Sequential(nn.Linear(width, out))
 
 
 def test_encoders_export_and_tied_blocks_are_refused(tmp_path):
@@ -228,10 +115,3 @@ def test_encoders_export_and_tied_blocks_are_refused(tmp_path):
     for to in ("hf", "compressed-tensors"):
         with pytest.raises(ContainerError, match="blocks share their weights, which LlamaForCausalLM does not support"):
             rarefy.export(tmp_path / "tied", tmp_path / to, to=to)
-
-
-def test_half_precision_models_are_refused_for_onnx(tmp_path):
-    net = linear().half()
-    rarefy.quantize_(net, "int8")
-    with pytest.raises(ModelError, match="is float16: cast to fp32 first"):
-        rarefy.export_onnx(net, torch.randn(2, 64).half(), tmp_path / "net.onnx")

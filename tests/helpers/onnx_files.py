@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -74,3 +76,11 @@ def run_all(path: Path, feeds: dict[str, Tensor]) -> list[Tensor]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(y) for y in session.run(None, {n: t.numpy() for n, t in feeds.items()})]
+
+
+def ocr_file(name: str) -> Path:
+    """One of the three trained files in the package rapidocr-onnxruntime."""
+    spec = importlib.util.find_spec("rapidocr_onnxruntime")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package rapidocr-onnxruntime")
+    return Path(spec.submodule_search_locations[0]) / "models" / f"{name}.onnx"

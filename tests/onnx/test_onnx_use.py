@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import nn
 
 import rarefy
 import zoo
-from helpers.onnx_files import apart, bert, export, run
+from helpers.onnx_files import apart, bert, export, ocr_file, run
 from rarefy.runtime import bindings
 
 needs_kernels = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
@@ -82,10 +81,7 @@ def test_an_encoder_keeps_batch_and_length_open(opset, tmp_path):
     [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), ("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))],
 )  # fmt: skip
 def test_trained_files_of_an_ocr_system(name, shape):
-    spec = importlib.util.find_spec("rapidocr_onnxruntime")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package rapidocr-onnxruntime")
-    path, x = Path(spec.submodule_search_locations[0]) / "models" / f"{name}.onnx", torch.rand(shape)
+    path, x = ocr_file(name), torch.rand(shape)
     net = rarefy.from_onnx(path, example=x)
     with torch.no_grad():
         want = run(path, {"x": x})

@@ -12,9 +12,9 @@ from rarefy.calibration.static_grids import sample_values, static_grid
 from rarefy.common.errors import DataError
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
-from rarefy.compiler.export import split_example
 from rarefy.compiler.fx_utils import ExportedGraph, Node, keep_layer
 from rarefy.model.activation_quant import ActivationQuant
+from rarefy.model.forward import split_example
 
 OBSERVER = "mse"
 WRITES_CODES = (ops.linear, ops.norm)  # whose steps find a scale for each token on the way

@@ -17,7 +17,7 @@ from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
 from rarefy.compiler.calibrate import input_grids, quantized_operands, reads_static_codes, round_input
 from rarefy.compiler.executor import Compiled, input_spec
-from rarefy.compiler.export import Pass, export_graph, split_example, two_samples
+from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32, model_dtype
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
@@ -39,7 +39,7 @@ from rarefy.compiler.passes import (
 )
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import distance, verify
-from rarefy.model.forward import calling, describe_batch
+from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.runtime.accelerate import check_plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import re
@@ -24,6 +23,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
+from rarefy.model.forward import named_arguments
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
 
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
@@ -83,13 +83,6 @@ def _reason(error: Exception) -> str:
     return f"its code depends on the values of tensors (data-dependent){where}; rarefy.accelerate_ needs no export"
 
 
-def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return an example as arguments and keywords."""
-    if hasattr(example, "keys"):
-        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
-    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
-
-
 def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return arguments with two samples where the example has one, as torch.export takes a size of 1 for a constant."""
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -101,12 +94,7 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
     """Return torch's exported program without operators that change their inputs."""
     args, kwargs = distinct_tensors((args, dict(kwargs)))
-    arguments: dict[str, Any] = dict(kwargs)
-    for i, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items()):
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            arguments[name] = tuple(args[i:])
-        elif i < len(args) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            arguments[name] = args[i]
+    arguments = named_arguments(model, args, kwargs)
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) else None, arguments)
     with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(FAKE_QUANTIZE):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees

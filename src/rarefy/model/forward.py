@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,28 @@ def calling(model: Model, inputs: str) -> Iterator[None]:
         raise DataError(
             f"{type(inner).__name__} cannot be called with {inputs}: {first_line(error)} (it takes {takes})"
         ) from error
+
+
+def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return an example as arguments and keywords."""
+    if hasattr(example, "keys"):
+        return (), {k: example[k] for k in example.keys()}  # noqa: SIM118 (a batch of transformers is no dict)
+    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
+def named_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names; those that `*args` takes are one tuple.
+
+    >>> named_arguments(nn.Linear(2, 2), (1,), {})
+    {'input': 1}
+    """
+    arguments = dict(kwargs)
+    for i, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = tuple(args[i:])
+        elif i < len(args) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            arguments[name] = args[i]
+    return arguments
 
 
 def describe_batch(batch: Any) -> str:

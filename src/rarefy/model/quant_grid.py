@@ -114,13 +114,13 @@ class Codebook:
         rows = block_rows(weight.detach().float(), blocks)
         midpoints = (table[:, 1:] + table[:, :-1]) / 2
         indices = order.gather(1, torch.searchsorted(midpoints.contiguous(), rows.contiguous()))
-        return _from_block_rows(indices.to(torch.uint8), blocks, tuple(weight.shape))
+        return from_block_rows(indices.to(torch.uint8), blocks, tuple(weight.shape))
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weights W of indices. O(n)."""
         blocks = self.table.shape[:-1]
         table = self.table.to(codes.device, dtype).flatten(0, -2)
-        return _from_block_rows(table.gather(1, block_rows(codes, blocks).long()), blocks, tuple(codes.shape))
+        return from_block_rows(table.gather(1, block_rows(codes, blocks).long()), blocks, tuple(codes.shape))
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return the nearest value of the table for each weight. O(n bits)."""
@@ -147,7 +147,7 @@ def block_rows(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return halves.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(math.prod(blocks), -1)
 
 
-def _from_block_rows(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def from_block_rows(rows: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """Return the weight of `block_rows`: its inverse."""
     n = len(blocks)
     tall = rows.reshape(*blocks, *(d // b for b, d in zip(blocks, shape)))

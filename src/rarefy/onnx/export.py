@@ -1,179 +1,314 @@
-"""Export models to ONNX, quantized ones with QuantizeLinear and DequantizeLinear (QDQ) nodes, which ONNX Runtime fuses
-into integer operators."""
+"""Export models to ONNX. Quantized layers become operators on codes, which ONNX Runtime and OpenVINO fuse."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
+import tempfile
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from rarefy.common.atomic_io import container_errors, write_bytes_atomic
+from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
-from rarefy.model.activation_quant import ActivationQuant, get_activation_quant, set_activation_quant_
-from rarefy.model.batches import distinct_tensors
-from rarefy.model.layers import all_layers, unwrap
-from rarefy.model.masks import fold_
-from rarefy.model.quant_grid import Grid, get_grid
+from rarefy.common.report import Report
+from rarefy.model.activation_quant import rounding_by
+from rarefy.model.forward import check_batches, evaluating
+from rarefy.model.layers import check_is_module, unwrap
+from rarefy.model.masks import attached_layers, fold_
+from rarefy.onnx.axes import Axes, check_axes, default_axes, name_axes_, only_these, shapes_for_export, texts_of
+from rarefy.onnx.example_calls import ExampleCall, calls_with_other_sizes, example_call
+from rarefy.onnx.integer_layers import quantize_static, unshare_zero_points_, use_integer_operators_
+from rarefy.onnx.quantize_outputs import quantize_outputs_
+from rarefy.onnx.runtimes import Feeds, compare_with_runtimes
+
+OPSETS = range(13, 24)  # scales of single outputs begin with 13
+TORCH_OPSET = 18  # in which torch writes its operators; others are converted
+MIN_CONVERTED = 14  # to which onnx has a converter; it refuses Relu below
+MAX_FILE = 1536 << 20  # bytes of weights in one file; protobuf ends at 2 GB
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names folders of the machine that exported
 
 
-def export_onnx(model: nn.Module, example: Any, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a model in evaluation mode as an ONNX file; masks and grids are folded into what is written.
+@dataclass(frozen=True)
+class OnnxFile(Report):
+    """A written ONNX file: how far its outputs are from the model's. It can be given wherever a path can.
 
-    8-bit weights with one scale, or one for each output, are stored in 8 bits with a DequantizeLinear node. Statically
-    quantized activations get QuantizeLinear and DequantizeLinear nodes. Everything else is stored in fp32. Needs the
-    extra [export]. O(weights).
+    Args:
+        path: the file.
+    """
+
+    path: Path = Path()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    opset: int = TORCH_OPSET,
+    calibrate: Iterable[Any] | None = None,
+    external_data: bool | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> OnnxFile:
+    """Write a model in evaluation mode as an ONNX file, and compare it with the model in ONNX Runtime and OpenVINO.
+
+    Masks are folded into what is written. Quantized weights are stored as codes of 8 bits. Statically quantized
+    activations get QuantizeLinear and DequantizeLinear; dynamically quantized ones DynamicQuantizeLinear, with
+    MatMulInteger and ConvInteger on the codes: there ONNX has one scale for all rows of a call, Rarefy one for each.
+    Codebooks and everything else are stored in fp32. Needs the extra [onnx]. O(weights), and a few calls.
 
     Args:
         model: an fp32 model.
-        example: what the model is called with: a tensor, a tuple of tensors, or a dict of keyword arguments. The first
-            dimension of each tensor becomes dynamic; the others are fixed.
+        example: what the model is called with: a tensor, a tuple of tensors, or a dict of keyword arguments.
         path: the file to write.
-        overwrite: replace an existing file.
+        dynamic: sizes that stay open and their names, such as {"x": {0: "batch", 2: "height", 3: "width"}}; {} for
+            none. By default the first dimension of each input ("batch") and the second one of texts ("length"), where
+            the model's code allows it.
+        opset: version of ONNX's operators, 13 to 23. torch writes 18; older and newer ones are converted.
+        calibrate: batches, each like the example: outputs of convolutions with static activations, and sums of them,
+            are then rounded to 8 bits too, with ranges found on these batches. ONNX Runtime needs this to compute a
+            convolution in 8 bits that a sum follows, as in residual networks; OpenVINO does not.
+        external_data: store the weights in `path` + ".data" beside the file. The folder of `path` is then the model's
+            own and is written whole or not at all. By default for weights of more than 1.5 GB.
+        verify: run the file in ONNX Runtime and, where it is installed, OpenVINO: with the example, and once with each
+            open size changed. OpenVINO's difference is reported only.
+        overwrite: replace an existing file; with external data the folder, if nothing else is in it.
 
     Returns:
-        The path.
+        A report with the path, which can be given wherever a path can: one row for each run, with the distance of the
+        outputs (relative to the largest; of the norm if activations are quantized).
 
     Raises:
         ContainerError: the file exists, or cannot be written.
-        ModelError: activations are quantized dynamically, for which ONNX has no operator; the model is not fp32; torch
-            cannot export it; or a package is missing.
+        DataError: the model cannot be called with the example, or with a batch of `calibrate`.
+        ModelError: the model is not fp32, fixes a size of `dynamic`, or torch cannot export it; an opset that it cannot
+            be converted to; outputs in ONNX Runtime that differ by more than 1e-3 (with static activations 0.05, with
+            dynamic ones 0.5); a missing package.
 
     Example:
         >>> import tempfile
         >>> net = nn.Sequential(nn.Linear(4, 2))
-        >>> export_onnx(net, torch.randn(1, 4), tempfile.mkdtemp() + "/net.onnx").name
+        >>> export_onnx(net, torch.randn(1, 4), tempfile.mkdtemp() + "/net.onnx").path.name
         'net.onnx'
     """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
-    _check_packages()
-    _check_exportable(model)
-    folded = _with_qdq(model)
-    kwargs = dict(example) if hasattr(example, "keys") else {}
-    args = () if kwargs else example if isinstance(example, tuple) else (example,)
-    other = [type(a).__name__ for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
-    if other:
-        raise ModelError(f"example: expected a tensor, a tuple of tensors or a dict of tensors; it holds {other[0]}")
-    program = _export(folded, args, kwargs)
-    with container_errors(path):
-        write_bytes_atomic(path, program.model_proto.SerializeToString())
-    return path
+    target = Path(path)
+    _check_options(model, opset, external_data)
+    call = example_call(model, example)
+    axes = default_axes(call.inputs) if dynamic is None else check_axes(dynamic, call.inputs)
+    large = sum(p.nbytes for p in model.parameters()) > MAX_FILE
+    check_target(target, overwrite, bool(large if external_data is None else external_data))
+    calls, rigid = calls_with_other_sizes(model, call, axes)
+    fixed = texts_of(only_these(axes, rigid.__contains__), call.inputs)
+    axes = only_these(axes, lambda axis: axis not in rigid)
+    folded = _folded_copy(model)
+    quantized = use_integer_operators_(folded)
+    if calibrate is not None:
+        check_batches(calibrate, "calibrate")
+        if quantized != "static":
+            raise ModelError("calibrate= has no effect: no layer has static activations; quantize_ with 'int8-static'")
+    with _as_exporter(), evaluating(folded):  # a key-value cache is not an output that ONNX can have
+        program, notes = _export(folded, call, axes, opset, fixed, required=dynamic is not None)
+    if calibrate is not None:
+        batches = (_feeds(program, example_call(model, batch).inputs) for batch in calibrate)
+        with tempfile.TemporaryDirectory() as folder:
+            count = quantize_outputs_(program, batches, Path(folder) / "model.onnx")
+        notes.append(f"outputs of {count} operators are rounded to 8 bits")
+    size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+    apart = size > MAX_FILE if external_data is None else external_data
+    if size > MAX_FILE and not apart:
+        raise ModelError(f"{size:,} bytes of weights are too many for one file: leave out external_data=False")
+    rows: list[dict[str, Any]] = []
+    with _written(program, target, overwrite, apart) as file:
+        if verify:
+            feeds = [(label, _feeds(program, inputs), outputs) for label, inputs, outputs in calls]
+            rows, more = compare_with_runtimes(file, feeds, quantized)
+            notes += more
+        num_bytes = sum(f.stat().st_size for f in file.parent.iterdir())
+    summary = {"opset": opset, "bytes": num_bytes, "open sizes": _open_sizes(program)}
+    return OnnxFile(f"wrote {target}", tuple(rows), summary, tuple(notes), path=target)
 
 
-def _check_exportable(model: nn.Module) -> None:
-    """Raise ModelError for dynamically quantized activations, and for weights that are not fp32."""
-    quants = ((n, get_activation_quant(m)) for n, m in model.named_modules())
-    dynamic = next((n for n, quant in quants if quant is not None and quant.scale is None), None)
-    if dynamic is not None:
-        raise ModelError(
-            f"{dynamic} quantizes its inputs row by row, for which ONNX has no operator: quantize_ with "
-            "activations='int8-static'"
-        )
+def _check_options(model: Any, opset: Any, external_data: Any) -> None:
+    """Raise ModelError for what cannot be exported, and where a package is missing."""
+    check_is_module(model)
+    if type(opset) is not int or opset not in OPSETS:
+        raise ModelError(f"opset: expected a whole number from {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}")
+    if external_data is not None and type(external_data) is not bool:
+        raise ModelError(f"external_data: expected True, False or None, got {external_data!r}")
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})") from None
     half = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if half is not None:
         raise ModelError(f"{half} is {str(model.get_parameter(half).dtype).removeprefix('torch.')}: cast to fp32 first")
 
 
-def _with_qdq(model: nn.Module) -> nn.Module:
-    """A folded copy of a model whose quantized weights and inputs are computed by operators that ONNX has."""
-    folded = fold_(copy.deepcopy(unwrap(model))).eval()
-    for layer in all_layers(folded):
-        grid = get_grid(layer)
-        axis = None if grid is None else _scale_axis(grid)
-        if isinstance(grid, Grid) and axis is not None and len(layer.owners) == 1:
-            codes = _DequantizeWeight(layer.weight.detach(), grid, axis)
-            parametrize.register_parametrization(layer.module, layer.param, codes)
-    for module in folded.modules():
-        inputs = get_activation_quant(module)
-        if inputs is not None:
-            set_activation_quant_(module, None)
-            module.register_forward_pre_hook(_QuantizeInput(inputs), with_kwargs=True)
-    config: Any = getattr(folded, "config", None)
-    if getattr(config, "use_cache", None) is True:
-        config.use_cache = False  # a key-value cache is not an output that ONNX can have
-    return folded
+def check_target(path: Path, overwrite: bool, external_data: bool) -> None:
+    """Raise ContainerError if a file, or with external data its folder, must not be written."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
+    if not external_data:
+        return
+    folder = Path(os.path.realpath(path.parent))
+    known = {path.name, f"{path.name}.data"}
+    other = sorted(f.name for f in folder.iterdir() if f.name not in known or f.is_dir()) if folder.is_dir() else []
+    if other:
+        raise ContainerError(
+            f"{folder} holds other files ({other[0]}): external data needs a folder of its own, such as "
+            f"{path.with_suffix('') / 'model.onnx'}"
+        )
+    check_output_folder(folder, overwrite=True, marker=path.name)
 
 
-def _check_packages() -> None:
+def _folded_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model in evaluation mode without masks and grids, which shares all tensors that have none."""
+    model = unwrap(model)
+    own = {id(layer.original) for layer in attached_layers(model)}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    return fold_(copy.deepcopy(model, shared)).eval()
+
+
+@contextmanager
+def _as_exporter() -> Iterator[None]:
+    """Export static rounding as ONNX's operators, without gradients and without the exporter's messages."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        import onnxscript  # noqa: F401
-        from torch.ao.quantization.fx import _decomposed  # noqa: F401 (registers the operators)
-    except ImportError as error:
-        raise ModelError(f"ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})") from None
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = distinct_tensors((args, kwargs))
-    batch = torch.export.Dim("batch", min=1)
-    shapes: Any = tuple({0: batch} if a.dim() else None for a in args)
-    if kwargs:
-        shapes = {k: {0: batch} if a.dim() else None for k, a in kwargs.items()}
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad(), rounding_by(quantize_static):
             warnings.simplefilter("ignore")
-            options: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "optimize": True}
-            return torch.onnx.export(model, args, kwargs=kwargs or None, **options)
-    except Exception as error:  # torch raises many kinds of errors
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the cause is in the last one
-            cause = cause.__cause__
-        raise ModelError(f"torch cannot export this {type(model).__name__} to ONNX: {first_line(cause)}") from error
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
-def _scale_axis(grid: Any) -> int | None:
-    """The dimension along which a weight's scales differ, 0 for a single scale; None for grids that ONNX cannot
-    express."""
-    if not isinstance(grid, Grid) or grid.bits != 8 or grid.zero is not None:
-        return None
-    axes = [d for d, n in enumerate(grid.scale.shape) if n > 1]
-    return None if len(axes) > 1 else axes[0] if axes else 0
+def _export(
+    model: nn.Module, call: ExampleCall, axes: Axes, opset: int, fixed: list[str], required: bool
+) -> tuple[Any, list[str]]:
+    """Return torch's program with its sizes named, and notes.
+
+    Args:
+        model: a folded model.
+        call: how it is called.
+        axes: names of the sizes that stay open.
+        opset: version of the operators.
+        fixed: sizes that the model takes in no other value, as messages name them.
+        required: whether a size that cannot be open is an error.
+    """
+    notes: list[str] = []
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "optimize": True}
+    options |= {"opset_version": max(opset, TORCH_OPSET), "kwargs": call.kwargs or None}
+    if call.names and len(call.names) == len(call.inputs):
+        options |= {"input_names": list(call.inputs), "output_names": call.outputs}
+    _check_fixed(model, fixed, required)
+    try:
+        shapes = shapes_for_export(call.arguments, axes, call.names)
+        program: Any = torch.onnx.export(model, call.args, dynamic_shapes=shapes, **options)
+    except Exception as error:  # torch raises many kinds of errors
+        reason = f"torch cannot export this {type(model).__name__} to ONNX: {_cause(error)}"
+        if required or not any(axes.values()):
+            hint = "; if an open size is the reason, leave it out of dynamic=" if any(axes.values()) else ""
+            raise ModelError(reason + hint) from error
+        try:
+            program = torch.onnx.export(model, call.args, **options)
+        except Exception:
+            raise ModelError(reason) from error
+        notes.append(f"all sizes are fixed at the example's: with open ones, {reason}")
+    else:
+        fixed = fixed + texts_of(name_axes_(program.model, axes), call.inputs)
+        _check_fixed(model, fixed, required)
+    notes += [f"the model's code fixes {text}" for text in fixed]
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop(STACK_TRACE, None)
+    unshare_zero_points_(program.model.graph)
+    if opset < TORCH_OPSET:
+        _convert_down_(program, opset)
+    return program, notes
 
 
-class _DequantizeWeight(nn.Module):
-    """Parametrization: the weight dequantized from its codes, by an operator that ONNX has."""
-
-    codes: Tensor
-    scale: Tensor
-    zeros: Tensor
-
-    def __init__(self, weight: Tensor, grid: Grid, axis: int):
-        super().__init__()
-        self.axis = axis
-        scale = grid.scale.float().flatten()
-        self.register_buffer("codes", grid.codes(weight).to(torch.int8))
-        self.register_buffer("scale", scale.expand(weight.shape[axis]).contiguous() if len(scale) == 1 else scale)
-        self.register_buffer("zeros", torch.zeros(len(self.scale), dtype=torch.int64))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        dequantize: Any = torch.ops.quantized_decomposed.dequantize_per_channel
-        return dequantize(self.codes, self.scale, self.zeros, self.axis, -128, 127, torch.int8)
+def _check_fixed(model: nn.Module, fixed: list[str], required: bool) -> None:
+    """Raise ModelError for a required size that cannot be open."""
+    if fixed and required:
+        raise ModelError(
+            f"dynamic: the code of {type(model).__name__} fixes {fixed[0]}: leave it out of dynamic=, or export a "
+            "model whose code does not depend on it"
+        )
 
 
-class _QuantizeInput:
-    """Forward hook that quantizes and dequantizes the input of a module, by operators that ONNX has."""
+def _cause(error: BaseException) -> str:
+    """The first line of the error that caused another."""
+    while error.__cause__ is not None:  # the cause is in the last one
+        error = error.__cause__
+    return first_line(error)
 
-    def __init__(self, inputs: ActivationQuant):
-        self.options = (inputs.scale, inputs.zero, 0, 255, torch.uint8)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ops: Any = torch.ops.quantized_decomposed
+def _convert_down_(program: Any, opset: int) -> None:
+    """Convert a program to an older opset; ModelError where ONNX has no conversion."""
+    import onnx
+    import onnx_ir
+    from onnx import version_converter
 
-        def fake_quantize(x: Tensor) -> Tensor:
-            return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.options), *self.options)
+    try:
+        model = version_converter.convert_version(program.model_proto, max(opset, MIN_CONVERTED))
+        if opset < MIN_CONVERTED:  # differs by types and attributes alone, which the checker knows
+            for node in model.graph.node:
+                attributes = [a for a in node.attribute if a.name != "allowzero"]  # torch's shapes have no zeros
+                del node.attribute[:]
+                node.attribute.extend(attributes)
+            next(o for o in model.opset_import if o.domain == "").version = opset
+            onnx.checker.check_model(model, full_check=True)
+        program.model = onnx_ir.from_proto(model)
+    except Exception as error:  # onnx's own classes
+        raise ModelError(
+            f"opset: the model cannot be converted to {opset} ({first_line(error)}): give {TORCH_OPSET} or more"
+        ) from None
 
-        if args:
-            return (fake_quantize(args[0]), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: fake_quantize(kwargs[first])}
+
+@contextmanager
+def _written(program: Any, target: Path, overwrite: bool, external_data: bool) -> Iterator[Path]:
+    """Write a program into a temporary folder and yield the file there; it goes to its place after the block."""
+    if external_data:
+        check_target(target, overwrite, True)
+        folder = atomic_folder(target.parent, overwrite=True, marker=target.name)
+    else:
+        with container_errors(target):
+            folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent)
+    with folder as place:
+        file = Path(place) / target.name
+        with container_errors(target):
+            program.save(file, external_data=external_data)
+        yield file
+        if not external_data:
+            with container_errors(target):
+                sync(file)
+                os.replace(file, target)
+
+
+def _open_sizes(program: Any) -> str:
+    """The names of the open sizes of a program's inputs."""
+    inputs = program.model.graph.inputs
+    named = [f"{v.name}[{d}] {n.value}" for v in inputs for d, n in enumerate(v.shape) if not isinstance(n, int)]
+    return ", ".join(named) or "none"
+
+
+def _feeds(program: Any, inputs: Mapping[str, Tensor]) -> Feeds:
+    """The inputs by the names that the file has for them."""
+    names = [v.name for v in program.model.graph.inputs]
+    same = inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values()))
+    return {name: same[name].detach().contiguous() for name in names}

@@ -66,6 +66,7 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
         torch.Size([3, 2])
     """
     model = read(path)
+    path = Path(path)
     set_input_shapes_(model, path, shapes)
     graph = to_graph(model)
     inputs = [i.name for i in graph.model.graph.input]
