@@ -3,6 +3,7 @@
     python optimize.py minilm           at most one point of R@1 lost; 30 minutes
     python optimize.py smollm2          at most 3 % of perplexity lost; 45 minutes
     python optimize.py efficientnet fashion
+    python optimize.py minilm --minutes 15 --train 20
     python optimize.py minilm --minutes 10 --seeds 1 2
     python optimize.py --table          only print what was measured last
 
@@ -31,6 +32,7 @@ import frontier_images
 import peers
 import photos
 import rarefy
+import recover
 import tables
 import texts
 import vision_net
@@ -42,6 +44,7 @@ from rarefy.model import hf
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import DECODE, deploy, times_of
+from rarefy.search.targets import parse_targets
 from runtime import alternate, keep_memory
 from values import keep
 
@@ -63,6 +66,7 @@ class Task:
         batch: batch sizes that are timed.
         minutes: of the search.
         peers: whether OpenVINO runs the model.
+        train: makes batches to train on.
     """
 
     model: nn.Module
@@ -74,6 +78,7 @@ class Task:
     batch: tuple[int, ...]
     minutes: float
     peers: bool = True
+    train: Callable[[], list[Any]] | None = None
 
 
 def minilm(seed: int) -> Task:
@@ -85,7 +90,8 @@ def minilm(seed: int) -> Task:
         metric_of("retrieval", model, text_pairs(pairs, tokenizer))
         for pairs in (texts.other_articles(), texts.judged_articles())
     )
-    return Task(model, frontier.example(tokenizer, 16), data, metric, judge, "1 point", (1, 16), 30)
+    train = lambda: [b for epoch in range(40) for b in recover.batches(tokenizer, epoch, seed)]  # noqa: E731
+    return Task(model, frontier.example(tokenizer, 16), data, metric, judge, "1 point", (1, 16), 30, train=train)
 
 
 def off_grid(model: Any, seed: int) -> Any:
@@ -184,25 +190,31 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
 
 
 @torch.no_grad()
-def measure(name: str, seed: int, minutes: float | None) -> Iterator[dict[str, Any]]:
+def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterator[dict[str, Any]]:
     """Yield one record: what the search found, and what stands beside it, measured in turns."""
     task = TASKS[name](seed)
+    training = {"train_minutes": train, "train_data": task.train()} if train and task.train else {}
     with torch.enable_grad():
         found = rarefy.optimize(
             task.model, task.example, task.data, task.metric, max_loss=task.max_loss, batch=task.batch,
-            minutes=minutes or task.minutes, seed=seed, resume_dir=BUILD / f"{name}-{seed}", progress=True,
+            minutes=minutes or task.minutes, seed=seed, resume_dir=BUILD / f"{name}-{seed}", progress=True, **training,
         )  # fmt: skip
         print(found, flush=True)
         point = found.points[found.best_index or 0]
-        recipe = uniform(task.model, task.example, point.recipe)
-        same = copy.deepcopy(task.model)
-        rarefy.compress_(same, Recipe(**recipe), {"calibrate": task.data})
+        plain = [p for p in found.points if not any("train" in s for s in p.recipe["stages"])]
+        untrained = plain[parse_targets(task.max_loss, "latency").best(plain)[0] or 0]
+        recipes = {"uniform": uniform(task.model, task.example, untrained.recipe)}
+        if untrained is not point:
+            recipes["found, before training"] = dict(untrained.recipe)
+        others = {n: copy.deepcopy(task.model) for n in recipes}
+        for label, recipe in recipes.items():
+            rarefy.compress_(others[label], Recipe(**recipe), {"calibrate": task.data})
     assert found.best is not None
     make = partial(deploy, example=task.example, calibration=task.data)
     models = {
         "dense, fp32": make(task.model, precision=None),
         "dense, int8": make(task.model, precision="int8"),
-        "uniform": make(same, precision=point.precision),
+        **{n: make(m, precision=untrained.precision) for n, m in others.items()},
         "found": make(found.best.compressed, precision=point.precision),
     }
     compared: dict[str, Any] = {n: {"quality": task.judge.measure(m)} for n, m in models.items()}
@@ -213,7 +225,7 @@ def measure(name: str, seed: int, minutes: float | None) -> Iterator[dict[str, A
     for label, entry in compared.items():
         entry["milliseconds"] = {b: t[label] for b, t in times.items()}
     yield {
-        "run": name, "seed": seed, "minutes": minutes or task.minutes, "seconds": found.seconds,
+        "run": name, "seed": seed, "minutes": minutes or task.minutes, "train_minutes": train, "seconds": found.seconds,
         "finished": found.finished, "metric": dict(found.metric), "targets": dict(found.targets),
         "tried": len(found.points), "met": found.met, "best": point.name, "predicted": dict(point.predicted),
         "measured": {"loss": point.loss, "milliseconds": {b: t["median"] for b, t in point.milliseconds.items()}},
@@ -248,12 +260,13 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--train", type=float, default=0.0, help="minutes of training after the search (MiniLM)")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     keep_memory()
     texts.fetch()
-    runs = [partial(measure, t, s, args.minutes) for t in args.tasks for s in args.seeds if not args.table]
+    runs = [partial(measure, t, s, args.minutes, args.train) for t in args.tasks for s in args.seeds if not args.table]
     keep(RESULTS, runs)
     tables.show("optimize")
 

@@ -219,7 +219,7 @@ def optimize() -> str:
         row = rows[-1]
         compared, times = row["compared"], list(next(iter(row["compared"].values()))["milliseconds"])
         slow = {b: compared["dense, int8"]["milliseconds"][b]["median"] for b in times}
-        names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform"}
+        names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform, not trained"}
         cells = [
             [names.get(n, n), f"{c['quality']:.4g}"]
             + [

@@ -28,7 +28,7 @@ from rarefy.structured.options import CutOptions
 
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
-CHEAP = 4.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
+CHEAP = 2.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
 class PartMeasurer:
@@ -192,6 +192,7 @@ class PartMeasurer:
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
             for l in layers
+            if losses[levels[-1]][l.full_name] > 0  # else no output reads it, and no time is saved
         ]
 
     def _times_of_weights(
@@ -277,7 +278,9 @@ class PartMeasurer:
                 )
                 if losses[level][name] > limit * max(mean_saved * shares[name], 1e-9):
                     break  # the higher levels of this layer cost even more
-        usable = [l for l in layers if all(l.full_name in losses[level] for level in RANK_LEVELS)]
+        usable = [
+            l for l in layers if losses[first].get(l.full_name, 0.0) > 0 and l.full_name in losses[RANK_LEVELS[-1]]
+        ]
         return [
             Part(
                 RANK, l.full_name, l.weight.numel(), RANK_LEVELS,

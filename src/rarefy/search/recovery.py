@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rarefy.evaluation.outputs import named_output
+from rarefy.evaluation.profiling import native_bf16
 from rarefy.model.block_lists import block_lists
 from rarefy.model.forward import call, evaluating, without_targets
 from rarefy.pipeline.run_data import RunContext, RunData
@@ -56,11 +57,9 @@ def train_stage(model: nn.Module, example: Any, metric: str, epochs: int) -> dic
             distill["hidden"] = "squarehead"
     elif not metric.startswith(OF_CLASSES):
         distill["by"] = "mse"
-    return {
-        "train": {
-            "epochs": epochs, "optimizer": {"lr": RATE}, "clip": 1.0, "dropout": False, "distill": distill,
-        }
-    }  # fmt: skip
+    train = {"epochs": epochs, "optimizer": {"lr": RATE}, "lr_schedule": "one-cycle", "clip": 1.0, "dropout": False}
+    fast = {"autocast": "bf16"} if native_bf16() else {}
+    return {"train": {**train, **fast, "distill": distill}}
 
 
 def with_training(stages: Sequence[Mapping[str, Any]], train: Mapping[str, Any]) -> list[Mapping[str, Any]]:
