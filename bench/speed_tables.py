@@ -229,7 +229,8 @@ def optimize() -> str:
             for n, c in compared.items()
         ]
         limits = ", ".join(f"{k} {v}" for k, v in row["targets"].items() if k != "objective")
-        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes; limit: {limits}."
+        training = f", {row['train_minutes']:g} of them of training" if row.get("train_minutes") else ""
+        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}; limit: {limits}."
         expected, real = row["predicted"], row["measured"]
         if "loss" in expected:
             ratios = [expected["milliseconds"][b] / real["milliseconds"][b] for b in times]
@@ -237,11 +238,13 @@ def optimize() -> str:
             note += f"time {', '.join(f'{r:.2f}' for r in ratios)} of the measured."
         return f"{table(['model', row['metric']['name'], *(f'{b}, ms' for b in times)], cells)}\n\n{note}"
 
-    titles = {run: title for run, title in OPTIMIZE_TITLES.items() if read("optimize", run=run)}
-    return "\n\n".join(
-        f"### {title}\n\n{per_machine(latest(read('optimize', run=run), 'label', 'seed'), make)}"
-        for run, title in titles.items()
-    )
+    sections = []
+    for run, title in OPTIMIZE_TITLES.items():
+        for trained, words in ((False, ""), (True, ", with training")):
+            rows = [r for r in read("optimize", run=run) if bool(r.get("train_minutes")) == trained]
+            if rows:
+                sections.append(f"### {title}{words}\n\n{per_machine(latest(rows, 'label', 'seed'), make)}")
+    return "\n\n".join(sections)
 
 
 README_ENGINES = {

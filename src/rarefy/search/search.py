@@ -282,7 +282,7 @@ class Search:
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         limit = self.task.targets.max_loss
         within = {v: p for v, p in measured.items() if limit is None or p.loss <= limit} or measured  # type: ignore[operator]
-        return max(within, key=lambda v: within[v].slowest)
+        return max(within, key=lambda v: mean_speedup(within[v].speedup))
 
     def _parts(self, precision: str | None) -> list[Part]:
         """Return the parts of the model; their losses may take a third of the time that is left."""
