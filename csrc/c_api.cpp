@@ -227,7 +227,8 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   const rarefy_kernel_table& t = rarefy_active_kernels();
   const rarefy_quantized* first = jobs->w;
   const bool fp32_inputs = first->fp32_inputs;
-  const int64_t padded = first->col_blocks * 64, bytes = fp32_inputs ? 4 : 1;
+  const bool two_terms = first->two_terms;
+  const int64_t padded = first->col_blocks * 64, bytes = fp32_inputs ? 4 : two_terms ? 2 : 1;
   const ScratchBuffer<0> scratch(size_t(n * padded * bytes + n * 4));
   char* in = static_cast<char*>(scratch.data);
   if (!in) return RAREFY_NO_MEMORY;
@@ -236,13 +237,15 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   for (int64_t i = 0; i < n; ++i) {
     scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, x + i * ldx, first->cols);
     convert_row(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
+    if (two_terms) t.convert_row_lost(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
   }
-  const auto gemv = t.quantized_gemv[(first->dtype == RAREFY_I4 ? 2 : 0) + (fp32_inputs ? 1 : 0)];
+  const auto gemv = t.quantized_gemv[quantized_variant(*first)];
+  const int64_t row_entries = two_terms ? 2 * padded : padded;
   const JobParts<rarefy_quantized> parts(jobs, count, ROWS_PER_PART);
   for_each_part(parts.total, total_rows(jobs, count) * first->cols / 8 * n > MIN_PARALLEL_WORK, [&](int64_t part) {
     const Job<rarefy_quantized>& job = parts.find(part);
     const int64_t from = part * ROWS_PER_PART, to = std::min(job.w->rows, from + ROWS_PER_PART);
-    gemv(*job.w, from, to, in, padded, job.y, job.ldy, n);
+    gemv(*job.w, from, to, in, row_entries, job.y, job.ldy, n);
     t.quantized_epilogue(*job.w, from, to, fp32_inputs ? nullptr : scales, job.residual, job.y, job.ldy, n);
   });
   return RAREFY_OK;

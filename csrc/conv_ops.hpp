@@ -223,7 +223,7 @@ inline int run_winograd_conv(const rarefy_kernel_table& t, const rarefy_step& s,
   int count = tiling.geometry.output_segments(first, tiles, w.inputs * tiling.geometry.channel_floats, inputs);
   t.winograd_input(s.x.data, tiling.in.offsets, w.inputs, inputs, count, in, in_stride);
   for (int64_t k = 0; k < 16; ++k)
-    t.dense_gemm[0](reinterpret_cast<const uint32_t*>(w.dense) + (k * weight_rows + row) * w.inputs,
+    t.dense_gemm(reinterpret_cast<const uint32_t*>(w.dense) + (k * weight_rows + row) * w.inputs,
                     w.inputs * TILE_ROWS, row_tiles, w.inputs, reinterpret_cast<const uint32_t*>(in + k * in_stride),
                     reinterpret_cast<uint32_t*>(products + k * out_stride), tiles, false);
   count = tiling.output_segments(s, first, tiles, outputs);

@@ -28,8 +28,7 @@ inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s
   if (s.format == RAREFY_QUANTIZED) {
     const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
     const int64_t ldx = w.fp32_inputs ? s.x.stride : s.x.stride * 4;
-    t.quantized_gemv[(w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0)](w, from, to, s.x.data, ldx, s.out.data,
-                                                                               s.out.stride, s.columns);
+    t.quantized_gemv[quantized_variant(w)](w, from, to, s.x.data, ldx, s.out.data, s.out.stride, s.columns);
     t.quantized_epilogue(w, from, to, w.fp32_inputs ? nullptr : scales, s.residual.data, s.out.data, s.out.stride,
                          s.columns);
   } else {
@@ -69,7 +68,9 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
     case RAREFY_OP_CONVERT: {
       const float scale = s.dtype == RAREFY_I8 ? rarefy_input_scale(t, x, s.features) : 1.0f;
       s.out_scales.data[part] = scale;
-      t.convert_row[s.dtype](x, s.features, ceil_div(s.features, 64) * 64, 1.0f / scale, out);
+      const int64_t padded = ceil_div(s.features, 64) * 64;
+      t.convert_row[s.dtype](x, s.features, padded, 1.0f / scale, out);
+      if (s.two_terms) t.convert_row_lost(x, s.features, padded, 1.0f / scale, out);
       break;
     }
     case RAREFY_OP_NORM: {

@@ -148,7 +148,9 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
       t.column_absmax(x, s.features, TILE_COLS, scales);
     absmax_to_scales(scales, TILE_COLS);
   }
-  t.quantize_tile(x, s.features, TILE_COLS, scales, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+  auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
+  t.quantize_tile(x, s.features, TILE_COLS, scales, codes);
+  if (s.two_terms) t.quantize_lost(x, s.features, TILE_COLS, scales, codes + ceil_div(s.features, 64) * 16 * TILE_COLS);
 }
 
 int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {

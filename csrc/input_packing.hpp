@@ -43,6 +43,20 @@ void convert_row(const float* x, int64_t n, int64_t padded, float scale, void* o
   }
 }
 
+// Behind the codes of a row, which convert_row<RAREFY_I8> has written: the codes of what rounding lost.
+void convert_row_lost(const float* x, int64_t n, int64_t padded, float scale, void* out) {
+  using L = LaneOps<RAREFY_I8>;
+  constexpr int64_t step = SIMD_WIDTH * L::INPUTS;
+  uint8_t* codes = static_cast<uint8_t*>(out);
+  for (int64_t k = 0; k < padded; k += step) {
+    const int64_t count = n - k < step ? (n > k ? n - k : 0) : step;
+    float lost[step] = {};
+    for (int64_t i = 0; i < count; ++i)
+      lost[i] = x[k + i] * scale - float(INPUT_ZERO_POINT ? int(codes[k + i]) - INPUT_ZERO_POINT : int8_t(codes[k + i]));
+    store_raw(reinterpret_cast<uint32_t*>(codes + padded + k), L::pack(lost, count, LOST_STEPS));
+  }
+}
+
 // The bits of the largest magnitude. Magnitudes of floats are ordered like integers, with NaN above all others.
 uint32_t absmax_bits(const float* x, int64_t n) {
   uint32_t max = 0;

@@ -7,6 +7,7 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t TILE_COLS = 64;         // columns of a column tile
+constexpr float LOST_STEPS = 254.0f;      // of what rounding to int8 loses, in one step of int8
 constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
@@ -93,6 +94,7 @@ struct rarefy_kernel_table {
   // Input packing.
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
   void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
+  void (*convert_row_lost)(const float* x, int64_t n, int64_t padded, float scale, void* out);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);
   void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,
@@ -103,7 +105,7 @@ struct rarefy_kernel_table {
                           int64_t ldy, int64_t n);
   void (*bitmask_epilogue[4])(const rarefy_bitmask&, int64_t from, int64_t to, const float* scales,
                               const float* residual, float* y, int64_t ldy, int64_t n);
-  void (*quantized_gemv[4])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+  void (*quantized_gemv[5])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                             int64_t ldy, int64_t n);  // int8, int8 with fp32 inputs, int4, int4 with fp32 inputs
   void (*quantized_epilogue)(const rarefy_quantized&, int64_t from, int64_t to, const float* scales,
                              const float* residual, float* y, int64_t ldy, int64_t n);
@@ -121,8 +123,8 @@ struct rarefy_kernel_table {
                        const rarefy_tile_epilogue*);
   void (*sell_spmm_block[2])(const rarefy_sell&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
                              uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
-  void (*dense_gemm[2])(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
-                        uint32_t* acc, int64_t columns, bool accumulate);  // fp32, int8
+  void (*dense_gemm)(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
+                     uint32_t* acc, int64_t columns, bool accumulate);  // fp32
   // Called before and after `dense_lanes` by each thread, with the same state.
   void (*begin_dense)(rarefy_dense_state*);
   void (*end_dense)(const rarefy_dense_state*);
@@ -130,6 +132,7 @@ struct rarefy_kernel_table {
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
   void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
+  // Four rows, for `dense_lanes` where they stay int8, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
   void (*decompress_quantized)(const rarefy_quantized&, int64_t row, bool to_int8, uint32_t* out);
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
@@ -145,6 +148,7 @@ struct rarefy_kernel_table {
                     bool subtract_mean, float* out);
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
+  void (*quantize_lost)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*quantize_static)(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out);
   void (*fake_quantize)(const float* x, float scale, int32_t zero, float* out, int64_t count);
   void (*channelwise)(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,

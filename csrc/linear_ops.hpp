@@ -45,6 +45,7 @@ struct LinearWeight {
         dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : RAREFY_F32;
         col_blocks = w.col_blocks;
         cols = w.cols;
+        two_terms = w.two_terms;
         epilogue = {w.row_scales, s.row_sums, w.bias, w.act};
       }
     }
@@ -57,7 +58,8 @@ struct LinearWeight {
     epilogue = {w.scales, w.row_sums, w.bias, w.act};
   }
   int64_t rows, col_blocks = 0, cols = 0, lanes = 0;
-  int32_t dtype;  // of the multiplication
+  int32_t dtype;           // of the multiplication
+  bool two_terms = false;  // of int8 inputs
   rarefy_weight_epilogue epilogue;
 };
 
@@ -73,32 +75,61 @@ inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
                             : tiles * ceil_div(s.features, SLAB_ROWS);
 }
 
+// Some rows of an int8 weight, in blocks, times one column tile. Inputs of two terms are multiplied one after the other.
+inline void multiply_blocks(const rarefy_kernel_table& t, const uint32_t* values, int64_t lane_blocks, bool two_terms,
+                            const uint32_t* x, int64_t columns, rarefy_tile_epilogue e, float* out) {
+  alignas(64) uint32_t sums[DECOMPRESSED_ROWS * TILE_COLS];
+  const DenseSection section(t);
+  const auto multiply = [&](const uint32_t* in, const rarefy_tile_epilogue& epilogue) {
+    t.dense_lanes[1](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
+    t.store_outputs[1](epilogue, sums, {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr,
+                                        .inverse_scale = 0.0f, .zero = 0});
+  };
+  if (two_terms) {
+    alignas(64) float lost_scales[TILE_COLS];
+    for (int64_t n = 0; n < TILE_COLS; ++n) lost_scales[n] = e.col_scales[n] / LOST_STEPS;
+    rarefy_tile_epilogue lost = e;
+    lost.bias = nullptr;
+    lost.act = RAREFY_NONE;
+    lost.col_scales = lost_scales;
+    multiply(x + lane_blocks * 16 * TILE_COLS, lost);
+    e.residual = out;
+  }
+  multiply(x, e);
+}
+
 // Decompress some rows of a weight once and multiply several column tiles by them.
 inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const LinearWeight w(s);
   const int64_t chunks = ceil_div(w.rows, DECOMPRESSED_ROWS), row = part % chunks * DECOMPRESSED_ROWS;
   const int64_t first_tile = part / chunks * DECOMPRESSED_TILES, rows = std::min(DECOMPRESSED_ROWS, w.rows - row);
-  const int64_t row_tiles = ceil_div(rows, TILE_ROWS);
+  const int64_t row_tiles = ceil_div(rows, TILE_ROWS), tile_stride = w.col_blocks * 64 * TILE_ROWS;
   const bool int8 = w.dtype == RAREFY_I8;
-  const int64_t lanes = int8 ? ceil_div(w.cols, 4) : w.cols, tile_stride = w.col_blocks * (int8 ? 16 : 64) * TILE_ROWS;
-  const ScratchBuffer<1> scratch(size_t(row_tiles * tile_stride) * 4);
+  const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * w.col_blocks * 64) * (int8 ? 1 : 4));
   uint32_t* values = static_cast<uint32_t*>(scratch.data);
   if (!values) return RAREFY_NO_MEMORY;
-  for (int64_t i = 0; i < row_tiles; ++i)
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    const int64_t r = i * TILE_ROWS;  // int8: in blocks of 16 rows by 16 lanes
+    uint32_t* first = values + (int8 ? (r / 16 * w.col_blocks * 16 + r % 16) * 16 : i * tile_stride);
     if (s.format == RAREFY_QUANTIZED)
-      t.decompress_quantized(*static_cast<const rarefy_quantized*>(s.weight), row + i * TILE_ROWS, int8,
-                             values + i * tile_stride);
+      t.decompress_quantized(*static_cast<const rarefy_quantized*>(s.weight), row + r, int8, first);
     else
-      t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + i * TILE_ROWS,
-                                    values + i * tile_stride);
+      t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + r, first);
+  }
   const int64_t end_tile = std::min(first_tile + DECOMPRESSED_TILES, ceil_div(s.columns, TILE_COLS));
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    float* out = tile_of(s.out, tile) + row * TILE_COLS;
-    t.dense_gemm[int8](values, tile_stride, row_tiles, lanes, reinterpret_cast<const uint32_t*>(tile_of(s.x, tile)),
-                       reinterpret_cast<uint32_t*>(out), std::min(TILE_COLS, s.columns - tile * TILE_COLS), false);
+    const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
+    const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
     const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
-    apply_epilogue(t, tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0), int8,
-                   out);
+    const rarefy_tile_epilogue epilogue =
+        tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0);
+    float* out = tile_of(s.out, tile) + row * TILE_COLS;
+    if (int8) {
+      multiply_blocks(t, values, w.col_blocks, w.two_terms, x, columns, epilogue, out);
+    } else {
+      t.dense_gemm(values, tile_stride, row_tiles, w.cols, x, reinterpret_cast<uint32_t*>(out), columns, false);
+      apply_epilogue(t, epilogue, false, out);
+    }
   }
   return RAREFY_OK;
 }

@@ -10,10 +10,12 @@
 
 namespace {
 
-// Four rows on INPUTS inputs, which are fp32 or int8.
-template <bool INT4, bool FP32_INPUTS, int INPUTS>
+enum InputKind { INT8_INPUTS, FP32_INPUTS, TWO_TERMS };  // as `fp32_inputs` and `two_terms` of the weight
+
+// Four rows on INPUTS inputs.
+template <bool INT4, InputKind KIND, int INPUTS>
 inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
-  using input = typename std::conditional<FP32_INPUTS, float, uint8_t>::type;
+  using input = typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type;
   constexpr int64_t cell_bytes = INT4 ? 32 : 64;  // a row in a block of 64 columns
   F32Accumulator::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
@@ -34,6 +36,12 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
       zero_point += zero_point ? groups : 0;
 #pragma GCC unroll 4
       for (int m = 0; m < INPUTS; ++m) acc[r][m] = ops.multiply_add(acc[r][m], values, in + m * ldx, scales);
+      if constexpr (KIND == TWO_TERMS) {
+        const auto lost_scales = ops.divided(scales, LOST_STEPS);
+#pragma GCC unroll 4
+        for (int m = 0; m < INPUTS; ++m)
+          acc[r][m] = ops.multiply_add(acc[r][m], values, in + m * ldx + w.col_blocks * 64, lost_scales);
+      }
       prefetch_ahead(value);
     }
   }
@@ -41,27 +49,27 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
     for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
 }
 
-template <bool INT4, bool FP32_INPUTS, int INPUTS>
+template <bool INT4, InputKind KIND, int INPUTS>
 void quantized_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                          int64_t ldy) {
   for (int64_t row = from; row < to; row += TILE_ROWS)
-    quantized_rows<INT4, FP32_INPUTS, INPUTS>(w, row, x, ldx, y, ldy);
+    quantized_rows<INT4, KIND, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from` (a multiple of four) to `to` on n inputs, four of them at a time.
-template <bool INT4, bool FP32_INPUTS>
+template <bool INT4, InputKind KIND>
 void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                     int64_t ldy, int64_t n) {
-  const auto* in = static_cast<const typename std::conditional<FP32_INPUTS, float, uint8_t>::type*>(x);
+  const auto* in = static_cast<const typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type*>(x);
   for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
     if (n >= 4)
-      quantized_row_range<INT4, FP32_INPUTS, 4>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, KIND, 4>(w, from, to, in, ldx, y, ldy);
     else if (n == 3)
-      quantized_row_range<INT4, FP32_INPUTS, 3>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, KIND, 3>(w, from, to, in, ldx, y, ldy);
     else if (n == 2)
-      quantized_row_range<INT4, FP32_INPUTS, 2>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, KIND, 2>(w, from, to, in, ldx, y, ldy);
     else
-      quantized_row_range<INT4, FP32_INPUTS, 1>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<INT4, KIND, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
 
@@ -74,7 +82,9 @@ void quantized_epilogue(const rarefy_quantized& w, int64_t from, int64_t to, con
       float* out = y + i * ldy + r;
       f32_vec v = load_partial(out, count);
       if (scales) {
-        if constexpr (INPUT_ZERO_POINT != 0) v -= load_partial(w.row_sums + r, count) * float(INPUT_ZERO_POINT);
+        constexpr float both = INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
+        if constexpr (INPUT_ZERO_POINT != 0)
+          v -= load_partial(w.row_sums + r, count) * (w.two_terms ? both : float(INPUT_ZERO_POINT));
         v *= scales[i];
       }
       if (w.row_scales) v *= load_partial(w.row_scales + r, count);

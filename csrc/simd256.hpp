@@ -197,6 +197,7 @@ struct QuantizedOps {
   scale_pair scales(const uint16_t* s) const {
     return scale_groups ? scale_pair{from_bf16(s[0]), from_bf16(s[scale_groups > 1])} : scale_pair{1.0f, 1.0f};
   }
+  static scale_pair divided(scale_pair s, float by) { return {s.low / by, s.high / by}; }
   int8_values load_int4(const uint8_t* v, zero_point_pair z) const {
     int8_values out;
 #if defined(__AVX2__)

@@ -140,6 +140,7 @@ struct QuantizedOps {
     }
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(pairs, shifts), high_bits));
   }
+  static __m512 divided(__m512 scales, float by) { return _mm512_mul_ps(scales, _mm512_set1_ps(1.0f / by)); }
   __m512i load_int8(const uint8_t* v) const { return _mm512_loadu_si512(v); }
   __m512i load_int4(const uint8_t* v, __m512i zero_point) const {
     const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));

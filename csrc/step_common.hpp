@@ -42,7 +42,7 @@ inline void for_each_token_run(const rarefy_step& s, int64_t tile, F&& f) {
 inline void multiply_dense(const rarefy_kernel_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows,
                            int64_t lane, int64_t count, const uint32_t* x, int64_t columns, uint32_t* acc) {
   const auto* first = reinterpret_cast<const uint32_t*>(values + row * lanes + lane * TILE_ROWS);
-  t.dense_gemm[0](first, lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), count, x, acc, columns, lane > 0);
+  t.dense_gemm(first, lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), count, x, acc, columns, lane > 0);
 }
 
 inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows,
@@ -69,6 +69,11 @@ inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilo
     t.dequantize_epilogue(e, acc);
   else
     t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
+}
+
+// The number of a weight's function among `quantized_gemv`.
+inline int quantized_variant(const rarefy_quantized& w) {
+  return w.two_terms ? 4 : (w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0);
 }
 
 // Within its lifetime a thread may call `dense_lanes`.

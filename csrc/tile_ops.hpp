@@ -118,6 +118,17 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
   }
 }
 
+// Quantize what quantize_tile loses, in steps LOST_STEPS times as small.
+void quantize_lost(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+    const f32_vec inverse = 1.0f / load_vec(scales + n);
+    quantize_columns(x + n, features, out + n, [&](f32_vec v) {
+      const f32_vec code = f32_vec(rounded_bits(v * inverse)) - ROUND_TO_INTEGER;
+      return rounded_bits((v * inverse - code) * LOST_STEPS);
+    });
+  }
+}
+
 // Quantize a tile with one scale for all.
 void quantize_static(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out) {
   for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH)

@@ -1,10 +1,12 @@
-// Decompression of bitmask and quantized weights into dense row tiles [lanes][4], and the dense GEMM that multiplies
-// column tiles by them. So one stored copy of a weight serves single tokens and long prompts.
+// Decompression of bitmask and quantized weights into dense fp32 row tiles [lanes][4], and the dense GEMM that multiplies
+// column tiles by them; int8 into the blocks of dense_gemm.hpp. So one stored copy of a weight serves single tokens and
+// long prompts.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "dense_gemm.hpp"
 #include "kernel_table.h"
 #include "rarefy.h"
 #include "simd.hpp"
@@ -19,11 +21,12 @@ inline void store_f32_lanes(const T (&values)[64], uint32_t* out, F&& to_f32) {
   for (int64_t c = 0; c < 64; ++c) out[c * TILE_ROWS] = __builtin_bit_cast(uint32_t, float(to_f32(values[c])));
 }
 
-inline void store_int8_lanes(const char* values, uint32_t* out) {
-  for (int64_t c = 0; c < 16; ++c) std::memcpy(out + c * TILE_ROWS, values + 4 * c, 4);
+// 64 values of the r-th of four rows; `out` is the first row's place in a block.
+inline void store_int8_lanes(const void* values, int64_t r, uint32_t* out) {
+  std::memcpy(out + r * DENSE_LANES, values, 4 * DENSE_LANES);
 }
 
-// Four rows from `row` on. int8 stays int8, four columns to a lane; all other types become fp32.
+// Four rows from `row` on. int8 stays int8, in blocks; all other types become fp32.
 template <int DTYPE>
 void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
   const uint64_t* mask = w.masks + row * w.col_blocks;
@@ -45,7 +48,7 @@ void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
     using T = typename B::value;
     const T* value = static_cast<const T*>(w.values) + w.starts[row / TILE_ROWS];
     const auto zeros = B::zeros();
-    for (int64_t block = 0; block < w.col_blocks; ++block, out += (DTYPE == RAREFY_I8 ? 16 : 64) * TILE_ROWS)
+    for (int64_t block = 0; block < w.col_blocks; ++block, out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : 64 * TILE_ROWS)
       for (int r = 0; r < TILE_ROWS; ++r, ++mask) {
         alignas(64) T values[64];
         for (int column = 0; column < 64; column += B::CELL) {
@@ -59,7 +62,7 @@ void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
         else if constexpr (DTYPE == RAREFY_BF16)
           store_f32_lanes(values, out + r, [](uint16_t v) { return from_bf16(v); });
         else
-          store_int8_lanes(reinterpret_cast<const char*>(values), out + r);
+          store_int8_lanes(values, r, out);
       }
   }
 }
@@ -73,7 +76,7 @@ void decompress_quantized(const rarefy_quantized& w, int64_t row, bool to_int8, 
   for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell) {
     const int64_t r = cell % TILE_ROWS;
     if (to_int8) {
-      store_int8_lanes(reinterpret_cast<const char*>(value), out + r);
+      store_int8_lanes(value, r, out);
       value += 64;
     } else {
       const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;
@@ -87,15 +90,15 @@ void decompress_quantized(const rarefy_quantized& w, int64_t row, bool to_int8, 
         out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, float(values[c]) * (c < 32 ? low : high));
       value += int4 ? 32 : 64;
     }
-    if (r == TILE_ROWS - 1) out += (to_int8 ? 16 : 64) * TILE_ROWS;
+    if (r == TILE_ROWS - 1) out += to_int8 ? DENSE_BLOCK : 64 * TILE_ROWS;
   }
 }
 
 // Row tiles times VECS vectors of inputs, for one block of lanes.
-template <int DTYPE, int VECS>
+template <int VECS>
 void dense_row_tiles(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, bool accumulate,
                      const uint32_t* x, uint32_t* out) {
-  using L = LaneOps<DTYPE>;
+  using L = LaneOps<RAREFY_F32>;
   for (int64_t p = 0; p < tiles; ++p, values += tile_stride, out += TILE_ROWS * TILE_COLS) {
     typename L::acc acc[TILE_ROWS][VECS];
 #pragma GCC unroll 4
@@ -124,13 +127,12 @@ void dense_row_tiles(const uint32_t* values, int64_t tile_stride, int64_t tiles,
 
 // Dense row tiles, `tile_stride` elements apart, times the first `columns` of a column tile: out [4 tiles][TILE_COLS].
 // `accumulate`: add to what is there.
-template <int DTYPE>
 void dense_gemm(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
                 uint32_t* out, int64_t columns, bool accumulate) {
   for (int64_t l = 0; l < lanes; l += GEMM_BLOCK) {
     const int64_t block = std::min(GEMM_BLOCK, lanes - l);
     for_each_vector_group(columns, [&](auto vectors, int64_t column) {
-      dense_row_tiles<DTYPE, vectors>(values + l * TILE_ROWS, tile_stride, tiles, block, accumulate || l > 0,
+      dense_row_tiles<vectors>(values + l * TILE_ROWS, tile_stride, tiles, block, accumulate || l > 0,
                                       x + l * TILE_COLS + column, out + column);
     });
   }

@@ -118,6 +118,22 @@ def test_formats(isa, sparsity, quantize, precision, found, most):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, tmp_path):
+    """On weights that 8 bits hold exactly, what the decoder loses is what it rounds inputs by."""
+    model = small(hidden_size=128, intermediate_size=200)
+    for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        layer.weight.data = (layer.weight.detach() / scale).round() * scale
+    made = rarefy.decoder(model, precision="int8")
+    assert all(k.held[0].two_terms for k in made.compiled.kernels.values() if isinstance(k.held[0], QuantizedPanels))
+    ids = torch.randint(3, V, (2, 100))
+    want = eager(model, ids)
+    assert far(want, in_pieces(made, ids, [70, 1, 3, 26])) < 1e-3
+    rarefy.save(made, tmp_path / "saved")
+    assert far(want, in_pieces(rarefy.load(tmp_path / "saved"), ids, [70, 1, 3, 26])) < 1e-3
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
 def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
     """Dynamic rounding is done by the kernels; static rounding is an operator of its own, before kernels in fp32."""

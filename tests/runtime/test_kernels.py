@@ -527,6 +527,32 @@ def test_products_of_panels(size, way, exact, isa):
     activations(weight, bias, x, got)
 
 
+@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 128), (100, 1536)], ids=str)
+def test_products_of_inputs_in_two_terms(size, isa):
+    O, C = size
+    W, grid = on_grid(O, C, "int8", None, True)
+    weight = packing.pack_quantized(W, grid, False, True)
+    bias = torch.randn(O)
+    for N in (1, 2, 3, 4, 9):
+        x = torch.randn(N, C)
+        x[:, 0] *= 50  # an outlier, for which the others are rounded coarsely
+        got = Kernel(weight, bias).run(x)
+        want = reference.rounded(x, weight).double() @ packing.unpack(weight).double().T + bias
+        assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+        exact = x.double() @ W.double().T + bias
+        once = Kernel(packing.pack_quantized(W, grid, False), bias).run(x)
+        assert (got - exact).norm() < 0.02 * (once - exact).norm()
+    activations(weight, bias, x, got)
+
+
+def test_two_terms_are_for_int8_rows():
+    for way in (("int4", 32, True), ("int8", 32, True)):
+        with pytest.raises(FormatError, match="two_terms: expected False, or True for int8 with one scale a row"):
+            Kernel(packing.pack_quantized(*on_grid(8, 96, *way), False, True))
+    kernels = [Kernel(packing.pack_quantized(*on_grid(8, 96, "int8", None, True), False, two)) for two in (True, False)]
+    assert not can_group(kernels)
+
+
 def test_panels_of_several_layers_in_one_call(isa):
     weights = [packing.pack_quantized(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
     kernels, x = [Kernel(w) for w in weights], torch.randn(3, 128)
@@ -541,8 +567,8 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
     W, grid = on_grid(9, 64, "int8", None, True)
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
-    for exact in (True, False):
-        y = Kernel(packing.pack_quantized(W, grid, exact)).run(x)
+    for inputs in ((True, False), (False, False), (False, True)):
+        y = Kernel(packing.pack_quantized(W, grid, *inputs)).run(x)
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 

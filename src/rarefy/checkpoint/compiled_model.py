@@ -54,6 +54,7 @@ SCALARS: dict[str, tuple[str, ...]] = {  # fields of a packed weight that are no
     "fours": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
+OPTIONAL = {"panels": {"two_terms"}}  # fields that are written where they are not False
 PRECISIONS = ("fp32", "bf16", "int8")  # of packed weights
 PANEL_PRECISIONS = ("int8", "int4")
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
@@ -320,7 +321,11 @@ def _packed_weight(saved: container.Container, name: str, scalars: dict[str, Any
         format_: Any = scalars.get("format")
         fields = SCALARS.get(format_, ())
         precisions = PANEL_PRECISIONS if format_ == "panels" else PRECISIONS
-        if not fields or scalars.get("kind") not in precisions or set(scalars) != {"format", *fields}:
+        if (
+            not fields
+            or scalars.get("kind") not in precisions
+            or set(scalars) - OPTIONAL.get(format_, set()) != {"format", *fields}
+        ):
             raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
         tensors = {n.removeprefix(prefix): saved.tensor(n) for n in saved.names if n.startswith(prefix)}
         form: Any = from_tensors(scalars, tensors)

@@ -43,14 +43,16 @@ def conv_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     return bindings.Conv(groups=1, outputs=1, inputs=1, **{n: (c_int64 * 2)(*v) for n, v in pairs.items()})
 
 
-def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False) -> tuple[Value, Value | None]:
+def quantize_input(
+    p: Program, x: Node, precision: str, per_image: bool = False, two_terms: bool = False
+) -> tuple[Value, Value | None]:
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 there is a scale for each token or pixel, or one for each image, whose pixels a
-    convolution sums.
+    convolution sums. With two terms, the codes of what rounding lost stand behind the codes.
     """
-    key = x, f"{precision} per image" if per_image else precision
-    if key not in p.quantized and precision != "fp32" and not per_image:
+    key = x, precision + " per image" * per_image + " in two terms" * two_terms
+    if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:
         written = p.codes(p.values[x], precision)
         if written is not None:
             p.quantized[key] = written
@@ -64,8 +66,8 @@ def quantize_input(p: Program, x: Node, precision: str, per_image: bool = False)
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
-        fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image)}
-        codes, scales = p.new_like(source, lanes), p.new_like(source, 1)
+        fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image), "two_terms": int(two_terms)}
+        codes, scales = p.new_like(source, (1 + two_terms) * lanes), p.new_like(source, 1)
         extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
         p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)
         p.quantized[key] = codes, scales

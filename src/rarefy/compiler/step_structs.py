@@ -19,7 +19,7 @@ class View(Structure):
 
 class Step(Structure):
     _fields_ = [
-        *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image")],
+        *[(n, c_int32) for n in ("op", "act", "decode", "format", "dtype", "channels_first", "per_image", "two_terms")],
         *[(n, c_int32) for n in ("subtract_mean", "winograd", "store_values", "whole_columns", "codes_dtype")],
         *[(n, c_int32) for n in ("in_zero", "codes_zero")],
         *[(n, c_float) for n in ("in_scale", "codes_scale")],

@@ -50,7 +50,8 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         precision: None for that of the model, or that which it was quantized to; models in fp16 run in fp32, layers
             whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "bf16" keeps weights in bfloat16, so
             that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
-            scale for each output of a weight and one for each token of inputs.
+            scale for each output of a weight and one for each token of inputs; what rounding the inputs loses is
+            rounded to 8 bits as well and added, except where many weights are zero.
 
     Returns:
         A `Decoder`, which `generate` and `stream` take, and `save` writes.
@@ -109,7 +110,7 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
 
     def pack(weight: Tensor, name: str, _: Grid | None) -> Any:
         layer = name.removesuffix(".weight").removeprefix("model.")  # `_Step` calls the model so
-        return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer))
+        return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer), layer in rounded)
 
     kernels = select_kernels(exported, pack)
     return Decoder(Compiled(exported, kernels, specs), **numbers)
@@ -322,18 +323,22 @@ class Decoder:
         return f"language model step, {features} numbers of a token in the cache\n{self.compiled}"
 
 
-def _pack(weight: Tensor, precision: str | None, grid: Grid | None) -> Any:
-    """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask."""
+def _pack(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
+    """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask.
+
+    In 8 bits, inputs of panels have two terms, unless the model itself rounds them.
+    """
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_quantized(weight, grid, precision != "int8")
+        in_rows = grid.bits > 4 and grid.scale.shape[1] == 1
+        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and in_rows and not rounded)
     if precision != "int8":
         return pack_bitmask(weight, precision or "fp32")
     if zeros >= MIN_ZEROS:
         return pack_bitmask(weight, precision, grid)
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return pack_quantized(weight, Grid(8, scale), False)
+    return pack_quantized(weight, Grid(8, scale), False, not rounded)
 
 
 def _verify(model: Any, step: Decoder, tolerance: float) -> None:

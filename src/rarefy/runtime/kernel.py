@@ -86,7 +86,7 @@ class Kernel:
             count = len(packed.values) - PADDING // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.struct), count)
         elif isinstance(packed, QuantizedPanels):
-            options = {"scale_groups": packed.scale_groups, "fp32_inputs": int(packed.fp32_inputs)}
+            options = {n: int(getattr(packed, n)) for n in ("scale_groups", "fp32_inputs", "two_terms")}
             self.struct = _Quantized(cols=inputs, col_blocks=-(-inputs // 64), **options, **fields)
             self.call = library.rarefy_run_quantized
             wrong = library.rarefy_check_quantized(byref(self.struct), packed.values.numel())
@@ -177,7 +177,10 @@ def can_group(kernels: Sequence[Any]) -> bool:
     """Return whether one call can run these kernels."""
     if not 1 <= len(kernels) <= MAX_GROUPED or not all(isinstance(k, Kernel) for k in kernels):
         return False
-    formats = {(type(k.held[0]), k.held[0].kind, k.shape[1], getattr(k.held[0], "fp32_inputs", None)) for k in kernels}
+    inputs = ("fp32_inputs", "two_terms")
+    formats = {
+        (type(k.held[0]), k.held[0].kind, k.shape[1], *(getattr(k.held[0], n, None) for n in inputs)) for k in kernels
+    }
     return len(formats) == 1 and type(kernels[0].held[0]) in FORMATS[: FORMATS.index(Dense)]
 
 
@@ -277,6 +280,13 @@ def _check_numbers(packed: Packed) -> None:
             "expected fp32_inputs True or False and scale_groups 0 to 2, got "
             f"{packed.fp32_inputs!r} and {packed.scale_groups!r}"
         )
+    if isinstance(packed, QuantizedPanels):
+        able = packed.kind == "int8" and not packed.scale_groups and not packed.fp32_inputs
+        if type(packed.two_terms) is not bool or (packed.two_terms and not able):
+            raise FormatError(
+                "two_terms: expected False, or True for int8 with one scale a row and int8 inputs, got "
+                f"{packed.two_terms!r}"
+            )
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
     if grouped and packed.counts is None:  # type: ignore[union-attr]
         raise FormatError("dense weights of convolutions need one group")

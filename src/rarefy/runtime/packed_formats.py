@@ -158,6 +158,7 @@ class QuantizedPanels:
     scales: Tensor | None = None  # bf16 [O / 4, col_blocks, 4, scale_groups]
     zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: all are 8
     row_scales: Tensor | None = None  # fp32 [O], one scale for a whole row
+    two_terms: bool = False  # int8: what rounding the inputs loses is quantized to int8 as well
 
 
 Packed = Bitmask | Csr | Tiles | ConvTiles | QuantizedPanels | Sell | Dense
@@ -182,6 +183,8 @@ def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
     fields = {FILE_NAMES.get(n, n): v for n, v in vars(packed).items()}
     tensors = {n: v for n, v in fields.items() if isinstance(v, Tensor)}
     numbers = {n: v for n, v in fields.items() if n not in tensors and v is not None}
+    if not numbers.get("two_terms"):  # as files of earlier versions
+        numbers.pop("two_terms", None)
     return {"format": next(k for k, v in FORMATS.items() if type(packed) is v), **numbers}, tensors
 
 

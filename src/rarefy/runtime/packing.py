@@ -106,13 +106,14 @@ def _unpack_nibbles(packed: Bitmask) -> Tensor:
     return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, nonzero.shape[1] * 64)[:O, :C]
 
 
-def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True) -> QuantizedPanels:
+def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_terms: bool = False) -> QuantizedPanels:
     """Return a weight [O, C] that is quantized on `grid` as `QuantizedPanels`. O(O C).
 
     Args:
         weight: the dequantized weight.
         grid: its codes, scales and zero points.
         fp32_inputs: whether kernels leave inputs in fp32; else they quantize each row of them to int8.
+        two_terms: whether they also quantize what that loses; for int8 codes with one scale a row, and int8 inputs.
 
     Raises:
         FormatError: no kernel reads scales of these groups.
@@ -160,7 +161,7 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True) -> Quan
             .view(torch.uint8)
         )
     kind, tensors = "int4" if nibbles else "int8", (values.contiguous(), row_sums, scales, zeros, row_scales)
-    return QuantizedPanels((O, C), kind, fp32_inputs, scale_groups, *tensors)
+    return QuantizedPanels((O, C), kind, fp32_inputs, scale_groups, *tensors, two_terms=two_terms)
 
 
 def _panel_cells(small: Tensor, col_blocks: int, rest: float) -> Tensor:

@@ -13,6 +13,7 @@ from rarefy.model.activation_quant import MIN_SCALE
 from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
+LOST_STEPS = 254  # of what rounding to int8 loses, as csrc/kernel_table.h
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,
     "relu": torch.relu,
@@ -28,8 +29,8 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 
 
 def rounded(x: Tensor, packed: Packed) -> Tensor:
-    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps; single
-    values meet them as they are."""
+    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps, each of
+    them in 254 with two terms; single values meet them as they are."""
     kind = (
         "fp32"
         if isinstance(packed, Csr) or (isinstance(packed, QuantizedPanels) and packed.fp32_inputs)
@@ -40,7 +41,10 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     if kind in ("int8", "int4"):
         step = x.abs().amax(-1, keepdim=True) / 127
         step = torch.where(step > MIN_SCALE, step, 1.0)
-        return (x * (1 / step)).round() * step
+        codes = (x * (1 / step)).round()
+        if isinstance(packed, QuantizedPanels) and packed.two_terms:
+            return (codes + ((x * (1 / step) - codes) * LOST_STEPS).round() / LOST_STEPS) * step
+        return codes * step
     return x
 
 

@@ -36,7 +36,7 @@ def _lower(p: Program, node: Node) -> None:
     if precision == "int8" and kernel.input_grid is not None and not p.decode:
         source, static = quantize_static(p, x, kernel.input_grid)
     elif precision != "fp32" or (p.decode and source.features % 64):
-        source, scales = quantize_input(p, x, precision)
+        source, scales = quantize_input(p, x, precision, two_terms=getattr(packed, "two_terms", False))
         extra |= {} if scales is None else {"in_scales": scales}
     if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
         p.held.append(packed.row_sums.to(torch.int32))
