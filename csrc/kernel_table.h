@@ -134,7 +134,7 @@ struct rarefy_kernel_table {
   void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
   // Four rows, for `dense_lanes` where they stay int8, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
-  void (*decompress_quantized)(const rarefy_quantized&, int64_t row, bool to_int8, uint32_t* out);
+  void (*decompress_quantized[3])(const rarefy_quantized&, int64_t row, uint32_t* out);  // to fp32, bf16, int8
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
                                  const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy);
   void (*f32_epilogue)(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,

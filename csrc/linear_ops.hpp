@@ -42,7 +42,7 @@ struct LinearWeight {
       default: {
         const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
         rows = w.rows;
-        dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : RAREFY_F32;
+        dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : s.dtype == RAREFY_BF16 ? RAREFY_BF16 : RAREFY_F32;
         col_blocks = w.col_blocks;
         cols = w.cols;
         two_terms = w.two_terms;
@@ -75,15 +75,17 @@ inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
                             : tiles * ceil_div(s.features, SLAB_ROWS);
 }
 
-// Some rows of an int8 weight, in blocks, times one column tile. Inputs of two terms are multiplied one after the other.
-inline void multiply_blocks(const rarefy_kernel_table& t, const uint32_t* values, int64_t lane_blocks, bool two_terms,
-                            const uint32_t* x, int64_t columns, rarefy_tile_epilogue e, float* out) {
+// Some rows of a weight of bf16 or int8, in blocks, times one column tile. Inputs of two terms are multiplied one after
+// the other.
+inline void multiply_blocks(const rarefy_kernel_table& t, int32_t dtype, const uint32_t* values, int64_t lane_blocks,
+                            bool two_terms, const uint32_t* x, int64_t columns, rarefy_tile_epilogue e, float* out) {
   alignas(64) uint32_t sums[DECOMPRESSED_ROWS * TILE_COLS];
   const DenseSection section(t);
   const auto multiply = [&](const uint32_t* in, const rarefy_tile_epilogue& epilogue) {
-    t.dense_lanes[1](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
-    t.store_outputs[1](epilogue, sums, {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr,
-                                        .inverse_scale = 0.0f, .zero = 0});
+    t.dense_lanes[dtype == RAREFY_I8](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
+    t.store_outputs[dtype == RAREFY_I8](epilogue, sums,
+                                        {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr,
+                                         .inverse_scale = 0.0f, .zero = 0});
   };
   if (two_terms) {
     alignas(64) float lost_scales[TILE_COLS];
@@ -104,15 +106,18 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   const int64_t chunks = ceil_div(w.rows, DECOMPRESSED_ROWS), row = part % chunks * DECOMPRESSED_ROWS;
   const int64_t first_tile = part / chunks * DECOMPRESSED_TILES, rows = std::min(DECOMPRESSED_ROWS, w.rows - row);
   const int64_t row_tiles = ceil_div(rows, TILE_ROWS), tile_stride = w.col_blocks * 64 * TILE_ROWS;
-  const bool int8 = w.dtype == RAREFY_I8;
-  const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * w.col_blocks * 64) * (int8 ? 1 : 4));
+  const bool quantized = s.format == RAREFY_QUANTIZED;
+  // bf16 and int8 in blocks of 16 rows by 16 lanes; other formats of bf16 become fp32
+  const bool blocks = w.dtype == RAREFY_I8 || (quantized && w.dtype == RAREFY_BF16);
+  const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 ? 1 : 2);
+  const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * (blocks ? lane_blocks * 16 : w.col_blocks * 64)) * 4);
   uint32_t* values = static_cast<uint32_t*>(scratch.data);
   if (!values) return RAREFY_NO_MEMORY;
   for (int64_t i = 0; i < row_tiles; ++i) {
-    const int64_t r = i * TILE_ROWS;  // int8: in blocks of 16 rows by 16 lanes
-    uint32_t* first = values + (int8 ? (r / 16 * w.col_blocks * 16 + r % 16) * 16 : i * tile_stride);
-    if (s.format == RAREFY_QUANTIZED)
-      t.decompress_quantized(*static_cast<const rarefy_quantized*>(s.weight), row + r, int8, first);
+    const int64_t r = i * TILE_ROWS;
+    uint32_t* first = values + (blocks ? (r / 16 * lane_blocks * 16 + r % 16) * 16 : i * tile_stride);
+    if (quantized)
+      t.decompress_quantized[w.dtype](*static_cast<const rarefy_quantized*>(s.weight), row + r, first);
     else
       t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + r, first);
   }
@@ -124,8 +129,8 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const rarefy_tile_epilogue epilogue =
         tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0);
     float* out = tile_of(s.out, tile) + row * TILE_COLS;
-    if (int8) {
-      multiply_blocks(t, values, w.col_blocks, w.two_terms, x, columns, epilogue, out);
+    if (blocks) {
+      multiply_blocks(t, w.dtype, values, lane_blocks, w.two_terms, x, columns, epilogue, out);
     } else {
       t.dense_gemm(values, tile_stride, row_tiles, w.cols, x, reinterpret_cast<uint32_t*>(out), columns, false);
       apply_epilogue(t, epilogue, false, out);

@@ -290,7 +290,7 @@ struct rarefy_step {
   int32_t op, act;         // rarefy_op, rarefy_activation
   int32_t decode;          // 1: a decode step, activations are row-major
   int32_t format;          // LINEAR, sparse NHWC_CONV: rarefy_format of `weight`
-  int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`
+  int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`; LINEAR of grouped RAREFY_QUANTIZED: of x
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
   int32_t two_terms;       // CONVERT to int8: behind the codes, those of what rounding lost, in scale / LOST_STEPS

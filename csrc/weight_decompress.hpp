@@ -26,6 +26,12 @@ inline void store_int8_lanes(const void* values, int64_t r, uint32_t* out) {
   std::memcpy(out + r * DENSE_LANES, values, 4 * DENSE_LANES);
 }
 
+// A number that is finite, rounded to the nearest even bf16.
+inline uint32_t round_bits_to_bf16(float f) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, f);
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
 // Four rows from `row` on. int8 stays int8, in blocks; all other types become fp32.
 template <int DTYPE>
 void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
@@ -67,30 +73,45 @@ void decompress_bitmask(const rarefy_bitmask& w, int64_t row, uint32_t* out) {
   }
 }
 
-// Four rows from `row` on. `to_int8`: an int8 weight stays int8, for int8 inputs; else values are dequantized to fp32.
-void decompress_quantized(const rarefy_quantized& w, int64_t row, bool to_int8, uint32_t* out) {
+// 64 dequantized values as bf16, of the r-th of four rows; `out` is the first row's place in the first of two blocks.
+inline void store_bf16_lanes(const float (&values)[64], int64_t r, uint32_t* out) {
+  for (int64_t half = 0; half < 2; ++half) {
+    uint32_t lanes[DENSE_LANES];
+    for (int64_t l = 0; l < DENSE_LANES; ++l)
+      lanes[l] = round_bits_to_bf16(values[32 * half + 2 * l]) | round_bits_to_bf16(values[32 * half + 2 * l + 1]) << 16;
+    std::memcpy(out + half * DENSE_BLOCK + r * DENSE_LANES, lanes, sizeof lanes);
+  }
+}
+
+// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; an int8 weight in blocks as it is, for int8
+// inputs.
+template <int DTYPE>
+void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   const bool int4 = w.dtype == RAREFY_I4;
   const QuantizedOps ops{w.scale_groups};
   const int64_t first = row * w.col_blocks, groups = w.scale_groups;
   const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * (int4 ? 32 : 64);
-  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell) {
+  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += int4 ? 32 : 64) {
     const int64_t r = cell % TILE_ROWS;
-    if (to_int8) {
+    if constexpr (DTYPE == RAREFY_I8) {
       store_int8_lanes(value, r, out);
-      value += 64;
     } else {
       const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;
       const float low = row_scale * (groups ? from_bf16(w.scales[cell * groups]) : 1.0f);
       const float high = groups > 1 ? row_scale * from_bf16(w.scales[cell * groups + 1]) : low;
       const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
-      alignas(64) int8_t values[64];
+      alignas(64) int8_t codes[64];
       const auto loaded = int4 ? ops.load_int4(value, zero_point) : ops.load_int8(value);
-      std::memcpy(values, &loaded, 64);
-      for (int64_t c = 0; c < 64; ++c)
-        out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, float(values[c]) * (c < 32 ? low : high));
-      value += int4 ? 32 : 64;
+      std::memcpy(codes, &loaded, 64);
+      alignas(64) float values[64];
+      for (int64_t c = 0; c < 32; ++c) values[c] = float(codes[c]) * low;
+      for (int64_t c = 32; c < 64; ++c) values[c] = float(codes[c]) * high;
+      if constexpr (DTYPE == RAREFY_BF16)
+        store_bf16_lanes(values, r, out);
+      else
+        for (int64_t c = 0; c < 64; ++c) out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, values[c]);
     }
-    if (r == TILE_ROWS - 1) out += to_int8 ? DENSE_BLOCK : 64 * TILE_ROWS;
+    if (r == TILE_ROWS - 1) out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_BF16 ? 2 * DENSE_BLOCK : 64 * TILE_ROWS;
   }
 }
 

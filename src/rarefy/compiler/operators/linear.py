@@ -13,6 +13,7 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import quantize_input, quantize_static
 from rarefy.compiler.operators.spec import Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
+from rarefy.compiler.step_structs import DTYPES
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
@@ -44,14 +45,19 @@ def _lower(p: Program, node: Node) -> None:
     out = p.make(node)
     fields = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
     fields |= {"weight": addressof(kernel.struct), "format": bindings.FORMATS.index(type(packed))}
+    if isinstance(packed, QuantizedPanels) and precision == "bf16":
+        fields["dtype"] = DTYPES.index(precision)
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields, **static)
 
 
 def input_precision(packed: Any, decode: bool) -> str:
-    """Return the precision in which a kernel reads its inputs. A weight that is unpacked to fp32 for many tokens reads
-    them in fp32."""
+    """Return the precision in which a kernel reads its inputs. A weight that is unpacked for many tokens reads them in
+    fp32, or where the CPU is fast in it and single tokens are rounded anyway, in bf16."""
+    if isinstance(packed, QuantizedPanels) and packed.scale_groups and not (decode or packed.fp32_inputs):
+        whole = not 0 < packed.shape[1] % 64 <= 32  # blocks of bf16 have 32 inputs, those of panels 64
+        return "bf16" if whole and bindings.multiplies_bf16() else "fp32"
     if isinstance(packed, QuantizedPanels):
-        return "fp32" if packed.fp32_inputs or (packed.scale_groups and not decode) else "int8"
+        return "fp32" if packed.fp32_inputs else "int8"
     if isinstance(packed, Bitmask) and not decode:
         return "int8" if packed.kind == "int8" else "fp32"
     return "int8" if packed.kind == "int4" else packed.kind
