@@ -18,6 +18,11 @@ constexpr int64_t NHWC_OUTPUTS = 64;      // outputs that are computed together
 constexpr int64_t NHWC_PIXELS = 66;       // pixels that are computed together at most
 constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
+// The number of a weight's function among `quantized_gemv`.
+static inline int quantized_variant(const rarefy_quantized& w) {
+  return w.two_terms ? 4 : (w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0);
+}
+
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
 
 static inline int64_t inputs_per_lane(int32_t dtype) { return dtype >= RAREFY_I8 ? 4 : dtype == RAREFY_BF16 ? 2 : 1; }

@@ -71,11 +71,6 @@ inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilo
     t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
 }
 
-// The number of a weight's function among `quantized_gemv`.
-inline int quantized_variant(const rarefy_quantized& w) {
-  return w.two_terms ? 4 : (w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0);
-}
-
 // Within its lifetime a thread may call `dense_lanes`.
 class DenseSection {
  public:
