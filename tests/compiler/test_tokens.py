@@ -232,3 +232,24 @@ def test_rows_that_are_concatenated_as_if_they_were_channels():
     made = rarefy.compile(net, x, tune=False)
     for got, want in zip(made(x), net(x)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class FixedBatch(nn.Module):
+    """Images as rows and back, with a batch size that the code fixes, as files exported without open sizes have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.layer = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        rows = self.first(x).permute(0, 2, 3, 1).reshape(2, 36, 8)
+        return self.second(self.layer(rows).reshape(2, 6, 6, 8).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_batch_of_a_fixed_size_is_not_split(precision):
+    net, x = FixedBatch().eval(), torch.randn(2, 3, 6, 6)
+    fast = rarefy.compile(net, x, precision=precision)
+    assert {"pixels_to_tokens", "tokens_to_pixels"} <= set(fast.counts()[1])
+    assert (fast(x) - net(x)).norm() < 0.03 * net(x).norm()

@@ -191,8 +191,8 @@ def image_nodes(nodes: Sequence[Node]) -> set[Node] | None:
 def _splits_by_sample(nodes: Sequence[Node], constants: Mapping[str, Tensor]) -> bool:
     """Return whether entries of the first dimension of the inputs can go through all operators one by one.
 
-    They cannot where several entries make a sample, such as windows of an image, or where a mask is read, which may
-    have another first dimension.
+    They cannot where several entries make a sample, such as windows of an image or a whole batch of a fixed size, or
+    where a mask is read, which may have another first dimension.
     """
     entries: dict[Node, Fraction] = {}  # of the first dimension, for each entry of an input
     for n in nodes:
@@ -202,6 +202,8 @@ def _splits_by_sample(nodes: Sequence[Node], constants: Mapping[str, Tensor]) ->
         entries[n] = entries.get(n.args[0], Fraction(1))
         if spec.index("sizes") is not None:
             _, index, parts, sizes = n.args
+            if (entries[n] / parts).denominator != 1:
+                return False
             entries[n] *= Fraction(constants[index.name].shape[1], parts * prod(sizes))
         if entries[n].denominator != 1:
             return False
