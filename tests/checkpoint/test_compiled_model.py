@@ -347,7 +347,12 @@ def swap_first_two_calls(told):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t.update(schema=4), "schema 4 is written by a newer version of Rarefy; this version reads schemas 1 and 2 and 3"),
+        (lambda t: t.update(schema=5), "schema 5 is written by a newer version of Rarefy; this version reads schemas 1 and 2 and 3 and 4"),
+        (lambda t: t["names"].update(inputs=["a", "b"]), r"names: expected 1 names of inputs or none, got \['a', 'b'\]"),
+        (lambda t: t["names"].update(outputs=[7]), r"names: expected 1 names of outputs or none, got \[7\]"),
+        (lambda t: t["names"].update(inputs=["a" * 10_001]), "names: expected 1 names of inputs or none"),
+        (lambda t: t["names"].pop("outputs"), "names: expected 1 names of outputs or none, got None"),
+        (lambda t: t.update(names=[]), "names: expected dict"),
         (lambda t: t.update(schema="1"), 'whole number "schema"'),
         (lambda t: t.update(code="import os"), "expected an object with schema, inputs"),
         (without("nodes"), "expected an object with schema, inputs"),

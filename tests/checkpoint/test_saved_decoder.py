@@ -396,4 +396,4 @@ def test_steps_are_for_decoders_alone(folder):
     full.past = 61
     for other in (made.cache(1, 64), full):
         with pytest.raises(ModelError, match="more tokens of 2 sequences"):
-            made.compiled.run([ids, places.repeat(2, 1), places], other)
+            made.compiled.run_leaves([ids, places.repeat(2, 1), places], other)

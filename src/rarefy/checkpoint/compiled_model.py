@@ -21,6 +21,7 @@ from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
+from rarefy.compiler.io_names import output_names
 from rarefy.compiler.kernel_selection import EmbeddingKernel, reads_static_codes, repack
 from rarefy.compiler.operators.spec import Call
 from rarefy.compiler.operators.table import BY_TARGET
@@ -207,6 +208,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
     numbers = dict(parts.numbers)
     exported = ExportedGraph(g.graph, constants, g.inputs, g.in_spec, g.out_spec, g.ranges, g.notes)
     exported.cache_features, exported.torch_nodes = numbers.pop("cache_features", 0), g.torch_nodes
+    exported.input_names, exported.output_names = g.input_names, g.output_names
     compiled = Compiled(exported, kernels, g.input_specs, shape_checks.check)
     return Decoder(compiled, **{**numbers, "eos_tokens": tuple(numbers["eos_tokens"])}) if numbers else compiled
 
@@ -400,9 +402,12 @@ def summary(parts: Parts) -> dict[str, Any]:
     calls = [n for n in parts.graph.graph.nodes if n.op == "call_function"]
     native = Counter(BY_TARGET[n.target].name for n in calls if n.target in BY_TARGET)
     decoder = {DECODER: ", ".join(f"{n} {v}" for n, v in parts.numbers.items())} if parts.numbers else {}
+    names = parts.graph.input_names or [n.name for n in parts.graph.inputs]
+    outputs = parts.graph.output_names or output_names(None, parts.graph.out_spec)
     return {
         **decoder,
-        "inputs": ", ".join(f"{n.name} {e}" for n, e in zip(parts.graph.inputs, parts.graph.input_specs)),
+        "inputs": ", ".join(f"{n} {e}" for n, e in zip(names, parts.graph.input_specs)),
+        "outputs": ", ".join(outputs),
         "operators": ", ".join(f"{n} {op}" for op, n in native.most_common()),
         "calls of torch": len(calls) - sum(native.values()),
     }

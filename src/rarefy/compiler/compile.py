@@ -20,6 +20,7 @@ from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32, model_dtype
+from rarefy.compiler.io_names import input_names, output_names
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
@@ -161,7 +162,7 @@ def compile(
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
         see later changes of the model. `print` it to see what runs natively and what runs in torch. Tokens that
         `attention_mask` hides are left out where nothing depends on them: outputs are zeros there. Set its attribute
-        `skip_padding` to False to compute them.
+        `skip_padding` to False to compute them. Its method `run` takes and returns numpy arrays by name.
 
     Raises:
         ModelError: if torch.export cannot export the model, the model is in training mode, has parameters of several
@@ -190,13 +191,21 @@ def compile(
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     if dtype == torch.float32:
-        return _compile(model, args, kwargs, precision, calibrate, tune, notes)
+        return _named(_compile(model, args, kwargs, precision, calibrate, tune, notes), model)
     if calibrate is not None:
         calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
     model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, calibrate, tune, notes)
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
+    return _named(compiled, model)
+
+
+def _named(compiled: Compiled, model: nn.Module) -> Compiled:
+    """Record in a compiled model the names of its inputs and outputs; return it."""
+    exported = compiled.exported
+    exported.input_names = tuple(input_names(model, exported.in_spec))
+    exported.output_names = tuple(output_names(model, exported.out_spec))
     return compiled
 
 

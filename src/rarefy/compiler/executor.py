@@ -6,13 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import DataError, first_line
+from rarefy.compiler import io_names
 from rarefy.compiler.export import MAX_SIZE, layer_names
 from rarefy.compiler.fx_utils import ExportedGraph, Node, is_node
 from rarefy.compiler.in_place import overwriting
@@ -113,6 +115,7 @@ class Compiled:
     def reschedule(self) -> None:
         """Schedule the calls, again after the graph or the kernels have changed."""
         self.schedule = schedule(self.exported, self.kernels, self.check)
+        self.native_outputs = {n for call in self.schedule if isinstance(call, Native) for n in call.outputs}
         self.fixed_nodes = _size_only_nodes(self.exported)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
@@ -138,9 +141,87 @@ class Compiled:
         Raises:
             DataError: if the arguments are not nested like the example, or have other types or sizes.
         """
-        return pytree.tree_unflatten(self.run(self.leaves(args, kwargs)), self.exported.out_spec)
+        return pytree.tree_unflatten(self.run_leaves(self.leaves(args, kwargs)), self.exported.out_spec)
 
-    def run(self, leaves: list[Any], cache: Any = None, recorder: Recorder | None = None) -> list[Any]:
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the arrays that `run` takes: those of the ONNX file, or of keywords and parameters."""
+        return [n for n, want in zip(self._leaf_names(), self.input_specs) if isinstance(want, InputSpec)]
+
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the arrays that `run` returns: those of the ONNX file, of the output's fields, or output_0."""
+        return [n for n, value in zip(self._output_leaf_names(), self.output) if value is not None]
+
+    def _leaf_names(self) -> list[str]:
+        """Return a name for each leaf of the arguments."""
+        return list(self.exported.input_names) or [n.name for n in self.exported.inputs]
+
+    def _output_leaf_names(self) -> list[str]:
+        """Return a name for each leaf of the outputs."""
+        return list(self.exported.output_names) or io_names.output_names(None, self.exported.out_spec)
+
+    @overload
+    def run(self, output_names: Mapping[str, Any], /) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[np.ndarray]: ...
+
+    def run(self, output_names: Any, input_feed: Any = None) -> Any:
+        """Return numpy arrays for numpy arrays by name.
+
+        `run({"x": array})` returns a dict of all outputs. `run(["y"], {"x": array})` returns a list of those that are
+        named, and `run(None, {"x": array})` of all, as `InferenceSession.run` of ONNX Runtime does.
+
+        Args:
+            output_names: the inputs by name, or with a second argument the names of outputs, None for all.
+            input_feed: the inputs by name: an array for each of `input_names`.
+
+        Returns:
+            The arrays; outputs in bfloat16 as float32. They are the caller's own.
+
+        Raises:
+            DataError: for unknown or missing names, and arrays of other types or sizes.
+
+        Example:
+            >>> from torch import nn
+            >>> from rarefy.compiler.compile import compile
+            >>> fast = compile(nn.Linear(4, 2).eval(), torch.randn(2, 4))
+            >>> fast.input_names, fast.output_names
+            (['input'], ['output_0'])
+            >>> fast.run({"input": np.ones((3, 4), np.float32)})["output_0"].shape
+            (3, 2)
+        """
+        by_name = input_feed is None
+        wanted = io_names.check_output_names(None if by_name else output_names, self.output_names)
+        leaves = self._leaves_by_name(output_names if by_name else input_feed)
+        values = dict(zip(self._output_leaf_names(), zip(self.output, self.run_leaves(leaves))))
+        arrays = {n: self._own_array(*values[n], leaves) for n in wanted}
+        return arrays if by_name else [arrays[n] for n in wanted]
+
+    def _leaves_by_name(self, feed: Any) -> list[Any]:
+        """Return the leaves of a call for numpy arrays by name; DataError unless they are as the graph expects."""
+        arrays = iter(io_names.ordered_inputs(feed, self.input_names))
+        sizes: dict[str, int] = {}
+        leaves: list[Any] = []
+        for name, want in zip(self._leaf_names(), self.input_specs):
+            if isinstance(want, InputSpec):
+                tensor = io_names.to_tensor(name, next(arrays), want.dtype, str(want))
+                _check_input(name, want, tensor, sizes, self.exported.ranges)
+                leaves.append(tensor)
+            else:
+                leaves.append(want)
+        return leaves
+
+    def _own_array(self, node: Any, value: Any, leaves: list[Any]) -> np.ndarray:
+        """Return an output as an array that shares no memory with inputs, constants and later outputs."""
+        array = io_names.to_array(value)
+        shared = node not in self.native_outputs and (
+            node in self.fixed_nodes or io_names.shares_memory(value, [*leaves, *self.constants.values()])
+        )
+        return array.copy() if shared else array
+
+    def run_leaves(self, leaves: list[Any], cache: Any = None, recorder: Recorder | None = None) -> list[Any]:
         """Return the output tensors for input tensors in the graph's order.
 
         A decoder also passes its `Cache`, a profiler what records the time of each call.
@@ -207,13 +288,13 @@ class Compiled:
         """
 
         def call(recorder: Recorder) -> None:
-            out = self.run(self.leaves(args, kwargs), recorder=recorder)
+            out = self.run_leaves(self.leaves(args, kwargs), recorder=recorder)
             pytree.tree_unflatten(out, self.exported.out_spec)
 
         return self.profile_calls(call, repeats, warmup)
 
     def profile_calls(self, call: Callable[[Recorder], Any], repeats: int, warmup: int) -> Profile:
-        """Return the profile of calls that pass a recorder to `run`; see `profile`."""
+        """Return the profile of calls that pass a recorder to `run_leaves`; see `profile`."""
         layers = self.exported.layers or layer_names(self.exported)
         return profile_calls(call, layers, self.weight_bytes(), repeats, warmup)
 

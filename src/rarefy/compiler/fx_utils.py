@@ -33,6 +33,8 @@ class ExportedGraph:
         layers: the layer of the model that each node belongs to, where it is known.
         cache_features: features of keys and values that a KV cache keeps of each token.
         torch_nodes: operators of the engine that torch runs because it was faster.
+        input_names: a name for each input, () where none are known.
+        output_names: a name for each output, () where none are known.
     """
 
     graph: fx.Graph
@@ -46,6 +48,8 @@ class ExportedGraph:
     layers: dict[Node, str] = field(default_factory=dict)
     cache_features: int = 0
     torch_nodes: set[Node] = field(default_factory=set)
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
 
 
 def shape(node: Any) -> tuple[Any, ...]:

@@ -1,14 +1,16 @@
 """A compiled graph as JSON, and back: what is read is checked, as the file may come from anybody.
 
-    {"schema": 3, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
+    {"schema": 4, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
      "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
      "kernels": {node: packed weight}, "packed": {name: fields}, "torch": [node that torch runs faster],
      "grids": {node: [scale, zero] of its input's 8-bit codes, and then perhaps of its residual's},
+     "names": {"inputs": [name of each input], "outputs": [name of each output]}, both [] where none are known,
      "nodes": [[name, op, target, args, kwargs]]}
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
-Schema 2 has no "torch" and "grids"; schema 1 has other names of operators too, see `old_op_names.py`.
+Schema 3 has no "names"; schema 2 no "torch" and "grids" either; schema 1 has other names of operators too, see
+`old_op_names.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ from rarefy.compiler.pytree_json import from_nesting, to_nesting
 from rarefy.formats.sparse_encodings import DTYPES
 from rarefy.model.activation_quant import MIN_SCALE, ActivationQuant
 
-SCHEMA, READABLE = 3, (1, 2, 3)
+SCHEMA, READABLE = 4, (1, 2, 3, 4)
 MAX_NODES = 50_000  # scheduling takes time in the square of them
 CACHE = "cache"  # name of the placeholder of a language model's KV cache
 MAX_DEPTH = 16  # levels of nested arguments
 MAX_INT = 1 << 63
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
 SYMBOL = re.compile(r"[ -~]{1,200}")
-KEYS = ("schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "grids", "nodes")
+KEYS = (
+    "schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "grids", "names",
+    "nodes",
+)  # fmt: skip
+ADDED_IN = {"torch": 3, "grids": 3, "names": 4}  # the first schema with these keys
+MAX_NAME = 10_000  # characters of the name of an input or output
 NAMED_VALUES: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
     "dtype": {**DTYPES, "complex128": torch.complex128},
@@ -73,6 +80,8 @@ class GraphDef:
         packed: the fields of each packed weight that are not tensors.
         torch_nodes: the engine's operators that torch runs faster.
         grids: the static 8-bit grids of inputs, and of residuals, by the operators that read them.
+        input_names: a name for each input, () where none are known.
+        output_names: a name for each output, () where none are known.
     """
 
     graph: fx.Graph
@@ -87,6 +96,8 @@ class GraphDef:
     packed: dict[str, dict[str, Any]]
     torch_nodes: set[Node]
     grids: dict[Node, tuple[ActivationQuant, ActivationQuant | None]]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
 
 
 # ---- to JSON --------------------------------------------------------------------------------------------------------
@@ -120,6 +131,7 @@ def to_json(
         "packed": dict(packed),
         "torch": [n.name for n in e.graph.nodes if n in e.torch_nodes],
         "grids": {n.name: _numbers(k) for n, k in compiled.kernels.items() if k.input_grid is not None},
+        "names": {"inputs": list(e.input_names), "outputs": list(e.output_names)},
         "nodes": [_node_to_json(n) for n in e.graph.nodes if n in used],
     }
     try:
@@ -220,7 +232,18 @@ def _graph_def(value: Any) -> GraphDef:
         packed={n: _expect(p, dict, f"packed {_short(n)}") for n, p in value["packed"].items()},
         torch_nodes={nodes[n] for n in reader.torch_names},
         grids={nodes[n]: g for n, g in grids.items()},
+        input_names=_names(value, "inputs", len(inputs)),
+        output_names=_names(value, "outputs", outputs),
     )
+
+
+def _names(value: Mapping[str, Any], ends: str, count: int) -> tuple[str, ...]:
+    """Return the names of all inputs or outputs, () where none are known."""
+    names = value.get("names", {"inputs": [], "outputs": []}).get(ends)
+    valid = type(names) is list and len(names) in (0, count) and all(type(n) is str for n in names)
+    if not valid or any(len(n) > MAX_NAME for n in names) or (ends == "inputs" and len(set(names)) != len(names)):
+        raise ValueError(f"names: expected {count} names of {ends} or none, got {_short(names)}")
+    return tuple(names)
 
 
 def _numbers(kernel: Any) -> list[float]:
@@ -250,7 +273,7 @@ def _check_keys(value: Any) -> None:
     if schema not in READABLE:
         newer = "written by a newer version of Rarefy" if schema > SCHEMA else "unknown"
         raise ValueError(f"schema {schema} is {newer}; this version reads schemas {' and '.join(map(str, READABLE))}")
-    keys = [k for k in KEYS if k not in ("torch", "grids") or schema > 2]
+    keys = [k for k in KEYS if schema >= ADDED_IN.get(k, 1)]
     if set(value) != set(keys):
         raise ValueError(f"expected an object with {', '.join(keys)}, got {_short(sorted(value))}")
     for name in keys[1:]:

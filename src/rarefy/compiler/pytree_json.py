@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError
 
 LEAF = "*"
 MAX_DEPTH = 64  # levels of nesting
+PLAIN = {immutable_list: list, immutable_dict: dict}  # of the outputs of graph modules
 KEY_TYPES = (str, int, bool, float, type(None))
 
 
@@ -75,6 +77,32 @@ pytree.register_pytree_node(
 )
 
 
+def type_of(spec: Any) -> Any:
+    """Return the class of what one of torch's pytree specs describes; None for a leaf."""
+    return PLAIN.get(spec.type, spec.type)
+
+
+def children_of(spec: Any) -> list[Any]:
+    """Return the specs of what is nested directly in one of torch's pytree specs."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs
+
+
+def leaf_names(spec: Any, name: str) -> list[str]:
+    """Return a name for each leaf of a nesting: keys, fields and positions joined by dots behind a first name.
+
+    >>> leaf_names(pytree.tree_flatten({"a": 1, "b": (2, 3)})[1], "x")
+    ['x.a', 'x.b.0', 'x.b.1']
+    """
+    if spec.type is None:
+        return [name]
+    children, keys = children_of(spec), spec.context
+    keys = keys._fields if spec.type is namedtuple else keys
+    named = isinstance(keys, list | tuple) and len(keys) == len(children)
+    return [
+        n for key, s in zip(keys if named else range(len(children)), children) for n in leaf_names(s, f"{name}.{key}")
+    ]
+
+
 def to_nesting(spec: Any, arguments: bool = False) -> Any:
     """Return one of torch's pytree specs as JSON. O(nodes).
 
@@ -85,8 +113,7 @@ def to_nesting(spec: Any, arguments: bool = False) -> Any:
     Raises:
         ModelError: for a class whose fields have no names, and for any class among arguments.
     """
-    kind, children = spec.type, spec.children() if hasattr(spec, "children") else spec.children_specs
-    parts = [to_nesting(s, arguments) for s in children]
+    kind, parts = type_of(spec), [to_nesting(s, arguments) for s in children_of(spec)]
     if kind is None:
         return LEAF
     if kind in (tuple, list):

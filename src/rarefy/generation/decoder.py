@@ -276,7 +276,7 @@ class Decoder:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
         leaves = [nn.functional.pad(ids, (0, padded - tokens)), positions, keep]
-        logits = self.compiled.run(leaves, cache, recorder)[0]
+        logits = self.compiled.run_leaves(leaves, cache, recorder)[0]
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (batch, len(keep)):
             raise ModelError("the saved graph is inconsistent: its step returns no logits")
         cache.past += tokens

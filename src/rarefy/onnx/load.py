@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch  # noqa: F401 (for the example of the docstring)
 from torch import nn
 
+from rarefy.model.signature import Signature, set_signature_
 from rarefy.onnx import fusions, layout, qdq
 from rarefy.onnx import graph as onnx_graph
 from rarefy.onnx.convert import convert
 from rarefy.onnx.graph import Graph
 from rarefy.onnx.read import infer_kinds, inline_functions, read, set_input_shapes_
+from rarefy.onnx.signature import parameters_of, signature_of
 from rarefy.onnx.verify import named_example, verify
 
 PASSES = (
@@ -35,11 +38,13 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
     """Return the model of an ONNX file as a module in evaluation mode, verified against ONNX Runtime.
 
     The module takes the file's inputs in their order or by their names, and returns the file's outputs: a tensor, or a
-    list of them. Matrix products with constant weights become Linear layers, lookups Embedding, decomposed norms and
-    GELUs LayerNorm and GELU, convolutions Conv; where the file records the modules that it was traced from, layers have
-    their names. Integer operators, QuantizeLinear and DequantizeLinear become quantized weights and activations as
-    `quantize_` makes them, so `save` stores their codes and `accelerate_` runs them; dynamic activation scales become
-    one for each row. Zeros stay zeros: `adopt_` makes masks of them. Operators from version 7 on are supported.
+    list of them. Compiled, it takes and returns numpy arrays by these names, see `Compiled.run`.
+
+    Matrix products with constant weights become Linear layers, lookups Embedding, decomposed norms and GELUs LayerNorm
+    and GELU, convolutions Conv; where the file records the modules that it was traced from, layers have their names.
+    Integer operators, QuantizeLinear and DequantizeLinear become quantized weights and activations as `quantize_` makes
+    them, so `save` stores their codes and `accelerate_` runs them; dynamic activation scales become one for each row.
+    Zeros stay zeros: `adopt_` makes masks of them. Operators from version 7 on are supported.
     Needs the extra [onnx]. Reads nothing outside the file's folder. O(weights), and one call of both.
 
     Args:
@@ -68,10 +73,30 @@ def from_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = 
     model = read(path)
     path = Path(path)
     set_input_shapes_(model, path, shapes)
+    return to_module(model, path, example, shapes or {})
+
+
+def to_module(
+    model: Any,
+    path: str | Path,
+    example: Any = None,
+    shapes: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    signature: Signature | None = None,
+) -> nn.Module:
+    """Return the module of a model that `read` returned; see `from_onnx`.
+
+    Args:
+        model: the model, which is changed.
+        path: its file.
+        example: inputs for the comparison.
+        shapes: shapes that `set_input_shapes_` has set.
+        signature: its signature, if that is known.
+    """
+    signature = signature or signature_of(model)
     graph = to_graph(model)
-    inputs = [i.name for i in graph.model.graph.input]
-    module = convert(graph, named_example(inputs, example, path)).eval()
-    verify(module, path, example, shapes or {}, _activation_kind(graph))
+    module = convert(graph, named_example([i.name for i in signature.inputs], example, path)).eval()
+    set_signature_(module, parameters_of(module, signature))
+    verify(module, path, example, shapes, _activation_kind(graph))
     return module
 
 

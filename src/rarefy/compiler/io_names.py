@@ -1,0 +1,115 @@
+"""Names of a compiled model's inputs and outputs, by which it is called with numpy arrays."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rarefy.common.errors import DataError, unknown
+from rarefy.compiler.pytree_json import children_of, leaf_names, type_of
+from rarefy.model.signature import get_signature
+
+
+def input_names(model: nn.Module, in_spec: Any) -> list[str]:
+    """Return the names of a call's leaves: those of the model's file, else of its keywords and parameters.
+
+    Args:
+        model: the model.
+        in_spec: torch's pytree spec of the arguments.
+    """
+    args, kwargs = children_of(in_spec)
+    signature = get_signature(model)
+    in_file = {} if signature is None else {i.parameter: i.name for i in signature.inputs}
+    parameters = _positional_names(model, len(children_of(args)))
+    keywords = [str(n) for n in kwargs.context]
+    named = [*zip(parameters, children_of(args)), *zip(keywords, children_of(kwargs))]
+    return [name for parameter, spec in named for name in leaf_names(spec, in_file.get(parameter, parameter))]
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    """Return the names of the first parameters of a model, with numbers behind that of `*args`."""
+    names: list[str] = []
+    for p in inspect.signature(model.forward).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            names += [f"{p.name}.{i}" for i in range(count - len(names))]
+        else:
+            names.append(p.name)
+    return names[:count]
+
+
+def output_names(model: nn.Module | None, out_spec: Any) -> list[str]:
+    """Return the names of a call's outputs: those of the model's file, else of fields, else output_0 and so on."""
+    signature = get_signature(model)
+    if signature is not None and len(signature.outputs) == out_spec.num_leaves:
+        return list(signature.outputs)
+    if type_of(out_spec) in (None, tuple, list):
+        specs = [out_spec] if out_spec.type is None else children_of(out_spec)
+        return [n for i, s in enumerate(specs) for n in leaf_names(s, f"output_{i}")]
+    return [n.removeprefix("output.") for n in leaf_names(out_spec, "output")]
+
+
+def ordered_inputs(feed: Any, names: Sequence[str]) -> list[Any]:
+    """Return inputs given by name in the order of the names; DataError unless there is one for each name."""
+    if not isinstance(feed, Mapping):
+        example = ", ".join(f"{n!r}: array" for n in names)
+        raise DataError(f"expected a dict of numpy arrays by name, {{{example}}}, got {type(feed).__name__}")
+    wrong = next((n for n in feed if n not in names), None)
+    if wrong is not None:
+        raise DataError(unknown("input", wrong, names))
+    missing = [n for n in names if n not in feed]
+    if missing:
+        raise DataError(f"missing {', '.join(missing)}: the model takes {', '.join(names)}")
+    return [feed[n] for n in names]
+
+
+def check_output_names(wanted: Any, names: Sequence[str]) -> list[str]:
+    """Return the outputs that a caller wants, all for None or an empty list; DataError for unknown names."""
+    if wanted is None:
+        return list(names)
+    if not isinstance(wanted, list | tuple):
+        raise DataError(f"output names: expected a list of names or None, got {type(wanted).__name__}")
+    wrong = next((n for n in wanted if n not in names), None)
+    if wrong is not None:
+        raise DataError(unknown("output", wrong, names))
+    return list(wanted or names)
+
+
+def to_tensor(name: str, value: Any, dtype: torch.dtype, expected: str) -> Tensor:
+    """Return a numpy array as a tensor that shares its memory where it can; DataError for another type.
+
+    Args:
+        name: what messages call it.
+        value: the array. For bfloat16, which numpy does not have, one of float32.
+        dtype: the type that it must have.
+        expected: what messages say that it must be.
+    """
+    if not isinstance(value, np.ndarray | np.generic):
+        raise DataError(f"{name}: expected a numpy array, {expected}, got {type(value).__name__}")
+    array = np.asarray(value)
+    wanted = "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    if array.dtype.name != wanted:
+        got = f"{array.dtype.name} {list(array.shape)}"
+        raise DataError(f"{name}: expected {expected}, got {got}: convert it with .astype({wanted!r})")
+    if not (array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative):
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")  # torch warns of read-only memory
+    return torch.from_numpy(array).to(dtype)
+
+
+def to_array(value: Any) -> np.ndarray:
+    """Return an output as a numpy array; bfloat16 as float32."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+
+
+def shares_memory(value: Any, others: Sequence[Any]) -> bool:
+    """Return whether a tensor lies in the memory of another one."""
+    if not isinstance(value, Tensor):
+        return False
+    memory = value.untyped_storage().data_ptr()
+    return any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory for t in others)
