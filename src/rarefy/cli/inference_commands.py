@@ -1,20 +1,19 @@
-"""The commands generate, compile and bench."""
+"""The commands generate and compile."""
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import Force, Json, ModelPath, Precision, Quiet, Threads
+from rarefy.cli.shared import Force, InputShape, Json, ModelPath, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 from rarefy.common.report import Report
 
@@ -231,6 +230,7 @@ def compile_(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Sequence length of the example input, by default 128. Not for decoders.")
     ] = None,
+    input_shape: InputShape = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -239,12 +239,15 @@ def compile_(
     """Compile a whole model for the engine and save it. rarefy.load reads it without the model's class.
 
     A language model becomes a decoder for `rarefy generate`; its tokenizer's files are saved with it. Other
-    transformers models accept other batch sizes and lengths than the example's. Compile models that are built in Python
-    there: rarefy.save(rarefy.compile(model, example), "out/").
+    transformers models accept other batch sizes and lengths than the example's; so do ONNX files with open sizes. What
+    was an ONNX file is then called by the names of its inputs: rarefy.load("fast/").run({"x": array}). Compile models
+    that are built in Python there: rarefy.save(rarefy.compile(model, example), "out/").
 
     rarefy compile smollm2-135m --precision int8 --out decoder/
 
     rarefy compile minilm --out fast/ --tokens 128
+
+    rarefy compile model.onnx --out fast/ --input-shape x=1x3x224x224
     """
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import check_output_folder
@@ -255,8 +258,8 @@ def compile_(
     check_output_folder(out, force)
     source = shared.source(model)
     with shared.threads(threads):
-        net, tokenizer = shared.load(source)
-        net = net.float()
+        net, tokenizer = shared.load(source, input_shape, batch, tokens)
+        net = shared.in_fp32(net)
         if hf.is_causal_lm(net):
             if batch or tokens:
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
@@ -275,19 +278,27 @@ def compile_(
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
 
 
-def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: Any) -> dict[str, Any]:
-    """Return the example input of a transformers model: all inputs that its tokenizer gives and the model accepts."""
+def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: Any, default_batch: int = 2) -> Any:
+    """Return the example input of a transformers model: all inputs that its tokenizer gives and the model accepts.
+
+    For a model of an ONNX file with several inputs a dict too, with one input that tensor.
+    """
     import inspect
 
     import torch
 
+    from rarefy.cli import onnx_files
     from rarefy.evaluation.example_inputs import example_of
+    from rarefy.model.signature import get_signature
 
+    signature = get_signature(net)
+    if signature is not None:
+        return onnx_files.example(signature, tokens, batch, default_batch)
     max_tokens = getattr(getattr(net, "config", None), "max_position_embeddings", None)
     if tokens and isinstance(max_tokens, int) and tokens > max_tokens:
         raise RecipeError(f"--tokens: expected at most {max_tokens}, the model's number of positions, got {tokens}")
     length = tokens or min(128, max_tokens if isinstance(max_tokens, int) else 128)
-    example = example_of(net, length, batch or 2)
+    example = example_of(net, length, batch or default_batch)
     if tokens and "input_ids" not in example:
         raise RecipeError("--tokens has no effect: the model reads images")
     if "input_ids" in example:
@@ -296,120 +307,3 @@ def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: An
         parameters = inspect.signature(net.forward).parameters
         example |= {n: f(example["input_ids"]) for n, f in fill.items() if n in input_names and n in parameters}
     return example
-
-
-def bench(
-    model: Annotated[
-        str,
-        typer.Argument(help="A Hugging Face folder, a folder of Rarefy, or a built-in name."),
-    ],
-    against: Annotated[str | None, typer.Option(help="A second model, timed alternately with the first.")] = None,
-    accelerate: Annotated[
-        bool,
-        typer.Option(
-            "--accelerate", help="Also time it with sparse layers where they are faster (rarefy.accelerate_)."
-        ),
-    ] = False,
-    engine: Annotated[
-        bool, typer.Option(help="Also time the model on the engine, as a decoder or a compiled model.")
-    ] = True,
-    precision: Precision = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Input length in tokens; for language models the prompt length.")
-    ] = 256,
-    new: Annotated[int, typer.Option(min=1, help="Tokens that a language model generates.")] = 24,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size of forward calls (not for language models).")] = 1,
-    repeats: Annotated[int, typer.Option(min=2, help="Repeats after warm-up.")] = 5,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="Write the latency of each layer shape by format, sparsity and batch to this JSON file."),
-    ] = None,
-    threads: Threads = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="With --accelerate, also print what runs each layer.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time models alternately: tokens/s for language models, milliseconds per call otherwise.
-
-    The model is timed in eager torch and on the engine (--precision int8: in 8 bits). A folder that `rarefy
-    compile` wrote is timed as it is.
-
-    rarefy bench smollm2-135m --precision int8 --tokens 128
-
-    rarefy bench out/ --against smollm2-135m --accelerate
-    """
-    from rarefy.cli.benchmark import bench_models, engine_of
-
-    _check_bench_options(against, accelerate, engine, precision, table)
-    if verbose and (not accelerate or as_json or quiet):
-        raise RecipeError("--verbose has no effect without --accelerate, nor with --json or --quiet: leave it out")
-    with shared.threads(threads):
-        net, _ = shared.load_any(shared.source(model))
-        kind = shared.kind_of(net)
-        if kind != "model":
-            options = {"--table": table, "--accelerate": accelerate, "--precision": precision}
-            idle = next((name for name, value in options.items() if value), None)
-            if idle is not None:
-                raise RecipeError(f"{idle} has no effect: {model} holds a {kind}, which is timed as it is")
-        if table is not None:
-            _write_latency_table(net, tokens, batch, repeats, table, as_json, quiet)
-            return
-        subjects, notes, layers = {"model": net}, dict[str, Any](), None
-        if against:
-            subjects["against"] = shared.load_any(shared.source(against))[0]
-        if accelerate:
-            subjects["accelerated"], layers = _accelerated(net, tokens, batch, quiet)
-            notes["layers that run sparse"] = layers.summary["layers that run sparse"]
-        if engine and kind == "model":
-            on_engine, why = engine_of(net, tokens, batch, precision)
-            if on_engine is None:
-                notes["no engine"] = why
-            else:
-                subjects["engine"] = on_engine
-        report = bench_models(subjects, tokens, new, batch, repeats, not quiet)
-        shared.show(replace(report, summary={**report.summary, **notes}), as_json, quiet)
-        if verbose:
-            print(f"\n{layers}")
-
-
-def _check_bench_options(
-    against: str | None, accelerate: bool, engine: bool, precision: str | None, table: Path | None
-) -> None:
-    if table is not None and (against or accelerate or precision):
-        raise RecipeError("--table times layers, not models: leave --against, --accelerate and --precision out")
-    if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
-        raise RecipeError(f"--table {table}: expected the name of a file in an existing folder")
-    if precision is not None and not engine:
-        raise RecipeError("--precision has no effect without the engine: leave --no-engine out")
-
-
-def _batches(net: Any, tokens: int, batch: int) -> tuple[int, ...]:
-    """Return the batch sizes that linear layers see: single tokens and the prompt, or all tokens of a batch."""
-    from rarefy.evaluation.example_inputs import generates
-
-    return (1, tokens) if generates(net) else (batch * tokens,)
-
-
-def _write_latency_table(
-    net: Any, tokens: int, batch: int, repeats: int, file: Path, as_json: bool, quiet: bool
-) -> None:
-    from rarefy.common.atomic_io import container_errors, write_text_atomic
-    from rarefy.evaluation.example_inputs import example_of
-    from rarefy.runtime.latency_table import latency_table
-
-    sizes = _batches(net, tokens, batch)
-    report = latency_table(net, sizes, example_of(net, tokens, batch), repeats=repeats, progress=not quiet)
-    with container_errors(file):
-        write_text_atomic(file, report.to_json())
-    shared.show(report, as_json, quiet)
-
-
-def _accelerated(net: Any, tokens: int, batch: int, quiet: bool) -> tuple[Any, Report]:
-    """Return a copy of the model with sparse layers, and the report of `accelerate_`."""
-    from rarefy.evaluation.example_inputs import example_of
-    from rarefy.runtime.accelerate import accelerate_
-
-    fast = copy.deepcopy(net)
-    return fast, accelerate_(fast, _batches(net, tokens, batch), example_of(fast, tokens, batch), progress=not quiet)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import inference_commands, migrate_command, optimize, profile, sensitivity, shared
+from rarefy.cli import bench_command, inference_commands, migrate_command, optimize, profile, sensitivity, shared
 from rarefy.cli import report as report_command
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
@@ -204,7 +204,10 @@ def _dry_run(
 @app.command()
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="A folder of Rarefy, a Hugging Face folder, a .safetensors file, or a built-in name.")
+        str,
+        typer.Argument(
+            help="A folder of Rarefy, a Hugging Face folder, a .safetensors or .onnx file, or a built-in name."
+        ),
     ],
     groups: Annotated[
         bool,
@@ -214,21 +217,24 @@ def inspect(
 ) -> None:
     """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
     from rarefy.checkpoint.inspect import inspect
+    from rarefy.cli import onnx_files
 
+    source = shared.source(path)
     if not groups:
-        shared.show(inspect(shared.source(path)), as_json, False)
+        what = shared.load(source)[0] if onnx_files.is_file(source) else source
+        shared.show(replace(inspect(what), title=str(source)) if what is not source else inspect(what), as_json, False)
         return
     from rarefy.dependency import graph
     from rarefy.evaluation.example_inputs import example_of
 
-    model, _ = shared.load(shared.source(path))
+    model, _ = shared.load(source)
     shared.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
 
 
 app.command()(optimize.optimize)
 app.command()(inference_commands.generate)
 app.command("compile")(inference_commands.compile_)
-app.command()(inference_commands.bench)
+app.command()(bench_command.bench)
 app.command()(profile.profile)
 app.command()(sensitivity.sensitivity)
 app.command()(report_command.report)
@@ -440,8 +446,11 @@ def _dry_run_with_cuts(
 
 
 def _load_without_weights(source: Path) -> Any:
+    from rarefy.cli import onnx_files
     from rarefy.model import hf
 
+    if onnx_files.is_file(source):
+        return shared.load(source)[0]
     if not hf.is_folder(source):
         raise ModelError(f"{source}: a dry run needs the model's config.json")
     return hf.load_folder(source, meta=True)

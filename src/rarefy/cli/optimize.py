@@ -12,7 +12,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.inference_commands import example_input
-from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
+from rarefy.cli.shared import Force, InputShape, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import RecipeError
 
 Evaluated = Annotated[
@@ -64,6 +64,7 @@ def optimize(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size that is timed; give several.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Length of texts, by default 128.")] = None,
+    input_shape: InputShape = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of --data.")] = 128,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
@@ -88,6 +89,8 @@ def optimize(
 
     rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
 
+    rarefy optimize model.onnx --data images.npz --max-loss 1% --minutes 30 -o fast/
+
     Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on. Exit code 1: no
     model keeps all limits; the nearest one is saved.
     """
@@ -100,15 +103,15 @@ def optimize(
     check_output_folder(out, force)
     source = shared.source(model)
     with shared.threads(threads):
-        net, tokenizer = shared.load(source)
-        net = net.float().eval()
+        net, tokenizer = shared.load(source, input_shape, max(batch) if batch else None, tokens)
+        net = shared.in_fp32(net).eval()
         inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
-        training = _training(tokenizer, inputs, data, eval_data, train, train_data, train_samples)
+        training = _training(net, tokenizer, inputs, data, eval_data, train, train_data, train_samples)
         with resume_folder(out, fresh) as state:
             frontier = optimize(
                 net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
-                batch=batch or (1,), minutes=minutes, eval_data=inputs["eval_data"], layers=layers, ignore=ignore,
-                seed=seed, resume_dir=state / "stage-search", progress=not quiet, **training, **limits,
+                batch=batch or (inputs["batch"],), minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
+                ignore=ignore, seed=seed, resume_dir=state / "stage-search", progress=not quiet, **training, **limits,
             )  # fmt: skip
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
@@ -132,11 +135,12 @@ def _limit(text: str) -> str | None:
 
 
 def _training(
-    tokenizer: Any, inputs: dict[str, Any], data: str | None, eval_data: str | None, minutes: float,
+    net: Any, tokenizer: Any, inputs: dict[str, Any], data: str | None, eval_data: str | None, minutes: float,
     train_data: str | None, samples: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the options of training, with the recipe's section about all data."""
-    from rarefy.data.sources import Take, batches
+    from rarefy.cli.onnx_files import read_batches
+    from rarefy.data.sources import Take
     from rarefy.recipe.schema import Data
 
     options = inputs["options"]
@@ -154,7 +158,7 @@ def _training(
         return {"data_options": options, "train_minutes": minutes}
     first = options or Data()
     take = Take(samples=samples, tokens=first.tokens, batch=first.batch, seed=first.seed)
-    read = batches(source, take, tokenizer=tokenizer, what="--train-data")
+    read = read_batches(net, source, take, tokenizer, "--train-data")
     place = str(Path(source).absolute()) if Path(source).exists() else source
     options = first.model_copy(update={"train": place})
     return {"data_options": options, "train_minutes": minutes, "train_data": read}
@@ -165,11 +169,13 @@ def _inputs(
     samples: int, eval_samples: int | None, seed: int, batch: list[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the example, the batches for calibration and evaluation, and the recipe's section about the first."""
+    from rarefy.cli.onnx_files import read_batches
     from rarefy.common.errors import DataError, unknown
-    from rarefy.data.sources import Take, batches
+    from rarefy.data.sources import Take
     from rarefy.data.text_pairs import pair_batches
     from rarefy.evaluation.quality import METRIC_NAMES
     from rarefy.model import hf
+    from rarefy.model.batches import count_samples
     from rarefy.recipe.schema import Data
 
     kinds = {name.partition("@")[0] for name in METRIC_NAMES}
@@ -182,18 +188,21 @@ def _inputs(
         raise RecipeError(f"--evaluate {evaluate} needs data: give --data or --eval-data")
     length, size = (512, 8) if hf.is_causal_lm(net) else (128, 32)
     length = tokens or length
-    example = example_input(net, tokens, max(batch or (1,)), tokenizer)
+    example = example_input(net, tokens, max(batch) if batch else None, tokenizer, default_batch=1)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
+    result["batch"] = count_samples(example)
     if data is not None:
         take = Take(samples=samples, tokens=length, batch=size, seed=seed)
         try:
-            result["data"] = batches(data, take, tokenizer=tokenizer, what="--data")
+            result["data"] = read_batches(net, data, take, tokenizer, "--data")
         except DataError as error:  # its hint is one for recipes
             raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
         place = str(Path(data).absolute()) if Path(data).exists() else data
         result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=size, seed=seed)
     if eval_data is not None:
         take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
-        read = pair_batches if ranked else batches
-        result["eval_data"] = read(eval_data, take, tokenizer=tokenizer, what="--eval-data")
+        if ranked:
+            result["eval_data"] = pair_batches(eval_data, take, tokenizer=tokenizer, what="--eval-data")
+        else:
+            result["eval_data"] = read_batches(net, eval_data, take, tokenizer, "--eval-data")
     return result

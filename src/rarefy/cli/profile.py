@@ -9,18 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import Json, ModelPath, Precision, Quiet, Threads
+from rarefy.cli.shared import InputShape, Json, ModelPath, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
 
 def profile(
     model: ModelPath,
     precision: Precision = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size, by default 1.")] = None,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Sequence length, by default 128; for language models the length of the prompt."),
     ] = None,
+    input_shape: InputShape = None,
     rows: Annotated[
         int, typer.Option(min=0, help="Number of steps to print, the most expensive first. JSON has all of them.")
     ] = 15,
@@ -44,7 +45,7 @@ def profile(
     rarefy profile smollm2-135m --tokens 256 --rows 5
     """
     with shared.threads(threads):
-        net, tokenizer = shared.load_any(shared.source(model))
+        net, tokenizer = shared.load_any(shared.source(model), input_shape, batch, tokens)
         kind = shared.kind_of(net)
         if kind != "model" and precision is not None:
             raise RecipeError(f"--precision has no effect: {model} holds a {kind}, which is profiled as it is")
@@ -56,12 +57,13 @@ def profile(
 
 
 def _profiles(
-    net: Any, tokenizer: Any, precision: str | None, batch: int, tokens: int | None, repeats: int
+    net: Any, tokenizer: Any, precision: str | None, batch: int | None, tokens: int | None, repeats: int
 ) -> dict[str, Any]:
     """Return the profiles of a model, a compiled model or a decoder, by what was called."""
     from rarefy.cli.benchmark import example_for
     from rarefy.cli.inference_commands import example_input
     from rarefy.compiler.compile import compile
+    from rarefy.compiler.export import split_example
     from rarefy.generation.decoder import decoder
     from rarefy.model import hf
 
@@ -69,13 +71,14 @@ def _profiles(
     if kind == "model" and hf.is_causal_lm(net):
         net, kind = decoder(net.float(), precision=precision), "decoder"
     if kind == "decoder":
-        return _decoder_profiles(net, batch, tokens or 128, repeats)
+        return _decoder_profiles(net, batch or 1, tokens or 128, repeats)
     if kind == "compiled model":
-        args, kwargs = example_for(net, tokens or 128, batch)
+        args, kwargs = example_for(net, tokens or 128, batch or 1)
         return {"call": net.profile(*args, repeats=repeats, **kwargs)}
-    net = net.float()
-    example = example_input(net, tokens, batch, tokenizer)
-    return {"call": compile(net, example, precision=precision).profile(repeats=repeats, **example)}
+    net = shared.in_fp32(net)
+    example = example_input(net, tokens, batch, tokenizer, default_batch=1)
+    args, kwargs = split_example(example)
+    return {"call": compile(net, example, precision=precision).profile(*args, repeats=repeats, **kwargs)}
 
 
 def _decoder_profiles(decoder: Any, batch: int, tokens: int, repeats: int) -> dict[str, Any]:

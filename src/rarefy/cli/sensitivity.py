@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import Json, ModelPath, Quiet, Threads
+from rarefy.cli.shared import InputShape, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import RecipeError
 
 RANDOM_INPUTS = "inputs were random and weights ranked by magnitude: give --data for losses on real inputs"
@@ -45,6 +45,7 @@ def sensitivity(
     samples: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 8,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text, by default 128.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 8,
+    input_shape: InputShape = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples and of random scores.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also write a figure, an .svg file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a figure that exists.")] = False,
@@ -69,7 +70,7 @@ def sensitivity(
     _check_plot(plot, force)
     _check_needs(data, metric, score)
     with shared.threads(threads):
-        net, tokenizer = shared.load(shared.source(model))
+        net, tokenizer = shared.load(shared.source(model), input_shape, None, tokens)
         report = measure(
             net,
             _batches(net, tokenizer, data, metric, samples, tokens, batch, seed),
@@ -119,14 +120,16 @@ def _batches(
 ) -> list[Any]:
     """Return the batches of the data, pairs of them for retrieval, or random ones where there are no data."""
     from rarefy.cli.inference_commands import example_input
+    from rarefy.cli.onnx_files import read_batches
     from rarefy.data import sources
     from rarefy.data.text_pairs import pair_batches
     from rarefy.evaluation.quality import RANKED
     from rarefy.model.batches import split_batch
 
     if data is None:
-        whole = example_input(net, tokens, samples, tokenizer)
+        whole = example_input(net, tokens, None, tokenizer, default_batch=samples)
         return split_batch(whole, -(-samples // batch))
     take = sources.Take(samples=samples, tokens=tokens or 128, batch=batch, seed=seed)
-    read = pair_batches if metric.split("@")[0] in RANKED else sources.batches
-    return list(read(data, take, tokenizer=tokenizer))
+    if metric.split("@")[0] in RANKED:
+        return list(pair_batches(data, take, tokenizer=tokenizer))
+    return read_batches(net, data, take, tokenizer, "data")

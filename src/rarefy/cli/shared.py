@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only: n
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; by default all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
 ModelPath = Annotated[
-    str, typer.Argument(help="A Hugging Face folder, a folder written by Rarefy, or a built-in name.")
+    str, typer.Argument(help="A Hugging Face folder, a folder written by Rarefy, an ONNX file, or a built-in name.")
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="NAME=SIZES",
+        help="Sizes of an input of an ONNX file, as x=1x3x224x224; again for more inputs. Default: those of the file; "
+        "open ones are --batch, --tokens, and 224 for images.",
+    ),
 ]
 Precision = Annotated[
     str | None,
@@ -33,14 +43,17 @@ class Ended(SystemExit):
 
 
 def source(name: str) -> Path:
-    """Return the folder of a path or a built-in name; ModelError with similar names if there is none."""
+    """Return the folder or ONNX file of a path, or the folder of a built-in name; ModelError with similar names if
+    there is none."""
     from rarefy.common.errors import nearest
     from rarefy.data import builtin
 
     if name in builtin.MODELS and not Path(name).exists():
         return builtin.model_folder(name)
     if not Path(name).exists():
-        siblings = [str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir()]
+        siblings = [
+            str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir() or p.suffix == ".onnx"
+        ]
         near = nearest(name, [*builtin.MODELS, *siblings])
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(
@@ -49,16 +62,31 @@ def source(name: str) -> Path:
     return Path(name)
 
 
-def load_any(folder: Path) -> tuple[Any, Any]:
-    """Return the model, compiled model or decoder in a folder, and its tokenizer or None.
+def load_any(
+    folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
+) -> tuple[Any, Any]:
+    """Return the model, compiled model or decoder in a folder, or of an ONNX file, and its tokenizer or None.
 
-    Raises ModelError if the folder holds none of them. Costs O(weights).
+    Args:
+        folder: the folder, or the file.
+        input_shape: values of --input-shape.
+        batch: the batch on which an ONNX file is compared with ONNX Runtime.
+        tokens: the length of texts on which it is compared.
+
+    Raises:
+        ModelError: if the folder holds none of them.
+        RecipeError: for --input-shape with a folder.
     """
     from rarefy.checkpoint import legacy_layouts
     from rarefy.checkpoint.load import load as load_folder
+    from rarefy.cli import onnx_files
     from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES
     from rarefy.model import hf
 
+    if onnx_files.is_file(folder):
+        return onnx_files.load(folder, input_shape, batch, tokens), _tokenizer_beside(folder)
+    if input_shape:
+        raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
     if (folder / INDEX).is_file():  # a decoder needs no transformers
         return load_folder(folder), hf.load_tokenizer(folder)
     hf.no_bars()
@@ -67,16 +95,31 @@ def load_any(folder: Path) -> tuple[Any, Any]:
     if not hf.is_folder(folder):
         hint = "; a pickle is never opened: load it in Python and call rarefy.compress_"
         hint = hint if folder.suffix in PICKLE_SUFFIXES else ""
-        hint = "; rarefy.from_onnx reads it in Python" if folder.suffix == ".onnx" else hint
         raise ModelError(
             f"{folder} is neither a folder written by Rarefy nor a Hugging Face folder (no config.json){hint}"
         )
     return hf.load_folder(folder), hf.load_tokenizer(folder)
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Return the model in a folder and its tokenizer or None; ModelError if it is compiled or not a model."""
-    model, tokenizer = load_any(folder)
+def _tokenizer_beside(file: Path) -> Any:
+    """Return the tokenizer in the folder of an ONNX file, None where there is none that loads."""
+    from rarefy.model import hf
+
+    if find_spec("transformers") is None:
+        return None
+    with suppress(ModelError):  # few commands need it, and they say so
+        return hf.load_tokenizer(file.parent)
+    return None
+
+
+def load(
+    folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
+) -> Any:
+    """Return the model in a folder, or of an ONNX file, and its tokenizer or None; see `load_any`.
+
+    Raises ModelError if it is compiled or not a model.
+    """
+    model, tokenizer = load_any(folder, input_shape, batch, tokens)
     kind = kind_of(model)
     if kind != "model":
         raise ModelError(f"{folder} holds a {kind}: give the folder of what it was compiled from")
@@ -91,10 +134,20 @@ def kind_of(model: Any) -> str:
     return "decoder" if isinstance(model, Decoder) else "compiled model" if isinstance(model, Compiled) else "model"
 
 
+def in_fp32(model: Any) -> Any:
+    """Return a model in fp32; one of an ONNX file as it is, because its inputs have the types of the file."""
+    from rarefy.model.signature import get_signature
+
+    return model.float() if get_signature(model) is None else model
+
+
 def files_beside_engine(source: Path) -> dict[str, bytes]:
     """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer."""
     from rarefy.checkpoint.export import side_files
 
+    if source.is_file():
+        files = side_files(source.parent)
+        return files_beside_engine(source.parent) if "tokenizer.json" in files else {}
     config = source / "config.json"  # transformers needs it to find the tokenizer class
     return side_files(source) | ({config.name: config.read_bytes()} if config.is_file() else {})
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.model import hf
+from rarefy.model.signature import ModelInput, Signature, get_signature
+
+IMAGE_SIZE = 224  # of images whose size is open
 
 
 def generates(model: Any) -> bool:
@@ -16,8 +19,14 @@ def generates(model: Any) -> bool:
     return hasattr(model, "generate") and model.can_generate()
 
 
-def example_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
-    """Return reproducible random inputs for a model with a Hugging Face config."""
+def example_of(model: nn.Module, tokens: int, batch: int) -> Any:
+    """Return reproducible random inputs for a model with a Hugging Face config or of an ONNX file.
+
+    A dict; for a model of an ONNX file with one input that tensor alone.
+    """
+    signature = get_signature(model)
+    if signature is not None:
+        return as_example(signature, random_inputs(signature, tokens, batch))
     if not hf.is_model(model):
         raise ModelError("bench needs a model with a Hugging Face config")
     config: Any = model.config
@@ -28,3 +37,57 @@ def example_of(model: nn.Module, tokens: int, batch: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(shape, generator=noise)}
     ids = torch.randint(0, config.vocab_size, (batch, tokens), generator=noise)
     return {"input_ids": ids}
+
+
+def as_example(signature: Signature, tensors: dict[str, Tensor]) -> Any:
+    """Return tensors by the names of a file's inputs as its model is called with them: one alone, or by parameter."""
+    if len(signature.inputs) == 1:
+        return tensors[signature.inputs[0].name]
+    return {i.parameter: tensors[i.name] for i in signature.inputs}
+
+
+def random_inputs(signature: Signature, tokens: int, batch: int) -> dict[str, Tensor]:
+    """Return reproducible random tensors by the names of a file's inputs; ones for masks."""
+    noise = torch.Generator().manual_seed(0)
+    shapes = input_shapes(signature, tokens, batch)
+    return {i.name: _random(i, shapes[i.name], noise) for i in signature.inputs}
+
+
+def _random(described: ModelInput, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    if described.dtype.is_floating_point:
+        return torch.randn(shape, generator=noise).to(described.dtype)
+    if described.dtype == torch.bool or "mask" in described.name.lower():
+        return torch.ones(shape, dtype=described.dtype)
+    return torch.randint(0, described.num_values, shape, generator=noise).to(described.dtype)
+
+
+def input_shapes(signature: Signature, tokens: int, batch: int) -> dict[str, tuple[int, ...]]:
+    """Return a shape for each of a file's inputs, by name.
+
+    Open sizes are those of `example_shape`, where it is set. Else the first is the batch; in images the others are
+    IMAGE_SIZE, in other inputs the number of tokens. Sizes of one name are equal.
+
+    Raises:
+        ModelError: for an input whose number of dimensions is not known.
+    """
+    known: dict[str, int] = {}
+    for i in signature.inputs:
+        known |= {d: n for d, n in zip(i.dims or (), i.example_shape or ()) if isinstance(d, str) and d}
+    return {i.name: i.example_shape or _filled(i, known, tokens, batch) for i in signature.inputs}
+
+
+def _filled(described: ModelInput, known: dict[str, int], tokens: int, batch: int) -> tuple[int, ...]:
+    """Return the shape of an input with its open sizes filled; sizes with a name are added to those that are known."""
+    if described.dims is None:
+        raise ModelError(
+            f"the file does not tell how many dimensions its input {described.name} has: give --input-shape "
+            f"{described.name}=1x3x224x224"
+        )
+    sizes = []
+    for d, size in enumerate(described.dims):
+        if isinstance(size, str):
+            image = 3 if d == 1 and not described.channels_last else IMAGE_SIZE
+            default = batch if d == 0 else image if described.is_image else tokens
+            size = known.setdefault(size, default) if size else default
+        sizes.append(size)
+    return tuple(sizes)
