@@ -76,6 +76,28 @@ def test_a_compiled_file_takes_arrays_by_name(run, place, tmp_path, precision):
     assert np.abs(ours - theirs).max() < (0.05 if precision else 1e-4) * np.abs(theirs).max()
 
 
+@needs_kernels
+def test_scales_from_data(run, place, tmp_path):
+    words = ("compile", place / "net.onnx", "-o", tmp_path / "fast", "--data", place / "images.npz")
+    ran = run(*words, "--precision", "int8", "--samples", 16, "-q")
+    assert ran.code == 0, ran.err
+    fast = rarefy.load(tmp_path / "fast")
+    assert any(k.input_grid is not None for k in fast.kernels.values())
+    [ours], [theirs] = fast.run(None, feed()), by_onnxruntime(place / "net.onnx", feed())
+    assert np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+    assert "--data has no effect: it gives the scales of --precision int8" in run(*words, "--force").err
+    ran = run("compile", place / "net.onnx", "-o", tmp_path / "more", "--samples", 3)
+    assert ran.code == 2 and "--samples has no effect without --data" in ran.err
+    text_model(tmp_path)
+    ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", "--data", "wiki", "--precision", "int8")
+    assert ran.code == 2 and "--data has no effect: a decoder" in ran.err
+
+
+def test_what_needs_a_language_model_says_so(run, place):
+    ran = run("generate", place / "net.onnx", "--ids", "1 2")
+    assert ran.code == 2 and "expected a language model of transformers, got OnnxModel" in ran.err
+
+
 def test_an_encoder_is_compiled_with_its_tokenizer(run, place, tmp_path):
     text_model(tmp_path)
     (tmp_path / "model" / "bert.onnx").write_bytes((place / "bert.onnx").read_bytes())
@@ -392,3 +414,30 @@ def test_a_trained_file_of_an_ocr_system(run, tmp_path):
     assert rows["Rarefy"]["difference"] < 1e-3
     assert run("compile", path, "--input-shape", "1x3x48x192", "-o", tmp_path / "fast", "-q").code == 0
     assert rarefy.load(tmp_path / "fast").input_names == ["x"]
+
+
+def test_engines_that_do_not_run_a_file_are_notes():
+    from rarefy.cli.onnx_benchmark import Engine, _ready
+
+    def missing(streams, threads):
+        raise ImportError("no module")
+
+    def broken(streams, threads):
+        raise RuntimeError("operator X\nmore")
+
+    works = Engine("works", lambda streams, threads: [lambda: [streams]] * streams)
+    runs, notes = _ready([works, Engine("a", missing), Engine("b", broken)], 2, 1)
+    assert list(runs) == ["works"] and len(runs["works"]) == 2
+    assert notes == ["a is not installed", "b does not run the file: operator X"]
+    with pytest.raises(rarefy.RarefyError, match="ONNX Runtime does not run the file: operator X"):
+        _ready([Engine("ONNX Runtime", broken)], 1, 1)
+    with pytest.raises(RuntimeError, match="operator X"):  # a mistake of ours is not hidden
+        _ready([Engine("Rarefy", broken, True)], 1, 1)
+
+
+def test_outputs_that_are_not_finite_have_no_difference():
+    from rarefy.cli.onnx_benchmark import _difference
+
+    ones = [np.ones((2, 3), np.float32)]
+    assert _difference("x", [ones[0] * np.float32(1.01)], ones) == pytest.approx(0.01, rel=1e-3)
+    assert _difference("x", [ones[0] * np.nan], ones) is None

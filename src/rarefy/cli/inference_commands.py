@@ -231,6 +231,14 @@ def compile_(
         int | None, typer.Option(min=1, help="Sequence length of the example input, by default 128. Not for decoders.")
     ] = None,
     input_shape: InputShape = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Typical inputs for --precision int8, images, .npz or a built-in name: convolutions get fixed scales "
+            "from them, and are faster."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data, by default 64.")] = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -247,7 +255,7 @@ def compile_(
 
     rarefy compile minilm --out fast/ --tokens 128
 
-    rarefy compile model.onnx --out fast/ --input-shape x=1x3x224x224
+    rarefy compile model.onnx --out fast/ --precision int8 --data images.npz --input-shape x=1x3x224x224
     """
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import check_output_folder
@@ -256,6 +264,10 @@ def compile_(
     from rarefy.model import hf
 
     check_output_folder(out, force)
+    if data is not None and precision != "int8":
+        raise RecipeError("--data has no effect: it gives the scales of --precision int8")
+    if samples is not None and data is None:
+        raise RecipeError("--samples has no effect without --data")
     source = shared.source(model)
     with shared.threads(threads):
         net, tokenizer = shared.load(source, input_shape, batch, tokens)
@@ -263,9 +275,13 @@ def compile_(
         if hf.is_causal_lm(net):
             if batch or tokens:
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
+            if data:
+                raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
             compiled: Any = decoder(net, precision=precision)
         else:
-            compiled = compile(net, example_input(net, tokens, batch, tokenizer), precision=precision)
+            example = example_input(net, tokens, batch, tokenizer)
+            calibrate = None if data is None else _calibration(net, data, samples or 64, tokens, tokenizer)
+            compiled = compile(net, example, precision=precision, calibrate=calibrate)
         files = shared.files_beside_engine(source)
         receipt = getattr(net, "rarefy_receipt", None)
         size = save(compiled, out, files=files, receipt=receipt, overwrite=force)
@@ -276,6 +292,16 @@ def compile_(
         "operators": "; ".join(repr(step).splitlines()),
     }
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
+
+
+def _calibration(net: Any, data: str, samples: int, tokens: int | None, tokenizer: Any) -> list[Any]:
+    """Return the inputs on which scales are found."""
+    from rarefy.cli.onnx_files import TOKENS, read_batches
+    from rarefy.data.sources import Take
+    from rarefy.model.forward import without_targets
+
+    take = Take(samples=samples, tokens=tokens or TOKENS)
+    return [without_targets(b) for b in read_batches(net, data, take, tokenizer, "--data")]
 
 
 def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: Any, default_batch: int = 2) -> Any:

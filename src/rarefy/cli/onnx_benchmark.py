@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rarefy.cli import onnx_files
-from rarefy.common.errors import ModelError, RarefyError, first_line
+from rarefy.common.errors import ModelError, first_line
 from rarefy.common.report import Report, three_digits
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
@@ -41,10 +41,12 @@ class Engine:
     Attributes:
         name: what the report calls it.
         make: returns a function for each of n streams, each of which may use that many threads.
+        is_ours: a compiled model of Rarefy, whose errors are raised.
     """
 
     name: str
     make: Callable[[int, int], list[Run]]
+    is_ours: bool = False
 
 
 def bench_file(
@@ -80,6 +82,7 @@ def bench_file(
         runs, notes = _ready(engines, streams, threads)
         outputs = {name: each[0]() for name, each in runs.items()}
         differences = {n: _difference(n, outputs[n], outputs[REFERENCE]) for n in runs if n != REFERENCE}
+        not_finite = [n for n, difference in differences.items() if difference is None]
         times = _times(runs, streams, repeats, progress)
     samples = next((len(a) for a in feed.values() if a.ndim), 1)
     rows = [_row(name, times[name], samples, times[REFERENCE][1], differences.get(name)) for name in runs]
@@ -91,6 +94,7 @@ def bench_file(
         "threads": threads * streams if streams > 1 else machine["threads"],
         "load": machine["load"],
     }
+    notes += [f"{n} has NaN or infinity where {REFERENCE} has none, or none where it has" for n in not_finite]
     notes += ["inputs are random numbers: differences on real ones may be smaller or larger"]
     return Report(f"bench {path}", tuple(rows), summary, tuple(notes), tuple(map(_printed, rows)))
 
@@ -104,11 +108,12 @@ def _engines(
     against: tuple[str, Compiled] | None,
 ) -> list[Engine]:
     """Return the engines that are compared, in the order of the report."""
-    ours = {"Rarefy": None, **({f"Rarefy, {precision}": precision} if precision else {})}
-    makers = {name: partial(compile, net, example, precision=p) for name, p in ours.items()}
-    engines = [Engine(name, partial(_compiled_streams, make, feed)) for name, make in makers.items()]
+    makers: dict[str, Callable[[], Compiled]] = {"Rarefy": partial(compile, net, example)}
+    if precision is not None:
+        makers[f"Rarefy, {precision}"] = partial(compile, net, example, precision=precision)
     if against is not None:
-        engines.append(Engine(against[0], partial(_compiled_streams, lambda: against[1], feed)))
+        makers[against[0]] = partial(_same, against[1])
+    engines = [Engine(name, partial(_compiled_streams, make, feed), True) for name, make in makers.items()]
     engines.append(Engine(REFERENCE, partial(_onnxruntime_streams, path, feed)))
     engines.append(Engine("OpenVINO", partial(_openvino_streams, path, feed, "f32")))
     if precision == "bf16" and profiling.native_bf16():
@@ -117,7 +122,7 @@ def _engines(
 
 
 def _ready(engines: Sequence[Engine], streams: int, threads: int) -> tuple[dict[str, list[Run]], list[str]]:
-    """Return the functions of all engines that run the file, and why others do not.
+    """Return the functions of all engines that run the file, each called once, and why others do not.
 
     Raises:
         RarefyError: if ours or ONNX Runtime does not run it.
@@ -126,20 +131,24 @@ def _ready(engines: Sequence[Engine], streams: int, threads: int) -> tuple[dict[
     notes: list[str] = []
     for engine in engines:
         try:
-            runs[engine.name] = engine.make(streams, threads)
-            for run in runs[engine.name]:
+            calls = engine.make(streams, threads)
+            for run in calls:
                 run()
-        except ImportError:
-            runs.pop(engine.name, None)
-            notes.append(f"{engine.name} is not installed")
-        except RarefyError:
-            raise
-        except Exception as error:  # of the other engines: their own classes
-            runs.pop(engine.name, None)
+        except Exception as error:  # of other engines: their own classes
+            if engine.is_ours:
+                raise
+            missing = isinstance(error, ImportError)
+            reason = "is not installed" if missing else f"does not run the file: {first_line(error)}"
             if engine.name == REFERENCE:
-                raise ModelError(f"{engine.name} does not run the file: {first_line(error)}") from None
-            notes.append(f"{engine.name} does not run the file: {first_line(error)}")
+                raise ModelError(f"{engine.name} {reason}") from None
+            notes.append(f"{engine.name} {reason}")
+        else:
+            runs[engine.name] = calls
     return runs, notes
+
+
+def _same(compiled: Compiled) -> Compiled:
+    return compiled
 
 
 def _compiled_streams(make: Callable[[], Compiled], feed: Feed, streams: int, threads: int) -> list[Run]:

@@ -131,7 +131,7 @@ def fit_batches(signature: Signature, data: Sequence[Any], what: str) -> list[An
 def _fitted(signature: Signature, batch: Any, what: str) -> Any:
     if isinstance(batch, tuple):
         x, *targets = batch
-        if len(signature.inputs) > 1:
+        if len(signature.inputs) != 1:
             names = ", ".join(i.name for i in signature.inputs)
             raise DataError(f"{what}: the model takes {names}: give an .npz with an array for each")
         return (_converted(signature.inputs[0], x, what), *targets)

@@ -114,7 +114,7 @@ def _tokenizer_beside(file: Path) -> Any:
 
 def load(
     folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
-) -> Any:
+) -> tuple[Any, Any]:
     """Return the model in a folder, or of an ONNX file, and its tokenizer or None; see `load_any`.
 
     Raises ModelError if it is compiled or not a model.

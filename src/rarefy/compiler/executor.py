@@ -55,7 +55,8 @@ class Compiled:
     """A compiled model: a callable with the arguments and outputs of the model that it was made from.
 
     `print(compiled)` shows how many native calls there are, which operators they run, what runs in torch, and notes.
-    Calls compute no gradients. Several threads may call it at the same time; each has its own working memory.
+    `run` takes and returns numpy arrays by name. Calls compute no gradients. Several threads may call it at the same
+    time; each has its own working memory.
 
     Attributes:
         exported: the graph and how arguments and outputs are nested.
