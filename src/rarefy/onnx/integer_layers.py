@@ -70,10 +70,11 @@ def _replace_forward_(module: Any, weight: QuantizedWeight | None, quant: Activa
         _set_forward_(module, partial(convolve_dynamic, module))
     elif dynamic:
         module.register_forward_pre_hook(_round_dynamically, with_kwargs=True)
-    if weight is None or quant is None or quant.scale is None or module.bias is None:
+    bias: Any = getattr(module, "bias", None)
+    if weight is None or quant is None or quant.scale is None or bias is None:
         return
     if on_outputs and weight.symmetric and (is_linear or is_conv):
-        bias = QuantizedBias(module.bias.detach(), weight.scale.flatten() * quant.scale)
+        bias = QuantizedBias(bias.detach(), weight.scale.flatten() * quant.scale)
         parametrize.register_parametrization(module, "bias", bias)
 
 
