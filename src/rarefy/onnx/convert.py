@@ -32,7 +32,7 @@ from rarefy.onnx.dtypes import DTYPES, WIDE_UNSIGNED, dtype_of, to_tensor
 from rarefy.onnx.graph import Graph, Kind, constants_of, is_lookup
 from rarefy.onnx.layers import LAYERS, Layer, Site
 from rarefy.onnx.modules import FakeQuantize, Operator, Reshape
-from rarefy.onnx.names import FILE_NAMES, input_names, join, module_name, place
+from rarefy.onnx.names import input_names, join, module_name, place
 from rarefy.onnx.operators.arithmetic import BINARY, COMPARISONS
 from rarefy.onnx.operators.shape import sizes_to_tensor, to_ints
 from rarefy.onnx.operators.signature import signature_of
@@ -97,8 +97,8 @@ class Converter:
         self.users = graph.users()
         self.done: set[str] = set()  # outputs that a layer before took over
         self.depth = 0
-        self.names = input_names([i.name for i in graph.model.graph.input])
-        for name, valid in self.names.items():
+        names = input_names([i.name for i in graph.model.graph.input])
+        for name, valid in names.items():
             self.values[name] = node = self.torch_graph.placeholder(valid)
             kind = graph.kinds.get(name, Kind())
             if kind.dims is not None and kind.dtype in DTYPES:
@@ -423,7 +423,6 @@ class Converter:
                 trains = name in self.stored and value.is_floating_point() and value.numel() > 1
                 node.target = place(root, _constant_name(name), nn.Parameter(value) if trains else value)
         module = fx.GraphModule(root, self.torch_graph, "OnnxModel")
-        module.meta[FILE_NAMES] = {v: n for n, v in self.names.items()}, self.graph.outputs
         return module
 
     def _remove_fake_quantize(self) -> None:

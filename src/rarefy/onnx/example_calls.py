@@ -14,8 +14,8 @@ from rarefy.common.errors import ModelError
 from rarefy.model.batches import distinct_tensors
 from rarefy.model.forward import calling, describe_batch, evaluating, named_arguments, split_example
 from rarefy.model.layers import unwrap
+from rarefy.model.signature import get_signature
 from rarefy.onnx.axes import Axes
-from rarefy.onnx.names import FILE_NAMES
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ def example_call(model: nn.Module, example: Any) -> ExampleCall:
     if other:
         raise ModelError(f"example: expected a tensor, a tuple of tensors or a dict of tensors; it holds {other[0]}")
     arguments = named_arguments(unwrap(model), args, kwargs)
-    names, outputs = getattr(unwrap(model), "meta", {}).get(FILE_NAMES, ({}, []))
+    in_file = get_signature(unwrap(model))
+    names = {} if in_file is None else {i.parameter: i.name for i in in_file.inputs}
+    outputs = [] if in_file is None else list(in_file.outputs)
     inputs: dict[str, Tensor] = {}
     for name, value in arguments.items():
         parts = {f"{name}_{i}": t for i, t in enumerate(value)} if isinstance(value, tuple) else {name: value}

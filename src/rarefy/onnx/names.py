@@ -21,7 +21,6 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 OPERATOR = re.compile(r"[A-Z][A-Za-z]+(_\d+|_quant)*")
 WEIGHT = re.compile(r"[._]weight$")
 NAME_PART = re.compile(r"[A-Za-z0-9_-]+")
-FILE_NAMES = "onnx_names"  # in a GraphModule's `meta`: its parameters' and outputs' names in the file
 MAX_PARTS = 32  # of a dotted name
 
 
