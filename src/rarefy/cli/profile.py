@@ -63,9 +63,9 @@ def _profiles(
     from rarefy.cli.benchmark import example_for
     from rarefy.cli.inference_commands import example_input
     from rarefy.compiler.compile import compile
-    from rarefy.compiler.export import split_example
     from rarefy.generation.decoder import decoder
     from rarefy.model import hf
+    from rarefy.model.forward import split_example
 
     kind = shared.kind_of(net)
     if kind == "model" and hf.is_causal_lm(net):

@@ -69,7 +69,7 @@ def _replace_forward_(module: Any, weight: QuantizedWeight | None, quant: Activa
         module.quantized_weight = weight
         _set_forward_(module, partial(convolve_dynamic, module))
     elif dynamic:
-        module.register_forward_pre_hook(_round_dynamically, with_kwargs=True)
+        nn.Module.register_forward_pre_hook(module, _round_dynamically, with_kwargs=True)
     bias: Any = getattr(module, "bias", None)
     if weight is None or quant is None or quant.scale is None or bias is None:
         return
