@@ -49,12 +49,13 @@ def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_training_after_the_search_is_a_stage_of_the_recipe(place, tmp_path):
     out = tmp_path / "out"
     text = place / "text.txt"
     result = shell(
         "optimize", place / "model", "--data", text, "--eval-data", text, "--evaluate", "perplexity", "-o", out,
-        "--max-loss", "any", "--speedup", "1.05", *TIMES, "--minutes", "1", "--train", "0.1", "--json",
+        "--max-loss", "any", "--speedup", "1.05", *TIMES, "--minutes", "3", "--train", "0.2", "--json",
     )  # fmt: skip
     points = json.loads(result.stdout)["points"]
     trained = [p for p in points if "trained" in p["name"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def run_all(path: Path, feeds: dict[str, Tensor]) -> list[Tensor]:
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(y) for y in session.run(None, {n: t.numpy() for n, t in feeds.items()})]
 
 

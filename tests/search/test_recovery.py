@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.common.errors import DataError, RecipeError
+from rarefy.common.errors import ContainerError, DataError, RecipeError
 from rarefy.model.masks import masks
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
@@ -233,9 +233,37 @@ def test_wrong_options(options, error, text):
 def test_training_without_dropout_leaves_the_rates_as_they_were():
     net = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 5))
     seen = []
-    net[1].register_forward_hook(lambda m, i, o: seen.append((m.p, torch.equal(i[0], o))))
+    net[1].register_forward_hook(lambda m, i, o: seen.append((m.training, torch.equal(i[0], o))))
     batches = [(X[:8], torch.zeros(8, dtype=torch.long))]
     rarefy.fit_(net, batches, steps=rarefy.train.fit.Steps(dropout=False))
-    assert seen == [(0.0, True)] and net[1].p == 0.5
+    assert seen == [(False, True)] and net[1].training
     rarefy.fit_(net, batches)
-    assert seen[-1][0] == 0.5 and not seen[-1][1]
+    assert seen[-1] == (True, False)
+
+
+def test_without_dropout_nothing_drops_and_batch_norms_learn():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = nn.Linear(16, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return self.norm(nn.functional.dropout(self.lin(x), 0.9, self.training))
+
+    net, seen = Drops(), []
+    net.lin.register_forward_hook(lambda m, i, o: seen.append(net.training))
+    before = net.norm.running_mean.clone()
+    rarefy.fit_(net, [(X[:8], torch.zeros(8, dtype=torch.long))], steps=rarefy.train.fit.Steps(dropout=False))
+    assert seen == [False] and not torch.equal(net.norm.running_mean, before) and net.training
+
+
+def test_a_search_of_other_layers_is_refused_in_the_same_folder(tmp_path):
+    options = {"max_loss": 0.5, "minutes": 9, "resume_dir": tmp_path}
+    rarefy.optimize(NET, X[:2], layers=["first"], **options)
+    with pytest.raises(ContainerError, match="belongs to another search \\(layers differ"):
+        rarefy.optimize(NET, X[:2], **options)
+
+
+def test_training_data_that_the_model_does_not_run_on_is_found_before_the_search():
+    with pytest.raises(DataError, match="train_data: the model does not run on its first batch"):
+        rarefy.optimize(NET, X[:2], X.split(64), train_minutes=1, train_data=[torch.randn(4, 9)])

@@ -141,7 +141,6 @@ def _training(
     """Return the options of training, with the recipe's section about all data."""
     from rarefy.cli.onnx_files import read_batches
     from rarefy.data.sources import Take
-    from rarefy.recipe.schema import Data
 
     options = inputs["options"]
     if not minutes:
@@ -156,7 +155,7 @@ def _training(
         if options is not None:  # the samples that are not for evaluation
             options = options.model_copy(update={"train": options.calibrate})
         return {"data_options": options, "train_minutes": minutes}
-    first = options or Data()
+    first = options or inputs["settings"]
     take = Take(samples=samples, tokens=first.tokens, batch=first.batch, seed=first.seed)
     read = read_batches(net, source, take, tokenizer, "--train-data")
     place = str(Path(source).absolute()) if Path(source).exists() else source
@@ -191,6 +190,7 @@ def _inputs(
     example = example_input(net, tokens, max(batch) if batch else None, tokenizer, default_batch=1)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
     result["batch"] = count_samples(example)
+    settings = result["settings"] = Data(samples=samples, tokens=length, batch=size, seed=seed)
     if data is not None:
         take = Take(samples=samples, tokens=length, batch=size, seed=seed)
         try:
@@ -198,7 +198,7 @@ def _inputs(
         except DataError as error:  # its hint is one for recipes
             raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
         place = str(Path(data).absolute()) if Path(data).exists() else data
-        result["options"] = Data(calibrate=place, samples=samples, tokens=length, batch=size, seed=seed)
+        result["options"] = settings.model_copy(update={"calibrate": place})
     if eval_data is not None:
         take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
         if ranked:

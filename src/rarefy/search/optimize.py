@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import check_output_folder, parse_path
 from rarefy.common.checks import check_int
-from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.errors import DataError, ModelError, RecipeError, first_line
 from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.compile import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model.batches import count_samples, split_batch
-from rarefy.model.forward import check_batches, evaluating
+from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
 from rarefy.search.deploy import engine_in
@@ -124,7 +125,7 @@ def optimize(
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
     calibration, held_out = _split(data, eval_data, evaluate, example)
-    recovery = _recovery(train_minutes, train_data, calibration)
+    recovery = _recovery(inner, train_minutes, train_data, calibration)
     metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
     task = Task(
         inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, recovery, data_options,
@@ -132,6 +133,7 @@ def optimize(
     )  # fmt: skip
     settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}
     settings |= {"model": _signature(inner), "samples": sum(map(count_samples, calibration))}
+    settings |= {n: str(s) for n, s in (("layers", layers), ("ignore", ignore)) if s is not None}
     if recovery is not None:
         settings |= {"training samples": sum(map(count_samples, recovery.data))}
     search = Search(task, Journal(parse_path(resume_dir), settings))
@@ -152,6 +154,8 @@ def _run(search: Search) -> Frontier:
         finished = search.run()
     except KeyboardInterrupt:
         finished = "interrupted"
+    if search.trouble:
+        notes += (f"training ended early: {search.trouble}",)
     index, met = task.targets.best(search.points)
     best = None
     if index is not None:
@@ -232,8 +236,8 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
     return batches[count:], batches[:count]
 
 
-def _recovery(minutes: float, data: Any, calibration: list[Any]) -> Recovery | None:
-    """Return what may be trained, or None."""
+def _recovery(model: nn.Module, minutes: float, data: Any, calibration: list[Any]) -> Recovery | None:
+    """Return what may be trained, or None. DataError where the model does not run on the first batch."""
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
         raise RecipeError(f"train_minutes: expected a number of at least 0, got {minutes!r}")
     if data is not None:
@@ -245,6 +249,11 @@ def _recovery(minutes: float, data: Any, calibration: list[Any]) -> Recovery | N
     batches = calibration if data is None else list(data)
     if not batches:
         raise DataError("training needs data: give train_data=batches, or data=batches")
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, without_targets(batches[0]))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise DataError(f"train_data: the model does not run on its first batch: {first_line(error)}") from error
     return Recovery(60 * minutes, batches)
 
 

@@ -163,12 +163,19 @@ class PartMeasurer:
         for block in track(blocks, "losses of layers", self.progress, len(blocks)):
             key = f"loss of {BLOCK} {block.name}"
             if key in self.journal.values or self.has_time():
-                losses[block.name] = self.journal.get(
-                    key, lambda b=block: space.measured_block_loss(self.dense, b, self.few, self._wanted())
-                )
+                loss = self.journal.get(key, lambda b=block: self._block_loss(b))
+                blocks = blocks if loss is not None else [b for b in blocks if b is not block]
+                losses |= {} if loss is None else {block.name: loss}
         losses = _fill(losses, [b.name for b in blocks])
         savings = {b.name: {n: (s * shares[b.name] / share,) for n, s in saved.items()} for b in blocks}
         return [Part(BLOCK, b.name, 1, (1.0,), (losses[b.name],), savings[b.name]) for b in blocks]
+
+    def _block_loss(self, block: Block) -> float | None:
+        """Return the loss without a block; None where the outputs are no numbers."""
+        try:
+            return space.measured_block_loss(self.dense, block, self.few, self._wanted())
+        except RarefyError:
+            return None
 
     def _time_of_blocks(self, blocks: Sequence[Block]) -> dict[str, float]:
         """Return the part of a call's time that is saved without these blocks."""

@@ -13,7 +13,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -47,7 +46,7 @@ from rarefy.search.recovery import (
     with_training,
 )
 from rarefy.search.solve import Choice
-from rarefy.search.space import CUTS, Amounts, Part
+from rarefy.search.space import BLOCK, CUTS, Amounts, Part
 from rarefy.search.stages import stages_of
 from rarefy.search.targets import Targets, mean_speedup
 
@@ -111,6 +110,7 @@ class Search:
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
         self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
+        self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
     # ---- time --------------------------------------------------------------------------------------------------
@@ -267,8 +267,12 @@ class Search:
         except OutOfTime:
             ended = "time"
         if self.task.recovery is not None:
-            with suppress(OutOfTime):
+            try:
                 self._recover(self.task.recovery)
+            except OutOfTime:
+                pass
+            except RarefyError as error:
+                self.trouble = str(error)
         return ended
 
     def _variants(self) -> Variant:
@@ -298,11 +302,16 @@ class Search:
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit for one balance after the other: between parts, then between methods."""
+        every, parts = parts, [p for p in parts if p.method != BLOCK]
         best, weight = self._along(variant, parts, solve.front(solve.shrunk(parts, UNIFORM[0]))), UNIFORM[0]
         for other_weight in UNIFORM[1:]:
             other = self._along(variant, parts, solve.front(solve.shrunk(parts, other_weight)), start=best)
             if other is not None and (best is None or self._better(other, best)):
                 best, weight = other, other_weight
+        if len(every) > len(parts):  # a cheap block would hide smaller changes inside it
+            other = self._along(variant, every, solve.front(solve.shrunk(every, weight)), start=best)
+            if other is not None and (best is None or self._better(other, best)):
+                best, parts = other, every
         balanced, scales = solve.shrunk(parts, weight), dict[str, float]()
         methods = sorted({p.method for p in parts})
         for factors in BALANCES if len(methods) > 1 else ():
@@ -319,21 +328,28 @@ class Search:
         """Train the models that are expected to be the best ones after it, one after the other."""
         began = self.journal.get("training began", self.elapsed)
         self.seconds = (began + recovery.seconds) / (1 - RESERVED)
-        bases, remains = {v.precision: p for v, p in self.bases.items()}, REMAINS
+        bases: dict[str | None, Point] = {}
+        for variant, base in self.bases.items():
+            if base.loss is not None:
+                bases.setdefault(variant.precision, base)
+        remains = REMAINS
         for share in SHARES:
             index = candidate(self.points, bases, self.task.targets, remains)
             if index is None:
                 return
             point = self.points[index]
             train = self._training_of(point, recovery, share * (began + recovery.seconds - self.elapsed()))
+            if train is None:
+                return
             stages = with_training(point.recipe["stages"], train)
             trained = self.add(self._point(f"{point.name}, trained", point.precision, stages, rows=point.layers))
-            base = bases[point.precision].loss
-            if trained.loss is not None and point.loss is not None and base is not None and point.loss > base:
-                remains = min(max((trained.loss - base) / (point.loss - base), 0.1), 0.9)
+            lost = bases[point.precision].loss
+            if trained.loss is not None and point.loss is not None and lost is not None and point.loss > lost:
+                remains = min(max((trained.loss - lost) / (point.loss - lost), 0.1), 0.9)
 
-    def _training_of(self, point: Point, recovery: Recovery, seconds: float) -> dict[str, Any]:
-        """Return the stage that trains a point for about so many seconds, with those of making and measuring it."""
+    def _training_of(self, point: Point, recovery: Recovery, seconds: float) -> dict[str, Any] | None:
+        """Return the stage that trains a point for about so many seconds, with those of making and measuring it; None
+        where they are not enough to read the data once."""
         task = self.task
 
         def epochs() -> int:
@@ -342,9 +358,11 @@ class Search:
             each = seconds_a_batch(student, task.dense, stage, recovery.data, task.seed)
             left = seconds - (time.perf_counter() - began) - point.seconds
             batches = self.journal.get("training batches", lambda: fitting(left, each, len(recovery.data))[0])
-            return fitting(left, each, batches)[1]
+            return fitting(left, each, batches)[1] if fitting(left, each, batches)[0] == batches else 0
 
         count = self.journal.get(f"epochs of {_digest(point.recipe, point.precision)}", epochs)
+        if not count:
+            return None
         return train_stage(task.dense, task.example, task.metric.name, count)
 
     def _better(self, a: Point, b: Point) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -40,12 +40,7 @@ from rarefy.train.sparsity_config import SparsityConfig
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]  # batches, or a function of the epoch that gives them
 DistillLoss = Callable[[Any, Any, torch.Tensor | None], torch.Tensor]  # (output, batch, own loss) -> loss
-DROPOUT_RATES = {  # the attribute that holds the rate
-    **dict.fromkeys(
-        (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout), "p"
-    ),
-    nn.MultiheadAttention: "dropout",
-}
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 
 
@@ -184,8 +179,7 @@ def run_fit(
         settings |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
         key = _key(model, data, moves, settings)
     modes = [(m, m.training) for m in model.modules()]
-    fork = torch.random.fork_rng(devices=[], enabled=seed is not None)
-    with fork, Loggers.open(log) as logs, _dropout(model, steps is None or steps.dropout):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), Loggers.open(log) as logs:
         if seed is not None:
             torch.manual_seed(seed)
         events = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
@@ -210,20 +204,6 @@ def run_fit(
     model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     summary = {"epochs": len(run.rows), **run.best.restore()}
     return Report("trained", tuple(run.rows), summary, (*run.early_note(), *_filled_zeros(model, zeros_before)))
-
-
-@contextmanager
-def _dropout(model: nn.Module, on: bool) -> Iterator[None]:
-    """Train with or without dropout."""
-    places = [] if on else [(m, name) for m in model.modules() if (name := DROPOUT_RATES.get(type(m)))]
-    rates = [getattr(m, name) for m, name in places]
-    try:
-        for module, name in places:
-            setattr(module, name, 0.0)
-        yield
-    finally:
-        for (module, name), rate in zip(places, rates):
-            setattr(module, name, rate)
 
 
 def _filled_zeros(model: nn.Module, zeros_before: Mapping[str, float]) -> tuple[str, ...]:
@@ -350,6 +330,9 @@ class _Run:
     def one(self, data: Batches) -> float:
         """Train one epoch, or what is left of it, and return its mean loss."""
         self.model.train()
+        if not self.steps.dropout:  # however a model drops: all but BatchNorm, which learns its statistics
+            for module in (m for m in self.model.modules() if not isinstance(m, BATCH_NORM)):
+                module.training = False
         self.moves.zero_grad()
         self.random = checkpoint.random_state() if not self.resumed else self.random
         batches = data(self.epoch) if callable(data) else data
