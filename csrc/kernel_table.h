@@ -111,7 +111,7 @@ struct rarefy_kernel_table {
   void (*bitmask_epilogue[4])(const rarefy_bitmask&, int64_t from, int64_t to, const float* scales,
                               const float* residual, float* y, int64_t ldy, int64_t n);
   void (*quantized_gemv[5])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
-                            int64_t ldy, int64_t n);  // int8, int8 with fp32 inputs, int4, int4 with fp32 inputs
+                            int64_t ldy, int64_t n);  // by quantized_variant
   void (*quantized_epilogue)(const rarefy_quantized&, int64_t from, int64_t to, const float* scales,
                              const float* residual, float* y, int64_t ldy, int64_t n);
   void (*csr_spmm[4])(const rarefy_csr&, int64_t from, int64_t to, const float* x, float* y, int64_t ldy,
@@ -137,7 +137,7 @@ struct rarefy_kernel_table {
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
   void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
-  // Four rows, for `dense_lanes` where they stay int8, else for `dense_gemm`.
+  // Four rows: int8, and bf16 of quantized weights, for `dense_lanes`, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
   void (*decompress_quantized[3])(const rarefy_quantized&, int64_t row, uint32_t* out);  // to fp32, bf16, int8
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,

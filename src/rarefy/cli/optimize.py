@@ -134,6 +134,11 @@ def _limit(text: str) -> str | None:
     return None if text == "any" else text
 
 
+def _place(source: str) -> str:
+    """Return the absolute path of a file or folder, so that recipes find it anywhere; a built-in name as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 def _training(
     net: Any, tokenizer: Any, inputs: dict[str, Any], data: str | None, eval_data: str | None, minutes: float,
     train_data: str | None, samples: int | None,
@@ -158,8 +163,7 @@ def _training(
     first = options or inputs["settings"]
     take = Take(samples=samples, tokens=first.tokens, batch=first.batch, seed=first.seed)
     read = read_batches(net, source, take, tokenizer, "--train-data")
-    place = str(Path(source).absolute()) if Path(source).exists() else source
-    options = first.model_copy(update={"train": place})
+    options = first.model_copy(update={"train": _place(source)})
     return {"data_options": options, "train_minutes": minutes, "train_data": read}
 
 
@@ -197,8 +201,7 @@ def _inputs(
             result["data"] = read_batches(net, data, take, tokenizer, "--data")
         except DataError as error:  # its hint is one for recipes
             raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
-        place = str(Path(data).absolute()) if Path(data).exists() else data
-        result["options"] = settings.model_copy(update={"calibrate": place})
+        result["options"] = settings.model_copy(update={"calibrate": _place(data)})
     if eval_data is not None:
         take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
         if ranked:

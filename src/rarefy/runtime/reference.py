@@ -41,9 +41,10 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     if kind in ("int8", "int4"):
         step = x.abs().amax(-1, keepdim=True) / 127
         step = torch.where(step > MIN_SCALE, step, 1.0)
-        codes = (x * (1 / step)).round()
+        steps = x * (1 / step)
+        codes = steps.round()
         if isinstance(packed, QuantizedPanels) and packed.two_terms:
-            return (codes + ((x * (1 / step) - codes) * LOST_STEPS).round() / LOST_STEPS) * step
+            return (codes + ((steps - codes) * LOST_STEPS).round() / LOST_STEPS) * step
         return codes * step
     return x
 

@@ -358,7 +358,8 @@ class Search:
             each = seconds_a_batch(student, task.dense, stage, recovery.data, task.seed)
             left = seconds - (time.perf_counter() - began) - point.seconds
             batches = self.journal.get("training batches", lambda: fitting(left, each, len(recovery.data))[0])
-            return fitting(left, each, batches)[1] if fitting(left, each, batches)[0] == batches else 0
+            readable, count = fitting(left, each, batches)
+            return count if readable == batches else 0
 
         count = self.journal.get(f"epochs of {_digest(point.recipe, point.precision)}", epochs)
         if not count:
