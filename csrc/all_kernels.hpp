@@ -8,6 +8,7 @@
 #include "int8_attention.hpp"
 #include "kernel_table.h"
 #include "lane_attention.hpp"
+#include "nhwc_f32.hpp"
 #include "nhwc_kernels.hpp"
 #include "quantized_gemv.hpp"
 #include "spmm.hpp"
@@ -81,14 +82,15 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .pack_features_as_rows = pack_features_as_rows,
       .softmax_lanes = softmax_lanes,
       .add_rescaled = add_rescaled,
-      .nhwc_products = nhwc_products,
-      .nhwc_depthwise = nhwc_depthwise,
+      .nhwc_products = {nhwc_products<RAREFY_F32>, nhwc_products<RAREFY_I8>},
+      .nhwc_depthwise = {nhwc_depthwise_f32, nhwc_depthwise},
       .nhwc_lanes = nhwc_lanes,
       .transpose_sums = transpose_sums,
-      .nhwc_pixels = NHWC_PIXELS_PER_CALL,
-      .nhwc_store = nhwc_store,
+      .nhwc_pixels = {NHWC_PIXELS_PER_CALL<RAREFY_F32>, NHWC_PIXELS_PER_CALL<RAREFY_I8>},
+      .nhwc_store = {nhwc_store_f32, nhwc_store},
       .nhwc_quantize = nhwc_quantize,
-      .nhwc_max = nhwc_max,
+      .nhwc_pack_f32 = nhwc_pack_f32,
+      .nhwc_max = {nhwc_max_f32, nhwc_max},
       .winograd_input = winograd_input,
       .winograd_output = winograd_output,
       .norm_row = norm_row,

@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t CHANNELS_PER_PART = 8;      // padding
 constexpr int64_t CHANNELWISE_PER_PART = 32;  // pooling, depthwise convolution
 constexpr int64_t CONV_ROWS_PER_PART = 256;   // convolution
-constexpr int64_t WINOGRAD_ROWS_PER_PART = 64;
 
 // Whether all lanes are gathered before they are multiplied.
 inline bool is_dense_int8(const rarefy_conv& w) { return w.dense && w.weight.dtype == RAREFY_I8; }
@@ -148,9 +147,7 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     const int64_t block_lanes = std::min(block, lanes - l);
     t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);
-    if (w.dense)
-      multiply_dense(t, static_cast<const float*>(w.dense), lanes, row, rows, l, block_lanes, gathered, columns, acc);
-    else if (w.sell)
+    if (w.sell)
       t.sell_spmm_block[int8](*w.sell, b, row / SLAB_ROWS, ceil_div(row + rows, SLAB_ROWS), gathered, acc, columns,
                               l + block >= lanes ? &epilogue : nullptr);
     else
@@ -158,86 +155,6 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   }
   if (!w.sell) apply_epilogue(t, epilogue, int8, out);
   write_absmax(t, s, tile, row, rows);
-  return RAREFY_OK;
-}
-
-// The 2x2 output tiles of a Winograd convolution, and how they are split into parts.
-struct WinogradTiling {
-  explicit WinogradTiling(const rarefy_step& s) : in(*s.indirection), w(*in.conv), geometry(w, in.height, in.width) {
-    height = in.height + 2 * w.padding[0] - 2;
-    width = in.width + 2 * w.padding[1] - 2;
-    geometry.out_height = ceil_div(height, 2);
-    geometry.out_width = ceil_div(width, 2);
-    num_tiles = s.batch * geometry.out_height * geometry.out_width;
-    const int64_t column_tiles = ceil_div(num_tiles, TILE_COLS);
-    const int64_t even = column_tiles + (column_tiles > 1) * column_tiles % 2;  // two threads get as much
-    tiles_per_part = ceil_div(ceil_div(num_tiles, even), 8) * 8;
-    parts = ceil_div(num_tiles, tiles_per_part);
-  }
-  // Segments of the outputs of `count` Winograd tiles from tile `first` on: their offset in the step's output, and
-  // their position in two rows of pixels [2][2 TILE_COLS]. Returns how many.
-  int output_segments(const rarefy_step& s, int64_t first, int64_t count, rarefy_segment* out) const {
-    int segments = 0;
-    for (int64_t done = 0, n; done < count; done += n) {
-      const int64_t row = (first + done) / geometry.out_width, column = (first + done) % geometry.out_width;
-      n = std::min(geometry.out_width - column, count - done);
-      for (int64_t a = 0; a < 2; ++a) {
-        const int64_t y = row % geometry.out_height * 2 + a;
-        const int64_t begin = (row / geometry.out_height * height + y) * width + 2 * column;
-        const int64_t end = y < height ? begin + std::min(2 * n, width - 2 * column) : begin;
-        for (int64_t q = begin, size; q < end; q += size) {
-          size = std::min(TILE_COLS - q % TILE_COLS, end - q);
-          out[segments++] = {q / TILE_COLS * s.out.stride + q % TILE_COLS,
-                             int32_t((a * TILE_COLS + done) * 2 + q - begin), int32_t(size)};
-        }
-      }
-    }
-    return segments;
-  }
-  const rarefy_indirection& in;
-  const rarefy_conv& w;
-  ConvGeometry geometry;  // its outputs are Winograd tiles
-  int64_t height, width;  // of the outputs
-  int64_t num_tiles, tiles_per_part, parts;
-};
-
-inline int64_t winograd_parts(const rarefy_step& s) {
-  return WinogradTiling(s).parts * ceil_div(s.features, WINOGRAD_ROWS_PER_PART);
-}
-
-// Some output rows of some Winograd tiles: input transform, 16 GEMMs, output transform.
-inline int run_winograd_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  const WinogradTiling tiling(s);
-  const rarefy_conv& w = tiling.w;
-  const int64_t chunks = ceil_div(s.features, WINOGRAD_ROWS_PER_PART), first = part / chunks * tiling.tiles_per_part;
-  const int64_t row = part % chunks * WINOGRAD_ROWS_PER_PART, rows = std::min(WINOGRAD_ROWS_PER_PART, s.features - row);
-  const int64_t tiles = std::min(tiling.tiles_per_part, tiling.num_tiles - first);
-  const int64_t row_tiles = ceil_div(rows, TILE_ROWS);
-  const int64_t weight_rows = ceil_div(s.features, TILE_ROWS) * TILE_ROWS;
-  const int64_t in_stride = (w.inputs + 1) * TILE_COLS, out_stride = (row_tiles * TILE_ROWS + 1) * TILE_COLS;
-  const ScratchBuffer<1> scratch(size_t(in_stride + out_stride) * 16 * 4);
-  float* in = static_cast<float*>(scratch.data);
-  if (!in) return RAREFY_NO_MEMORY;
-  float* products = in + in_stride * 16;
-  rarefy_segment inputs[TILE_COLS], outputs[5 * TILE_COLS];
-  int count = tiling.geometry.output_segments(first, tiles, w.inputs * tiling.geometry.channel_floats, inputs);
-  t.winograd_input(s.x.data, tiling.in.offsets, w.inputs, inputs, count, in, in_stride);
-  for (int64_t k = 0; k < 16; ++k)
-    t.dense_gemm(reinterpret_cast<const uint32_t*>(w.dense) + (k * weight_rows + row) * w.inputs,
-                    w.inputs * TILE_ROWS, row_tiles, w.inputs, reinterpret_cast<const uint32_t*>(in + k * in_stride),
-                    reinterpret_cast<uint32_t*>(products + k * out_stride), tiles, false);
-  count = tiling.output_segments(s, first, tiles, outputs);
-  alignas(64) float pixels[4 * TILE_COLS], residual[4 * TILE_COLS];
-  for (int64_t r = row; r < row + rows; ++r, products += TILE_COLS) {
-    for (int p = 0; s.residual.data && p < count; ++p)
-      std::memcpy(residual + outputs[p].column, s.residual.data + outputs[p].source + r * TILE_COLS,
-                  size_t(outputs[p].size) * 4);
-    t.winograd_output(products, out_stride, tiles, w.weight.bias ? w.weight.bias[r] : 0.0f,
-                      s.residual.data ? residual : nullptr, w.weight.act, pixels);
-    for (int p = 0; p < count; ++p)
-      std::memcpy(s.out.data + outputs[p].source + r * TILE_COLS, pixels + outputs[p].column,
-                  size_t(outputs[p].size) * 4);
-  }
   return RAREFY_OK;
 }
 

@@ -21,6 +21,7 @@
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
+#include "winograd_ops.hpp"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -49,8 +50,7 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_CHANNEL_SCALE: return tiles * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention);
     case RAREFY_OP_PAD_PLANES: return s.batch * ceil_div(s.features, CHANNELS_PER_PART);
-    case RAREFY_OP_CONV:
-      return s.winograd ? winograd_parts(s) : tiles * ceil_div(s.features, conv_rows_per_part(s, tiles));
+    case RAREFY_OP_CONV: return tiles * ceil_div(s.features, conv_rows_per_part(s, tiles));
     case RAREFY_OP_MAX_POOL:
     case RAREFY_OP_DEPTHWISE_CONV: return tiles * ceil_div(s.features, CHANNELWISE_PER_PART);
     case RAREFY_OP_GROUP_NORM: return s.batch * s.groups;
@@ -58,7 +58,8 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_NHWC_QUANTIZE:
     case RAREFY_OP_NHWC_MAX_POOL: return s.batch * s.nhwc->out.height;
     case RAREFY_OP_NHWC_DEPTHWISE:
-    case RAREFY_OP_NHWC_CONV: return NhwcConv(rarefy_active_kernels(), s).parts;
+    case RAREFY_OP_NHWC_CONV:
+      return s.winograd ? NhwcWinograd(rarefy_active_kernels(), s).parts : NhwcConv(rarefy_active_kernels(), s).parts;
     default: return tiles;
   }
 }
@@ -246,7 +247,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
       break;
     case RAREFY_OP_KV_STORE: run_kv_store(s, part); break;
     case RAREFY_OP_PAD_PLANES: return run_pad_planes(t, s, part);
-    case RAREFY_OP_CONV: return s.winograd ? run_winograd_conv(t, s, part) : run_conv(t, s, part);
+    case RAREFY_OP_CONV: return run_conv(t, s, part);
     case RAREFY_OP_MAX_POOL:
     case RAREFY_OP_DEPTHWISE_CONV: run_channelwise(t, s, part); break;
     case RAREFY_OP_GLOBAL_AVG_POOL: run_global_avg_pool(t, s, part); break;
@@ -254,7 +255,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_CHANNEL_SCALE: run_channel_scale(t, s, part); break;
     case RAREFY_OP_NHWC_QUANTIZE: return run_nhwc_quantize(t, s, part);
     case RAREFY_OP_NHWC_DEPTHWISE:
-    case RAREFY_OP_NHWC_CONV: return NhwcConv(t, s).run(part);
+    case RAREFY_OP_NHWC_CONV: return s.winograd ? NhwcWinograd(t, s).run(part) : NhwcConv(t, s).run(part);
     case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
     case RAREFY_OP_REARRANGE: run_rearrange(t, s, part); break;

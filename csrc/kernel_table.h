@@ -57,7 +57,8 @@ struct rarefy_tile_outputs {
   int32_t zero;         // the code of zero
 };
 
-// Where sums of NHWC images, [pixels][NHWC_OUTPUTS], go: codes, fp32 in a column tile, or both.
+// Where sums of NHWC images, [pixels][NHWC_OUTPUTS], go: codes, fp32 in a column tile, or both. Of fp32 images, whose
+// sums have no factors, `codes` and `residual` are numbers.
 struct rarefy_nhwc_outputs {
   const float *factors, *bias;
   const int32_t* row_sums;
@@ -87,8 +88,8 @@ struct rarefy_nhwc_taps {
   int64_t rows, columns;  // of the kernel
   int64_t column_bytes;   // from one column of the kernel to the next
   int64_t pixel_bytes;    // from one output to the next
-  const uint32_t* taps;   // weights of 16 bits, columns 2i and 2i + 1 together
-  int64_t stride;         // from one pair of columns to the next
+  const uint32_t* taps;   // weights of 16 bits, columns 2i and 2i + 1 together; of fp32 images fp32, column by column
+  int64_t stride;         // from one (pair of) columns to the next
 };
 
 struct rarefy_kernel_table {
@@ -181,28 +182,32 @@ struct rarefy_kernel_table {
   void (*add_rescaled)(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
                        float* out);
 
-  // Images of codes in NHWC order. Sums of up to 64 outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
-  void (*nhwc_products)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
-                        int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
+  // Images in NHWC order, of fp32 numbers [0] or of codes [1]. Sums of up to 64 outputs (groups of 16) of some pixels:
+  // acc [pixels][NHWC_OUTPUTS].
+  void (*nhwc_products[2])(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                           int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
   // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution.
-  void (*nhwc_depthwise)(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc);
+  void (*nhwc_depthwise[2])(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels,
+                            uint32_t* acc);
   // Codes of up to TILE_COLS pixels, tap k of pixel i at x + offsets[i] + taps[k], as lanes of a column tile:
   // out [channels / 4][num_taps][TILE_COLS]. `offsets` has TILE_COLS elements. Reads up to 64 bytes past the channels.
   void (*nhwc_lanes)(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,
                      int64_t channels, uint32_t* out);
   // Sums [rows][TILE_COLS] of up to NHWC_OUTPUTS rows as [pixels][NHWC_OUTPUTS].
   void (*transpose_sums)(const uint32_t* sums, int64_t rows, int64_t pixels, uint32_t* out);
-  int64_t nhwc_pixels;  // a number of pixels whose multiples run at full speed
-  void (*nhwc_store)(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
-  // Codes of pixels: channel c of pixel i is x[c * stride + i].
+  int64_t nhwc_pixels[2];  // a number of pixels whose multiples run at full speed
+  void (*nhwc_store[2])(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
+  // Codes, or numbers, of pixels: channel c of pixel i is x[c * stride + i].
   void (*nhwc_quantize)(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale,
                         int32_t zero, uint8_t* codes, int64_t pixel_bytes);
-  void (*nhwc_max)(const uint8_t* codes, int64_t channels, uint8_t* max);
+  void (*nhwc_pack_f32)(const float* x, int64_t stride, int64_t channels, int64_t pixels, uint8_t* out,
+                        int64_t pixel_bytes);
+  void (*nhwc_max[2])(const uint8_t* x, int64_t channels, uint8_t* max);
 
-  void (*winograd_input)(const float* x, const int32_t* offsets, int64_t inputs, const rarefy_segment* segments,
-                         int count, float* out, int64_t stride);
-  void (*winograd_output)(const float* products, int64_t stride, int64_t tiles, float bias, const float* residual,
-                          int act, float* out);
+  // Winograd convolutions on fp32 images: of one square, and of some (winograd.hpp).
+  void (*winograd_input)(const uint8_t* const* rows, int64_t pixel_bytes, int64_t channels, float* out, int64_t stride);
+  void (*winograd_output)(const uint32_t* products, int64_t stride, int64_t squares, int64_t outputs, uint32_t* out,
+                          int64_t row_stride);
 
   // Decode steps, row-major; rope has both layouts.
   void (*norm_row)(const float* x, int64_t features, const float* gamma, const float* bias, float eps,

@@ -1,5 +1,5 @@
-// Images of int8 codes in NHWC order: products of pixels and weights, and what turns their sums into codes. amx.cpp has
-// the same products on AMX tiles.
+// Images in NHWC order: products of pixels and weights, and what turns sums of int8 codes into codes. amx.cpp has the
+// same products of codes on AMX tiles; nhwc_f32.hpp has what is for fp32 alone.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -18,16 +18,17 @@ constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;                    // blocks of 64 outp
 constexpr int GROUP_VECS = 16 / SIMD_WIDTH;                 // vectors of 16 outputs
 constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;       // groups of 16 outputs whose sums fit the registers
 constexpr int DEPTHWISE_PIXELS = SIMD_WIDTH == 16 ? 7 : 4;  // whose sums fit the registers
-constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 ? 6 : 4;
+template <int DTYPE>
+constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 || DTYPE == RAREFY_F32 ? 6 : 4;
 
 // A code as it lies in memory, which is ordered like its value.
 using stored_code = std::conditional_t<INPUT_ZERO_POINT != 0, uint8_t, int8_t>;
 
 // Some pixels times GROUPS groups of 16 outputs.
-template <int PIXELS, int GROUPS>
+template <int DTYPE, int PIXELS, int GROUPS>
 inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
                                 const uint32_t* values, int64_t group_stride, bool accumulate, uint32_t* acc) {
-  using L = LaneOps<RAREFY_I8>;
+  using L = LaneOps<DTYPE>;
   using weight = decltype(L::broadcast(0u));
   constexpr int VECS = GROUPS * GROUP_VECS;
   typename L::acc sum[PIXELS][VECS];
@@ -59,22 +60,24 @@ inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, 
     for (int v = 0; v < VECS; ++v) L::store_acc(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH, sum[p][v]);
 }
 
-template <int GROUPS>
+template <int DTYPE, int GROUPS>
 inline void nhwc_group_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
                                 int64_t pixels, const uint32_t* values, int64_t group_stride, bool accumulate,
                                 uint32_t* acc) {
   auto run = [&](auto number) {
-    nhwc_block_products<number, GROUPS>(blocks, count, x, x_stride, values, group_stride, accumulate, acc);
+    nhwc_block_products<DTYPE, number, GROUPS>(blocks, count, x, x_stride, values, group_stride, accumulate, acc);
     x += number * x_stride;
     acc += number * NHWC_OUTPUTS;
     pixels -= number;
   };
-  while (pixels >= NHWC_PIXELS_PER_CALL) run(std::integral_constant<int, NHWC_PIXELS_PER_CALL>{});
+  constexpr int MOST = NHWC_PIXELS_PER_CALL<DTYPE>;
+  while (pixels >= MOST) run(std::integral_constant<int, MOST>{});
   if (pixels >= 4) run(std::integral_constant<int, 4>{});
   if (pixels >= 2) run(std::integral_constant<int, 2>{});
   if (pixels >= 1) run(std::integral_constant<int, 1>{});
 }
 
+template <int DTYPE>
 void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                    int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
   const int64_t group_stride = num_blocks * NHWC_BLOCK;
@@ -82,8 +85,8 @@ void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const ui
     const int64_t count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
     int64_t g = 0;
     auto run = [&](auto number) {
-      nhwc_group_products<number>(blocks + b, count, x, x_stride, pixels, values + g * group_stride + b * NHWC_BLOCK,
-                                  group_stride, b > 0, acc + g * 16);
+      nhwc_group_products<DTYPE, number>(blocks + b, count, x, x_stride, pixels,
+                                         values + g * group_stride + b * NHWC_BLOCK, group_stride, b > 0, acc + g * 16);
       g += number;
     };
     while (groups - g >= NHWC_GROUPS) run(std::integral_constant<int, NHWC_GROUPS>{});

@@ -1,6 +1,7 @@
-// Steps on images of int8 codes in NHWC order: quantization, convolution, pooling.
+// Steps on images in NHWC order, of int8 codes or fp32 numbers: conversion, convolution, pooling.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -26,6 +27,10 @@ inline int64_t nhwc_at(const rarefy_nhwc_image& i, int64_t image, int64_t row, i
   return image * nhwc_image_bytes(i) + (row + i.border) * nhwc_row_bytes(i) + (column + i.border) * i.pixel_bytes;
 }
 
+// Bytes of a channel, and the place of the dtype in the kernel table.
+inline int64_t nhwc_bytes(const rarefy_nhwc_image& i) { return i.dtype == RAREFY_I8 ? 1 : 4; }
+inline int64_t nhwc_kind(const rarefy_nhwc_image& i) { return i.dtype == RAREFY_I8; }
+
 inline uint8_t* nhwc_codes(const rarefy_view& v) { return reinterpret_cast<uint8_t*>(v.data); }
 
 // A code as it lies in memory.
@@ -39,7 +44,7 @@ inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i
   const int64_t side = i.border * i.pixel_bytes, row = nhwc_row_bytes(i);
   if (!side) return;
   uint8_t* first = codes + nhwc_at(i, image, 0, -i.border);
-  const int zero = stored_code_of(t, i.zero);
+  const int zero = i.dtype == RAREFY_I8 ? stored_code_of(t, i.zero) : 0;
   if (from == 0) std::memset(first - i.border * row, zero, size_t(i.border * row));
   if (to == i.height) std::memset(first + to * row, zero, size_t(i.border * row));
   for (int64_t y = from; y < to; ++y) {
@@ -48,21 +53,24 @@ inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i
   }
 }
 
-// One row of an image: quantize it out of column tiles, or out of an external image.
+// One row of an image out of column tiles, or out of an external image.
 inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_nhwc_image& out = s.nhwc->out;
   const int64_t image = part / out.height, row = part % out.height, first = row * out.width;
   uint8_t* codes = nhwc_codes(s.out_codes) + nhwc_at(out, image, row, 0);
-  const float inverse_scale = 1.0f / out.scale;
+  const auto write = [&](const float* x, int64_t stride, int64_t pixels) {
+    if (out.dtype == RAREFY_I8)
+      t.nhwc_quantize(x, stride, out.channels, pixels, 1.0f / out.scale, out.zero, codes, out.pixel_bytes);
+    else
+      t.nhwc_pack_f32(x, stride, out.channels, pixels, codes, out.pixel_bytes);
+    codes += pixels * out.pixel_bytes;
+  };
   if (s.channels_first) {
-    t.nhwc_quantize(s.x.data + image * out.channels * s.tokens + first, s.tokens, out.channels, out.width,
-                    inverse_scale, out.zero, codes, out.pixel_bytes);
+    write(s.x.data + image * out.channels * s.tokens + first, s.tokens, out.width);
   } else {
     for (int64_t at = image * s.tokens + first, end = at + out.width, n; at < end; at += n) {
       n = std::min(TILE_COLS - at % TILE_COLS, end - at);
-      t.nhwc_quantize(tile_of(s.x, at / TILE_COLS) + at % TILE_COLS, TILE_COLS, out.channels, n, inverse_scale,
-                      out.zero, codes, out.pixel_bytes);
-      codes += n * out.pixel_bytes;
+      write(tile_of(s.x, at / TILE_COLS) + at % TILE_COLS, TILE_COLS, n);
     }
   }
   fill_border(t, out, nhwc_codes(s.out_codes), image, row, row + 1);
@@ -75,7 +83,7 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
 // block are transposed; all images count as one.
 struct NhwcConv {
   NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
-      : t(table), s(step), c(*s.nhwc), features(s.features) {
+      : t(table), s(step), c(*s.nhwc), features(s.features), kind(nhwc_kind(c.in)), bytes(nhwc_bytes(c.in)) {
     const int64_t width = c.in.width + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1;
     out_width = width / c.stride[1] + 1;
     out_height = s.tokens / out_width;
@@ -84,7 +92,7 @@ struct NhwcConv {
     const bool one = sparse || (!c.segments && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
-    const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels;
+    const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
     const int64_t even = ceil_div(positions, ceil_div(positions, most));
     block_pixels = std::min(ceil_div(even, step_pixels), most / step_pixels) * step_pixels;
     blocks_per_image = ceil_div(positions, block_pixels);
@@ -137,11 +145,11 @@ struct NhwcConv {
   void prefetch(int64_t image, int64_t first, int64_t pixels, int64_t output) const {
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
       if (s.residual.data) {
-        const uint8_t* p = nhwc_codes(s.residual) + at(c.residual, image, row, column) + output;
+        const uint8_t* p = nhwc_codes(s.residual) + at(c.residual, image, row, column) + output * bytes;
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.residual.pixel_bytes, 0, 2);
       }
       if (s.out_codes.data) {
-        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + output;
+        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + output * bytes;
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.out.pixel_bytes, 1, 2);
       }
     });
@@ -149,15 +157,15 @@ struct NhwcConv {
 
   // Outputs `output`..`output + n` of a block from their sums.
   void store(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, const uint32_t* acc) const {
-    rarefy_nhwc_outputs o{.factors = c.factors + output,
+    rarefy_nhwc_outputs o{.factors = kind ? c.factors + output : nullptr,
                           .bias = c.bias + output,
-                          .row_sums = c.row_sums + output,
+                          .row_sums = kind ? c.row_sums + output : nullptr,
                           .in_zero = c.in.zero,
                           .outputs = n,
                           .act = s.act,
                           .codes = nullptr,
                           .codes_stride = c.out.pixel_bytes,
-                          .inverse_scale = s.out_codes.data ? 1.0f / c.out.scale : 0.0f,
+                          .inverse_scale = s.out_codes.data && kind ? 1.0f / c.out.scale : 0.0f,
                           .zero = c.out.zero,
                           .residual = nullptr,
                           .residual_stride = c.residual.pixel_bytes,
@@ -168,10 +176,10 @@ struct NhwcConv {
       for (int64_t x = column, count; left > 0; left -= count, x += count) {
         const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
         count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
-        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + output;
-        if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output;
+        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + output * bytes;
+        if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output * bytes;
         if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
-        t.nhwc_store(o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
+        t.nhwc_store[kind](o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
       }
     };
     if (is_flat())
@@ -181,8 +189,8 @@ struct NhwcConv {
   }
 
   void multiply(const uint8_t* in, int64_t stride, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
-    t.nhwc_products(c.blocks, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16, ceil_div(n, 16),
-                    acc);
+    t.nhwc_products[kind](c.blocks, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16,
+                          ceil_div(n, 16), acc);
   }
 
   void sum_depthwise(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
@@ -196,7 +204,7 @@ struct NhwcConv {
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
       const uint8_t* x =
           nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
-      t.nhwc_depthwise(taps, x + output, n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
+      t.nhwc_depthwise[kind](taps, x + output * bytes, n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
     });
   }
 
@@ -282,7 +290,9 @@ struct NhwcConv {
   const rarefy_kernel_table& t;
   const rarefy_step& s;
   const rarefy_nhwc& c;
-  int64_t features, out_width, out_height;
+  int64_t features;
+  int64_t kind, bytes;  // of the images: nhwc_kind, nhwc_bytes
+  int64_t out_width, out_height;
   int64_t pitch;             // pixels from one row of outputs to the next
   int64_t positions;         // pixels of an image, with those between rows
   int64_t block_pixels;      // of a block
@@ -307,12 +317,15 @@ inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s,
         if (y < 0 || y >= c.in.height || z < 0 || z >= c.in.width) continue;
         const uint8_t* source = x + nhwc_at(c.in, image, y, z);
         if (first)
-          std::memcpy(out, source, size_t(c.out.channels));
+          std::memcpy(out, source, size_t(c.out.channels * nhwc_bytes(c.out)));
         else
-          t.nhwc_max(source, c.out.channels, out);
+          t.nhwc_max[nhwc_kind(c.out)](source, c.out.channels, out);
         first = false;
       }
-    if (first) std::memset(out, stored_code_of(t, -128), size_t(c.out.channels));  // minus infinity, which saturates
+    if (first && c.out.dtype == RAREFY_I8)
+      std::memset(out, stored_code_of(t, -128), size_t(c.out.channels));  // minus infinity, which saturates
+    else if (first)
+      std::fill_n(reinterpret_cast<float*>(out), c.out.channels, -INFINITY);
   }
   fill_border(t, c.out, nhwc_codes(s.out_codes), image, row, row + 1);
   return RAREFY_OK;

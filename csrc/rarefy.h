@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 18 };
+enum { RAREFY_ABI_VERSION = 19 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -254,14 +254,15 @@ struct rarefy_segment {
   int32_t column, size;  // first column, number of columns
 };
 
-// Images of int8 codes in NHWC order, one pixel's channels after the other. Each image has a border of pixels that hold
-// the code of zero. Steps read up to 31 pixels and 64 bytes past the last image.
+// Images of int8 codes or fp32 numbers in NHWC order, one pixel's channels after the other. Each image has a border of
+// pixels of zeros. Steps read up to 31 pixels and 64 bytes past the last image.
 struct rarefy_nhwc_image {
   int64_t height, width, channels;
   int64_t border;       // pixels on each side
-  int64_t pixel_bytes;  // from one pixel to the next, at least `channels`
+  int64_t pixel_bytes;  // from one pixel to the next
   float scale;          // a value is (code - zero) * scale
   int32_t zero;
+  int32_t dtype;  // RAREFY_I8; RAREFY_F32: numbers, without scale and zero
 };
 
 // 64 bytes of inputs that are multiplied by 16 lanes of weights; the first `lanes` of them exist.
@@ -269,7 +270,7 @@ struct rarefy_nhwc_block {
   int32_t offset, lanes;  // bytes from the first input of an output
 };
 
-// An operator on images of codes.
+// An operator on NHWC images.
 struct rarefy_nhwc {
   rarefy_nhwc_image in, out, residual;  // out, residual: of the codes, where the step has such operands
   int64_t kernel[2], stride[2], padding[2], dilation[2];
@@ -279,9 +280,10 @@ struct rarefy_nhwc {
   const int64_t* segments;  // offsets in the image of runs of bytes that are copied together, or of taps; or null
   int64_t num_blocks, num_segments;
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
-  const float *factors, *bias;            // scales of weight times input, bias: [outputs]
-  const int32_t* row_sums;                // [outputs], sums of the weight's codes
-  // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]
+  const float *factors, *bias;            // scales of weight times input, of codes; bias: [outputs]
+  const int32_t* row_sums;                // [outputs], sums of the weight's codes; of codes
+  // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]; of fp32
+  // images fp32: [segments][tap_columns][outputs]
   const uint32_t* taps;
   int64_t tap_columns;  // of the kernel; a segment is one of its rows
 };
@@ -295,7 +297,7 @@ struct rarefy_step {
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
   int32_t two_terms;       // CONVERT to int8: behind the codes, those of what rounding lost, in scale / LOST_STEPS
   int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
-  int32_t winograd;  // CONV: F(2x2, 3x3); conv has kernel 4, stride 2 and dense weights [16][outputs / 4][inputs][4]
+  int32_t winograd;        // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;                   // KV_STORE: x are values; 0: keys
   int32_t whole_columns;                  // LINEAR of bf16, int8: a part is a column tile with all rows
   int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8

@@ -10,7 +10,7 @@
 //   BitmaskOps<DTYPE>      expand the values of a bitmask, multiply them by an input; Int4BitmaskOps: int4
 //   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
 //   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs
-//   load_first             the first n floats, then zeros, where n is smaller than a vector
+//   load_first, store_first   the first n floats, then zeros, where n is smaller than a vector
 //   exp2_fast              2^x for x <= 8 with a relative error of 1e-4, at least 2^-100; NaN stays NaN
 //   round_to_integers      the nearest integers of numbers from 0 to 2^22
 //   stream_store, stream_fence   stores that bypass the caches, and the fence that makes them visible
@@ -51,7 +51,7 @@ inline void store_partial(float* p, f32_vec v, int64_t n) {
   if (n >= SIMD_WIDTH)
     std::memcpy(p, &v, sizeof v);
   else
-    std::memcpy(p, &v, size_t(n) * 4);
+    store_first(p, v, n);
 }
 
 // The larger one of a magnitude and that of v, as integers, so that NaN is larger than all others.

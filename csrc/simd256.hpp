@@ -443,6 +443,15 @@ inline f32x8 load_first(const float* p, int64_t n) {
   return v;
 }
 
+inline void store_first(float* p, f32x8 v, int64_t n) {
+#if defined(__AVX2__)
+  const i32x8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  _mm256_maskstore_ps(p, __m256i(lanes < int32_t(n)), __m256(v));
+#else
+  std::memcpy(p, &v, size_t(n) * 4);
+#endif
+}
+
 inline void stream_store(float* p, raw_vec v) {
 #if defined(__AVX2__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v));

@@ -307,6 +307,7 @@ inline __m512 exp2_fast(__m512 x) {
 inline __m512i round_to_integers(__m512 v) { return _mm512_cvtps_epi32(v); }
 
 inline __m512 load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+inline void store_first(float* p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
 
 inline void stream_store(float* p, raw_vec v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
 

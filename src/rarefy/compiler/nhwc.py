@@ -1,7 +1,8 @@
-"""Steps of a program on images of int8 codes in NHWC order, with one scale for all codes of an image value.
+"""Steps of a program on images in NHWC order: of int8 codes with one scale for all, or of fp32 numbers.
 
-Int8 convolutions whose inputs have static scales, and depthwise ones of rounded values, read and write such images, so
-that activations between them are bytes. Other operators read fp32 values.
+Int8 convolutions whose inputs have static scales, and depthwise ones of rounded values, read and write codes, so that
+activations between them are bytes. Dense fp32 convolutions, and other depthwise ones, read and write numbers. Other
+operators read fp32 values in tiles.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from torch import Tensor
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import matrix_fields
 from rarefy.compiler.operators.fake_quantize import grid_of
-from rarefy.compiler.program import Program, Value
+from rarefy.compiler.program import Program, Value, is_depthwise
+from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
-from rarefy.runtime import bindings
+from rarefy.runtime import bindings, winograd
 from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, weight_of
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
@@ -28,6 +30,9 @@ MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs ar
 MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_SUM = 2**31 - 1  # of codes times codes of inputs
 MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
+FP32 = "fp32"  # in place of a grid: numbers
+
+Format = ActivationQuant | Literal["fp32"]
 
 
 class Image(Structure):
@@ -37,6 +42,7 @@ class Image(Structure):
         *[(n, c_int64) for n in ("height", "width", "channels", "border", "pixel_bytes")],
         ("scale", c_float),
         ("zero", c_int32),
+        ("dtype", c_int32),
     ]
 
 
@@ -61,40 +67,59 @@ class Nhwc(Structure):
 
 @dataclass(frozen=True)
 class Codes:
-    """An image value as codes: where they are, and how."""
+    """An image value in NHWC order: where it is, and how."""
 
     value: Value
     image: Image
 
 
-def wanted_grid(p: Program, node: Node) -> ActivationQuant | None:
-    """Return the static grid on which operators read a node's value as NHWC codes, None where none does."""
+def wanted_format(p: Program, node: Node, numbers: bool | None = None) -> Format | None:
+    """Return the grid on which operators read a node's value as NHWC codes, FP32 where they read NHWC numbers.
+
+    Returns:
+        What the first operator that reads it so wants; with `numbers` given, the first one that reads numbers, or
+        codes. None where there is none.
+    """
     for user in (u for u in node.users if u in p.nodes):
-        if p.runs_on_codes(user) and (grid := _grid_in(p, node, user)) is not None:
-            return grid
-        name = p.operators[user.target].name
-        if name == "max_pool2d" and (grid := _pooled_grid(p, user)) is not None:
-            return grid
-        rounds = name == "fake_quantize" and any(p.runs_on_codes(u) for u in user.users)
-        if rounds and (grid := wanted_grid(p, user)) == grid_of(user):
-            return grid
+        wanted = _wanted_by(p, node, user)
+        if wanted is not None and numbers in (None, wanted == FP32):
+            return wanted
     return None
 
 
-def _grid_in(p: Program, node: Node, conv: Node) -> ActivationQuant | None:
-    """Return the grid on which a convolution of codes reads an operand."""
+def _wanted_by(p: Program, node: Node, user: Node) -> Format | None:
+    if p.runs_on_nhwc(user):
+        return _format_in(p, node, user)
+    name = p.operators[user.target].name
+    if name == "max_pool2d":
+        return _pooled_format(p, user)
+    rounds = name == "fake_quantize" and any(p.runs_on_nhwc(u) for u in user.users)
+    if rounds and (grid := wanted_format(p, user, numbers=False)) == grid_of(user):
+        return grid
+    return None
+
+
+def _format_in(p: Program, node: Node, conv: Node) -> Format | None:
+    """Return how a convolution on NHWC images reads an operand; None for a residual that it reads in tiles."""
     kernel = p.kernels.get(conv)
+    if kernel is None:
+        grid = grid_of(conv.args[0]) if is_depthwise(conv, p.constants) else None  # type: ignore[arg-type]
+        if grid is None:
+            return FP32
+        return grid if conv.args[0] is node else grid_of(node)
+    if kernel.held[0].kind == FP32:
+        return FP32
     if conv.args[0] is node:
-        return grid_of(node) if kernel is None else kernel.input_grid
-    return grid_of(node) or (None if kernel is None else kernel.residual_grid)
+        return kernel.input_grid
+    return grid_of(node) or kernel.residual_grid
 
 
-def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
-    """Return a node's value as NHWC codes on a grid, made once."""
-    if node in p.nodes and grid_of(node) == grid:  # codes of a value that is rounded here are those before
+def codes_of(p: Program, node: Node, wanted: Format) -> Codes:
+    """Return a node's value as an NHWC image, made once."""
+    if node in p.nodes and grid_of(node) == wanted:  # codes of a value that is rounded here are those before
         node = node.args[0]  # type: ignore[assignment]
-    if (node, grid) not in p.nhwc:
-        codes = p.nhwc[node, grid] = new_codes(p, node, grid)
+    if (node, wanted) not in p.nhwc:
+        codes = p.nhwc[node, wanted] = new_codes(p, node, wanted)
         step = Nhwc(out=codes.image)
         p.held.append(step)
         fields: dict[str, Any] = {"channels_first": 1}
@@ -104,45 +129,52 @@ def codes_of(p: Program, node: Node, grid: ActivationQuant) -> Codes:
             p.raw[node].append(len(p.steps))
         over = p.values.get(node) or p.image_tokens(node)
         p.step("nhwc_quantize", over, out_codes=p.use(codes.value), nhwc=addressof(step), **fields)
-    return p.nhwc[node, grid]
+    return p.nhwc[node, wanted]
 
 
-def new_codes(p: Program, node: Node, grid: ActivationQuant) -> Codes:
-    """Return memory for a node's value as codes, with a border as wide as its operators need."""
+def new_codes(p: Program, node: Node, wanted: Format) -> Codes:
+    """Return memory for a node's value as an NHWC image, with a border as wide as its operators need."""
     batch, channels, height, width = p.shape(node)
     border = max((max(padding) for padding in _paddings(p, node)), default=0)
-    pixel_bytes = -(-channels // 4) * 4
+    pixel_bytes = 4 * channels if wanted == FP32 else -(-channels // 4) * 4
     image_bytes = (height + 2 * border) * (width + 2 * border) * pixel_bytes
     if image_bytes >= MAX_IMAGE_BYTES:
         raise MemoryError(f"an image of {channels} channels of {height} x {width} exceeds {MAX_IMAGE_BYTES:,} bytes")
     size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes + BLOCK_BYTES
-    image = Image(height, width, channels, border, pixel_bytes, grid.scale, grid.zero - 128)
+    numbers = (0.0, 0, DTYPES.index("fp32"))
+    grid = numbers if isinstance(wanted, str) else (wanted.scale, wanted.zero - 128, DTYPES.index("int8"))
+    image = Image(height, width, channels, border, pixel_bytes, *grid)
     value = Value(p.image_tokens(node).tokens, channels, len(p.steps), False, size=-(-size // 4))
     p.every.append(value)
     return Codes(value, image)
 
 
 def lower_conv(p: Program, node: Node) -> None:
-    """Add the step of a convolution of codes."""
+    """Add the step of a convolution on NHWC images."""
     x, w, bias, residual, act, stride, padding, dilation, _ = node.args
-    kernel, act, grid = p.kernels.get(node), bindings.ACTIVATIONS.index(act), _grid_in(p, node.args[0], node)  # type: ignore[arg-type]
-    source, added = codes_of(p, x, grid), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
+    kernel, act, wanted = p.kernels.get(node), bindings.ACTIVATIONS.index(act), _format_in(p, node.args[0], node)  # type: ignore[arg-type]
+    assert wanted is not None
+    source, added = codes_of(p, x, wanted), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
     size = p.constants[w.name].shape[2:] if kernel is None else kernel.shape[2:]
     step = Nhwc(input=source.image, **_geometry(size, stride, padding, dilation))
     numbers: dict[str, Any] = {}
     if kernel is None:
-        _set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
+        set_taps = _set_numbers if wanted == FP32 else _set_taps
+        set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
     elif kernel.held[0].counts is not None:
         _set_sparse_weight(p, step, *kernel.held)
         numbers = matrix_fields(kernel)
+    elif winograd.is_used(kernel.held[0], p.shape(node)[2:]):
+        _set_winograd(p, step, winograd.weight_of(kernel), kernel.held[1])
+        numbers = {"winograd": 1}
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
-    out, grid = p.make(node), wanted_grid(p, node)
-    if grid is not None and not separate:
-        written = p.nhwc[node, grid] = new_codes(p, node, grid)
+    out, read = p.make(node), wanted_format(p, node, numbers=wanted == FP32)
+    if read is not None and not separate:
+        written = p.nhwc[node, read] = new_codes(p, node, read)
         step.out, operands["out_codes"] = written.image, written.value
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
     name = "nhwc_depthwise" if kernel is None else "nhwc_conv"
@@ -152,42 +184,42 @@ def lower_conv(p: Program, node: Node) -> None:
 
 
 def _residual_codes(p: Program, node: Node) -> Codes | None:
-    """Return the codes of a convolution's residual, None where it has no grid."""
+    """Return a convolution's residual as an NHWC image, None where it has no grid."""
     residual: Any = node.args[3]
-    grid = _grid_in(p, residual, node)
-    return None if grid is None else codes_of(p, residual, grid)
+    wanted = _format_in(p, residual, node)
+    return None if wanted is None else codes_of(p, residual, wanted)
 
 
 def _paddings(p: Program, node: Node) -> Iterator[Any]:
     """Yield the paddings of the convolutions that read a node's value as codes."""
     for user in node.users:
-        if p.runs_on_codes(user) and user.args[0] is node:
+        if p.runs_on_nhwc(user) and user.args[0] is node:
             yield user.args[6]
         elif user in p.nodes and grid_of(user) is not None:
             yield from _paddings(p, user)
 
 
-def _pooled_grid(p: Program, node: Node) -> ActivationQuant | None:
-    """Return the grid of a max pool's output, None where something reads it in fp32."""
-    grid = wanted_grid(p, node)
-    return grid if grid is not None and all(_reads_codes(p, node, u, grid) for u in node.users) else None
+def _pooled_format(p: Program, node: Node) -> Format | None:
+    """Return how a max pool writes an NHWC image, None where something reads its output in tiles."""
+    wanted = wanted_format(p, node)
+    return wanted if wanted is not None and all(_reads_image(p, node, u, wanted) for u in node.users) else None
 
 
-def _reads_codes(p: Program, node: Node, user: Node, grid: ActivationQuant) -> bool:
-    """Return whether an operator reads a value as NHWC codes on a grid, and not in fp32."""
-    if p.runs_on_codes(user):
-        return _grid_in(p, node, user) == grid
-    return user in p.nodes and grid_of(user) == grid and all(_reads_codes(p, user, u, grid) for u in user.users)
+def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
+    """Return whether an operator reads a value as an NHWC image, and not in tiles."""
+    if p.runs_on_nhwc(user):
+        return _format_in(p, node, user) == wanted
+    return user in p.nodes and grid_of(user) == wanted and all(_reads_image(p, user, u, wanted) for u in user.users)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:
-    """Add the step of a max pool of codes, if its output is read as codes alone; return whether it is."""
+    """Add the step of a max pool of an NHWC image, if its output is read so alone; return whether it is."""
     x, kernel, stride, padding, dilation = node.args
-    grid = _pooled_grid(p, node)
-    if grid is None:
+    wanted = _pooled_format(p, node)
+    if wanted is None:
         return False
-    source = codes_of(p, x, grid)
-    written = p.nhwc[node, grid] = new_codes(p, node, grid)
+    source = codes_of(p, x, wanted)
+    written = p.nhwc[node, wanted] = new_codes(p, node, wanted)
     step = Nhwc(input=source.image, out=written.image, **_geometry(kernel, stride, padding, dilation))
     p.held.append(step)
     over = p.image_tokens(node)
@@ -210,11 +242,19 @@ def _starts(step: Nhwc, columns: Sequence[int] | None = None) -> list[int]:
 
 
 def _set_outputs(p: Program, step: Nhwc, scales: Tensor, row_sums: Tensor, bias: Tensor | None) -> None:
-    """Write into a step what turns sums into outputs; scales and row sums of the weight are padded to 64 outputs."""
+    """Write into a step what turns sums of codes into outputs; scales and row sums of the weight are padded to 64
+    outputs."""
     factors = scales * step.input.scale
-    bias = torch.zeros(len(factors)) if bias is None else F.pad(bias.float(), (0, len(factors) - len(bias)))
-    p.held += [step, factors, row_sums, bias]
-    step.factors, step.bias, step.row_sums = factors.data_ptr(), bias.data_ptr(), row_sums.data_ptr()
+    p.held += [factors, row_sums]
+    step.factors, step.row_sums = factors.data_ptr(), row_sums.data_ptr()
+    _set_bias(p, step, bias, len(factors))
+
+
+def _set_bias(p: Program, step: Nhwc, bias: Tensor | None, outputs: int) -> None:
+    padded = -(-outputs // 64) * 64
+    bias = torch.zeros(padded) if bias is None else F.pad(bias.float(), (0, padded - len(bias)))
+    p.held += [step, bias]
+    step.bias = bias.data_ptr()
 
 
 def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
@@ -244,6 +284,25 @@ def _set_taps(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> No
     _set_outputs(p, step, F.pad(scale, padding), codes.sum((0, 1)).int(), bias)
 
 
+def _set_numbers(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a depthwise convolution's weight [channels, 1, rows, columns] into its step, in fp32."""
+    _set_segments(p, step, _starts(step, [0]))
+    step.tap_columns = weight.shape[-1]
+    taps = F.pad(weight.float()[:, 0].permute(1, 2, 0), (0, -len(weight) % 64)).contiguous()
+    p.held.append(taps)
+    step.taps = taps.data_ptr()
+    _set_bias(p, step, bias, len(weight))
+
+
+def _set_winograd(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None) -> None:
+    """Write the products of Winograd's algorithm into a step; they read the transformed inputs of one position."""
+    lanes = weight.block_lanes()
+    blocks = (Block * len(lanes))(*((i * BLOCK_BYTES, n) for i, n in enumerate(lanes)))
+    p.held += [blocks, weight]
+    step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
+    _set_bias(p, step, bias, 16 * weight.values.shape[1])
+
+
 def _set_sparse_weight(p: Program, step: Nhwc, packed: Any, bias: Tensor | None) -> None:
     """Write into a step where a sparse weight reads an output's inputs, pixel by pixel of the kernel."""
     _set_segments(p, step, _starts(step))
@@ -270,4 +329,7 @@ def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None,
     blocks = (Block * len(lanes))(*zip(offsets, lanes))
     p.held += [blocks, weight]
     step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
-    _set_outputs(p, step, weight.factors, weight.row_sums, bias)
+    if weight.factors is None or weight.row_sums is None:
+        _set_bias(p, step, bias, 16 * len(weight.values))
+    else:
+        _set_outputs(p, step, weight.factors, weight.row_sums, bias)

@@ -21,7 +21,6 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
 from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View
-from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
 from rarefy.runtime.huge_pages import allocate
@@ -153,7 +152,7 @@ class Program:
         self.attentions: list[tuple[Attention, dict[str, Value]]] = []
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
-        self.nhwc: dict[tuple[Node, ActivationQuant], Any] = {}  # images as int8 codes on a static grid
+        self.nhwc: dict[tuple[Node, Any], Any] = {}  # NHWC images: int8 codes on a static grid, or fp32
         self.masks: list[tuple[Node, Attention]] = []
         self.nodes = {*nodes}
         self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output
@@ -250,7 +249,7 @@ class Program:
             return None
         producer, operands, _ = self.steps[i]
         by_tiles = producer.op == OPS["linear"] and (FORMATS[producer.format] in (Tiles, Sell) or self._in_lanes(i))
-        if not (by_tiles or (producer.op == OPS["conv"] and not producer.winograd)):
+        if not (by_tiles or producer.op == OPS["conv"]):
             return None
         if "out_absmax" not in operands:
             operands["out_absmax"] = self._add(Value(v.tokens, -(-v.features // SLAB), i, False))
@@ -309,22 +308,20 @@ class Program:
             if {"out", "out_codes"} <= operands.keys() and operands["out"].last <= i:
                 self.every.remove(operands.pop("out"))
 
-    def runs_on_codes(self, node: Node) -> bool:
-        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC codes: one in
-        int8 with a static scale, or a depthwise one of rounded values."""
+    def runs_on_nhwc(self, node: Node) -> bool:
+        """Return whether a node is a convolution that reads its input, and writes its output, as NHWC images: one in
+        int8 with a static scale, a dense one in fp32, or a depthwise one."""
         if node not in self.nodes or self.operators[node.target].name != "conv2d":
             return False
         kernel = self.kernels.get(node)
-        if kernel is None:
-            x: Any = node.args[0]
-            rounded = x.target in self.operators and self.operators[x.target].name == "fake_quantize"
-            return rounded and is_depthwise(node, self.constants)
-        packed = kernel.held[0]
-        return isinstance(packed, ConvTiles) and packed.kind == "int8" and kernel.input_grid is not None
+        packed = None if kernel is None else kernel.held[0]
+        if packed is None or not isinstance(packed, ConvTiles):
+            return packed is None
+        return kernel.input_grid is not None if packed.kind == "int8" else packed.counts is None
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:
         """Return whether an operator reads an image's pixels as they are stored, not its padded planes."""
-        if self.runs_on_codes(user) and user.args[3] is not image:
+        if self.runs_on_nhwc(user) and user.args[3] is not image:
             return False
         spec, kernel = self.operators[user.target], self.kernels.get(user)
         if spec.layout in (ELEMENTWISE, PIXELS, IMAGES_TO_ROWS) or (spec.epilogue and user.args[3] is image):

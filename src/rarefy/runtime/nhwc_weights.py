@@ -1,4 +1,5 @@
-"""Dense int8 weights of convolutions for images in NHWC order: blocks of 16 inputs of 4 bytes by 16 outputs."""
+"""Dense weights of convolutions for images in NHWC order: blocks of 16 lanes of 4 bytes by 16 outputs, where a lane is
+four int8 inputs or one in fp32."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from rarefy.runtime.huge_pages import allocate
 from rarefy.runtime.packed_formats import ConvTiles
+from rarefy.runtime.packing import unpack
 
-BLOCK_BYTES = 64  # inputs of a block
+LANES = 16  # of a block
+BLOCK_BYTES = 4 * LANES
 _LOCK = Lock()
 
 
@@ -21,9 +24,9 @@ class NhwcWeight:
     """A convolution's weight for NHWC images, and how its blocks lie in an output's inputs.
 
     Attributes:
-        values: int32 [outputs / 16, blocks, 16, 16], four int8 codes each.
-        factors: fp32 [outputs padded to 64], the scales of the codes.
-        row_sums: int32, sums of the codes of each output, padded likewise.
+        values: int32 [outputs / 16, blocks, 16, 16], four int8 codes or one fp32 number each.
+        factors: fp32 [outputs padded to 64], the scales of the codes; None for fp32.
+        row_sums: int32, sums of the codes of each output, padded likewise; None for fp32.
         segment_bytes: length of a run of inputs that is contiguous in an image: a kernel row, or one pixel where the
             kernel is dilated.
         num_segments: runs of an output.
@@ -31,8 +34,8 @@ class NhwcWeight:
     """
 
     values: Tensor
-    factors: Tensor
-    row_sums: Tensor
+    factors: Tensor | None
+    row_sums: Tensor | None
     segment_bytes: int
     num_segments: int
     tight: bool
@@ -49,31 +52,61 @@ class NhwcWeight:
 
 
 def pack_nhwc(packed: ConvTiles) -> NhwcWeight:
-    """Return a dense int8 convolution's weight for NHWC images. O(weights).
+    """Return a dense convolution's weight of one group for NHWC images. O(weights).
 
     >>> from rarefy.runtime.packing import pack_conv
     >>> pack_nhwc(pack_conv(torch.randn(8, 5, 3, 3), "int8", dense=True)).values.shape
     torch.Size([1, 2, 16, 16])
     """
-    O, I, rows, columns = packed.shape
-    assert packed.scales is not None and packed.row_sums is not None
-    lanes = packed.values.transpose(1, 2).flatten(2).flatten(0, 1)  # [O or more, lanes or more]
-    used = -(-I // 4) * rows * columns
-    codes = lanes[:O, :used].contiguous().view(torch.int8).view(O, -1, rows * columns, 4).transpose(1, 2)
+    O, _, rows, columns = packed.shape
+    lanes = _fp32_lanes(packed) if packed.scales is None else _code_lanes(packed)
     per_row = packed.dilation[1] == 1
-    segments = codes.reshape(O, rows if per_row else rows * columns, -1)
-    _, num_segments, segment_bytes = segments.shape
-    tight = -(-num_segments * segment_bytes // BLOCK_BYTES) < num_segments * -(-segment_bytes // BLOCK_BYTES)
+    segments = lanes.reshape(O, rows if per_row else rows * columns, -1)
+    _, num_segments, length = segments.shape
+    tight = -(-num_segments * length // LANES) < num_segments * -(-length // LANES)
     if tight:
         segments = segments.flatten(1)[:, None]
-    padded = torch.nn.functional.pad(segments, (0, -segments.shape[-1] % BLOCK_BYTES, 0, 0, 0, -O % 16))
-    blocks = padded.contiguous().view(torch.int32).view(-1, 16, padded[0].numel() // BLOCK_BYTES, 16)
-    values = allocate(blocks.numel() * 4).view(torch.int32).view(len(blocks), blocks.shape[2], 16, 16)
-    values.copy_(blocks.permute(0, 2, 3, 1))
+    values = _blocks(segments)
+    if packed.scales is None or packed.row_sums is None:
+        return NhwcWeight(values, None, None, 4 * length, num_segments, tight)
     padding = (0, -O % 64)
     factors = torch.nn.functional.pad(packed.scales[:O], padding)
     row_sums = torch.nn.functional.pad(packed.row_sums[:O], padding)
-    return NhwcWeight(values, factors, row_sums, segment_bytes, num_segments, tight)
+    return NhwcWeight(values, factors, row_sums, 4 * length, num_segments, tight)
+
+
+def pack_winograd(transformed: Tensor) -> NhwcWeight:
+    """Return the 16 products of Winograd's algorithm, fp32 [16, outputs, inputs], for NHWC images. O(weights).
+
+    The values have a first dimension of 16 more than those of `pack_nhwc`.
+    """
+    count, O, I = transformed.shape
+    padded = torch.nn.functional.pad(transformed, (0, 0, 0, -O % 16)).flatten(0, 1)
+    values = _blocks(padded[:, None].contiguous().view(torch.int32))
+    return NhwcWeight(values.unflatten(0, (count, -1)), None, None, 4 * I, 1, False)
+
+
+def _code_lanes(packed: ConvTiles) -> Tensor:
+    """Return int8 codes, four in each int32 [outputs, kernel positions, inputs / 4]."""
+    O, I, rows, columns = packed.shape
+    lanes = packed.values.transpose(1, 2).flatten(2).flatten(0, 1)  # [O or more, lanes or more]
+    used = -(-I // 4) * rows * columns
+    codes = lanes[:O, :used].contiguous().view(torch.int8).view(O, -1, rows * columns, 4).transpose(1, 2)
+    return codes.contiguous().view(torch.int32)[..., 0]
+
+
+def _fp32_lanes(packed: ConvTiles) -> Tensor:
+    """Return fp32 numbers as int32 [outputs, kernel positions, inputs]."""
+    return unpack(packed).flatten(2).transpose(1, 2).contiguous().view(torch.int32)
+
+
+def _blocks(segments: Tensor) -> Tensor:
+    """Return lanes [outputs, segments, lanes] in blocks, padded with zeros, in memory for kernels."""
+    O = len(segments)
+    padded = torch.nn.functional.pad(segments, (0, -segments.shape[-1] % LANES, 0, 0, 0, -O % 16))
+    blocks = padded.contiguous().view(-1, 16, padded[0].numel() // LANES, LANES)
+    values = allocate(blocks.numel() * 4).view(torch.int32).view(len(blocks), blocks.shape[2], LANES, 16)
+    return values.copy_(blocks.permute(0, 2, 3, 1))
 
 
 def weight_of(kernel: Any) -> NhwcWeight:

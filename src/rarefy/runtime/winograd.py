@@ -7,17 +7,15 @@ Rounding errors are 1e-7 of the largest input of a tile, not of each output. Wit
 
 from __future__ import annotations
 
-from ctypes import c_int64
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.runtime import bindings
-from rarefy.runtime.huge_pages import allocate
+from rarefy.runtime.nhwc_weights import NhwcWeight, pack_winograd
 from rarefy.runtime.packed_formats import ConvTiles
-from rarefy.runtime.packing import pack_dense, unpack
+from rarefy.runtime.packing import unpack
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _LOCK = Lock()
@@ -38,33 +36,18 @@ def is_used(packed: ConvTiles, sizes: tuple[int, ...]) -> bool:
 
 
 def transform(weight: Tensor) -> Tensor:
-    """Return G w G^T of W [O, I, 3, 3] as fp32 [16, O / 4, I, 4], the outputs padded to fours. O(O I).
+    """Return G w G^T of W [O, I, 3, 3] as fp32 [16, O, I]. O(O I).
 
-    >>> transform(torch.ones(1, 1, 3, 3))[:, 0, 0, 0].tolist()[:8]
+    >>> transform(torch.ones(1, 1, 3, 3))[:, 0, 0].tolist()[:8]
     [1.0, 1.5, 0.5, 1.0, 1.5, 2.25, 0.75, 1.5]
     """
     g = torch.tensor(G, dtype=torch.float64)
-    transformed = torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g).flatten(0, 1)
-    return torch.stack([pack_dense(position.float()).values for position in transformed])
+    return torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g).flatten(0, 1).float()
 
 
-class WinogradWeight:
-    """A convolution's transformed weight, 16/9 as large as the packed one, with the geometry of its input tiles: 4 x 4
-    and stride 2."""
-
-    def __init__(self, kernel: Any):
-        packed = kernel.held[0]
-        transformed = transform(unpack(packed))
-        self.values = allocate(transformed.nbytes).view(torch.float32).view(transformed.shape).copy_(transformed)
-        pairs: dict[str, Any] = {"kernel": (4, 4), "stride": (2, 2), "padding": packed.padding, "dilation": (1, 1)}
-        old, arrays = kernel.struct, {n: (c_int64 * 2)(*v) for n, v in pairs.items()}
-        self.struct = bindings.Conv(
-            weight=old.weight, dense=self.values.data_ptr(), groups=1, outputs=old.outputs, inputs=old.inputs, **arrays
-        )
-
-
-def weight_of(kernel: Any) -> WinogradWeight:
-    """Return a convolution's transformed weight, computed once by whichever thread comes first. O(weights)."""
+def weight_of(kernel: Any) -> NhwcWeight:
+    """Return a convolution's transformed weight, 16/9 as large as the packed one, computed once by whichever thread
+    comes first. O(weights)."""
     with _LOCK:
-        kernel.winograd = kernel.winograd or WinogradWeight(kernel)
+        kernel.winograd = kernel.winograd or pack_winograd(transform(unpack(kernel.held[0])))
         return kernel.winograd

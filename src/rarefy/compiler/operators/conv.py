@@ -11,7 +11,6 @@ from torch import Tensor
 from rarefy.compiler import nhwc
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import (
-    conv_geometry,
     matrix_fields,
     out_sizes,
     pad_planes,
@@ -21,7 +20,6 @@ from rarefy.compiler.input_steps import (
 from rarefy.compiler.operators.linear import check_bias, check_dense_weight
 from rarefy.compiler.operators.spec import IMAGES, Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
-from rarefy.runtime import bindings, winograd
 from rarefy.runtime.reference import ACTIVATIONS
 
 Pair = tuple[int, int]
@@ -37,12 +35,10 @@ def conv2d(
 
 
 def _lower(p: Program, node: Node) -> None:
-    """A depthwise step; a linear step where kernel size and stride are one; else a convolution."""
-    if p.runs_on_codes(node):
+    """A step on NHWC images for dense weights and depthwise convolutions; a linear step where kernel size and stride are
+    one; else a convolution of planes."""
+    if p.runs_on_nhwc(node):
         nhwc.lower_conv(p, node)
-        return
-    if node not in p.kernels:
-        _lower_depthwise(p, node)
         return
     x, _, _, residual, _, stride, padding, _, _ = node.args
     kernel = p.kernels[node]
@@ -55,14 +51,9 @@ def _lower(p: Program, node: Node) -> None:
         numbers |= matrix_fields(kernel)
     else:
         codes, scales, numbers = _codes(p, x, kernel, per_image=True)
-        by_winograd, conv = winograd.is_used(kernel.held[0], p.shape(node)[2:]), kernel.struct
-        if by_winograd:
-            transformed = winograd.weight_of(kernel)
-            conv = transformed.struct
-            p.held.append(transformed)
-        source, image = pad_planes(p, x, conv, 0.0, codes, numbers.get("in_zero", 0))
+        source, image = pad_planes(p, x, kernel.struct, 0.0, codes, numbers.get("in_zero", 0))
         step = "conv"
-        numbers |= {"indirection": addressof(image), "batch": batch, "winograd": int(by_winograd)}
+        numbers |= {"indirection": addressof(image), "batch": batch}
     if scales is not None:
         operands["in_scales"] = scales
     out = p.make(node)
@@ -77,20 +68,6 @@ def _codes(p: Program, x: Node, kernel: Any, per_image: bool) -> tuple[Value | N
         codes, numbers = quantize_static(p, x, kernel.input_grid)
         return codes, None, numbers
     return *quantize_input(p, x, "int8", per_image), {}
-
-
-def _lower_depthwise(p: Program, node: Node) -> None:
-    x, w, bias, residual, act, stride, padding, dilation, _ = node.args
-    conv = conv_geometry(p.constants[w.name].shape[2:], stride, padding, dilation)
-    planes, image = pad_planes(p, x, conv, 0.0)
-    out = p.make(node)
-    own_act = bindings.ACTIVATIONS.index(None if residual is not None else act)
-    weights = {"depthwise_weights": p.constant(w), "bias": p.constant(bias)}
-    fields = {"indirection": addressof(image), "batch": p.shape(x)[0], **weights}
-    p.step("depthwise_conv", out, x=p.use(planes), out=p.use(out), act=own_act, **fields)
-    if residual is not None:
-        value: Value = p.values[residual]
-        p.step("add", out, x=p.use(out), out=p.use(out), act=bindings.ACTIVATIONS.index(act), other=p.use(value))
 
 
 def _out_shape(call: Call) -> Shape:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, OpSpec
-from rarefy.compiler.program import Program
+from rarefy.compiler.program import Program, is_depthwise
 from rarefy.model.activation_quant import ActivationQuant
 
 
@@ -35,8 +35,10 @@ def _lower(p: Program, node: Node) -> None:
 def _reads_codes(p: Program, node: Node, user: Node) -> bool:
     """Return whether an operator of a program reads the codes of a value, and nothing else of it."""
     kernel = p.kernels.get(user)
-    if p.runs_on_codes(user):  # as its input, on the same grid, or as its residual, or as both
-        return kernel is None or node is not user.args[0] or kernel.input_grid == grid_of(node)
+    if p.runs_on_nhwc(user):  # as its input, on the same grid, or as its residual, or as both
+        if kernel is None:
+            return is_depthwise(user, p.constants)
+        return kernel.held[0].kind == "int8" and (node is not user.args[0] or kernel.input_grid == grid_of(node))
     if p.decode or user not in p.nodes or kernel is None or node in user.args[1:]:
         return False
     return kernel.input_grid == grid_of(node)

@@ -1,0 +1,149 @@
+// Images of fp32 numbers in NHWC order: depthwise products, outputs, pooling, and conversion from channels. Products of
+// pixels and weights are those of nhwc_kernels.hpp.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "epilogue.hpp"
+#include "kernel_table.h"
+#include "simd.hpp"
+
+namespace {
+
+constexpr int DEPTHWISE_F32_PIXELS = SIMD_WIDTH == 16 ? 6 : 4;
+constexpr int DEPTHWISE_F32_VECS = SIMD_WIDTH == 16 ? 4 : 2;  // whose sums fit the registers
+
+inline f32_vec load_number(const uint8_t* p) {
+  f32_vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Some pixels of VECS vectors of channels of a depthwise convolution.
+template <int PIXELS, int VECS>
+inline void depthwise_f32_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, const uint32_t* taps, uint32_t* acc) {
+  f32_vec sums[PIXELS][VECS] = {};
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const uint8_t* in = x + t.offsets[r];
+    for (int64_t k = 0; k < t.columns; ++k, taps += t.stride, in += t.column_bytes) {
+      f32_vec weights[VECS];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) weights[v] = f32_vec(load_raw(taps + v * SIMD_WIDTH));
+#pragma GCC unroll 8
+      for (int p = 0; p < PIXELS; ++p)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v)
+          sums[p][v] += load_number(in + p * t.pixel_bytes + v * SIMD_WIDTH * 4) * weights[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < PIXELS; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) store_raw(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH, raw_vec(sums[p][v]));
+}
+
+template <int VECS>
+inline void depthwise_f32_vectors(const rarefy_nhwc_taps& t, const uint8_t* x, const uint32_t* taps, int64_t pixels,
+                                  uint32_t* acc) {
+  auto run = [&](auto number) {
+    depthwise_f32_pixels<number, VECS>(t, x, taps, acc);
+    x += number * t.pixel_bytes;
+    acc += number * NHWC_OUTPUTS;
+    pixels -= number;
+  };
+  while (pixels >= DEPTHWISE_F32_PIXELS) run(std::integral_constant<int, DEPTHWISE_F32_PIXELS>{});
+  if (DEPTHWISE_F32_PIXELS > 4 && pixels >= 4) run(std::integral_constant<int, 4>{});
+  if (pixels >= 2) run(std::integral_constant<int, 2>{});
+  if (pixels >= 1) run(std::integral_constant<int, 1>{});
+}
+
+void nhwc_depthwise_f32(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc) {
+  int64_t c = 0;
+  auto run = [&](auto vectors) {
+    depthwise_f32_vectors<vectors>(t, x + c * 4, t.taps + c, pixels, acc + c);
+    c += vectors * SIMD_WIDTH;
+  };
+  while (channels - c > (DEPTHWISE_F32_VECS - 1) * SIMD_WIDTH) run(std::integral_constant<int, DEPTHWISE_F32_VECS>{});
+  if (DEPTHWISE_F32_VECS > 2 && channels - c > SIMD_WIDTH) run(std::integral_constant<int, 2>{});
+  while (channels - c > 0) run(std::integral_constant<int, 1>{});
+}
+
+// Numbers of pixels, in a column tile, or both: act(sums + bias + residual).
+template <int ACT, bool RESIDUAL>
+void store_nhwc_f32(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
+  const rarefy_nhwc_outputs o = outputs;
+  for (int64_t first = 0; first < o.outputs; first += SIMD_WIDTH) {
+    const int64_t n = std::min<int64_t>(o.outputs - first, SIMD_WIDTH);
+    const f32_vec bias = load_vec(o.bias + first);
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+      raw_vec square[SIMD_WIDTH];
+      for (int64_t i = 0; i < count; ++i) {
+        f32_vec v = f32_vec(load_raw(acc + (p + i) * NHWC_OUTPUTS + first)) + bias;
+        if constexpr (RESIDUAL) v += load_number(o.residual + (p + i) * o.residual_stride + first * 4);
+        v = activate(v, ACT);
+        if (o.out) square[i] = raw_vec(v);
+        if (o.codes) store_partial(reinterpret_cast<float*>(o.codes + (p + i) * o.codes_stride) + first, v, n);
+      }
+      if (!o.out) continue;
+      for (int64_t i = count; i < SIMD_WIDTH; ++i) square[i] = raw_vec{};
+      transpose(square);
+      for (int64_t i = 0; i < n; ++i) store_partial(o.out + (first + i) * TILE_COLS + p, f32_vec(square[i]), count);
+    }
+  }
+}
+
+template <int ACT>
+void store_nhwc_f32(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
+  if (o.residual)
+    store_nhwc_f32<ACT, true>(o, acc, pixels);
+  else
+    store_nhwc_f32<ACT, false>(o, acc, pixels);
+}
+
+void nhwc_store_f32(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
+  switch (o.act) {
+    case RAREFY_RELU: return store_nhwc_f32<RAREFY_RELU>(o, acc, pixels);
+    case RAREFY_GELU: return store_nhwc_f32<RAREFY_GELU>(o, acc, pixels);
+    case RAREFY_GELU_TANH: return store_nhwc_f32<RAREFY_GELU_TANH>(o, acc, pixels);
+    case RAREFY_SILU: return store_nhwc_f32<RAREFY_SILU>(o, acc, pixels);
+    case RAREFY_RELU6: return store_nhwc_f32<RAREFY_RELU6>(o, acc, pixels);
+    case RAREFY_HARDSWISH: return store_nhwc_f32<RAREFY_HARDSWISH>(o, acc, pixels);
+    case RAREFY_HARDSIGMOID: return store_nhwc_f32<RAREFY_HARDSIGMOID>(o, acc, pixels);
+    case RAREFY_SIGMOID: return store_nhwc_f32<RAREFY_SIGMOID>(o, acc, pixels);
+    case RAREFY_TANH: return store_nhwc_f32<RAREFY_TANH>(o, acc, pixels);
+    default: return store_nhwc_f32<RAREFY_NONE>(o, acc, pixels);
+  }
+}
+
+// Pixels out of channels: channel c of pixel i is x[c * stride + i].
+void nhwc_pack_f32(const float* x, int64_t stride, int64_t channels, int64_t pixels, uint8_t* out,
+                   int64_t pixel_bytes) {
+  auto pixel = [&](int64_t i) { return reinterpret_cast<float*>(out + i * pixel_bytes); };
+  if (channels < 4) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < pixels; ++i) pixel(i)[c] = x[c * stride + i];
+    return;
+  }
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c), count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+      raw_vec square[SIMD_WIDTH] = {};
+      for (int64_t i = 0; i < n; ++i) square[i] = raw_vec(load_partial(x + (c + i) * stride + p, count));
+      transpose(square);
+      for (int64_t i = 0; i < count; ++i) store_partial(pixel(p + i) + c, f32_vec(square[i]), n);
+    }
+}
+
+// max[c] = the larger of two numbers, NaN where one is NaN.
+void nhwc_max_f32(const uint8_t* x, int64_t channels, uint8_t* max) {
+  auto* to = reinterpret_cast<float*>(max);
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
+    const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c);
+    const f32_vec a = load_number(x + c * 4), b = load_partial(to + c, n);
+    store_partial(to + c, a > b ? a : a != a ? a : b, n);
+  }
+}
+
+}  // namespace
