@@ -17,6 +17,7 @@
 #include "decode_steps.hpp"
 #include "kernel_table.h"
 #include "linear_ops.hpp"
+#include "nhwc_channels.hpp"
 #include "nhwc_ops.hpp"
 #include "parallel.h"
 #include "rarefy.h"
@@ -57,6 +58,9 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_GLOBAL_AVG_POOL: return s.columns * ceil_div(s.features, FEATURES_PER_PART);
     case RAREFY_OP_NHWC_QUANTIZE:
     case RAREFY_OP_NHWC_MAX_POOL: return s.batch * s.nhwc->out.height;
+    case RAREFY_OP_NHWC_MAP: return nhwc_map_parts(s);
+    case RAREFY_OP_NHWC_COPY: return s.batch * s.nhwc->in.height;
+    case RAREFY_OP_NHWC_MEAN: return s.batch * ceil_div(s.nhwc->in.channels, MEAN_CHANNELS_PER_PART);
     case RAREFY_OP_NHWC_DEPTHWISE:
     case RAREFY_OP_NHWC_CONV:
       return s.winograd ? NhwcWinograd(rarefy_active_kernels(), s).parts : NhwcConv(rarefy_active_kernels(), s).parts;
@@ -257,6 +261,10 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_NHWC_DEPTHWISE:
     case RAREFY_OP_NHWC_CONV: return s.winograd ? NhwcWinograd(t, s).run(part) : NhwcConv(t, s).run(part);
     case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
+    case RAREFY_OP_NHWC_MAP: return run_nhwc_map(t, s, part);
+    case RAREFY_OP_NHWC_COPY: run_nhwc_copy(t, s, part); break;
+    case RAREFY_OP_NHWC_MEAN: run_nhwc_mean(t, s, part); break;
+    case RAREFY_OP_NHWC_UNPACK: run_nhwc_unpack(t, s, part); break;
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;
     case RAREFY_OP_REARRANGE: run_rearrange(t, s, part); break;
     case RAREFY_OP_GROUP_NORM: run_group_norm(t, s, part); break;

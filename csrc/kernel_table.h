@@ -203,6 +203,12 @@ struct rarefy_kernel_table {
   void (*nhwc_pack_f32)(const float* x, int64_t stride, int64_t channels, int64_t pixels, uint8_t* out,
                         int64_t pixel_bytes);
   void (*nhwc_max[2])(const uint8_t* x, int64_t channels, uint8_t* max);
+  // Of fp32 images: nhwc_f32.hpp.
+  void (*nhwc_unpack)(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t channels, float* out);
+  void (*nhwc_map)(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
+                   const float* bias, const uint8_t* residual, int64_t residual_stride, int act, uint8_t* out,
+                   int64_t out_stride);
+  void (*nhwc_sum)(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t channels, float* sums);
 
   // Winograd convolutions on fp32 images: of one square, and of some (winograd.hpp).
   void (*winograd_input)(const uint8_t* const* rows, int64_t pixel_bytes, int64_t channels, float* out, int64_t stride);

@@ -136,6 +136,69 @@ void nhwc_pack_f32(const float* x, int64_t stride, int64_t channels, int64_t pix
     }
 }
 
+// Channels out of pixels: channel c of pixel i becomes out[c * TILE_COLS + i].
+void nhwc_unpack(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t channels, float* out) {
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH)
+    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+      const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c), count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+      raw_vec square[SIMD_WIDTH] = {};
+      for (int64_t i = 0; i < count; ++i) square[i] = load_raw(x + (p + i) * pixel_bytes + c * 4);
+      transpose(square);
+      for (int64_t i = 0; i < n; ++i) store_partial(out + (c + i) * TILE_COLS + p, f32_vec(square[i]), count);
+    }
+}
+
+// out = act(x * scale + bias + residual) for some pixels; scale, bias and residual may be null.
+template <int ACT>
+void map_pixels(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
+                const float* bias, const uint8_t* residual, int64_t residual_stride, uint8_t* out,
+                int64_t out_stride) {
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
+    const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c);
+    const f32_vec factor = scale ? load_partial(scale + c, n) : f32_vec{} + 1.0f;
+    const f32_vec added = bias ? load_partial(bias + c, n) : f32_vec{};
+    for (int64_t p = 0; p < pixels; ++p) {
+      f32_vec v = load_number(x + p * x_stride + c * 4) * factor + added;
+      if (residual) v += load_number(residual + p * residual_stride + c * 4);
+      store_partial(reinterpret_cast<float*>(out + p * out_stride) + c, activate(v, ACT), n);
+    }
+  }
+}
+
+void nhwc_map(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
+              const float* bias, const uint8_t* residual, int64_t residual_stride, int act, uint8_t* out,
+              int64_t out_stride) {
+  const auto run = [&](auto map) {
+    map(x, x_stride, pixels, channels, scale, bias, residual, residual_stride, out, out_stride);
+  };
+  switch (act) {
+    case RAREFY_RELU: return run(map_pixels<RAREFY_RELU>);
+    case RAREFY_GELU: return run(map_pixels<RAREFY_GELU>);
+    case RAREFY_GELU_TANH: return run(map_pixels<RAREFY_GELU_TANH>);
+    case RAREFY_SILU: return run(map_pixels<RAREFY_SILU>);
+    case RAREFY_RELU6: return run(map_pixels<RAREFY_RELU6>);
+    case RAREFY_HARDSWISH: return run(map_pixels<RAREFY_HARDSWISH>);
+    case RAREFY_HARDSIGMOID: return run(map_pixels<RAREFY_HARDSIGMOID>);
+    case RAREFY_SIGMOID: return run(map_pixels<RAREFY_SIGMOID>);
+    case RAREFY_TANH: return run(map_pixels<RAREFY_TANH>);
+    default: return run(map_pixels<RAREFY_NONE>);
+  }
+}
+
+// sums[c] += the sum of channel c of some pixels.
+void nhwc_sum(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t channels, float* sums) {
+  for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
+    const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c);
+    f32_vec even{}, odd{};
+    for (int64_t p = 0; p + 1 < pixels; p += 2) {
+      even += load_number(x + p * pixel_bytes + c * 4);
+      odd += load_number(x + (p + 1) * pixel_bytes + c * 4);
+    }
+    if (pixels % 2) even += load_number(x + (pixels - 1) * pixel_bytes + c * 4);
+    store_partial(sums + c, load_partial(sums + c, n) + (even + odd), n);
+  }
+}
+
 // max[c] = the larger of two numbers, NaN where one is NaN.
 void nhwc_max_f32(const uint8_t* x, int64_t channels, uint8_t* max) {
   auto* to = reinterpret_cast<float*>(max);

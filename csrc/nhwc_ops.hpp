@@ -149,7 +149,7 @@ struct NhwcConv {
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.residual.pixel_bytes, 0, 2);
       }
       if (s.out_codes.data) {
-        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + output * bytes;
+        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + (output + c.first_channel) * bytes;
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.out.pixel_bytes, 1, 2);
       }
     });
@@ -176,7 +176,7 @@ struct NhwcConv {
       for (int64_t x = column, count; left > 0; left -= count, x += count) {
         const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
         count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
-        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + output * bytes;
+        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + (output + c.first_channel) * bytes;
         if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output * bytes;
         if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
         t.nhwc_store[kind](o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
@@ -249,7 +249,7 @@ struct NhwcConv {
     const int64_t from = part % block_parts * blocks_per_part, to = std::min(from + blocks_per_part, blocks);
     const int64_t output = part / block_parts * outputs_per_part, end = std::min(output + outputs_per_part, features);
     if (const int code = s.weight ? run_sparse(from, to, output, end) : run_dense(from, to, output, end)) return code;
-    if (s.out_codes.data && !output)
+    if (s.out_codes.data && !output && !c.first_channel)
       for (int64_t i = 0; i < s.batch; ++i)  // by the part that has an image's first output
         if (const int64_t b = block_of(i); b >= from && b < to)
           fill_border(t, c.out, nhwc_codes(s.out_codes), i, 0, c.out.height);
@@ -307,7 +307,8 @@ inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s,
   const rarefy_nhwc& c = *s.nhwc;
   const int64_t image = part / c.out.height, row = part % c.out.height;
   const uint8_t* x = nhwc_codes(s.x);
-  uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, row, 0);
+  uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, row, 0) + c.first_channel * nhwc_bytes(c.out);
+  const int64_t channels = c.in.channels;
   for (int64_t column = 0; column < c.out.width; ++column, out += c.out.pixel_bytes) {
     bool first = true;
     for (int64_t i = 0; i < c.kernel[0]; ++i)
@@ -317,17 +318,17 @@ inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s,
         if (y < 0 || y >= c.in.height || z < 0 || z >= c.in.width) continue;
         const uint8_t* source = x + nhwc_at(c.in, image, y, z);
         if (first)
-          std::memcpy(out, source, size_t(c.out.channels * nhwc_bytes(c.out)));
+          std::memcpy(out, source, size_t(channels * nhwc_bytes(c.out)));
         else
-          t.nhwc_max[nhwc_kind(c.out)](source, c.out.channels, out);
+          t.nhwc_max[nhwc_kind(c.out)](source, channels, out);
         first = false;
       }
     if (first && c.out.dtype == RAREFY_I8)
-      std::memset(out, stored_code_of(t, -128), size_t(c.out.channels));  // minus infinity, which saturates
+      std::memset(out, stored_code_of(t, -128), size_t(channels));  // minus infinity, which saturates
     else if (first)
-      std::fill_n(reinterpret_cast<float*>(out), c.out.channels, -INFINITY);
+      std::fill_n(reinterpret_cast<float*>(out), channels, -INFINITY);
   }
-  fill_border(t, c.out, nhwc_codes(s.out_codes), image, row, row + 1);
+  if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, row, row + 1);
   return RAREFY_OK;
 }
 

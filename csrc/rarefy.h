@@ -204,7 +204,12 @@ enum rarefy_op {
   RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of the codes x + bias + the codes residual)
   RAREFY_OP_NHWC_MAX_POOL = 23,    // out_codes = maximum over the kernel window of the codes x
   RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions
-  RAREFY_OP_COUNT = 25,
+  // On fp32 NHWC images (nhwc_channels.hpp):
+  RAREFY_OP_NHWC_MAP = 25,     // out_codes = act(x * gamma + bias + residual), or x * other of its image
+  RAREFY_OP_NHWC_COPY = 26,    // channels of out_codes from nhwc->first_channel on = x
+  RAREFY_OP_NHWC_MEAN = 27,    // out = means over the pixels of each image x
+  RAREFY_OP_NHWC_UNPACK = 28,  // out = the image x in tiles
+  RAREFY_OP_COUNT = 29,
 };
 
 struct rarefy_view {
@@ -285,7 +290,8 @@ struct rarefy_nhwc {
   // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]; of fp32
   // images fp32: [segments][tap_columns][outputs]
   const uint32_t* taps;
-  int64_t tap_columns;  // of the kernel; a segment is one of its rows
+  int64_t tap_columns;    // of the kernel; a segment is one of its rows
+  int64_t first_channel;  // NHWC_COPY, NHWC_* of fp32: where x or the outputs begin in a pixel of `out`
 };
 
 struct rarefy_step {

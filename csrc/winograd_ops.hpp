@@ -82,7 +82,7 @@ struct NhwcWinograd {
                      pixels + (y - 2 * row) * 2 * out_stride + 2 * before * NHWC_OUTPUTS);
       });
     }
-    if (conv.s.out_codes.data && !output)
+    if (conv.s.out_codes.data && !output && !c.first_channel)
       for (int64_t i = first / (rows * columns); i <= (first + count - 1) / (rows * columns); ++i)
         if (i * rows * columns >= first)  // by the part that has an image's first output
           fill_border(conv.t, c.out, nhwc_codes(conv.s.out_codes), i, 0, c.out.height);

@@ -32,6 +32,10 @@ MAX_SUM = 2**31 - 1  # of codes times codes of inputs
 MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
 FP32 = "fp32"  # in place of a grid: numbers
 
+POOLS = ("max_pool2d", "max_pool2d_ceil")
+MEANS = ("global_avg_pool", "image_mean")
+MAPS = ("add", "activation", "channel_affine", "channel_scale", "concat")  # that run on NHWC numbers too
+
 Format = ActivationQuant | Literal["fp32"]
 
 
@@ -61,16 +65,23 @@ class Nhwc(Structure):
         *[(n, c_void_p) for n in ("values", "blocks", "segments")],
         *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
         *[(n, c_void_p) for n in ("factors", "bias", "row_sums", "taps")],
-        ("tap_columns", c_int64),
+        *[(n, c_int64) for n in ("tap_columns", "first_channel")],
     ]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """An image value in NHWC order: where it is, and how."""
+    """An image value in NHWC order: where it is, and how.
+
+    Attributes:
+        value: its memory.
+        image: its sizes; those of the whole where it is some channels of one.
+        first_channel: the channel of the whole at which it begins.
+    """
 
     value: Value
     image: Image
+    first_channel: int = 0
 
 
 def wanted_format(p: Program, node: Node, numbers: bool | None = None) -> Format | None:
@@ -91,8 +102,10 @@ def _wanted_by(p: Program, node: Node, user: Node) -> Format | None:
     if p.runs_on_nhwc(user):
         return _format_in(p, node, user)
     name = p.operators[user.target].name
-    if name == "max_pool2d":
+    if name in POOLS:
         return _pooled_format(p, user)
+    if name in MAPS:
+        return FP32 if maps_numbers(p, user) else None
     rounds = name == "fake_quantize" and any(p.runs_on_nhwc(u) for u in user.users)
     if rounds and (grid := wanted_format(p, user, numbers=False)) == grid_of(user):
         return grid
@@ -174,8 +187,7 @@ def lower_conv(p: Program, node: Node) -> None:
         step.residual, operands["residual"] = added.image, added.value
     out, read = p.make(node), wanted_format(p, node, numbers=wanted == FP32)
     if read is not None and not separate:
-        written = p.nhwc[node, read] = new_codes(p, node, read)
-        step.out, operands["out_codes"] = written.image, written.value
+        operands["out_codes"] = set_out(p, step, node, read)
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
     name = "nhwc_depthwise" if kernel is None else "nhwc_conv"
     p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **numbers, **operands)
@@ -209,22 +221,66 @@ def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
     """Return whether an operator reads a value as an NHWC image, and not in tiles."""
     if p.runs_on_nhwc(user):
         return _format_in(p, node, user) == wanted
+    name = p.operators[user.target].name if user in p.nodes else ""
+    if name in MEANS:  # which reads what there is
+        return wanted == FP32
+    if name in MAPS:
+        return wanted == FP32 and maps_numbers(p, user)
+    if name in POOLS:
+        return _pooled_format(p, user) == wanted
     return user in p.nodes and grid_of(user) == wanted and all(_reads_image(p, user, u, wanted) for u in user.users)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:
     """Add the step of a max pool of an NHWC image, if its output is read so alone; return whether it is."""
-    x, kernel, stride, padding, dilation = node.args
     wanted = _pooled_format(p, node)
     if wanted is None:
         return False
-    source = codes_of(p, x, wanted)
-    written = p.nhwc[node, wanted] = new_codes(p, node, wanted)
-    step = Nhwc(input=source.image, out=written.image, **_geometry(kernel, stride, padding, dilation))
-    p.held.append(step)
-    over = p.image_tokens(node)
-    p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(written.value), nhwc=addressof(step))
+    add_max_pool(p, node, wanted)
     return True
+
+
+def add_max_pool(p: Program, node: Node, wanted: Format) -> Codes:
+    """Add the step of a max pool of an NHWC image; return what it writes."""
+    x, kernel, stride, padding, dilation = node.args
+    source = codes_of(p, x, wanted)  # type: ignore[arg-type]
+    step = Nhwc(input=source.image, **_geometry(kernel, stride, padding, dilation))
+    p.held.append(step)
+    out, over = set_out(p, step, node, wanted), p.image_tokens(node)
+    p.step("nhwc_max_pool", over, x=p.use(source.value), out_codes=p.use(out), nhwc=addressof(step))
+    return p.nhwc[node, wanted]
+
+
+def maps_numbers(p: Program, node: Node) -> bool:
+    """Return whether an operator of MAPS runs on NHWC numbers: where its output is read so alone, by a convolution or a
+    pool among others."""
+    if node not in p.images:
+        return False
+    if node not in p.maps:
+        wanted = wanted_format(p, node, numbers=True)
+        p.maps[node] = wanted is not None and all(_reads_image(p, node, u, FP32) for u in node.users)
+    return p.maps[node]
+
+
+def set_out(p: Program, step: Nhwc, node: Node, wanted: Format) -> Value:
+    """Write into a step where its output goes, and return the memory: its own, or some channels of the concatenation
+    that alone reads it."""
+    written = _channels_of_concat(p, node) if wanted == FP32 else None
+    written = p.nhwc[node, wanted] = written or new_codes(p, node, wanted)
+    step.out, step.first_channel = written.image, written.first_channel
+    return written.value
+
+
+def _channels_of_concat(p: Program, node: Node) -> Codes | None:
+    reader = next(iter(node.users))
+    if len(node.users) > 1 or reader not in p.nodes or p.operators[reader.target].name != "concat":
+        return None
+    if reader.args.count(node) > 1 or not maps_numbers(p, reader):
+        return None
+    if (reader, FP32) not in p.nhwc:
+        p.nhwc[reader, FP32] = new_codes(p, reader, FP32)
+    whole, before = p.nhwc[reader, FP32], reader.args[: reader.args.index(node)]
+    return Codes(whole.value, whole.image, sum(p.shape(n)[1] for n in before))  # type: ignore[arg-type]
 
 
 def _geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:

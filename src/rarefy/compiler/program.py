@@ -153,6 +153,7 @@ class Program:
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.nhwc: dict[tuple[Node, Any], Any] = {}  # NHWC images: int8 codes on a static grid, or fp32
+        self.maps: dict[Node, bool] = {}  # whether operators on pixels run on NHWC numbers
         self.masks: list[tuple[Node, Attention]] = []
         self.nodes = {*nodes}
         self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output

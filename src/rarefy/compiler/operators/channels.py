@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.compiler import nhwc_channels
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.pooling import is_image, lower_global_avg_pool
 from rarefy.compiler.operators.spec import PIXELS, Call, OpSpec, Shape
@@ -54,12 +55,16 @@ def concat(
 
 def _lower_channel_affine(p: Program, node: Node) -> None:
     x, scale, bias, act = node.args
+    if nhwc_channels.lower_map(p, node, x, act, scale=scale, bias=bias):
+        return
     source, out = p.use(p.values[x]), p.make(node)
     constants = {"gamma": p.constant(scale), "bias": p.constant(bias)}
     p.step("channel_affine", out, x=source, out=p.use(out), act=bindings.ACTIVATIONS.index(act), **constants)
 
 
 def _lower_channel_scale(p: Program, node: Node) -> None:
+    if nhwc_channels.lower_map(p, node, node.args[0], gate=node.args[1]):
+        return
     x, factor = (p.use(p.values[n]) for n in node.args)
     out = p.make(node)
     p.step("channel_scale", out, x=x, other=factor, out=p.use(out))
@@ -80,6 +85,8 @@ def _lower_group_norm(p: Program, node: Node) -> None:
 
 
 def _lower_concat(p: Program, node: Node) -> None:
+    if nhwc_channels.lower_concat(p, node):
+        return
     images = [n for n in node.args if n is not None]
     out, first = p.make(node), 0
     for n in images:

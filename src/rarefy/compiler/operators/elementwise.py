@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rarefy.compiler import nhwc_channels
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, OpSpec
 from rarefy.compiler.program import Program
@@ -27,7 +28,9 @@ def activation(x: Tensor, act: str) -> Tensor:
 
 
 def _lower_add(p: Program, node: Node) -> None:
-    _lower(p, node, "add", *node.args)
+    x, residual, act = node.args
+    if not nhwc_channels.lower_map(p, node, x, act, residual):
+        _lower(p, node, "add", x, residual, act)
 
 
 def _lower_mul(p: Program, node: Node) -> None:
@@ -36,7 +39,8 @@ def _lower_mul(p: Program, node: Node) -> None:
 
 def _lower_activation(p: Program, node: Node) -> None:
     x, act = node.args
-    _lower(p, node, "add", x, None, act)
+    if not nhwc_channels.lower_map(p, node, x, act):
+        _lower(p, node, "add", x, None, act)
 
 
 def _lower(p: Program, node: Node, step: str, x: Node, other: Node | None, act: str | None) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.compiler import nhwc
+from rarefy.compiler import nhwc, nhwc_channels
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import conv_geometry, out_sizes, pad_planes
 from rarefy.compiler.operators.spec import IMAGES, IMAGES_TO_ROWS, Call, OpSpec, Shape
@@ -22,6 +22,11 @@ Pair = tuple[int, int]
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Return the largest pixel of each window; x is [batch, channels, height, width]."""
     return F.max_pool2d(x, kernel, stride, padding, dilation)
+
+
+def max_pool2d_ceil(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the largest pixel of each window, of windows that begin in the image and end beyond it too."""
+    return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode=True)
 
 
 def avg_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
@@ -43,6 +48,11 @@ def _lower_max_pool2d(p: Program, node: Node) -> None:
     p.step("max_pool", out, x=p.use(planes), out=p.use(out), indirection=addressof(image), batch=p.shape(x)[0])
 
 
+def _lower_max_pool2d_ceil(p: Program, node: Node) -> None:
+    if not nhwc.lower_max_pool(p, node):
+        nhwc_channels.lower_pool_into_tiles(p, node)
+
+
 def _lower_avg_pool2d(p: Program, node: Node) -> None:
     x, kernel, stride, padding = node.args
     planes, image = pad_planes(p, x, conv_geometry(kernel, stride, padding, (1, 1)), 0.0)
@@ -57,6 +67,8 @@ def _lower_avg_pool2d(p: Program, node: Node) -> None:
 
 def lower_global_avg_pool(p: Program, node: Node) -> None:
     """Add the step of means over the pixels of each image."""
+    if nhwc_channels.lower_mean(p, node):
+        return
     _, _, height, width = p.shape(node.args[0])
     source = p.values[node.args[0]]
     out = p.make(node)
@@ -76,6 +88,17 @@ def _pool2d_fits(call: Call) -> bool:
     return min(kernel) > 0 and min(_pooled_shape(call)[2:]) > 0
 
 
+def _ceil_pool2d_fits(call: Call) -> bool:
+    return _pool2d_fits(call) and min(_ceil_pooled_shape(call)[2:]) > 0
+
+
+def _ceil_pooled_shape(call: Call) -> Shape:
+    x, (kernel, stride, padding, dilation) = call.shapes[0], call.node.args[1:]
+    wider = tuple(n + s - 1 for n, s in zip(x[2:], stride))
+    sizes = zip(x[2:], out_sizes(wider, kernel, stride, padding, dilation), stride, padding)
+    return (*x[:2], *(n - ((n - 1) * s >= size + p) for size, n, s, p in sizes))  # the last one begins in the image
+
+
 def is_image(call: Call) -> bool:
     """Return whether the first argument is an image [batch, channels, height, width] with pixels."""
     return len(call.shapes[0]) == 4 and 0 not in call.shapes[0]
@@ -88,6 +111,14 @@ OPERATORS = (
         lower=_lower_max_pool2d,
         fits=_pool2d_fits,
         out_shape=_pooled_shape,
+        layout=IMAGES,
+    ),
+    OpSpec(
+        reference=max_pool2d_ceil,
+        arguments=("tensor", "pair", "pair", "pair", "pair"),
+        lower=_lower_max_pool2d_ceil,
+        fits=_ceil_pool2d_fits,
+        out_shape=_ceil_pooled_shape,
         layout=IMAGES,
     ),
     OpSpec(

@@ -140,8 +140,8 @@ def convert_pool(exported: ExportedGraph, node: Node) -> None:
         stride, padding, dilation, ceil = (*rest, *([], [0, 0], [1, 1], False)[len(rest) :])
         sizes: Any = (kernel, stride or kernel, padding, dilation)
         pairs = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in sizes]
-        if not ceil and len(shape(x)) == 4 and max(pairs[1]) <= MAX_STRIDE:
-            replace_node(exported, node, ops.max_pool2d, x, *pairs)
+        if len(shape(x)) == 4 and max(pairs[1]) <= MAX_STRIDE:
+            replace_node(exported, node, ops.max_pool2d_ceil if ceil else ops.max_pool2d, x, *pairs)
         return
     image = _averaged_image(node)
     if isinstance(image, fx.Node) and len(shape(image)) == 4:
