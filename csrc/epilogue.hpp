@@ -9,22 +9,6 @@
 
 namespace {
 
-// e^x with a relative error of 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays NaN.
-inline f32_vec exp_vec(f32_vec x) {
-  x = x < -87.0f ? f32_vec{} - 87.0f : x;
-  x = x > 88.0f ? f32_vec{} + 88.0f : x;
-  const f32_vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded: 1.5 * 2^23 drops the fraction
-  const f32_vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f32_vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const f32_vec power = f32_vec((u32_vec(__builtin_convertvector(n == n ? n : f32_vec{}, i32_vec)) + 127u) << 23);
-  return p * power;
-}
-
 // erf(x) with an error of 4e-7: x P(x^2) / Q(x^2), a minimax fit on [0, 4]; beyond, one. NaN stays NaN.
 inline f32_vec erf_vec(f32_vec x) {
   const f32_vec u = x * x;
@@ -39,7 +23,7 @@ inline f32_vec erf_vec(f32_vec x) {
   q = q * u + 5.22900641e-1f;
   q = q * u + 1.0f;
   const f32_vec sign = f32_vec((u32_vec(x) & 0x80000000u) | 0x3f800000u);
-  return u < 16.0f ? x * p / q : u != u ? x : sign;
+  return u < 16.0f ? x * p * reciprocal(q) : u != u ? x : sign;
 }
 
 // v limited to [low, high]. NaN stays NaN.
@@ -52,7 +36,7 @@ inline f32_vec clamp_vec(f32_vec v, float low, float high) {
 inline f32_vec tanh_vec(f32_vec v) {
   const f32_vec u = v * v;
   const f32_vec near = v * (1.0f - u * (0.333333333f - u * (0.133333333f - u * 0.0539682540f)));
-  const f32_vec far = 1.0f - 2.0f / (exp_vec(v + v) + 1.0f);
+  const f32_vec far = 1.0f - 2.0f * reciprocal(exp_vec(v + v) + 1.0f);
   return u < 0.04f ? near : far;
 }
 
@@ -61,12 +45,12 @@ inline f32_vec activate(f32_vec v, int act) {
     case RAREFY_RELU: return v < 0.0f ? f32_vec{} : v;
     case RAREFY_GELU: return v * 0.5f * (erf_vec(v * 0.70710678f) + 1.0f);
     case RAREFY_GELU_TANH:
-      return v < -12.0f ? f32_vec{} : v / (exp_vec((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
-    case RAREFY_SILU: return v < -87.0f ? f32_vec{} : v / (exp_vec(-v) + 1.0f);
+      return v < -12.0f ? f32_vec{} : v * reciprocal(exp_vec((v * v * 0.044715f + 1.0f) * v * -1.59576912f) + 1.0f);
+    case RAREFY_SILU: return v < -87.0f ? f32_vec{} : v * reciprocal(exp_vec(-v) + 1.0f);
     case RAREFY_RELU6: return clamp_vec(v, 0.0f, 6.0f);
     case RAREFY_HARDSWISH: return v * (clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
     case RAREFY_HARDSIGMOID: return clamp_vec(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
-    case RAREFY_SIGMOID: return 1.0f / (exp_vec(-v) + 1.0f);
+    case RAREFY_SIGMOID: return reciprocal(exp_vec(-v) + 1.0f);
     case RAREFY_TANH: return tanh_vec(v);
     default: return v;
   }

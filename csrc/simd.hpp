@@ -12,6 +12,7 @@
 //   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs
 //   load_first, store_first   the first n floats, then zeros, where n is smaller than a vector
 //   exp2_fast              2^x for x <= 8 with a relative error of 1e-4, at least 2^-100; NaN stays NaN
+//   exp_vec, reciprocal    e^x and 1 / x with a relative error of 1e-7; NaN stays NaN
 //   round_to_integers      the nearest integers of numbers from 0 to 2^22
 //   stream_store, stream_fence   stores that bypass the caches, and the fence that makes them visible
 #pragma once

@@ -429,6 +429,32 @@ inline f32x8 exp2_fast(f32x8 x) {
   p = p * r + 9.9992807e-1f;
   return f32x8(u32x8(p) + (u32x8(shifted) << 23));
 }
+// e^x with a relative error of 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays NaN.
+inline f32x8 exp_vec(f32x8 x) {
+  x = x < -87.0f ? f32x8{} - 87.0f : x;
+  x = x > 88.0f ? f32x8{} + 88.0f : x;
+  const f32x8 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded: 1.5 * 2^23 drops the fraction
+  const f32x8 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x8 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const f32x8 power = f32x8((u32x8(__builtin_convertvector(n == n ? n : f32x8{}, i32x8)) + 127u) << 23);
+  return p * power;
+}
+
+// 1 / v with a relative error of 1e-7, zero where that would be denormal.
+inline f32x8 reciprocal(f32x8 v) {
+#if defined(__AVX2__)
+  const f32x8 r = f32x8(_mm256_rcp_ps(__m256(v)));
+  return r + r * (1.0f - v * r);
+#else
+  return 1.0f / v;
+#endif
+}
+
 inline i32x8 round_to_integers(f32x8 v) {
 #if defined(__AVX2__)
   return i32x8(_mm256_cvtps_epi32(__m256(v)));
