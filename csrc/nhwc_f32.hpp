@@ -69,29 +69,58 @@ void nhwc_depthwise_f32(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t cha
   while (channels - c > 0) run(std::integral_constant<int, 1>{});
 }
 
-// Numbers of pixels, in a column tile, or both: act(sums + bias + residual).
-template <int ACT, bool RESIDUAL>
-void store_nhwc_f32(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
-  const rarefy_nhwc_outputs o = outputs;
-  for (int64_t first = 0; first < o.outputs; first += SIMD_WIDTH) {
-    const int64_t n = std::min<int64_t>(o.outputs - first, SIMD_WIDTH);
-    const f32_vec bias = load_vec(o.bias + first);
-    for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
-      const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
-      raw_vec square[SIMD_WIDTH];
-      for (int64_t i = 0; i < count; ++i) {
-        f32_vec v = f32_vec(load_raw(acc + (p + i) * NHWC_OUTPUTS + first)) + bias;
-        if constexpr (RESIDUAL) v += load_number(o.residual + (p + i) * o.residual_stride + first * 4);
-        v = activate(v, ACT);
-        if (o.out) square[i] = raw_vec(v);
-        if (o.codes) store_partial(reinterpret_cast<float*>(o.codes + (p + i) * o.codes_stride) + first, v, n);
-      }
-      if (!o.out) continue;
-      for (int64_t i = count; i < SIMD_WIDTH; ++i) square[i] = raw_vec{};
-      transpose(square);
-      for (int64_t i = 0; i < n; ++i) store_partial(o.out + (first + i) * TILE_COLS + p, f32_vec(square[i]), count);
+constexpr int F32_VECS = 4;  // vectors of outputs that are stored together, so that cache lines are filled at once
+
+// VECS vectors of one pixel: act(sums + bias + residual). n: numbers that exist.
+template <int ACT, bool RESIDUAL, int VECS>
+inline void f32_outputs(const uint32_t* sums, const f32_vec (&bias)[F32_VECS], const uint8_t* residual, int64_t n,
+                        f32_vec (&out)[F32_VECS], uint8_t* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < VECS; ++v) {
+    out[v] = f32_vec(load_raw(sums + v * SIMD_WIDTH)) + bias[v];
+    if constexpr (RESIDUAL) out[v] += load_number(residual + v * SIMD_WIDTH * 4);
+    out[v] = activate(out[v], ACT);
+    if (to) store_partial(reinterpret_cast<float*>(to) + v * SIMD_WIDTH, out[v], n - v * SIMD_WIDTH);
+  }
+}
+
+// Outputs of VECS vectors of features from `first` on: numbers of pixels, in a column tile, or both.
+template <int ACT, bool RESIDUAL, int VECS>
+void store_f32_vectors(const rarefy_nhwc_outputs& o, int64_t first, const uint32_t* acc, int64_t pixels) {
+  const int64_t n = std::min<int64_t>(o.outputs - first, VECS * SIMD_WIDTH);
+  f32_vec bias[F32_VECS], out[F32_VECS];
+  for (int v = 0; v < VECS; ++v) bias[v] = load_vec(o.bias + first + v * SIMD_WIDTH);
+  const auto compute = [&](int64_t p) {
+    f32_outputs<ACT, RESIDUAL, VECS>(acc + p * NHWC_OUTPUTS + first, bias,
+                                     RESIDUAL ? o.residual + p * o.residual_stride + first * 4 : nullptr, n, out,
+                                     o.codes ? o.codes + p * o.codes_stride + first * 4 : nullptr);
+  };
+  if (!o.out) {
+    for (int64_t p = 0; p < pixels; ++p) compute(p);
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += SIMD_WIDTH) {
+    const int64_t count = std::min<int64_t>(SIMD_WIDTH, pixels - p);
+    raw_vec squares[VECS][SIMD_WIDTH] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      compute(p + i);
+      for (int v = 0; v < VECS; ++v) squares[v][i] = raw_vec(out[v]);
+    }
+    for (int v = 0; v < VECS; ++v) {
+      transpose(squares[v]);
+      for (int64_t i = 0; i < std::min<int64_t>(SIMD_WIDTH, n - v * SIMD_WIDTH); ++i)
+        store_partial(o.out + (first + v * SIMD_WIDTH + i) * TILE_COLS + p, f32_vec(squares[v][i]), count);
     }
   }
+}
+
+template <int ACT, bool RESIDUAL>
+void store_nhwc_f32(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
+  const rarefy_nhwc_outputs o = outputs;  // a copy, which stores do not change
+  int64_t first = 0;
+  for (; o.outputs - first > (F32_VECS - 1) * SIMD_WIDTH; first += F32_VECS * SIMD_WIDTH)
+    store_f32_vectors<ACT, RESIDUAL, F32_VECS>(o, first, acc, pixels);
+  for (; first < o.outputs; first += SIMD_WIDTH) store_f32_vectors<ACT, RESIDUAL, 1>(o, first, acc, pixels);
 }
 
 template <int ACT>
@@ -153,14 +182,15 @@ template <int ACT>
 void map_pixels(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
                 const float* bias, const uint8_t* residual, int64_t residual_stride, uint8_t* out,
                 int64_t out_stride) {
-  for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
-    const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c);
-    const f32_vec factor = scale ? load_partial(scale + c, n) : f32_vec{} + 1.0f;
-    const f32_vec added = bias ? load_partial(bias + c, n) : f32_vec{};
-    for (int64_t p = 0; p < pixels; ++p) {
-      f32_vec v = load_number(x + p * x_stride + c * 4) * factor + added;
-      if (residual) v += load_number(residual + p * residual_stride + c * 4);
-      store_partial(reinterpret_cast<float*>(out + p * out_stride) + c, activate(v, ACT), n);
+  for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride) {
+    const uint8_t* added = residual ? residual + p * residual_stride : nullptr;
+    for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
+      const int64_t n = std::min<int64_t>(SIMD_WIDTH, channels - c);
+      f32_vec v = load_number(x + c * 4);
+      if (scale) v *= load_partial(scale + c, n);
+      if (bias) v += load_partial(bias + c, n);
+      if (added) v += load_number(added + c * 4);
+      store_partial(reinterpret_cast<float*>(out) + c, activate(v, ACT), n);
     }
   }
 }

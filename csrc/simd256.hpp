@@ -409,7 +409,10 @@ inline raw_vec multiply_add_pairs(raw_vec s, raw_vec x, raw_vec w) {
 
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {
 #if defined(__AVX2__)
-  transpose_8x8(reinterpret_cast<__m256(&)[SIMD_WIDTH]>(r));
+  __m256 rows[SIMD_WIDTH];  // copied: vectors of another type must not alias these
+  std::memcpy(rows, r, sizeof rows);
+  transpose_8x8(rows);
+  std::memcpy(r, rows, sizeof rows);
 #else
   for (int i = 0; i < SIMD_WIDTH; ++i)
     for (int j = 0; j < i; ++j) {
