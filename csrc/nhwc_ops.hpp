@@ -87,9 +87,9 @@ struct NhwcConv {
     const int64_t width = c.in.width + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1;
     out_width = width / c.stride[1] + 1;
     out_height = s.tokens / out_width;
-    pitch = c.segments ? out_width : c.in.width + 2 * c.in.border;
+    pitch = c.segments || c.group_outputs ? out_width : c.in.width + 2 * c.in.border;
     const bool sparse = s.weight;
-    const bool one = sparse || (!c.segments && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0]);
+    const bool one = sparse || (!c.segments && !c.group_outputs && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
     const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
@@ -193,6 +193,20 @@ struct NhwcConv {
                           ceil_div(n, 16), acc);
   }
 
+  // Each group multiplies its own channels, row by row.
+  void multiply_groups(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
+      const uint8_t* x =
+          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      for (int64_t o = output, left; o < output + n; o += left) {
+        const int64_t group = o / c.group_outputs;
+        left = std::min((group + 1) * c.group_outputs, output + n) - o;
+        multiply(x + group * c.group_channels * 4, c.stride[1] * c.in.pixel_bytes, count, o, left,
+                 acc + (row * pitch + column - first) * NHWC_OUTPUTS + o - output);
+      }
+    });
+  }
+
   void sum_depthwise(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
     const rarefy_nhwc_taps taps{.offsets = c.segments,
                                 .rows = c.num_segments,
@@ -271,6 +285,8 @@ struct NhwcConv {
         if (c.num_blocks <= MAX_PREFETCH_BLOCKS) prefetch(image, first, pixels, o);
         if (c.taps) {
           sum_depthwise(image, first, pixels, o, n, acc);
+        } else if (c.group_outputs) {
+          multiply_groups(image, first, pixels, o, n, acc);
         } else if (c.segments) {
           uint8_t* in = copies + (b - from) * copy;
           if (o == output) copy_inputs(image, first, pixels, in);

@@ -291,6 +291,7 @@ struct rarefy_nhwc {
   // images fp32: [segments][tap_columns][outputs]
   const uint32_t* taps;
   int64_t tap_columns;    // of the kernel; a segment is one of its rows
+  int64_t group_outputs, group_channels;  // NHWC_CONV of fp32 in groups: outputs, a multiple of 16, and inputs; or 0
   int64_t first_channel;  // NHWC_COPY, NHWC_* of fp32: where x or the outputs begin in a pixel of `out`
 };
 

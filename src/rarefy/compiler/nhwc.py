@@ -23,7 +23,7 @@ from rarefy.compiler.program import Program, Value, is_depthwise
 from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings, winograd
-from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, weight_of
+from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, grouped_weight, weight_of
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
@@ -65,7 +65,7 @@ class Nhwc(Structure):
         *[(n, c_void_p) for n in ("values", "blocks", "segments")],
         *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
         *[(n, c_void_p) for n in ("factors", "bias", "row_sums", "taps")],
-        *[(n, c_int64) for n in ("tap_columns", "first_channel")],
+        *[(n, c_int64) for n in ("tap_columns", "group_outputs", "group_channels", "first_channel")],
     ]
 
 
@@ -164,7 +164,7 @@ def new_codes(p: Program, node: Node, wanted: Format) -> Codes:
 
 def lower_conv(p: Program, node: Node) -> None:
     """Add the step of a convolution on NHWC images."""
-    x, w, bias, residual, act, stride, padding, dilation, _ = node.args
+    x, w, bias, residual, act, stride, padding, dilation, groups = node.args
     kernel, act, wanted = p.kernels.get(node), bindings.ACTIVATIONS.index(act), _format_in(p, node.args[0], node)  # type: ignore[arg-type]
     assert wanted is not None
     source, added = codes_of(p, x, wanted), None if residual is None else _residual_codes(p, node)  # type: ignore[arg-type]
@@ -172,8 +172,11 @@ def lower_conv(p: Program, node: Node) -> None:
     step = Nhwc(input=source.image, **_geometry(size, stride, padding, dilation))
     numbers: dict[str, Any] = {}
     if kernel is None:
-        set_taps = _set_numbers if wanted == FP32 else _set_taps
-        set_taps(p, step, p.constants[w.name], None if bias is None else p.constants[bias.name])
+        weight, added_bias = p.constants[w.name], None if bias is None else p.constants[bias.name]
+        if weight.shape[1] > 1 or len(weight) > groups:
+            _set_groups(p, step, weight, groups, added_bias)
+        else:
+            (_set_numbers if wanted == FP32 else _set_taps)(p, step, weight, added_bias)
     elif kernel.held[0].counts is not None:
         _set_sparse_weight(p, step, *kernel.held)
         numbers = matrix_fields(kernel)
@@ -189,7 +192,7 @@ def lower_conv(p: Program, node: Node) -> None:
     if read is not None and not separate:
         operands["out_codes"] = set_out(p, step, node, read)
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
-    name = "nhwc_depthwise" if kernel is None else "nhwc_conv"
+    name = "nhwc_depthwise" if step.taps else "nhwc_conv"
     p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **numbers, **operands)
     if separate:
         p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
@@ -347,6 +350,20 @@ def _set_numbers(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) ->
     taps = F.pad(weight.float()[:, 0].permute(1, 2, 0), (0, -len(weight) % 64)).contiguous()
     p.held.append(taps)
     step.taps = taps.data_ptr()
+    _set_bias(p, step, bias, len(weight))
+
+
+def _set_groups(p: Program, step: Nhwc, weight: Tensor, groups: int, bias: Tensor | None) -> None:
+    """Write a grouped convolution's weight into its step: each group reads its own channels of the image."""
+    packed = grouped_weight(weight, groups)
+    lanes, starts = packed.block_lanes(), _starts(step)
+    each = len(lanes) // len(starts)
+    offsets = [start + i * BLOCK_BYTES for start in starts for i in range(each)]
+    blocks = (Block * len(lanes))(*zip(offsets, lanes))
+    p.held += [blocks, packed]
+    step.values, step.blocks, step.num_blocks = packed.values.data_ptr(), addressof(blocks), len(lanes)
+    merged = packed.segment_bytes // 4 // weight.shape[1]
+    step.group_outputs, step.group_channels = merged * len(weight) // groups, merged * weight.shape[1]
     _set_bias(p, step, bias, len(weight))
 
 

@@ -4,11 +4,13 @@ four int8 inputs or one in fp32."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rarefy.runtime.huge_pages import allocate
 from rarefy.runtime.packed_formats import ConvTiles
@@ -17,6 +19,7 @@ from rarefy.runtime.packing import unpack
 LANES = 16  # of a block
 BLOCK_BYTES = 4 * LANES
 _LOCK = Lock()
+_GROUPED = WeakTensorKeyDictionary()  # by the convolution's weight
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,42 @@ def pack_winograd(transformed: Tensor) -> NhwcWeight:
     padded = torch.nn.functional.pad(transformed, (0, 0, 0, -O % 16)).flatten(0, 1)
     values = _blocks(padded[:, None].contiguous().view(torch.int32))
     return NhwcWeight(values.unflatten(0, (count, -1)), None, None, 4 * I, 1, False)
+
+
+def merged_groups(outputs: int, groups: int) -> int | None:
+    """Return how many groups of a convolution are computed as one, so that their outputs fill vectors of 16.
+
+    >>> merged_groups(128, 32), merged_groups(120, 3), merged_groups(30, 2)
+    (4, 1, None)
+
+    Returns:
+        None where no number divides the groups so.
+    """
+    merged = 16 // gcd(outputs // groups, 16)
+    return merged if groups % merged == 0 else None
+
+
+def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
+    """Return a grouped fp32 convolution's weight [outputs, inputs of a group, rows, columns] for NHWC images, made once.
+
+    Each kernel position is a segment. Some groups together have a block-diagonal weight. O(weights).
+    """
+    with _LOCK:
+        if weight not in _GROUPED:
+            _GROUPED[weight] = _pack_groups(weight, groups)
+        return _GROUPED[weight]
+
+
+def _pack_groups(weight: Tensor, groups: int) -> NhwcWeight:
+    O, I, rows, columns = weight.shape
+    merged = merged_groups(O, groups)
+    assert merged is not None
+    each = weight.detach().float().view(groups // merged, merged, O // groups, I, rows * columns)
+    full = each.new_zeros(groups // merged, merged, O // groups, merged, I, rows * columns)
+    for i in range(merged):
+        full[:, i, :, i] = each[:, i]
+    lanes = full.reshape(O, merged * I, rows * columns).transpose(1, 2).contiguous().view(torch.int32)
+    return NhwcWeight(_blocks(lanes), None, None, 4 * merged * I, rows * columns, False)
 
 
 def _code_lanes(packed: ConvTiles) -> Tensor:
