@@ -40,9 +40,9 @@ inline int run_nhwc_map(const rarefy_kernel_table& t, const rarefy_step& s, int6
     const uint8_t* residual = s.residual.data ? nhwc_codes(s.residual) + nhwc_at(c.residual, image, y, 0) : nullptr;
     t.nhwc_map(nhwc_codes(s.x) + nhwc_at(c.in, image, y, 0), c.in.pixel_bytes, c.in.width, c.in.channels,
                s.other.data ? gates : s.gamma, s.bias, residual, c.residual.pixel_bytes, s.act,
-               nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y, 0), c.out.pixel_bytes);
+               nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y, 0) + c.first_channel * 4, c.out.pixel_bytes);
   }
-  fill_border(t, c.out, nhwc_codes(s.out_codes), image, from, to);
+  if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, from, to);
   return RAREFY_OK;
 }
 

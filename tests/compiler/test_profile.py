@@ -162,7 +162,7 @@ def test_a_depthwise_convolution_and_one_with_groups():
     x = torch.randn(2, 8, 12, 12)
     profile = rarefy.compile(net, x).profile(x, repeats=1)
     counts = {r.layer: (r.operator, r.operations) for r in profile.rows if r.operations}
-    assert counts["0"] == ("depthwise_conv", 2 * 2 * 8 * 100 * 9)
+    assert counts["0"] == ("nhwc_depthwise", 2 * 2 * 8 * 100 * 9)
     assert counts["1"][1] == 2 * 2 * 8 * 64 * 4 * 9 and counts["2"][1] == 2 * 2 * 4 * 64 * 8
 
 

@@ -60,15 +60,14 @@ def step_cost(p: Program, i: int, past: int = 0) -> Cost:
     over = operands.get("out") or operands.get("out_codes") or operands["x"]
     tokens = round(p.used_share * over.tokens.batch * over.tokens.tokens)
     moved = round(p.used_share * sum(_value_bytes(v) for v in operands.values()))
-    if name in ("linear", "conv", "nhwc_conv"):
+    if name in ("linear", "conv", "nhwc_conv") and node in p.kernels:
         return _product(p, node, step, tokens, moved)
     if name == "attention":
         lengths = p.packing.bounds[:, 1].tolist() if isinstance(p, PackedProgram) and p.packing is not None else None
         return _attention(Attention.from_address(step.attention), past, moved, lengths)
-    if name == "depthwise_conv":
+    if name in ("depthwise_conv", "nhwc_depthwise", "nhwc_conv"):  # in groups
         weight = p.constants[node.args[1].name]
-        kernel = prod(weight.shape[2:])
-        n = 2 * tokens * step.features * kernel
+        n = 2 * tokens * step.features * prod(weight.shape[1:])
         sizes = f"{_by(p.shape(node))}, {_by(weight.shape[2:])}"
         return Cost(sizes, "fp32", "fp32", n, n, 4 * weight.numel(), moved)
     if name in ("pack", "unpack", "kv_store"):  # the other side is no value of the program
