@@ -188,8 +188,9 @@ struct NhwcConv {
       for_each_run(first, pixels, store_run);
   }
 
-  void multiply(const uint8_t* in, int64_t stride, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
-    t.nhwc_products[kind](c.blocks, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16,
+  void multiply(const rarefy_nhwc_block* blocks_of, const uint8_t* in, int64_t stride, int64_t pixels, int64_t output,
+                int64_t n, uint32_t* acc) const {
+    t.nhwc_products[kind](blocks_of, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16,
                           ceil_div(n, 16), acc);
   }
 
@@ -201,8 +202,9 @@ struct NhwcConv {
       for (int64_t o = output, left; o < output + n; o += left) {
         const int64_t group = o / c.group_outputs;
         left = std::min((group + 1) * c.group_outputs, output + n) - o;
-        multiply(x + group * c.group_channels * 4, c.stride[1] * c.in.pixel_bytes, count, o, left,
-                 acc + (row * pitch + column - first) * NHWC_OUTPUTS + o - output);
+        const bool last = (group + 1) * c.group_outputs >= features;
+        multiply(last ? c.last_blocks : c.blocks, x + group * c.group_channels * 4, c.stride[1] * c.in.pixel_bytes,
+                 count, o, left, acc + (row * pitch + column - first) * NHWC_OUTPUTS + o - output);
       }
     });
   }
@@ -290,9 +292,10 @@ struct NhwcConv {
         } else if (c.segments) {
           uint8_t* in = copies + (b - from) * copy;
           if (o == output) copy_inputs(image, first, pixels, in);
-          multiply(in, c.num_blocks * 64, pixels, o, n, acc);
+          multiply(c.blocks, in, c.num_blocks * 64, pixels, o, n, acc);
         } else {
-          multiply(x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes, c.in.pixel_bytes, pixels, o, n, acc);
+          multiply(c.blocks, x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes, c.in.pixel_bytes, pixels, o,
+                   n, acc);
         }
         store(image, first, pixels, o, n, acc);
       }

@@ -291,7 +291,9 @@ struct rarefy_nhwc {
   // images fp32: [segments][tap_columns][outputs]
   const uint32_t* taps;
   int64_t tap_columns;    // of the kernel; a segment is one of its rows
-  int64_t group_outputs, group_channels;  // NHWC_CONV of fp32 in groups: outputs, a multiple of 16, and inputs; or 0
+  // NHWC_CONV of fp32 in groups, else 0: outputs of one, a multiple of 16, and inputs. The last group may have fewer.
+  int64_t group_outputs, group_channels;
+  const rarefy_nhwc_block* last_blocks;  // of the last group
   int64_t first_channel;  // NHWC_COPY, NHWC_* of fp32: where x or the outputs begin in a pixel of `out`
 };
 

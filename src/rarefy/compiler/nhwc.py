@@ -23,7 +23,7 @@ from rarefy.compiler.program import Program, Value, is_depthwise
 from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings, winograd
-from rarefy.runtime.nhwc_weights import BLOCK_BYTES, NhwcWeight, grouped_weight, weight_of
+from rarefy.runtime.nhwc_weights import BLOCK_BYTES, LANES, NhwcWeight, grouped_weight, merged_groups, weight_of
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
@@ -65,7 +65,9 @@ class Nhwc(Structure):
         *[(n, c_void_p) for n in ("values", "blocks", "segments")],
         *[(n, c_int64) for n in ("num_blocks", "num_segments", "segment_bytes", "segment_stride")],
         *[(n, c_void_p) for n in ("factors", "bias", "row_sums", "taps")],
-        *[(n, c_int64) for n in ("tap_columns", "group_outputs", "group_channels", "first_channel")],
+        *[(n, c_int64) for n in ("tap_columns", "group_outputs", "group_channels")],
+        ("last_blocks", c_void_p),
+        ("first_channel", c_int64),
     ]
 
 
@@ -355,15 +357,19 @@ def _set_numbers(p: Program, step: Nhwc, weight: Tensor, bias: Tensor | None) ->
 
 def _set_groups(p: Program, step: Nhwc, weight: Tensor, groups: int, bias: Tensor | None) -> None:
     """Write a grouped convolution's weight into its step: each group reads its own channels of the image."""
-    packed = grouped_weight(weight, groups)
-    lanes, starts = packed.block_lanes(), _starts(step)
-    each = len(lanes) // len(starts)
-    offsets = [start + i * BLOCK_BYTES for start in starts for i in range(each)]
-    blocks = (Block * len(lanes))(*zip(offsets, lanes))
-    p.held += [blocks, packed]
-    step.values, step.blocks, step.num_blocks = packed.values.data_ptr(), addressof(blocks), len(lanes)
-    merged = packed.segment_bytes // 4 // weight.shape[1]
-    step.group_outputs, step.group_channels = merged * len(weight) // groups, merged * weight.shape[1]
+    packed, starts = grouped_weight(weight, groups), _starts(step)
+    channels, merged = packed.segment_bytes // 4, merged_groups(len(weight), groups)
+    last = channels - -groups % merged * weight.shape[1]  # channels that the last groups have
+    each = -(-channels // LANES)  # blocks of a kernel position
+    offsets = [(start + i * BLOCK_BYTES, i * LANES) for start in starts for i in range(each)]
+    whole, rest = (
+        (Block * len(offsets))(*((offset, min(LANES, max(0, n - lane))) for offset, lane in offsets))
+        for n in (channels, last)
+    )
+    p.held += [whole, rest, packed]
+    step.values, step.blocks, step.num_blocks = packed.values.data_ptr(), addressof(whole), len(offsets)
+    step.last_blocks, step.group_channels = addressof(rest), channels
+    step.group_outputs = -(-merged * len(weight) // groups // 16) * 16
     _set_bias(p, step, bias, len(weight))
 
 

@@ -9,7 +9,6 @@ from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.operators.conv import conv2d
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.subgraph import Check, FusedSubgraph, SingleOp, image_nodes
-from rarefy.runtime.nhwc_weights import merged_groups
 from rarefy.runtime.packed_formats import MAX_STRIDE
 
 
@@ -44,17 +43,9 @@ def _runs_in_program(exported: ExportedGraph, node: Node, kernels: Mapping[Node,
     if node.target is conv2d:
         if node in kernels:
             return node.args[8] == 1
-        return bool(kernels) and reads_groups(node, exported.constants[node.args[1].name])
+        return bool(kernels) and node.args[8] > 1 and max(node.args[5]) <= MAX_STRIDE
     spec = BY_TARGET.get(node.target)
     return spec is not None and spec.lower is not None and bool(kernels)
-
-
-def reads_groups(node: Node, weight: Any) -> bool:
-    """Return whether steps on NHWC images can run a grouped convolution: a depthwise one, or one whose groups make
-    whole vectors of outputs."""
-    groups, stride, outputs = node.args[8], node.args[5], weight.shape[0]
-    depthwise = outputs == groups and weight.shape[1] == 1
-    return groups > 1 and max(stride) <= MAX_STRIDE and (depthwise or merged_groups(outputs, groups) is not None)
 
 
 def _single_call(node: Node, exported: ExportedGraph, kernels: Mapping[Node, Any], check: Check | None) -> Any:

@@ -89,23 +89,20 @@ def pack_winograd(transformed: Tensor) -> NhwcWeight:
     return NhwcWeight(values.unflatten(0, (count, -1)), None, None, 4 * I, 1, False)
 
 
-def merged_groups(outputs: int, groups: int) -> int | None:
+def merged_groups(outputs: int, groups: int) -> int:
     """Return how many groups of a convolution are computed as one, so that their outputs fill vectors of 16.
 
     >>> merged_groups(128, 32), merged_groups(120, 3), merged_groups(30, 2)
-    (4, 1, None)
-
-    Returns:
-        None where no number divides the groups so.
+    (4, 2, 2)
     """
-    merged = 16 // gcd(outputs // groups, 16)
-    return merged if groups % merged == 0 else None
+    return min(groups, 16 // gcd(outputs // groups, 16))
 
 
 def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
     """Return a grouped fp32 convolution's weight [outputs, inputs of a group, rows, columns] for NHWC images, made once.
 
-    Each kernel position is a segment. Some groups together have a block-diagonal weight. O(weights).
+    Each kernel position is a segment. Some groups together have a block-diagonal weight; those that are missing in the
+    last ones are zeros. O(weights).
     """
     with _LOCK:
         if weight not in _GROUPED:
@@ -116,12 +113,12 @@ def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
 def _pack_groups(weight: Tensor, groups: int) -> NhwcWeight:
     O, I, rows, columns = weight.shape
     merged = merged_groups(O, groups)
-    assert merged is not None
-    each = weight.detach().float().view(groups // merged, merged, O // groups, I, rows * columns)
-    full = each.new_zeros(groups // merged, merged, O // groups, merged, I, rows * columns)
+    padded = torch.nn.functional.pad(weight.detach().float().flatten(1), (0, 0, 0, -groups % merged * (O // groups)))
+    each = padded.view(-1, merged, O // groups, I, rows * columns)
+    full = each.new_zeros(len(each), merged, O // groups, merged, I, rows * columns)
     for i in range(merged):
         full[:, i, :, i] = each[:, i]
-    lanes = full.reshape(O, merged * I, rows * columns).transpose(1, 2).contiguous().view(torch.int32)
+    lanes = full.reshape(-1, merged * I, rows * columns).transpose(1, 2).contiguous().view(torch.int32)
     return NhwcWeight(_blocks(lanes), None, None, 4 * merged * I, rows * columns, False)
 
 
