@@ -3,6 +3,7 @@
 #include "ceilings.hpp"
 #include "decode_ops.hpp"
 #include "dense_gemm.hpp"
+#include "dense_gemv.hpp"
 #include "epilogue.hpp"
 #include "input_packing.hpp"
 #include "int8_attention.hpp"
@@ -46,6 +47,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .tiles_spmm_block = {tiles_spmm_block<RAREFY_F32>, tiles_spmm_block<RAREFY_I8>},
       .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>},
       .sell_spmm_block = {sell_spmm_block<RAREFY_F32>, sell_spmm_block<RAREFY_I8>},
+      .repeat_column = repeat_column,
+      .dense_gemv = dense_gemv,
       .dense_gemm = dense_gemm,
       .begin_dense = begin_dense,
       .end_dense = end_dense,

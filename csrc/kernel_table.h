@@ -8,6 +8,7 @@
 
 constexpr int64_t TILE_COLS = 64;         // columns of a column tile
 constexpr float LOST_STEPS = 254.0f;      // of what rounding to int8 loses, in one step of int8
+constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense fp32 weights multiply without a whole tile
 constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
@@ -129,6 +130,10 @@ struct rarefy_kernel_table {
                        const rarefy_tile_epilogue*);
   void (*sell_spmm_block[2])(const rarefy_sell&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
                              uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
+  // Few columns of a column tile, each repeated for the four rows of a row tile; then fp32 accumulators.
+  void (*repeat_column)(const float* x, int64_t lanes, float* out);
+  void (*dense_gemv)(const float* values, int64_t tile_stride, int64_t row_tiles, int64_t lanes, const float* x,
+                     int64_t x_stride, int64_t columns, uint32_t* acc);
   void (*dense_gemm)(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
                      uint32_t* acc, int64_t columns, bool accumulate);  // fp32
   // Called before and after `dense_lanes` by each thread, with the same state.

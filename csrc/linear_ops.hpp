@@ -234,6 +234,23 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   return RAREFY_OK;
 }
 
+// Accumulators [rows][TILE_COLS] of some rows of a dense fp32 weight, whose row tiles are [lanes][4].
+inline int multiply_dense(const rarefy_kernel_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows,
+                          const float* x, int64_t columns, uint32_t* acc) {
+  const float* first = values + row * lanes;
+  if (columns > MAX_GEMV_COLUMNS) {
+    t.dense_gemm(reinterpret_cast<const uint32_t*>(first), lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), lanes,
+                 reinterpret_cast<const uint32_t*>(x), acc, columns, false);
+    return RAREFY_OK;
+  }
+  const ScratchBuffer<1> scratch(size_t(columns * lanes * TILE_ROWS) * 4);
+  float* repeated = static_cast<float*>(scratch.data);
+  if (!repeated) return RAREFY_NO_MEMORY;
+  for (int64_t n = 0; n < columns; ++n) t.repeat_column(x + n, lanes, repeated + n * lanes * TILE_ROWS);
+  t.dense_gemv(first, lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), lanes, repeated, lanes * TILE_ROWS, columns, acc);
+  return RAREFY_OK;
+}
+
 // One slab of rows of one column tile, here in fp32.
 inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   if (is_decompressed(s)) return run_decompressed_linear(t, s, part);
@@ -248,14 +265,16 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   alignas(64) float buffer[TILE_COLS];
   const rarefy_tile_epilogue epilogue = tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer),
                                                       optional_rows(s.residual, tile, row), s.in_zero);
-  if (s.format == RAREFY_DENSE)
-    multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols, row, rows,
-                   0, w.cols, x, columns, acc);
-  else if (s.format == RAREFY_SELL)
+  if (s.format == RAREFY_DENSE) {
+    if (const int code = multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values),
+                                        w.cols, row, rows, tile_of(s.x, tile), columns, acc))
+      return code;
+  } else if (s.format == RAREFY_SELL) {
     t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);
-  else
+  } else {
     t.tiles_spmm[w.dtype](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS),
                           x, acc, columns);
+  }
   if (s.format != RAREFY_SELL) apply_epilogue(t, epilogue, w.dtype == RAREFY_I8, out);
   write_absmax(t, s, tile, row, rows);
   return RAREFY_OK;

@@ -38,13 +38,6 @@ inline void for_each_token_run(const rarefy_step& s, int64_t tile, F&& f) {
   }
 }
 
-// Accumulators [rows][TILE_COLS] of lanes `lane`..`lane + count` of a dense weight, whose row tiles are [lanes][4].
-inline void multiply_dense(const rarefy_kernel_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows,
-                           int64_t lane, int64_t count, const uint32_t* x, int64_t columns, uint32_t* acc) {
-  const auto* first = reinterpret_cast<const uint32_t*>(values + row * lanes + lane * TILE_ROWS);
-  t.dense_gemm(first, lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), count, x, acc, columns, lane > 0);
-}
-
 inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows,
                                           const float* col_scales, const float* residual, int32_t zero) {
   return {.bias = w.bias ? w.bias + row : nullptr,
