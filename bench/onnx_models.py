@@ -148,6 +148,7 @@ def correctness(name: str, make: Callable[[bool], Case], wanted: list[int], fold
 
 def speed(name: str, make: Callable[[bool], Case], folder: Path) -> dict[str, Any]:
     """Return quartiles in milliseconds of one input in ONNX Runtime and in the compiled model, timed alternately."""
+    from engine import PAUSE
     from runtime import alternate
 
     torch.manual_seed(0)
@@ -159,7 +160,7 @@ def speed(name: str, make: Callable[[bool], Case], folder: Path) -> dict[str, An
     fast = rarefy.compile(rarefy.from_onnx(file, example=inputs), single)
     apart = difference(fast, run, single)
     with torch.no_grad():
-        times = alternate({"onnxruntime": lambda: run(single), "compiled": lambda: fast(*single)}, 30)
+        times = alternate({"onnxruntime": lambda: run(single), "compiled": lambda: fast(*single)}, 30, PAUSE)
     return {"run": "speed", "model": name, "apart": apart, **times}
 
 
