@@ -1,5 +1,6 @@
 // The active instruction set, and the multiplication of row-major inputs by one or more weights of each format.
 #include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -72,7 +73,7 @@ float rarefy_input_scale(const rarefy_kernel_table& t, const float* x, int64_t n
   const uint32_t bits = t.absmax_bits(x, n);
   if (bits >= 0x7f800000u) return std::nanf("");  // NaN or inf: all outputs of this row are NaN
   const float scale = __builtin_bit_cast(float, bits) / 127.0f;
-  return scale > 1e-36f ? scale : 1.0f;  // the reciprocal of a smaller one would be infinite
+  return std::max(scale, MIN_INPUT_SCALE);
 }
 
 rarefy_parallel_for_fn rarefy_parallel_for = nullptr;

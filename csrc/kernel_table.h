@@ -7,6 +7,7 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t TILE_COLS = 64;         // columns of a column tile
+constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;      // of what rounding to int8 loses, in one step of int8
 constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense fp32 weights multiply without a whole tile
 constexpr int TILE_ROWS = 4;              // rows of a row tile

@@ -80,7 +80,7 @@ class DenseSection {
 // The int8 scales of columns in place of their largest magnitudes, as rarefy_input_scale finds them.
 inline void absmax_to_scales(float* scales, int64_t columns) {
   for (int64_t n = 0; n < columns; ++n)
-    scales[n] = !(scales[n] < INFINITY) ? NAN : scales[n] > 127e-36f ? scales[n] * (1.0f / 127.0f) : 1.0f;
+    scales[n] = !(scales[n] < INFINITY) ? NAN : std::max(scales[n] * (1.0f / 127.0f), MIN_INPUT_SCALE);
 }
 
 // Write out_absmax, where the step has one, for some rows of a tile from the start of a slab on.
