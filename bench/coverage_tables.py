@@ -44,7 +44,7 @@ def onnx_operators() -> str:
 def onnx_models() -> str:
     """How many files of each architecture are read and equal ONNX Runtime, and times where they were measured."""
     lines, ratios = [], []
-    for name, records in by(read("onnx_models"), "model").items():
+    for name, records in by([r for r in read("onnx_models") if r["run"] != "ocr"], "model").items():
         outcomes = [v for r in records for v in r.get("files", {}).items()]
         files = {k: v for k, v in dict(outcomes).items() if not str(v).startswith("not exported")}
         differences = [v for v in files.values() if isinstance(v, float)]
@@ -64,7 +64,21 @@ def onnx_models() -> str:
     return f"{table([*head, 'ONNX Runtime, ms', 'compiled, ms', 'times as fast'], lines)}\n\n{mean}"
 
 
+def ocr() -> str:
+    """Times and quality of the trained files of an OCR system, beside ONNX Runtime's."""
+    rows = []
+    for name, records in by([r for r in read("onnx_models") if r["run"] == "ocr"], "model").items():
+        record = records[-1]
+        times, quality = record["milliseconds"], record["quality"]
+        for way, quartiles in times.items():
+            base = times["ONNX Runtime, 8 bits" if "8 bits" in way else "ONNX Runtime"][1]
+            ratio = f"{number(quartiles[1])} ({base / quartiles[1]:.2f}x)"
+            rows.append([name, way, f"{quality[way]:.1f}", ratio])
+    return table(["file", "run by", "quality, %", "ms of one image"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ocr": ocr,
     "onnx-models": onnx_models,
     "onnx-operators": onnx_operators,
     "onnx-totals": onnx_totals,

@@ -349,12 +349,12 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_
     for (uint32_t i = 0; i < threads; ++i)
       (new (&ranges[k * threads + i]) WorkRange{})->set(parts * i / threads, parts * (i + 1) / threads);
   }
-  std::atomic<uint32_t> arrived{0};
+  Arrivals arrivals(threads);
   std::atomic<int> error{RAREFY_OK};
   auto work = [&] {
     const ProgramThreads of_worker(threads);
     const FlushDenormals of_steps;
-    const uint32_t thread = arrived.fetch_add(1) % threads;
+    const uint32_t thread = arrivals.arrive();
     int64_t finished = 0;  // leading steps known to be done
     for (int64_t k = 0; k < count; ++k) {
       const int64_t start = times ? now() : 0;
@@ -365,6 +365,7 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_
         if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
       });
       if (ran) counters[k].remaining.fetch_sub(ran, std::memory_order_acq_rel);
+      arrivals.let_in();
       if (times) times[thread * count + k] = {now() - ready, ready - start};
     }
   };

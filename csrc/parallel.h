@@ -10,7 +10,10 @@
 #include "rarefy.h"
 
 #if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 #endif
 
 extern rarefy_parallel_for_fn rarefy_parallel_for;
@@ -118,6 +121,60 @@ inline uint32_t num_threads() {
   return std::min<uint32_t>(std::max<uint32_t>(threads, 1), MAX_THREADS);
 }
 
+// The threads of a parallel region as they begin. Some kernels of Linux wake a thread that has slept on the CPU of the
+// thread that wakes it, while another CPU is idle: both then run in turns of milliseconds. So the caller naps once where
+// others have not begun, and a thread that finds itself on the caller's CPU leaves it.
+class Arrivals {
+ public:
+  explicit Arrivals(uint32_t threads) : threads_(threads), caller_(current_thread()), cpu_(current_cpu()) {}
+
+  // The number of this thread.
+  uint32_t arrive() {
+    if (current_thread() != caller_ && cpu_ >= 0 && current_cpu() == cpu_) leave_cpu(cpu_, threads_);
+    return count_.fetch_add(1) % threads_;
+  }
+
+  // For the caller, between pieces of its work: let others begin.
+  void let_in() {
+    if (done_ || current_thread() != caller_) return;
+    if (++checks_ < CHECKS_BEFORE_NAP && count_.load(std::memory_order_relaxed) < threads_) return;
+    done_ = true;
+    if (count_.load(std::memory_order_relaxed) < threads_) nap();
+  }
+
+ private:
+  static constexpr int CHECKS_BEFORE_NAP = 2;
+#if defined(__linux__)
+  using Thread = pthread_t;
+  static Thread current_thread() { return pthread_self(); }
+  static int current_cpu() { return sched_getcpu(); }
+  static void nap() {
+    const timespec time{0, 1};
+    nanosleep(&time, nullptr);
+  }
+  static void leave_cpu(int cpu, uint32_t threads) {
+    cpu_set_t all;
+    if (sched_getaffinity(0, sizeof all, &all) || !CPU_ISSET(cpu, &all) || uint32_t(CPU_COUNT(&all)) < threads) return;
+    cpu_set_t others = all;
+    CPU_CLR(cpu, &others);
+    if (!sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof all, &all);
+  }
+#else
+  using Thread = int;
+  static Thread current_thread() { return 0; }
+  static int current_cpu() { return -1; }
+  static void nap() {}
+  static void leave_cpu(int, uint32_t) {}
+#endif
+
+  std::atomic<uint32_t> count_{0};
+  const uint32_t threads_;
+  const Thread caller_;
+  const int cpu_;
+  int checks_ = 0;     // of the caller alone
+  bool done_ = false;  // likewise
+};
+
 // Run part(0) to part(parts - 1). Each thread gets a contiguous range, so that it reads memory in one stream.
 template <class F>
 void for_each_part(int64_t parts, bool parallel, F&& part) {
@@ -128,7 +185,12 @@ void for_each_part(int64_t parts, bool parallel, F&& part) {
   }
   WorkRange ranges[MAX_THREADS];
   for (uint32_t t = 0; t < threads; ++t) ranges[t].set(parts * t / threads, parts * (t + 1) / threads);
-  std::atomic<uint32_t> arrived{0};
-  auto work = [&] { run_and_steal(ranges, threads, arrived.fetch_add(1) % threads, part); };
+  Arrivals arrivals(threads);
+  auto work = [&] {
+    run_and_steal(ranges, threads, arrivals.arrive(), [&](int64_t i) {
+      part(i);
+      arrivals.let_in();
+    });
+  };
   rarefy_parallel_for(0, threads, 1, run_range<decltype(work)>, &work);
 }
