@@ -29,9 +29,9 @@ from torch import Tensor
 import rarefy
 import tables
 import texts
-from onnx_models import PAUSE, RESULTS
+from onnx_models import RESULTS, in_turns
 from rivals import errors_alone, quantized_statically
-from runtime import alternate, keep_memory
+from runtime import keep_memory
 from values import keep
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSerif-Italic")
@@ -173,7 +173,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         }
         outputs = {n: torch.cat([torch.as_tensor(run(t.contiguous())) for t in x.split(1)]) for n, run in runs.items()}
         dense = outputs["ONNX Runtime"]
-        times = alternate({n: partial(run, one) for n, run in runs.items()}, 30, PAUSE)
+        times = in_turns({n: partial(run, one) for n, run in runs.items()}, 30)
     quality = {n: task.quality(o, right, dense, characters) for n, o in outputs.items()}
     apart = float((outputs["compiled"] - dense).abs().max() / dense.abs().max())
     yield {"run": "ocr", "model": name, "file": task.file, "apart": apart, "quality": quality, "milliseconds": times}

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -149,8 +151,6 @@ def correctness(name: str, make: Callable[[bool], Case], wanted: list[int], fold
 
 def speed(name: str, make: Callable[[bool], Case], folder: Path) -> dict[str, Any]:
     """Return quartiles in milliseconds of one input in ONNX Runtime and in the compiled model, timed alternately."""
-    from runtime import alternate
-
     torch.manual_seed(0)
     model, inputs, names = make(True)
     file = folder / "net.onnx"
@@ -160,8 +160,24 @@ def speed(name: str, make: Callable[[bool], Case], folder: Path) -> dict[str, An
     fast = rarefy.compile(rarefy.from_onnx(file, example=inputs), single)
     apart = difference(fast, run, single)
     with torch.no_grad():
-        times = alternate({"onnxruntime": lambda: run(single), "compiled": lambda: fast(*single)}, 30, PAUSE)
+        times = in_turns({"onnxruntime": lambda: run(single), "compiled": lambda: fast(*single)}, 30)
     return {"run": "speed", "model": name, "apart": apart, **times}
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return quartiles in milliseconds of runs that take turns.
+
+    Threads of the others fall asleep in a pause before each turn, and a first call, which is not timed, wakes its own.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            time.sleep(PAUSE)
+            run()
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.quantiles(t, n=4) for name, t in times.items()}
 
 
 def reason(error: BaseException) -> str:

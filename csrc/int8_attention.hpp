@@ -53,7 +53,7 @@ using Weights = decltype(LaneOps<RAREFY_I8>::broadcast(0));
 
 // The scale of codes for the largest magnitude, as absmax_to_scales finds it.
 inline f32_vec scale_of(f32_vec absmax) {
-  const f32_vec scale = absmax > 127e-36f ? absmax * (1.0f / 127.0f) : f32_vec{} + 1.0f;
+  const f32_vec scale = max_vec(absmax * (1.0f / 127.0f), f32_vec{} + MIN_INPUT_SCALE);
   return absmax < INFINITY ? scale : f32_vec{} + NAN;
 }
 

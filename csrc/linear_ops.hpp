@@ -234,11 +234,12 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   return RAREFY_OK;
 }
 
-// Accumulators [rows][TILE_COLS] of some rows of a dense fp32 weight, whose row tiles are [lanes][4].
+// Accumulators [rows][TILE_COLS] of some rows of a dense fp32 weight, whose row tiles are [lanes][4]. `few`: there are
+// at most MAX_GEMV_COLUMNS columns in all.
 inline int multiply_dense(const rarefy_kernel_table& t, const float* values, int64_t lanes, int64_t row, int64_t rows,
-                          const float* x, int64_t columns, uint32_t* acc) {
+                          const float* x, int64_t columns, bool few, uint32_t* acc) {
   const float* first = values + row * lanes;
-  if (columns > MAX_GEMV_COLUMNS) {
+  if (!few) {
     t.dense_gemm(reinterpret_cast<const uint32_t*>(first), lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), lanes,
                  reinterpret_cast<const uint32_t*>(x), acc, columns, false);
     return RAREFY_OK;
@@ -267,7 +268,8 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
                                                       optional_rows(s.residual, tile, row), s.in_zero);
   if (s.format == RAREFY_DENSE) {
     if (const int code = multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values),
-                                        w.cols, row, rows, tile_of(s.x, tile), columns, acc))
+                                        w.cols, row, rows, tile_of(s.x, tile), columns,
+                                        s.columns <= MAX_GEMV_COLUMNS, acc))
       return code;
   } else if (s.format == RAREFY_SELL) {
     t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);

@@ -321,6 +321,17 @@ struct NhwcConv {
   int64_t block_parts, outputs_per_part, parts;
 };
 
+// The positions of a window along one axis, for output `at`, that lie in the image.
+struct WindowRange {
+  WindowRange(const rarefy_nhwc& c, int axis, int64_t at, int64_t size) : start(at * c.stride[axis] - c.padding[axis]) {
+    const int64_t step = c.dilation[axis];
+    from = start < 0 ? ceil_div(-start, step) : 0;
+    to = start < size ? std::min(c.kernel[axis], ceil_div(size - start, step)) : 0;
+  }
+  int64_t start;     // of the window
+  int64_t from, to;  // positions
+};
+
 // One row of an image of a max pool.
 inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_nhwc& c = *s.nhwc;
@@ -328,14 +339,14 @@ inline int run_nhwc_max_pool(const rarefy_kernel_table& t, const rarefy_step& s,
   const uint8_t* x = nhwc_codes(s.x);
   uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, row, 0) + c.first_channel * nhwc_bytes(c.out);
   const int64_t channels = c.in.channels;
+  const WindowRange down(c, 0, row, c.in.height);
   for (int64_t column = 0; column < c.out.width; ++column, out += c.out.pixel_bytes) {
     bool first = true;
-    for (int64_t i = 0; i < c.kernel[0]; ++i)
-      for (int64_t j = 0; j < c.kernel[1]; ++j) {
-        const int64_t y = row * c.stride[0] - c.padding[0] + i * c.dilation[0];
-        const int64_t z = column * c.stride[1] - c.padding[1] + j * c.dilation[1];
-        if (y < 0 || y >= c.in.height || z < 0 || z >= c.in.width) continue;
-        const uint8_t* source = x + nhwc_at(c.in, image, y, z);
+    const WindowRange across(c, 1, column, c.in.width);
+    for (int64_t i = down.from; i < down.to; ++i)
+      for (int64_t j = across.from; j < across.to; ++j) {
+        const uint8_t* source =
+            x + nhwc_at(c.in, image, down.start + i * c.dilation[0], across.start + j * c.dilation[1]);
         if (first)
           std::memcpy(out, source, size_t(channels * nhwc_bytes(c.out)));
         else

@@ -257,7 +257,8 @@ def test_8_bits_beside_fp32(isa):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "groups", "merged"), [(128, 32, 4), (64, 8, 2), (48, 3, 1), (32, 2, 1), (24, 6, 4), (30, 2, 2), (104, 13, 2)]
+    ("outputs", "groups", "merged"),
+    [(128, 32, 4), (64, 8, 2), (48, 3, 1), (32, 2, 1), (24, 6, 4), (30, 2, 2), (104, 13, 2)],
 )
 def test_groups_that_fill_vectors(outputs, groups, merged):
     assert merged_groups(outputs, groups) == merged
@@ -270,7 +271,9 @@ def test_a_grouped_weight_is_packed_once_and_freed_with_it():
     dense = torch.zeros(32, 16, 9)
     for g in range(8):
         dense[4 * g : 4 * g + 4, 2 * g : 2 * g + 2] = weight[4 * g : 4 * g + 4].flatten(2)
-    blocks = packed.values.view(torch.float32)  # two merged groups of 16 outputs and 8 inputs, a block for each position
+    blocks = packed.values.view(
+        torch.float32
+    )  # two merged groups of 16 outputs and 8 inputs, a block for each position
     for merged in range(2):
         for position in range(9):
             block = blocks[merged, position, :8]  # [inputs, outputs]
@@ -286,3 +289,86 @@ def test_last_groups_read_nothing_beyond_their_channels(isa):
     before = made(x)[0]
     x[1] = torch.nan
     assert torch.equal(made(x)[0], before)
+
+
+class OwnGate(nn.Module):
+    """Gates that no convolution computes: their producers must write them in tiles."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.before, self.behind, self.gate = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 5, 1), gate
+
+    def forward(self, x):
+        y = self.before(x)
+        return self.behind(y * self.gate(y.mean((2, 3), keepdim=True)))
+
+
+GATES = [torch.sigmoid, lambda m: m + F.relu(m), lambda m: F.max_pool2d(torch.tanh(m), 1), lambda m: m]
+
+
+@pytest.mark.parametrize("gate", GATES, ids=range(len(GATES)))
+def test_gates_of_any_operator(isa, gate):
+    compiled(OwnGate(gate), torch.randn(2, 3, 8, 8))
+
+
+def test_a_weight_that_two_groupings_share(isa):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 4, 3, 3))
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            y = F.conv2d(self.a(x), self.weight, None, 1, 1, 1, 4)
+            return self.c(F.conv2d(self.b(y), self.weight, None, 1, 1, 1, 2))
+
+    compiled(Shared(), torch.randn(2, 3, 8, 8))
+
+
+def test_a_rounded_residual_of_what_is_not_rounded():
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+        def forward(self, x):
+            return self.c(self.depthwise(self.a(x)) + torch.ops.rarefy.fake_quantize(self.b(x), 0.5, 128))
+
+    compiled(Rounded(), torch.randn(2, 3, 8, 8))
+
+
+def test_long_chains():
+    """Formats are found once for each operator, without deep recursion."""
+    pools = nn.Sequential(nn.Conv2d(3, 8, 1), *[nn.MaxPool2d(3, 1, 1) for _ in range(40)], nn.Conv2d(8, 4, 1))
+    compiled(pools, torch.randn(1, 3, 6, 6))
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y = start = self.a(x)
+            for _ in range(400):
+                y = torch.tanh(y) + start
+            return self.b(y)
+
+    compiled(Chain(), torch.randn(1, 3, 4, 4), most=1e-4)
+
+
+def test_windows_much_larger_than_the_image(isa):
+    pool = nn.MaxPool2d(31, 1, 15)
+    compiled(nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Conv2d(8, 4, 1)), torch.randn(1, 3, 6, 6))
+    pool = nn.MaxPool2d(3, 2, 1, dilation=3, ceil_mode=True)
+    compiled(nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Conv2d(8, 4, 1)), torch.randn(1, 3, 9, 8))
+    pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    made = compiled(nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Conv2d(8, 4, 1)), torch.randn(1, 3, 9, 8))
+    assert any(r.operator == "depthwise_conv" and r.operations for r in made.profile(torch.randn(1, 3, 9, 8)).rows)
+
+
+def test_saved_models_keep_pools_with_ceil_mode(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    rarefy.save(rarefy.compile(net, x, tune=False), tmp_path / "fast")
+    assert torch.allclose(rarefy.load(tmp_path / "fast")(x), net(x), atol=1e-5)

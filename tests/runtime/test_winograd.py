@@ -62,7 +62,9 @@ def test_few_squares_are_not_worth_their_weights(sizes, by_squares):
     with torch.no_grad():
         assert torch.equal(made(x)[:1], made(x[:1]))
     (segment,) = made.schedule
-    flags = [s.winograd for plans in segment.programs.values() for p in plans for s in p.array if s.op == OPS["nhwc_conv"]]
+    flags = [
+        s.winograd for plans in segment.programs.values() for p in plans for s in p.array if s.op == OPS["nhwc_conv"]
+    ]
     assert len(flags) >= 2 and set(flags) == {by_squares}
 
 

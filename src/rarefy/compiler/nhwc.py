@@ -29,7 +29,7 @@ OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
 MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_SUM = 2**31 - 1  # of codes times codes of inputs
-MAX_IMAGE_BYTES = 1 << 31  # offsets are 32 bits
+MAX_OFFSET = 1 << 31  # of a block, in bytes
 FP32 = "fp32"  # in place of a grid: numbers
 
 POOLS = ("max_pool2d", "max_pool2d_ceil")
@@ -104,10 +104,8 @@ def _wanted_by(p: Program, node: Node, user: Node) -> Format | None:
     if p.runs_on_nhwc(user):
         return _format_in(p, node, user)
     name = p.operators[user.target].name
-    if name in POOLS:
-        return _pooled_format(p, user)
-    if name in MAPS:
-        return FP32 if maps_numbers(p, user) else None
+    if name in POOLS or (name in MAPS and not _is_gate(node, name, user)):
+        return output_format(p, user)
     rounds = name == "fake_quantize" and any(p.runs_on_nhwc(u) for u in user.users)
     if rounds and (grid := wanted_format(p, user, numbers=False)) == grid_of(user):
         return grid
@@ -153,8 +151,6 @@ def new_codes(p: Program, node: Node, wanted: Format) -> Codes:
     border = max((max(padding) for padding in _paddings(p, node)), default=0)
     pixel_bytes = 4 * channels if wanted == FP32 else -(-channels // 4) * 4
     image_bytes = (height + 2 * border) * (width + 2 * border) * pixel_bytes
-    if image_bytes >= MAX_IMAGE_BYTES:
-        raise MemoryError(f"an image of {channels} channels of {height} x {width} exceeds {MAX_IMAGE_BYTES:,} bytes")
     size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes + BLOCK_BYTES
     numbers = (0.0, 0, DTYPES.index("fp32"))
     grid = numbers if isinstance(wanted, str) else (wanted.scale, wanted.zero - 128, DTYPES.index("int8"))
@@ -216,10 +212,24 @@ def _paddings(p: Program, node: Node) -> Iterator[Any]:
             yield from _paddings(p, user)
 
 
-def _pooled_format(p: Program, node: Node) -> Format | None:
-    """Return how a max pool writes an NHWC image, None where something reads its output in tiles."""
-    wanted = wanted_format(p, node)
-    return wanted if wanted is not None and all(_reads_image(p, node, u, wanted) for u in node.users) else None
+def output_format(p: Program, node: Node) -> Format | None:
+    """Return how an operator of POOLS or MAPS writes its output where that is read as an NHWC image alone, else None.
+
+    It is found for all operators of the program at once, from the last one on, so that no call goes deep.
+    """
+    if node not in p.formats:
+        for n in reversed(p.order):
+            name = p.operators[n.target].name
+            if n in p.images and (name in POOLS or name in MAPS):
+                wanted = wanted_format(p, n, numbers=True if name in MAPS else None)
+                read = wanted is not None and all(_reads_image(p, n, u, wanted) for u in n.users)
+                p.formats[n] = wanted if read else None
+    return p.formats.get(node)
+
+
+def _is_gate(node: Node, name: str, user: Node) -> bool:
+    """Return whether a node gives an operator the factors of channels, which it reads in tiles."""
+    return name == "channel_scale" and user.args[1] is node
 
 
 def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
@@ -229,16 +239,14 @@ def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
     name = p.operators[user.target].name if user in p.nodes else ""
     if name in MEANS:  # which reads what there is
         return wanted == FP32
-    if name in MAPS:
-        return wanted == FP32 and maps_numbers(p, user)
-    if name in POOLS:
-        return _pooled_format(p, user) == wanted
+    if name in POOLS or name in MAPS:
+        return not _is_gate(node, name, user) and output_format(p, user) == wanted
     return user in p.nodes and grid_of(user) == wanted and all(_reads_image(p, user, u, wanted) for u in user.users)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:
     """Add the step of a max pool of an NHWC image, if its output is read so alone; return whether it is."""
-    wanted = _pooled_format(p, node)
+    wanted = output_format(p, node)
     if wanted is None:
         return False
     add_max_pool(p, node, wanted)
@@ -256,17 +264,6 @@ def add_max_pool(p: Program, node: Node, wanted: Format) -> Codes:
     return p.nhwc[node, wanted]
 
 
-def maps_numbers(p: Program, node: Node) -> bool:
-    """Return whether an operator of MAPS runs on NHWC numbers: where its output is read so alone, by a convolution or a
-    pool among others."""
-    if node not in p.images:
-        return False
-    if node not in p.maps:
-        wanted = wanted_format(p, node, numbers=True)
-        p.maps[node] = wanted is not None and all(_reads_image(p, node, u, FP32) for u in node.users)
-    return p.maps[node]
-
-
 def set_out(p: Program, step: Nhwc, node: Node, wanted: Format) -> Value:
     """Write into a step where its output goes, and return the memory: its own, or some channels of the concatenation
     that alone reads it."""
@@ -277,14 +274,16 @@ def set_out(p: Program, step: Nhwc, node: Node, wanted: Format) -> Value:
 
 
 def _channels_of_concat(p: Program, node: Node) -> Codes | None:
-    reader = next(iter(node.users))
-    if len(node.users) > 1 or reader not in p.nodes or p.operators[reader.target].name != "concat":
+    if len(node.users) != 1:
         return None
-    if reader.args.count(node) > 1 or not maps_numbers(p, reader):
+    (reader,) = node.users
+    if reader not in p.nodes or p.operators[reader.target].name != "concat":
+        return None
+    if reader.args.count(node) > 1 or output_format(p, reader) is None:
         return None
     if (reader, FP32) not in p.nhwc:
         p.nhwc[reader, FP32] = new_codes(p, reader, FP32)
-    whole, before = p.nhwc[reader, FP32], reader.args[: reader.args.index(node)]
+    whole, before = p.nhwc[reader, FP32], [n for n in reader.args[: reader.args.index(node)] if n is not None]
     return Codes(whole.value, whole.image, sum(p.shape(n)[1] for n in before))  # type: ignore[arg-type]
 
 
@@ -316,6 +315,13 @@ def _set_bias(p: Program, step: Nhwc, bias: Tensor | None, outputs: int) -> None
     bias = torch.zeros(padded) if bias is None else F.pad(bias.float(), (0, padded - len(bias)))
     p.held += [step, bias]
     step.bias = bias.data_ptr()
+
+
+def _blocks_of(offsets: Sequence[int], lanes: Sequence[int]) -> Any:
+    """Return an array of rarefy_nhwc_block."""
+    if max(offsets) >= MAX_OFFSET:
+        raise MemoryError(f"a kernel of a convolution reaches over {max(offsets):,} bytes, at most {MAX_OFFSET:,}")
+    return (Block * len(lanes))(*zip(offsets, lanes))
 
 
 def _set_segments(p: Program, step: Nhwc, starts: Sequence[int]) -> None:
@@ -363,7 +369,7 @@ def _set_groups(p: Program, step: Nhwc, weight: Tensor, groups: int, bias: Tenso
     each = -(-channels // LANES)  # blocks of a kernel position
     offsets = [(start + i * BLOCK_BYTES, i * LANES) for start in starts for i in range(each)]
     whole, rest = (
-        (Block * len(offsets))(*((offset, min(LANES, max(0, n - lane))) for offset, lane in offsets))
+        _blocks_of([offset for offset, _ in offsets], [min(LANES, max(0, n - lane)) for _, lane in offsets])
         for n in (channels, last)
     )
     p.held += [whole, rest, packed]
@@ -376,7 +382,7 @@ def _set_groups(p: Program, step: Nhwc, weight: Tensor, groups: int, bias: Tenso
 def _set_winograd(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None) -> None:
     """Write the products of Winograd's algorithm into a step; they read the transformed inputs of one position."""
     lanes = weight.block_lanes()
-    blocks = (Block * len(lanes))(*((i * BLOCK_BYTES, n) for i, n in enumerate(lanes)))
+    blocks = _blocks_of([i * BLOCK_BYTES for i in range(len(lanes))], lanes)
     p.held += [blocks, weight]
     step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
     _set_bias(p, step, bias, 16 * weight.values.shape[1])
@@ -405,7 +411,7 @@ def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None,
         step.segment_bytes, step.segment_stride = weight.segment_bytes, weight.segment_stride
     else:
         offsets = [start + i * BLOCK_BYTES for start in starts for i in range(each)]
-    blocks = (Block * len(lanes))(*zip(offsets, lanes))
+    blocks = _blocks_of(offsets, lanes)
     p.held += [blocks, weight]
     step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
     if weight.factors is None or weight.row_sums is None:

@@ -6,7 +6,7 @@ from ctypes import addressof
 from typing import Any
 
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.nhwc import FP32, Codes, Nhwc, add_max_pool, codes_of, maps_numbers, new_codes, set_out
+from rarefy.compiler.nhwc import FP32, Codes, Nhwc, add_max_pool, codes_of, new_codes, output_format, set_out
 from rarefy.compiler.program import Program
 from rarefy.runtime import bindings
 
@@ -27,7 +27,7 @@ def lower_map(
         scale: a constant for each channel.
         bias: likewise.
     """
-    if not maps_numbers(p, node):
+    if output_format(p, node) is None:
         return False
     source = codes_of(p, x, FP32)
     step = Nhwc(input=source.image)
@@ -50,7 +50,7 @@ def lower_concat(p: Program, node: Node) -> bool:
 
     There are none for images whose operators write their channels themselves.
     """
-    if not maps_numbers(p, node):
+    if output_format(p, node) is None:
         return False
     images = [n for n in node.args if n is not None]
     sources = [codes_of(p, n, FP32) for n in images]  # type: ignore[arg-type]

@@ -153,7 +153,8 @@ class Program:
         self.cache = KVCache()
         self.planes: dict[tuple[Any, ...], Value] = {}  # padded images, by the kernel that reads them
         self.nhwc: dict[tuple[Node, Any], Any] = {}  # NHWC images: int8 codes on a static grid, or fp32
-        self.maps: dict[Node, bool] = {}  # whether operators on pixels run on NHWC numbers
+        self.formats: dict[Node, Any] = {}  # of NHWC images that pools and operators on pixels write
+        self.order = tuple(nodes)
         self.masks: list[tuple[Node, Attention]] = []
         self.nodes = {*nodes}
         self.unrounded: dict[Value, Value] = {}  # what fake quantization has rounded, by its output

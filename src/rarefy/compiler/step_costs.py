@@ -65,7 +65,10 @@ def step_cost(p: Program, i: int, past: int = 0) -> Cost:
     if name == "attention":
         lengths = p.packing.bounds[:, 1].tolist() if isinstance(p, PackedProgram) and p.packing is not None else None
         return _attention(Attention.from_address(step.attention), past, moved, lengths)
-    if name in ("depthwise_conv", "nhwc_depthwise", "nhwc_conv"):  # in groups
+    if name == "depthwise_conv":  # an average pool
+        n = 2 * tokens * step.features * prod(node.args[1])
+        return Cost(f"{_by(p.shape(node))}, {_by(node.args[1])}", "", "fp32", n, n, 0, moved)
+    if name in ("nhwc_depthwise", "nhwc_conv"):  # in groups
         weight = p.constants[node.args[1].name]
         n = 2 * tokens * step.features * prod(weight.shape[1:])
         sizes = f"{_by(p.shape(node))}, {_by(weight.shape[2:])}"
@@ -88,12 +91,10 @@ def _product(p: Program, node: Node, step: Step, tokens: int, moved: int) -> Cos
     dense = 2 * tokens * outputs * prod(inputs)
     matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
     weights = _weights(packed)
-    weight_bytes = sum(t.nbytes for t in kernel.tensors())
+    weight_bytes = sum(t.nbytes for t in kernel.tensors_read())
     executed = 2 * tokens * stored_products(matrix, bool(step.decode))
     if step.winograd:
         weights = f"{packed.kind} winograd"
-        transformed = kernel.winograd.values
-        weight_bytes = transformed.nbytes
         batch, _, height, width = p.shape(node)
         executed = 2 * 16 * batch * -(-height // 2) * -(-width // 2) * outputs * inputs[0]
     if isinstance(packed, ConvTiles):

@@ -18,6 +18,7 @@ from rarefy.compiler.packed_program import PackedProgram, capacity
 from rarefy.compiler.padding import Packing, padding_rule
 from rarefy.compiler.program import Program
 from rarefy.runtime.huge_pages import last_cache
+from rarefy.runtime.kernel import Kernel
 
 MAX_SHAPES = 16  # shapes of inputs for which programs are kept
 MAX_IN_FLIGHT = 56 << 20  # bytes of activations of the images that go through a program together
@@ -98,7 +99,8 @@ class FusedSubgraph:
         if key not in self.batch_sizes:
             program = self._build(one)
             kernels = [self.kernels[n] for n in self.nodes if n in self.kernels]
-            weights = {t.data_ptr(): t.nbytes for k in kernels for t in k.tensors()}
+            read = [t for k in kernels for t in (k.tensors_read() if isinstance(k, Kernel) else k.tensors())]
+            weights = {t.data_ptr(): t.nbytes for t in read}
             self.batch_sizes[key] = images_together(program.memory.nbytes, sum(weights.values()), last_cache())
             self._give_back(key, program)
         return self.batch_sizes[key]

@@ -119,6 +119,13 @@ class Kernel:
         extra = [t.values for t in (self.winograd, self.nhwc) if t is not None]
         return [t for t in (*vars(self.held[0]).values(), self.held[1], *extra) if isinstance(t, Tensor)]
 
+    def tensors_read(self) -> list[Tensor]:
+        """Return the tensors that a call reads: a convolution's weight is packed again for images in NHWC order. O(1)."""
+        repacked = self.winograd or self.nhwc
+        if repacked is None:
+            return self.tensors()
+        return [repacked.values, *([] if self.held[1] is None else [self.held[1]])]
+
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(x W^T + bias + residual), fp32 [..., O], for x [..., C]; for x [N, C, height, width] its
         convolution. The residual is fp32 of the output's shape."""

@@ -19,7 +19,7 @@ from rarefy.runtime.packing import unpack
 LANES = 16  # of a block
 BLOCK_BYTES = 4 * LANES
 _LOCK = Lock()
-_GROUPED = WeakTensorKeyDictionary()  # by the convolution's weight
+_GROUPED = WeakTensorKeyDictionary()  # by the convolution's weight, then its groups
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,13 @@ def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
     """Return a grouped fp32 convolution's weight [outputs, inputs of a group, rows, columns] for NHWC images, made once.
 
     Each kernel position is a segment. Some groups together have a block-diagonal weight; those that are missing in the
-    last ones are zeros. O(weights).
+    last ones are zeros. An input that is infinite or NaN makes NaN of all outputs that are computed together. O(weights).
     """
     with _LOCK:
-        if weight not in _GROUPED:
-            _GROUPED[weight] = _pack_groups(weight, groups)
-        return _GROUPED[weight]
+        packed = _GROUPED.setdefault(weight, {})
+        if groups not in packed:
+            packed[groups] = _pack_groups(weight, groups)
+        return packed[groups]
 
 
 def _pack_groups(weight: Tensor, groups: int) -> NhwcWeight:

@@ -80,7 +80,10 @@ def _out_shape(call: Call) -> Shape:
 def _fits(call: Call) -> bool:
     assert call.weight is not None
     x, *residual = call.shapes
-    if len(x) != 4 or len(call.weight) != 4 or x[1] != call.weight[1] * call.node.args[8] or 0 in x:
+    groups, dilation = call.node.args[8], call.node.args[7]
+    if len(x) != 4 or len(call.weight) != 4 or x[1] != call.weight[1] * groups or 0 in (*x, *call.weight):
+        return False
+    if call.weight[0] % groups or min(dilation) < 1:
         return False
     if call.packed is not None:  # which has a geometry of its own
         geometry = call.packed.stride, call.packed.padding, call.packed.dilation

@@ -37,7 +37,7 @@ def _reads_codes(p: Program, node: Node, user: Node) -> bool:
     kernel = p.kernels.get(user)
     if p.runs_on_nhwc(user):  # as its input, on the same grid, or as its residual, or as both
         if kernel is None:
-            return is_depthwise(user, p.constants)
+            return is_depthwise(user, p.constants) and grid_of(user.args[0]) is not None
         return kernel.held[0].kind == "int8" and (node is not user.args[0] or kernel.input_grid == grid_of(node))
     if p.decode or user not in p.nodes or kernel is None or node in user.args[1:]:
         return False
