@@ -64,9 +64,10 @@ def language() -> str:
 
 
 def readme() -> str:
-    """README's table: the rows of `language` that two machines have, perplexity beside each speed."""
-    rows = [r for r in _language() if r["file"] not in ("F32", "fp32", "70 %, 8 bits")]
-    labels = list(by(rows, "label"))[::-1]
+    """README's table: the rows of `language` of the machine that was measured last, perplexity beside each speed."""
+    label = read("language")[-1]["label"]
+    rows = [r for r in _language() if r["file"] not in ("F32", "fp32", "70 %, 8 bits") and r["label"] == label]
+    labels = [label]
     head = ["SmolLM2-135M, engine and weights", "MB", "perplexity"]
     for label in labels:
         head += [f"{label}: decode", "prompt"]

@@ -1,6 +1,6 @@
 // The active instruction set, and the multiplication of row-major inputs by one or more weights of each format.
-#include <atomic>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 

@@ -52,7 +52,8 @@ inline void gemv_columns(const float* values, int64_t tile_stride, int64_t row_t
   constexpr int TILES = SIMD_WIDTH == 16 ? 4 : 2;
   int64_t t = 0;
   for (; t + TILES <= row_tiles; t += TILES)
-    gemv_tiles<TILES, COLUMNS>(values + t * tile_stride, tile_stride, lanes, x, x_stride, acc + t * TILE_ROWS * TILE_COLS);
+    gemv_tiles<TILES, COLUMNS>(values + t * tile_stride, tile_stride, lanes, x, x_stride,
+                               acc + t * TILE_ROWS * TILE_COLS);
   for (; t < row_tiles; ++t)
     gemv_tiles<1, COLUMNS>(values + t * tile_stride, tile_stride, lanes, x, x_stride, acc + t * TILE_ROWS * TILE_COLS);
 }

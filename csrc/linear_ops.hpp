@@ -83,9 +83,9 @@ inline void multiply_blocks(const rarefy_kernel_table& t, int32_t dtype, const u
   const DenseSection section(t);
   const auto multiply = [&](const uint32_t* in, const rarefy_tile_epilogue& epilogue) {
     t.dense_lanes[dtype == RAREFY_I8](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
-    t.store_outputs[dtype == RAREFY_I8](epilogue, sums,
-                                        {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr,
-                                         .inverse_scale = 0.0f, .zero = 0});
+    t.store_outputs[dtype == RAREFY_I8](
+        epilogue, sums,
+        {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
   };
   if (two_terms) {
     alignas(64) float lost_scales[TILE_COLS];
@@ -267,9 +267,9 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   const rarefy_tile_epilogue epilogue = tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer),
                                                       optional_rows(s.residual, tile, row), s.in_zero);
   if (s.format == RAREFY_DENSE) {
-    if (const int code = multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values),
-                                        w.cols, row, rows, tile_of(s.x, tile), columns,
-                                        s.columns <= MAX_GEMV_COLUMNS, acc))
+    if (const int code =
+            multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols,
+                           row, rows, tile_of(s.x, tile), columns, s.columns <= MAX_GEMV_COLUMNS, acc))
       return code;
   } else if (s.format == RAREFY_SELL) {
     t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);

@@ -1,5 +1,5 @@
-// Steps on the channels of fp32 images in NHWC order: affine maps, gates, sums, means, concatenation, and conversion into
-// column tiles.
+// Steps on the channels of fp32 images in NHWC order: affine maps, gates, sums, means, concatenation, and conversion
+// into column tiles.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -180,8 +180,7 @@ void nhwc_unpack(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t 
 // out = act(x * scale + bias + residual) for some pixels; scale, bias and residual may be null.
 template <int ACT>
 void map_pixels(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
-                const float* bias, const uint8_t* residual, int64_t residual_stride, uint8_t* out,
-                int64_t out_stride) {
+                const float* bias, const uint8_t* residual, int64_t residual_stride, uint8_t* out, int64_t out_stride) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride) {
     const uint8_t* added = residual ? residual + p * residual_stride : nullptr;
     for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {

@@ -89,7 +89,8 @@ struct NhwcConv {
     out_height = s.tokens / out_width;
     pitch = c.segments || c.group_outputs ? out_width : c.in.width + 2 * c.in.border;
     const bool sparse = s.weight;
-    const bool one = sparse || (!c.segments && !c.group_outputs && c.kernel[0] == 1 && c.kernel[1] == 1 && !c.in.border && !c.padding[0]);
+    const bool one = sparse || (!c.segments && !c.group_outputs && c.kernel[0] == 1 && c.kernel[1] == 1 &&
+                                !c.in.border && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
     const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
@@ -176,7 +177,8 @@ struct NhwcConv {
       for (int64_t x = column, count; left > 0; left -= count, x += count) {
         const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
         count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
-        if (s.out_codes.data) o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + (output + c.first_channel) * bytes;
+        if (s.out_codes.data)
+          o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + (output + c.first_channel) * bytes;
         if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output * bytes;
         if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
         t.nhwc_store[kind](o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);

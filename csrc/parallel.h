@@ -122,8 +122,8 @@ inline uint32_t num_threads() {
 }
 
 // The threads of a parallel region as they begin. Some kernels of Linux wake a thread that has slept on the CPU of the
-// thread that wakes it, while another CPU is idle: both then run in turns of milliseconds. So the caller naps once where
-// others have not begun, and a thread that finds itself on the caller's CPU leaves it.
+// thread that wakes it, while another CPU is idle: both then run in turns of milliseconds. So the caller naps once
+// where others have not begun, and a thread that finds itself on the caller's CPU leaves it.
 class Arrivals {
  public:
   explicit Arrivals(uint32_t threads) : threads_(threads), caller_(current_thread()), cpu_(current_cpu()) {}

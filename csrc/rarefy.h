@@ -200,7 +200,8 @@ enum rarefy_op {
   RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
   RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
   RAREFY_OP_GROUP_NORM = 20,       // out = x normalized over pixels and features of `groups` groups of each image
-  RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x, which are tiles, or with channels_first external
+  RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x, which are tiles, or with channels_first external;
+                                   // `out_codes` and x of NHWC_* are int8 codes, or fp32 numbers
   RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of the codes x + bias + the codes residual)
   RAREFY_OP_NHWC_MAX_POOL = 23,    // out_codes = maximum over the kernel window of the codes x
   RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t MAX_SQUARES = 64;                 // of 2x2 outputs, of a part
+constexpr int64_t MAX_SQUARES = 64;                   // of 2x2 outputs, of a part
 constexpr int64_t MAX_TRANSFORMED_BYTES = 384 << 10;  // of the inputs of a part
 
 // The squares of 2x2 outputs of a convolution, and how they are split into parts.

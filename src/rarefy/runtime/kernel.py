@@ -120,7 +120,7 @@ class Kernel:
         return [t for t in (*vars(self.held[0]).values(), self.held[1], *extra) if isinstance(t, Tensor)]
 
     def tensors_read(self) -> list[Tensor]:
-        """Return the tensors that a call reads: a convolution's weight is packed again for images in NHWC order. O(1)."""
+        """Return the tensors that a call reads; a convolution's weight is packed again for NHWC images. O(1)."""
         repacked = self.winograd or self.nhwc
         if repacked is None:
             return self.tensors()

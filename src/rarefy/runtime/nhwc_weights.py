@@ -99,10 +99,12 @@ def merged_groups(outputs: int, groups: int) -> int:
 
 
 def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
-    """Return a grouped fp32 convolution's weight [outputs, inputs of a group, rows, columns] for NHWC images, made once.
+    """Return a grouped fp32 convolution's weight [outputs, inputs of a group, rows, columns] for NHWC images, made
+    once.
 
     Each kernel position is a segment. Some groups together have a block-diagonal weight; those that are missing in the
-    last ones are zeros. An input that is infinite or NaN makes NaN of all outputs that are computed together. O(weights).
+    last ones are zeros. An input that is infinite or NaN makes NaN of all outputs that are computed together.
+    O(weights).
     """
     with _LOCK:
         packed = _GROUPED.setdefault(weight, {})

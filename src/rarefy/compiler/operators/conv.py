@@ -35,8 +35,8 @@ def conv2d(
 
 
 def _lower(p: Program, node: Node) -> None:
-    """A step on NHWC images for dense weights and depthwise convolutions; a linear step where kernel size and stride are
-    one; else a convolution of planes."""
+    """A step on NHWC images for dense and grouped weights; a linear step where kernel size and stride are one; else a
+    convolution of planes."""
     if p.runs_on_nhwc(node):
         nhwc.lower_conv(p, node)
         return

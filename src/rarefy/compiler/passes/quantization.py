@@ -22,8 +22,8 @@ from rarefy.compiler.fx_utils import (
 from rarefy.model.activation_quant import MIN_SCALE, ActivationQuant
 
 MOVES = (
-    *VIEWS, ops.max_pool2d, ops.max_pool2d_ceil, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.squeeze.dim,
-    aten.squeeze.default, aten.unsqueeze.default, aten.t.default,
+    *VIEWS, ops.max_pool2d, ops.max_pool2d_ceil, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
+    aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default, aten.t.default,
 )  # fmt: skip
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
