@@ -162,7 +162,7 @@ class Branches(nn.Module):
         self.head = nn.Conv2d(46, 4, 1)
 
     def forward(self, x):
-        for a, b, c in self.convs:
+        for a, b, c in map(list, self.convs):
             x = torch.cat([F.relu(a(x)), b(x), F.max_pool2d(x, 3, 1, 1), c(x)], 1)
         return self.head(x)
 

@@ -316,9 +316,11 @@ class Program:
         if node not in self.nodes or self.operators[node.target].name != "conv2d":
             return False
         kernel = self.kernels.get(node)
-        packed = None if kernel is None else kernel.held[0]
-        if packed is None or not isinstance(packed, ConvTiles):
-            return packed is None
+        if kernel is None:
+            return True
+        packed = kernel.held[0]
+        if not isinstance(packed, ConvTiles):
+            return False
         return kernel.input_grid is not None if packed.kind == "int8" else packed.counts is None
 
     def _reads_pixels(self, image: Node, user: Node) -> bool:

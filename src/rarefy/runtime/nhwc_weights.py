@@ -107,9 +107,10 @@ def grouped_weight(weight: Tensor, groups: int) -> NhwcWeight:
     O(weights).
     """
     with _LOCK:
-        packed = _GROUPED.setdefault(weight, {})
+        packed: dict[int, NhwcWeight] = _GROUPED.get(weight) or {}
         if groups not in packed:
             packed[groups] = _pack_groups(weight, groups)
+            _GROUPED[weight] = packed
         return packed[groups]
 
 
