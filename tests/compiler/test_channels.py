@@ -169,6 +169,35 @@ def test_norm_over_channels(isa):
     assert check(ChannelNorm(19, False), 19) == ["conv2d", "channel_norm", "conv2d"]
 
 
+FORMULAS = {  # a function of images: the native operators between two convolutions
+    "hard swish": (lambda x: x * F.relu6(x + 3) / 6, []),
+    "hard swish, clamped": (lambda x: F.hardtanh(x + 3.0, 0.0, 6.0) * x * (1 / 6), []),
+    "other factor": (lambda x: x * F.relu6(x + 3) / 5, ["channel_affine", "mul", "channel_affine"]),
+    "scale and shift": (lambda x: x * 0.7 + 0.2, []),
+    "shift and scale": (lambda x: (x - 0.3) / 1.7, []),
+    "behind an activation": (lambda x: F.silu(x * 2.0) * 0.5 - 1.0, ["channel_affine"]),
+    "hard sigmoid": (lambda x: torch.clamp(x * 0.2 + 0.5, 0.0, 1.0), []),
+    "between zero and one": (lambda x: F.hardtanh(x, 0.0, 1.0), []),
+    "read twice": (lambda x: x * 0.5 + x, ["channel_affine", "add"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_numbers_and_formulas(isa, name):
+    """Numbers go into the convolution before them, as converters of other frameworks write scales and activations."""
+    function, between = FORMULAS[name]
+    found = check(function, 19)
+    assert sorted(found) == sorted(["conv2d", *between, "conv2d"])
+
+
+def test_numbers_of_other_tensors_stay():
+    """A sum with a number of a tensor that is no image, and of integers."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Flatten())
+    equal(net, torch.randn(3, 6))
+    compiled = equal(Between(lambda x: x + (x.argmax(1, keepdim=True) * 2), 6), torch.randn(2, 5, 7, 9))
+    assert native_ops(compiled)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
 def test_concatenation(isa, count):
     def function(x):

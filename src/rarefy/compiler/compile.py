@@ -69,7 +69,7 @@ PASSES = (
     linear.undo_flatten,
     linear.fold_layer_scale,
     # formulas that a model writes out
-    activation.fuse_gelu_silu,
+    activation.fuse_formulas,
     norm.convert_norm,
     norm.fuse_layer_norm,
     norm.fuse_rms_norm,
@@ -93,6 +93,8 @@ PASSES = (
     conv.convert_avg_pool,
     channels.convert_batch_norm,
     channels.convert_constants,
+    channels.convert_unit_clamp,
+    channels.fold_affine,
     channels.convert_mean,
     channels.convert_scale,
     channels.convert_norm,

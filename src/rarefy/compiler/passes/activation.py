@@ -61,8 +61,8 @@ def _minus(node: Any, number: float) -> Any:
     return a if not is_node(b) and b == number else b if not is_node(a) and a == number else None
 
 
-def fuse_gelu_silu(exported: ExportedGraph, node: Node) -> None:
-    """Fuse x (1 + erf(x / sqrt 2)) / 2, the same with tanh, and x sigmoid(x) into one activation."""
+def fuse_formulas(exported: ExportedGraph, node: Node) -> None:
+    """Fuse x (1 + erf(x / sqrt 2)) / 2, the same with tanh, x sigmoid(x), and x relu6(x + 3) / 6 into one activation."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or dtype_of(node) != torch.float32:
         return
     number, values = factors(node)
@@ -71,6 +71,9 @@ def fuse_gelu_silu(exported: ExportedGraph, node: Node) -> None:
     for x, y in (values, values[::-1]):
         if abs(number - 1) <= TOLERANCE and y.target is aten.sigmoid.default and y.args[0] is x:
             replace_node(exported, node, ops.activation, x, "silu")
+            return
+        if abs(6 * number - 1) <= TOLERANCE and activation_of(y) == "relu6" and _minus(y.args[0], 3) is x:
+            replace_node(exported, node, ops.activation, x, "hardswish")
             return
         inner: Any = _minus(y, 1)
         act = None if abs(number - 0.5) > TOLERANCE or inner is None else _gelu(inner, x)
@@ -114,7 +117,8 @@ def fuse_quick_gelu(exported: ExportedGraph, node: Node) -> None:
             return
 
 
-def _activation_of(node: Node) -> str | None:
+def activation_of(node: Node) -> str | None:
+    """Return which activation of its input a node is, None for other operators."""
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     if node.target in LIMITS and not node.kwargs and tuple(node.args[1:]) == (0, 6):
@@ -124,7 +128,7 @@ def _activation_of(node: Node) -> str | None:
 
 def convert_pointwise(exported: ExportedGraph, node: Node) -> None:
     """Convert activations, and sums and products of two computed values of one shape."""
-    act = _activation_of(node)
+    act = activation_of(node)
     if act is not None and dtype_of(node) == torch.float32:
         replace_node(exported, node, ops.activation, node.args[0], act)
     if node.target in (aten.add.Tensor, aten.mul.Tensor) and dtype_of(node) == torch.float32:

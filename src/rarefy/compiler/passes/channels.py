@@ -24,6 +24,7 @@ from rarefy.compiler.fx_utils import (
 )
 from rarefy.compiler.operators.channels import MAX_CONCATENATED
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.passes.activation import LIMITS
 from rarefy.compiler.passes.conv import EPS_ARGUMENT
 from rarefy.compiler.passes.linear import scaled_weights
 from rarefy.compiler.passes.matchers import only_user
@@ -39,7 +40,9 @@ def _is_image(x: Any) -> bool:
 
 
 def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
-    """Return a constant with one number for each channel of images, as a vector; None for anything else."""
+    """Return a number, or a constant with one number for each channel of images, as a vector; None for anything else."""
+    if isinstance(x, float | int) and str(channels).isdigit():
+        return torch.full((int(channels),), float(x))
     value = exported.constants.get(x.name) if is_node(x) else None
     if value is None or value.dim() not in (3, 4) or value.numel() != value.shape[-3] or value.numel() != channels:
         return None
@@ -90,6 +93,8 @@ def convert_batch_norm(exported: ExportedGraph, node: Node) -> None:
 
 def convert_constants(exported: ExportedGraph, node: Node) -> None:
     """Convert sums and products of an image and a constant for each channel, and differences of two images."""
+    if node.target is aten.div.Tensor and _is_image(node) and not node.kwargs and not is_node(node.args[1]):
+        node.target, node.args = aten.mul.Tensor, (node.args[0], 1 / node.args[1])
     if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or not _is_image(node) or node.kwargs:
         return
     x, y = node.args
@@ -108,6 +113,38 @@ def convert_constants(exported: ExportedGraph, node: Node) -> None:
     else:
         shift = vector if node.target is aten.add.Tensor else -vector
         replace_uses(exported, node, _affine(exported, node, x, torch.ones_like(vector), shift))
+
+
+def fold_affine(exported: ExportedGraph, node: Node) -> None:
+    """Fold a scale and a shift of each channel into the convolution, or into the scale and shift, that alone it reads."""
+    if node.target is not ops.channel_affine:
+        return
+    y, scale, shift, act = node.args
+    if not is_node(y) or len(y.users) != 1:
+        return
+    s, b = (exported.constants[n.name] for n in (scale, shift))
+    if y.target is ops.conv2d and y.args[3:5] == (None, None):
+        weight, bias = scaled_weights(exported, node, y.args[1:3], s)
+        total = b if bias is None else b + exported.constants[bias.name]
+        new = add_constant(exported, f"{node.name}_bias", total)
+        keep_layer(replace_node(exported, node, ops.conv2d, y.args[0], weight, new, None, act, *y.args[5:]), y)
+    elif y.target is ops.channel_affine and y.args[3] is None:
+        before, moved = (exported.constants[n.name] for n in y.args[1:3])
+        values = (
+            add_constant(exported, f"{node.name}_{n}", v) for n, v in (("scale", before * s), ("shift", moved * s + b))
+        )
+        replace_node(exported, node, ops.channel_affine, y.args[0], *values, act)
+
+
+def convert_unit_clamp(exported: ExportedGraph, node: Node) -> None:
+    """Convert clamp(x, 0, 1) of an image to a hard sigmoid of 6 x - 3, whose factors the operator before can take."""
+    if node.target not in LIMITS or node.kwargs or tuple(node.args[1:]) != (0, 1) or not _is_image(node):
+        return
+    x, channels = node.args[0], shape(node)[1]
+    if is_node(x) and x.target in BY_TARGET and str(channels).isdigit():
+        n = int(channels)  # type: ignore[call-overload]
+        moved = _affine(exported, node, x, torch.full((n,), 6.0), torch.full((n,), -3.0))
+        replace_node(exported, node, ops.activation, moved, "hardsigmoid")
 
 
 def _is_difference(exported: ExportedGraph, node: Node, y: Any) -> bool:
