@@ -62,7 +62,7 @@ def _minus(node: Any, number: float) -> Any:
 
 
 def fuse_formulas(exported: ExportedGraph, node: Node) -> None:
-    """Fuse x (1 + erf(x / sqrt 2)) / 2, the same with tanh, x sigmoid(x), and x relu6(x + 3) / 6 into one activation."""
+    """Fuse x (1 + erf(x / sqrt 2)) / 2, the same with tanh, x sigmoid(x), and x relu6(x + 3) / 6."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or dtype_of(node) != torch.float32:
         return
     number, values = factors(node)
