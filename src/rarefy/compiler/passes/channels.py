@@ -40,10 +40,11 @@ def _is_image(x: Any) -> bool:
 
 
 def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
-    """Return a number, or a constant with one number for each channel of images, as a vector; None for anything else."""
-    if isinstance(x, float | int) and str(channels).isdigit():
-        return torch.full((int(channels),), float(x))
-    value = exported.constants.get(x.name) if is_node(x) else None
+    """Return a number, or a constant with a number for each channel of images, as a vector; None for anything else."""
+    if not isinstance(x, fx.Node):
+        fixed = isinstance(x, float | int) and str(channels).isdigit()
+        return torch.full((int(channels),), float(x)) if fixed else None
+    value = exported.constants.get(x.name)
     if value is None or value.dim() not in (3, 4) or value.numel() != value.shape[-3] or value.numel() != channels:
         return None
     return value.flatten()
@@ -116,7 +117,7 @@ def convert_constants(exported: ExportedGraph, node: Node) -> None:
 
 
 def fold_affine(exported: ExportedGraph, node: Node) -> None:
-    """Fold a scale and a shift of each channel into the convolution, or into the scale and shift, that alone it reads."""
+    """Fold a scale and a shift of each channel into the convolution, or the scale and shift, that only they read."""
     if node.target is not ops.channel_affine:
         return
     y, scale, shift, act = node.args
