@@ -190,12 +190,21 @@ def test_numbers_and_formulas(isa, name):
     assert sorted(found) == sorted(["conv2d", *between, "conv2d"])
 
 
-def test_numbers_of_other_tensors_stay():
-    """A sum with a number of a tensor that is no image, and of integers."""
-    net = nn.Sequential(nn.Linear(6, 6), nn.Flatten())
-    equal(net, torch.randn(3, 6))
-    compiled = equal(Between(lambda x: x + (x.argmax(1, keepdim=True) * 2), 6), torch.randn(2, 5, 7, 9))
-    assert native_ops(compiled)
+class Windows(nn.Module):
+    """Rows with four dimensions, [batch, rows, columns, features], and numbers that multiply them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = F.gelu(self.a(x)) * 0.5
+        return self.c(torch.clamp(self.b(y) * 0.3 + 0.5, 0.0, 1.0))
+
+
+def test_numbers_of_rows_are_no_scales_of_channels():
+    compiled = equal(Windows(), torch.randn(2, 3, 4, 6))
+    assert all(n.target is not ops.channel_affine for n in compiled.exported.graph.nodes)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])

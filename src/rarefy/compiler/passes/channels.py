@@ -23,6 +23,7 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.operators.channels import MAX_CONCATENATED
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.activation import LIMITS
 from rarefy.compiler.passes.conv import EPS_ARGUMENT
@@ -105,6 +106,8 @@ def convert_constants(exported: ExportedGraph, node: Node) -> None:
     vector = _vector(exported, y, shape(node)[1])
     if not computed or not (vector is not None or _is_difference(exported, node, y)):
         return
+    if not is_node(y) and not _is_of_images(x):
+        return
     if vector is None:
         channels = int(shape(node)[1])
         negative = _affine(exported, node, y, torch.full((channels,), -1.0), torch.zeros(channels))
@@ -142,10 +145,20 @@ def convert_unit_clamp(exported: ExportedGraph, node: Node) -> None:
     if node.target not in LIMITS or node.kwargs or tuple(node.args[1:]) != (0, 1) or not _is_image(node):
         return
     x, channels = node.args[0], shape(node)[1]
-    if is_node(x) and x.target in BY_TARGET and str(channels).isdigit():
+    if is_node(x) and _is_of_images(x) and str(channels).isdigit():
         n = int(channels)  # type: ignore[call-overload]
         moved = _affine(exported, node, x, torch.full((n,), 6.0), torch.full((n,), -3.0))
         replace_node(exported, node, ops.activation, moved, "hardsigmoid")
+
+
+def _is_of_images(x: Node) -> bool:
+    """Return whether a value comes from an operator on images, through elementwise ones; rows can be 4D too."""
+    while x.target in BY_TARGET:
+        layout = BY_TARGET[x.target].layout
+        if layout != ELEMENTWISE:
+            return layout in (IMAGES, PIXELS, ROWS_TO_IMAGES)
+        x = x.args[0]  # type: ignore[assignment]
+    return False
 
 
 def _is_difference(exported: ExportedGraph, node: Node, y: Any) -> bool:
