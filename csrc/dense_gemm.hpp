@@ -107,18 +107,7 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
 // Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32) or int8.
 template <int DTYPE>
 void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
-  switch (e.act) {
-    case RAREFY_RELU: return store_dense_outputs<DTYPE, RAREFY_RELU>(e, acc, o);
-    case RAREFY_GELU: return store_dense_outputs<DTYPE, RAREFY_GELU>(e, acc, o);
-    case RAREFY_GELU_TANH: return store_dense_outputs<DTYPE, RAREFY_GELU_TANH>(e, acc, o);
-    case RAREFY_SILU: return store_dense_outputs<DTYPE, RAREFY_SILU>(e, acc, o);
-    case RAREFY_RELU6: return store_dense_outputs<DTYPE, RAREFY_RELU6>(e, acc, o);
-    case RAREFY_HARDSWISH: return store_dense_outputs<DTYPE, RAREFY_HARDSWISH>(e, acc, o);
-    case RAREFY_HARDSIGMOID: return store_dense_outputs<DTYPE, RAREFY_HARDSIGMOID>(e, acc, o);
-    case RAREFY_SIGMOID: return store_dense_outputs<DTYPE, RAREFY_SIGMOID>(e, acc, o);
-    case RAREFY_TANH: return store_dense_outputs<DTYPE, RAREFY_TANH>(e, acc, o);
-    default: return store_dense_outputs<DTYPE, RAREFY_NONE>(e, acc, o);
-  }
+  with_activation(e.act, [&](auto act) { store_dense_outputs<DTYPE, act>(e, acc, o); });
 }
 
 void begin_dense(rarefy_dense_state*) {}

@@ -2,6 +2,7 @@
 // activation functions themselves.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "kernel_table.h"
 #include "rarefy.h"
@@ -53,6 +54,23 @@ inline f32_vec activate(f32_vec v, int act) {
     case RAREFY_SIGMOID: return reciprocal(exp_vec(-v) + 1.0f);
     case RAREFY_TANH: return tanh_vec(v);
     default: return v;
+  }
+}
+
+// Call f(act), whose argument is a constant, so that loops over outputs hold one activation alone.
+template <class F>
+inline void with_activation(int act, F&& f) {
+  switch (act) {
+    case RAREFY_RELU: return f(std::integral_constant<int, RAREFY_RELU>{});
+    case RAREFY_GELU: return f(std::integral_constant<int, RAREFY_GELU>{});
+    case RAREFY_GELU_TANH: return f(std::integral_constant<int, RAREFY_GELU_TANH>{});
+    case RAREFY_SILU: return f(std::integral_constant<int, RAREFY_SILU>{});
+    case RAREFY_RELU6: return f(std::integral_constant<int, RAREFY_RELU6>{});
+    case RAREFY_HARDSWISH: return f(std::integral_constant<int, RAREFY_HARDSWISH>{});
+    case RAREFY_HARDSIGMOID: return f(std::integral_constant<int, RAREFY_HARDSIGMOID>{});
+    case RAREFY_SIGMOID: return f(std::integral_constant<int, RAREFY_SIGMOID>{});
+    case RAREFY_TANH: return f(std::integral_constant<int, RAREFY_TANH>{});
+    default: return f(std::integral_constant<int, RAREFY_NONE>{});
   }
 }
 

@@ -136,7 +136,7 @@ struct rarefy_kernel_table {
   void (*dense_gemv)(const float* values, int64_t tile_stride, int64_t row_tiles, int64_t lanes, const float* x,
                      int64_t x_stride, int64_t columns, uint32_t* acc);
   void (*dense_gemm)(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
-                     uint32_t* acc, int64_t columns, bool accumulate);  // fp32
+                     uint32_t* acc, int64_t columns);  // fp32
   // Called before and after `dense_lanes` by each thread, with the same state.
   void (*begin_dense)(rarefy_dense_state*);
   void (*end_dense)(const rarefy_dense_state*);

@@ -132,7 +132,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     if (blocks) {
       multiply_blocks(t, w.dtype, values, lane_blocks, w.two_terms, x, columns, epilogue, out);
     } else {
-      t.dense_gemm(values, tile_stride, row_tiles, w.cols, x, reinterpret_cast<uint32_t*>(out), columns, false);
+      t.dense_gemm(values, tile_stride, row_tiles, w.cols, x, reinterpret_cast<uint32_t*>(out), columns);
       apply_epilogue(t, epilogue, false, out);
     }
   }
@@ -241,7 +241,7 @@ inline int multiply_dense(const rarefy_kernel_table& t, const float* values, int
   const float* first = values + row * lanes;
   if (!few) {
     t.dense_gemm(reinterpret_cast<const uint32_t*>(first), lanes * TILE_ROWS, ceil_div(rows, TILE_ROWS), lanes,
-                 reinterpret_cast<const uint32_t*>(x), acc, columns, false);
+                 reinterpret_cast<const uint32_t*>(x), acc, columns);
     return RAREFY_OK;
   }
   const ScratchBuffer<1> scratch(size_t(columns * lanes * TILE_ROWS) * 4);

@@ -132,18 +132,7 @@ void store_nhwc_f32(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t p
 }
 
 void nhwc_store_f32(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
-  switch (o.act) {
-    case RAREFY_RELU: return store_nhwc_f32<RAREFY_RELU>(o, acc, pixels);
-    case RAREFY_GELU: return store_nhwc_f32<RAREFY_GELU>(o, acc, pixels);
-    case RAREFY_GELU_TANH: return store_nhwc_f32<RAREFY_GELU_TANH>(o, acc, pixels);
-    case RAREFY_SILU: return store_nhwc_f32<RAREFY_SILU>(o, acc, pixels);
-    case RAREFY_RELU6: return store_nhwc_f32<RAREFY_RELU6>(o, acc, pixels);
-    case RAREFY_HARDSWISH: return store_nhwc_f32<RAREFY_HARDSWISH>(o, acc, pixels);
-    case RAREFY_HARDSIGMOID: return store_nhwc_f32<RAREFY_HARDSIGMOID>(o, acc, pixels);
-    case RAREFY_SIGMOID: return store_nhwc_f32<RAREFY_SIGMOID>(o, acc, pixels);
-    case RAREFY_TANH: return store_nhwc_f32<RAREFY_TANH>(o, acc, pixels);
-    default: return store_nhwc_f32<RAREFY_NONE>(o, acc, pixels);
-  }
+  with_activation(o.act, [&](auto act) { store_nhwc_f32<act>(o, acc, pixels); });
 }
 
 // Pixels out of channels: channel c of pixel i is x[c * stride + i].
@@ -197,21 +186,9 @@ void map_pixels(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t chan
 void nhwc_map(const uint8_t* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scale,
               const float* bias, const uint8_t* residual, int64_t residual_stride, int act, uint8_t* out,
               int64_t out_stride) {
-  const auto run = [&](auto map) {
-    map(x, x_stride, pixels, channels, scale, bias, residual, residual_stride, out, out_stride);
-  };
-  switch (act) {
-    case RAREFY_RELU: return run(map_pixels<RAREFY_RELU>);
-    case RAREFY_GELU: return run(map_pixels<RAREFY_GELU>);
-    case RAREFY_GELU_TANH: return run(map_pixels<RAREFY_GELU_TANH>);
-    case RAREFY_SILU: return run(map_pixels<RAREFY_SILU>);
-    case RAREFY_RELU6: return run(map_pixels<RAREFY_RELU6>);
-    case RAREFY_HARDSWISH: return run(map_pixels<RAREFY_HARDSWISH>);
-    case RAREFY_HARDSIGMOID: return run(map_pixels<RAREFY_HARDSIGMOID>);
-    case RAREFY_SIGMOID: return run(map_pixels<RAREFY_SIGMOID>);
-    case RAREFY_TANH: return run(map_pixels<RAREFY_TANH>);
-    default: return run(map_pixels<RAREFY_NONE>);
-  }
+  with_activation(act, [&](auto constant) {
+    map_pixels<constant>(x, x_stride, pixels, channels, scale, bias, residual, residual_stride, out, out_stride);
+  });
 }
 
 // sums[c] += the sum of channel c of some pixels.

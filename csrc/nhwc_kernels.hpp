@@ -338,18 +338,7 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64
 void nhwc_store(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
   if (!o.out && (o.act == RAREFY_NONE || o.act == RAREFY_RELU || o.act == RAREFY_RELU6))
     return o.residual ? store_nhwc_codes_only<true>(o, acc, pixels) : store_nhwc_codes_only<false>(o, acc, pixels);
-  switch (o.act) {
-    case RAREFY_RELU: return store_nhwc_outputs<RAREFY_RELU>(o, acc, pixels);
-    case RAREFY_GELU: return store_nhwc_outputs<RAREFY_GELU>(o, acc, pixels);
-    case RAREFY_GELU_TANH: return store_nhwc_outputs<RAREFY_GELU_TANH>(o, acc, pixels);
-    case RAREFY_SILU: return store_nhwc_outputs<RAREFY_SILU>(o, acc, pixels);
-    case RAREFY_RELU6: return store_nhwc_outputs<RAREFY_RELU6>(o, acc, pixels);
-    case RAREFY_HARDSWISH: return store_nhwc_outputs<RAREFY_HARDSWISH>(o, acc, pixels);
-    case RAREFY_HARDSIGMOID: return store_nhwc_outputs<RAREFY_HARDSIGMOID>(o, acc, pixels);
-    case RAREFY_SIGMOID: return store_nhwc_outputs<RAREFY_SIGMOID>(o, acc, pixels);
-    case RAREFY_TANH: return store_nhwc_outputs<RAREFY_TANH>(o, acc, pixels);
-    default: return store_nhwc_outputs<RAREFY_NONE>(o, acc, pixels);
-  }
+  with_activation(o.act, [&](auto act) { store_nhwc_outputs<act>(o, acc, pixels); });
 }
 
 void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale, int32_t zero,

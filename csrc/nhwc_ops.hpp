@@ -115,6 +115,11 @@ struct NhwcConv {
     return nhwc_at(i, image + row / out_height, row % out_height, column);
   }
 
+  // Where the first input of an output is.
+  int64_t input_at(int64_t image, int64_t row, int64_t column) const {
+    return nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+  }
+
   // Call f(row, column, pixels) for each run of outputs within a row.
   template <class F>
   void for_each_run(int64_t first, int64_t pixels, F&& f) const {
@@ -133,8 +138,7 @@ struct NhwcConv {
   // Copy the inputs of each pixel of a block together. Copies run over their ends, which the next ones overwrite.
   void copy_inputs(int64_t image, int64_t first, int64_t pixels, uint8_t* out) const {
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
-      const uint8_t* source =
-          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      const uint8_t* source = nhwc_codes(s.x) + input_at(image, row, column);
       for (int64_t i = 0; i < n; ++i, out += c.num_blocks * 64, source += c.stride[1] * c.in.pixel_bytes)
         for (int64_t k = 0; k < c.num_segments; ++k)
           for (int64_t b = 0; b < c.segment_bytes; b += 32)
@@ -199,8 +203,7 @@ struct NhwcConv {
   // Each group multiplies its own channels, row by row.
   void multiply_groups(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
-      const uint8_t* x =
-          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      const uint8_t* x = nhwc_codes(s.x) + input_at(image, row, column);
       for (int64_t o = output, left; o < output + n; o += left) {
         const int64_t group = o / c.group_outputs;
         left = std::min((group + 1) * c.group_outputs, output + n) - o;
@@ -220,8 +223,7 @@ struct NhwcConv {
                                 .taps = c.taps + output,
                                 .stride = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS};
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
-      const uint8_t* x =
-          nhwc_codes(s.x) + nhwc_at(c.in, image, row * c.stride[0] - c.padding[0], column * c.stride[1] - c.padding[1]);
+      const uint8_t* x = nhwc_codes(s.x) + input_at(image, row, column);
       t.nhwc_depthwise[kind](taps, x + output * bytes, n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
     });
   }
@@ -230,8 +232,7 @@ struct NhwcConv {
   void transpose_inputs(int64_t first, int64_t pixels, uint32_t* lanes) const {
     int64_t offsets[TILE_COLS], i = 0;
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
-      const int64_t at = nhwc_at(c.in, row / out_height, row % out_height * c.stride[0] - c.padding[0],
-                                 column * c.stride[1] - c.padding[1]);
+      const int64_t at = input_at(row / out_height, row % out_height, column);
       for (int64_t k = 0; k < n; ++k) offsets[i++] = at + k * c.stride[1] * c.in.pixel_bytes;
     });
     std::fill(offsets + i, offsets + TILE_COLS, offsets[i - 1]);

@@ -1,6 +1,6 @@
-// Decompression of bitmask and quantized weights into dense fp32 row tiles [lanes][4], and the dense GEMM that multiplies
-// column tiles by them; int8 into the blocks of dense_gemm.hpp. So one stored copy of a weight serves single tokens and
-// long prompts.
+// Decompression of bitmask and quantized weights into dense fp32 row tiles [lanes][4], and the dense GEMM that
+// multiplies column tiles by them; int8 into the blocks of dense_gemm.hpp. So one stored copy of a weight serves single
+// tokens and long prompts.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -78,7 +78,8 @@ inline void store_bf16_lanes(const float (&values)[64], int64_t r, uint32_t* out
   for (int64_t half = 0; half < 2; ++half) {
     uint32_t lanes[DENSE_LANES];
     for (int64_t l = 0; l < DENSE_LANES; ++l)
-      lanes[l] = round_bits_to_bf16(values[32 * half + 2 * l]) | round_bits_to_bf16(values[32 * half + 2 * l + 1]) << 16;
+      lanes[l] = round_bits_to_bf16(values[32 * half + 2 * l]) | round_bits_to_bf16(values[32 * half + 2 * l + 1])
+                                                                     << 16;
     std::memcpy(out + half * DENSE_BLOCK + r * DENSE_LANES, lanes, sizeof lanes);
   }
 }
@@ -111,7 +112,8 @@ void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out)
       else
         for (int64_t c = 0; c < 64; ++c) out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, values[c]);
     }
-    if (r == TILE_ROWS - 1) out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_BF16 ? 2 * DENSE_BLOCK : 64 * TILE_ROWS;
+    if (r == TILE_ROWS - 1)
+      out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_BF16 ? 2 * DENSE_BLOCK : 64 * TILE_ROWS;
   }
 }
 
@@ -147,14 +149,13 @@ void dense_row_tiles(const uint32_t* values, int64_t tile_stride, int64_t tiles,
 }
 
 // Dense row tiles, `tile_stride` elements apart, times the first `columns` of a column tile: out [4 tiles][TILE_COLS].
-// `accumulate`: add to what is there.
 void dense_gemm(const uint32_t* values, int64_t tile_stride, int64_t tiles, int64_t lanes, const uint32_t* x,
-                uint32_t* out, int64_t columns, bool accumulate) {
+                uint32_t* out, int64_t columns) {
   for (int64_t l = 0; l < lanes; l += GEMM_BLOCK) {
     const int64_t block = std::min(GEMM_BLOCK, lanes - l);
     for_each_vector_group(columns, [&](auto vectors, int64_t column) {
-      dense_row_tiles<vectors>(values + l * TILE_ROWS, tile_stride, tiles, block, accumulate || l > 0,
-                                      x + l * TILE_COLS + column, out + column);
+      dense_row_tiles<vectors>(values + l * TILE_ROWS, tile_stride, tiles, block, l > 0, x + l * TILE_COLS + column,
+                               out + column);
     });
   }
 }

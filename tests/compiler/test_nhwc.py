@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
-from rarefy.compiler.step_structs import NAMES
-from rarefy.compiler.subgraph import FusedSubgraph
+from helpers.compile_models import CONVOLUTIONS, steps
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
 from rarefy.runtime.nhwc_weights import pack_nhwc
@@ -15,24 +14,7 @@ from rarefy.runtime.packing import pack_conv, unpack
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
-CONVOLUTIONS = [  # inputs, outputs, kernel, stride, padding, dilation
-    (64, 64, 3, 1, 1, 1),
-    (3, 70, 7, 2, 3, 1),
-    (20, 33, 1, 1, 0, 1),
-    (33, 16, 1, 2, 0, 1),
-    (24, 40, 3, 2, 1, 1),
-    (17, 130, (1, 5), 1, (0, 2), 1),
-    (12, 8, 3, 1, 2, 2),
-    (8, 5, (3, 2), (2, 1), (0, 1), (1, 2)),
-    (160, 64, 3, 1, 0, 1),
-]
 SIZES = [(3, 19, 23), (1, 7, 7), (5, 4, 9)]
-
-
-def steps(made):
-    """The names of the steps of all programs."""
-    calls = [c for c in made.schedule if isinstance(c, FusedSubgraph)]
-    return [NAMES[s.op] for c in calls for kept in c.programs.values() for p in kept for s, _, _ in p.steps]
 
 
 def grids_of(made):

@@ -6,7 +6,20 @@ from torch import nn
 
 import rarefy
 from rarefy.compiler.packed_program import PackedProgram
+from rarefy.compiler.step_structs import NAMES
 from rarefy.compiler.subgraph import FusedSubgraph
+
+CONVOLUTIONS = [  # inputs, outputs, kernel, stride, padding, dilation
+    (64, 64, 3, 1, 1, 1),
+    (3, 70, 7, 2, 3, 1),
+    (20, 33, 1, 1, 0, 1),
+    (33, 16, 1, 2, 0, 1),
+    (24, 40, 3, 2, 1, 1),
+    (17, 130, (1, 5), 1, (0, 2), 1),
+    (12, 8, 3, 1, 2, 2),
+    (8, 5, (3, 2), (2, 1), (0, 1), (1, 2)),
+    (160, 64, 3, 1, 0, 1),
+]
 
 
 def pruned(model, sparsity=0.8, seed=0):
@@ -88,3 +101,9 @@ def packed_programs(made):
     """Return the programs for real tokens that a compiled model keeps."""
     subgraphs = [s for s in made.schedule if isinstance(s, FusedSubgraph)]
     return [p for s in subgraphs for free in s.programs.values() for p in free if isinstance(p, PackedProgram)]
+
+
+def steps(made):
+    """The names of the steps of all programs."""
+    calls = [c for c in made.schedule if isinstance(c, FusedSubgraph)]
+    return [NAMES[s.op] for c in calls for kept in c.programs.values() for p in kept for s, _, _ in p.steps]
