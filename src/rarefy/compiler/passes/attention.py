@@ -1,5 +1,5 @@
 """Passes for the ways in which models write attention: one linear layer for queries, keys and values, the layout of
-nn.MultiheadAttention, softmax(q k^T) v as separate calls, scales outside."""
+nn.MultiheadAttention, heads split from features and joined again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from rarefy.compiler.fx_utils import (
     aten,
     dtype_of,
     insert_before,
-    is_node,
     keep_layer,
     replace_node,
     replace_uses,
     same,
     shape,
 )
-from rarefy.compiler.passes.kv_attention import CACHED_ATTENTION
 from rarefy.compiler.passes.linear import linear_of_rows
 from rarefy.compiler.passes.matchers import before_head_split, only_user, swaps_heads_and_tokens
-from rarefy.compiler.passes.window_mask import window_mask
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -157,80 +154,6 @@ def _batch_first(exported: ExportedGraph, before: Node, source: Node) -> Node:
         keep_layer(new, source)
         return new
     return insert_before(exported, before, aten.transpose.int, source, 0, 1)
-
-
-def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
-    """Fuse softmax(q k^T scale + mask) v, written as separate calls, into scaled_dot_product_attention."""
-    if node.target is not aten.matmul.default or len(shape(node)) != 4 or dtype_of(node) != torch.float32:
-        return
-    probabilities, v = node.args
-    softmax = probabilities.target is aten.softmax.int and probabilities.args[1] in (-1, 3)
-    if not softmax or len(probabilities.users) != 1:
-        return
-    scores, mask, scale = probabilities.args[0], None, 1.0
-    if (windows := window_mask(exported, node, scores)) is not None:
-        scores, mask = windows
-    elif scores.target is aten.add.Tensor and len(scores.users) == 1 and not scores.kwargs:
-        scores, mask = scores.args
-        if not is_node(mask) or dtype_of(mask) != torch.float32 or not same(shape(scores), shape(probabilities)):
-            return
-    if scores.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(scores.args[1], float | int):
-        scale = scores.args[1] if scores.target is aten.mul.Tensor else 1 / scores.args[1]
-        scores = scores.args[0] if len(scores.users) == 1 else None
-    if scores is None or scores.target is not aten.matmul.default or len(scores.users) != 1:
-        return
-    q, keys = scores.args
-    if len(shape(q)) != 4 or len(shape(keys)) != 4 or not same(shape(scores)[:2], shape(v)[:2]):
-        return
-    if not same(shape(q)[:2], shape(v)[:2]) or not same(shape(keys)[:2], shape(v)[:2]):
-        return
-    with exported.graph.inserting_before(node):
-        options = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
-        new = exported.graph.call_function(SDPA, (q, _transposed_keys(exported, node, keys), v), options)
-    new.meta["val"] = node.meta["val"]
-    keep_layer(new, node)
-    replace_uses(exported, node, new)
-
-
-def _transposed_keys(exported: ExportedGraph, before: Node, keys: Node) -> Node:
-    """Return keys [batch, heads, tokens, head_dim] for [batch, heads, head_dim, tokens]."""
-    x = keys.args[0] if keys.args else None
-    if keys.target is aten.transpose.int and sorted(d % 4 for d in keys.args[1:]) == [2, 3]:
-        return x
-    if keys.target is aten.permute.default and list(keys.args[1]) == [0, 1, 3, 2]:
-        return x
-    if keys.target is aten.permute.default and list(keys.args[1]) == [0, 2, 3, 1]:
-        return insert_before(exported, before, aten.transpose.int, x, 1, 2)
-    return insert_before(exported, before, aten.transpose.int, keys, 2, 3)
-
-
-def fold_attention_scale(exported: ExportedGraph, node: Node) -> None:
-    """Fold a number that multiplies queries or keys into the attention's scale."""
-    if node.target not in (SDPA, CACHED_ATTENTION):
-        return
-    for x in node.args[:2]:
-        match = _scaled_by_number(x)
-        if match is None:
-            continue
-        scaling, number = match
-        if node.target is CACHED_ATTENTION:
-            node.args = (*node.args[:3], node.args[3] * number, *node.args[4:])
-        else:
-            scale = node.kwargs.get("scale")
-            scale = shape(node.args[0])[3] ** -0.5 if scale is None else scale
-            node.kwargs = {**node.kwargs, "scale": scale * number}
-        replace_uses(exported, scaling, scaling.args[0])
-
-
-def _scaled_by_number(x: Node) -> tuple[Node, float] | None:
-    """Return the node before x that multiplies by a number, and the number; only views and transposes may follow it."""
-    while len(x.users) == 1:
-        if x.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(x.args[1], float | int):
-            return x, x.args[1] if x.target is aten.mul.Tensor else 1 / x.args[1]
-        if not swaps_heads_and_tokens(x) and x.target not in (*VIEWS, aten.unflatten.int):
-            return None
-        x = x.args[0]
-    return None
 
 
 def fuse_attention(exported: ExportedGraph, node: Node) -> None:

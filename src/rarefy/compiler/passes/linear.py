@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rarefy.compiler.fx_utils import (
     add_constant,
     aten,
     dtype_of,
+    insert_before,
     is_node,
     keep_layer,
     replace_node,
@@ -72,7 +74,10 @@ def _is_quantized(layer: Sparse) -> bool:
 
 
 def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
-    """Replace view(linear(view(x))) by linear(x) where the views change leading dimensions alone."""
+    """Replace view(linear(view(x))) by linear(x) where the views change leading dimensions alone.
+
+    A view that also joins heads [batch, tokens, heads, head_dim] is left with that.
+    """
     if node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
         return
     y = node.args[0]
@@ -80,10 +85,14 @@ def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
         return
     x = y.args[0]
     source = x.args[0] if x.target in VIEWS else None
-    if source is None or shape(x)[-1] != shape(source)[-1] or shape(node)[-1] != shape(y)[-1]:
+    if source is None or shape(node)[-1] != shape(y)[-1]:
         return
-    if same(shape(source)[:-1], shape(node)[:-1]):
+    leading = shape(node)[:-1]
+    if shape(x)[-1] == shape(source)[-1] and same(shape(source)[:-1], leading):
         replace_node(exported, node, ops.linear, source, *y.args[1:])
+    elif len(shape(source)) == 4 and same(shape(source)[:-2], leading) and prod(shape(source)[2:]) == shape(x)[-1]:
+        joined = insert_before(exported, node, aten.flatten.using_ints, source, 2, 3)
+        replace_node(exported, node, ops.linear, joined, *y.args[1:])
 
 
 def split_linear_outputs(exported: ExportedGraph, node: Node) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.compiler.fx_utils import VIEWS, Node, aten, same, shape
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, same, shape
 
 
 def swaps_heads_and_tokens(x: Node) -> bool:
@@ -26,6 +26,17 @@ def before_head_split(x: Any) -> Any:
     return v.args[0] if same(shape(v)[:2], shape(v.args[0])[:2]) else None
 
 
+def scaled_by_number(x: Node) -> tuple[Node, float] | None:
+    """Return the node before x that multiplies by a number, and the number; only views and transposes may follow it."""
+    while len(x.users) == 1:
+        if x.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(x.args[1], float | int):
+            return x, x.args[1] if x.target is aten.mul.Tensor else 1 / x.args[1]
+        if not swaps_heads_and_tokens(x) and x.target not in (*VIEWS, aten.unflatten.int):
+            return None
+        x = x.args[0]
+    return None
+
+
 def args_of_pair(node: Any, target: Any) -> tuple[Any, Any]:
     """Return both arguments of a call of an operator, (None, None) for anything else."""
     matches = isinstance(node, fx.Node) and node.target is target and len(node.args) == 2
@@ -35,3 +46,17 @@ def args_of_pair(node: Any, target: Any) -> tuple[Any, Any]:
 def only_user(node: Any) -> Any:
     """Return the only node that reads a node, None where there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def size_node(exported: ExportedGraph, before: Node, wanted: Any) -> Any:
+    """Return a size as a number or as a node that reads it from an input's shape; None where no input has it."""
+    if isinstance(wanted, int):
+        return wanted
+    for x in exported.inputs:
+        for dim, size in enumerate(shape(x)):
+            if str(size) == str(wanted):
+                with exported.graph.inserting_before(before):
+                    node = exported.graph.call_function(aten.sym_size.int, (x, dim))
+                node.meta["val"] = size
+                return node
+    return None

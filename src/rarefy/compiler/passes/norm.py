@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import (
@@ -41,16 +41,38 @@ def convert_norm(exported: ExportedGraph, node: Node) -> None:
 
 def fuse_layer_norm(exported: ExportedGraph, node: Node) -> None:
     """Fuse (x - mean) / sqrt(variance + eps), with its gain and bias, into one norm."""
+    for centered, variance, eps in _over_roots(node):
+        x = _centered_input(centered)
+        if x is not None and _is_variance(variance, x):
+            absorb_norm_affine(exported, replace_node(exported, node, ops.norm, x, None, None, eps, True, 1))
+            return
+
+
+def _over_roots(node: Node) -> Iterator[tuple[Any, Node, float]]:
+    """Yield each (x, y, eps) so that a node is x / sqrt(y + eps)."""
     if node.target not in (aten.div.Tensor, aten.mul.Tensor) or dtype_of(node) != torch.float32 or node.kwargs:
         return
-    for centered, divisor in (node.args, node.args[::-1])[: 1 if node.target is aten.div.Tensor else 2]:
-        root = aten.sqrt.default if node.target is aten.div.Tensor else aten.rsqrt.default
-        if not is_node(divisor) or divisor.target is not root or divisor.args[0].target is not aten.add.Tensor:
-            continue
-        x, (variance, eps) = _centered_input(centered), divisor.args[0].args
-        if x is not None and not is_node(eps) and _is_variance(variance, x):
-            absorb_norm_affine(exported, replace_node(exported, node, ops.norm, x, None, None, float(eps), True, 1))
-            return
+    is_quotient = node.target is aten.div.Tensor
+    for x, factor in (node.args, node.args[::-1])[: 1 if is_quotient else 2]:
+        root = _sqrt_argument(factor) if is_quotient else _rsqrt_argument(factor)
+        y, eps = args_of_pair(root, aten.add.Tensor)
+        if is_node(x) and is_node(y) and isinstance(eps, float | int):
+            yield x, y, float(eps)
+
+
+def _sqrt_argument(node: Any) -> Any:
+    """Return y if a node is sqrt(y), else None."""
+    matches = is_node(node) and node.target is aten.sqrt.default
+    return node.args[0] if matches or args_of_pair(node, aten.pow.Tensor_Scalar)[1] == 0.5 else None
+
+
+def _rsqrt_argument(node: Any) -> Any:
+    """Return y if a node is 1 / sqrt(y), else None."""
+    if args_of_pair(node, aten.pow.Tensor_Scalar)[1] == -0.5:
+        return node.args[0]
+    if is_node(node) and node.target is aten.reciprocal.default:
+        return _sqrt_argument(node.args[0])
+    return node.args[0] if is_node(node) and node.target is aten.rsqrt.default else None
 
 
 def _centered_input(node: Any) -> Any:
@@ -100,20 +122,11 @@ def absorb_norm_affine(exported: ExportedGraph, node: Node) -> None:
 
 
 def fuse_rms_norm(exported: ExportedGraph, node: Node) -> None:
-    """Fuse x rsqrt(mean(x^2) + eps), with its gain, into one norm."""
-    if node.target is not aten.mul.Tensor or dtype_of(node) != torch.float32:
-        return
-    for x, factor in (node.args[:2], node.args[1::-1]):
-        if not isinstance(factor, fx.Node) or factor.target is not aten.rsqrt.default:
-            continue
-        mean, eps = args_of_pair(factor.args[0], aten.add.Tensor)
-        if mean is None or isinstance(eps, fx.Node) or mean.target is not aten.mean.dim:
-            continue
-        power = mean.args[0]
-        if not _over_features(mean, x) or not _is_square(power, x):
-            continue
-        absorb_norm_affine(exported, replace_node(exported, node, ops.norm, x, None, None, float(eps), False, 1))
-        return
+    """Fuse x / sqrt(mean(x^2) + eps), with its gain, into one norm."""
+    for x, mean, eps in _over_roots(node):
+        if mean.target is aten.mean.dim and _over_features(mean, x) and _is_square(mean.args[0], x):
+            absorb_norm_affine(exported, replace_node(exported, node, ops.norm, x, None, None, eps, False, 1))
+            return
 
 
 def _is_square(node: Any, x: Node) -> bool:

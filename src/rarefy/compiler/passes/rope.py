@@ -9,7 +9,9 @@ from torch import fx
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, aten, dtype_of, insert_before, replace_uses, same, shape
-from rarefy.compiler.passes.matchers import args_of_pair, before_head_split
+from rarefy.compiler.passes.matchers import args_of_pair, before_head_split, size_node
+
+INSERTED = "rope"  # a note on nodes that several layers share
 
 
 def fuse_rope(exported: ExportedGraph, node: Node) -> None:
@@ -19,9 +21,12 @@ def fuse_rope(exported: ExportedGraph, node: Node) -> None:
         for x, cos in _factor_pairs(plain):
             for halves, sin in _factor_pairs(rotated):
                 y = before_head_split(x)
-                if y is not None and _swaps_halves(halves, x) and _are_angles(cos, x) and _are_angles(sin, x):
+                if y is None or not _swaps_halves(halves, x):
+                    continue
+                angles = [_angles(exported, node, a, x) for a in (cos, sin)]
+                if None not in angles:
                     heads, head_dim = shape(x)[1], shape(x)[3]
-                    new = insert_before(exported, node, ops.rope, y, cos.args[0], sin.args[0], heads)
+                    new = insert_before(exported, node, ops.rope, y, *angles, heads)
                     split = insert_before(exported, node, aten.unflatten.int, new, 2, [heads, head_dim])
                     replace_uses(exported, node, insert_before(exported, node, aten.transpose.int, split, 1, 2))
                     return
@@ -50,9 +55,29 @@ def _swaps_halves(node: Node, x: Node) -> bool:
     )
 
 
-def _are_angles(node: Node, x: Node) -> bool:
-    """Return whether a node is [batch, 1, tokens, head_dim], unsqueezed from [batch, tokens, head_dim]."""
-    if node.target is not aten.unsqueeze.default or node.args[1] != 1 or dtype_of(node) != torch.float32:
-        return False
-    angles, heads = shape(node.args[0]), shape(x)
-    return len(angles) == 3 and same(angles, (heads[0], heads[2], heads[3]))
+def _angles(exported: ExportedGraph, before: Node, node: Node, x: Node) -> Node | None:
+    """Return angles [batch, tokens, head_dim] for a node [batch or 1, 1, tokens, head_dim] that multiplies heads x."""
+    batch, _, tokens, head_dim = shape(x)
+    if len(shape(node)) != 4 or dtype_of(node) != torch.float32 or not same(shape(node)[1:], (1, tokens, head_dim)):
+        return None
+    unsqueezed = node.target is aten.unsqueeze.default and node.args[1] in (1, -3)
+    angles = node.args[0] if unsqueezed else _known_user(node, aten.squeeze.dim)
+    if angles is None:
+        angles = insert_before(exported, before, aten.squeeze.dim, node, 1)
+        angles.meta[INSERTED] = True
+    if same(shape(angles)[:1], (batch,)):
+        return angles
+    known = _known_user(angles, aten.repeat.default)
+    count = size_node(exported, before, batch) if known is None else None
+    if known is not None or shape(angles)[0] != 1 or count is None:
+        return known
+    with exported.graph.inserting_before(before):
+        repeated = exported.graph.call_function(aten.repeat.default, (angles, [count, 1, 1]))
+    repeated.meta[INSERTED] = True
+    repeated.meta["val"] = torch.empty((batch, tokens, head_dim), device="meta")
+    return repeated
+
+
+def _known_user(node: Node, target: Any) -> Node | None:
+    """Return what an earlier match of this pass inserted after a node."""
+    return next((u for u in node.users if u.target is target and u.meta.get(INSERTED)), None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, is_node, same, shape
+from rarefy.compiler.passes.matchers import size_node
 
 
 def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node, Node] | None:
@@ -31,7 +32,7 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
     inner, (images, windows, heads, *tokens) = split.args[0], shape(split)
     if not same(shape(inner), shape(scores)) or tuple(mask.shape) != (1, windows, 1, *tokens):
         return None
-    count = _count_node(exported, node, images)
+    count = size_node(exported, node, images)
     if count is None:
         return None
     mask = mask[0]
@@ -48,17 +49,3 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
 
 def _constant(exported: ExportedGraph, x: Any) -> Any:
     return exported.constants.get(x.name) if is_node(x) else None
-
-
-def _count_node(exported: ExportedGraph, before: Node, images: Any) -> Any:
-    """Return a number or a node for the number of images, read from an input's shape; None where no input has it."""
-    if isinstance(images, int):
-        return images
-    for x in exported.inputs:
-        for dim, size in enumerate(shape(x)):
-            if str(size) == str(images):
-                with exported.graph.inserting_before(before):
-                    count = exported.graph.call_function(aten.sym_size.int, (x, dim))
-                count.meta["val"] = size
-                return count
-    return None
