@@ -1,6 +1,7 @@
 // Attention as a step of a program on column tiles, with products in fp32, bf16 or int8.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -186,14 +187,36 @@ inline int run_bounded_attention(const rarefy_kernel_table& t, const rarefy_atte
   return RAREFY_OK;
 }
 
+// Whether a mask hides every key from a query by -infinity.
+inline bool sees_nothing(const rarefy_attention& a, const float* mask, int64_t query) {
+  const int64_t keys = a.causal ? std::min(a.keys, query + 1) : a.keys;
+  mask += query * a.mask_query_stride;
+  for (int64_t key = 0; key < keys; ++key)
+    if (mask[key * a.mask_key_stride] != -INFINITY) return false;
+  return true;
+}
+
+// Zeros, as in torch, for the queries from `from` to `to` that see nothing; the kernels let them see all keys alike.
+inline void clear_unseeing(const rarefy_attention& a, int64_t sequence, int64_t head, int64_t from, int64_t to) {
+  if (!a.mask) return;
+  const float* mask = a.mask + sequence * a.mask_batch_stride + head * a.mask_head_stride;
+  for (int64_t query = from; query < to; ++query) {
+    if (!sees_nothing(a, mask, query)) continue;
+    const int64_t column = sequence * a.seq_stride + query;
+    float* out = a.out + column / TILE_COLS * a.out_stride + head * a.head_dim * TILE_COLS + column % TILE_COLS;
+    for (int64_t d = 0; d < a.head_dim; ++d) out[d * TILE_COLS] = 0.0f;
+  }
+}
+
 inline int run_int8_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
   const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), sequence = part / pieces / a.heads;
   const int64_t queries = a.bounds ? a.bounds[2 * sequence + 1] : a.queries, from = part % pieces * TILE_COLS;
   if (from >= queries) return RAREFY_OK;
   const ScratchBuffer<1> scratch(size_t(t.int8_attention_words(a)) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
-  t.int8_attention(a, sequence, part / pieces % a.heads, from,
-                   pieces == 1 ? queries : std::min(queries, from + TILE_COLS), static_cast<uint32_t*>(scratch.data));
+  const int64_t head = part / pieces % a.heads, to = pieces == 1 ? queries : std::min(queries, from + TILE_COLS);
+  t.int8_attention(a, sequence, head, from, to, static_cast<uint32_t*>(scratch.data));
+  if (!a.bounds) clear_unseeing(a, sequence, head, from, to);
   return RAREFY_OK;
 }
 
@@ -203,7 +226,11 @@ inline int run_attention(const rarefy_kernel_table& t, const rarefy_attention& a
   const int64_t pieces = packs_keys_once(a) ? 1 : attention_tiles(a), head = part / pieces % a.heads;
   const int64_t sequence = part / pieces / a.heads, first = sequence * a.seq_stride;
   const int64_t tile = first / TILE_COLS + part % pieces, tiles = ceil_div(first + a.queries, TILE_COLS);
-  return attend_tiles(t, a, sequence, head, tile, pieces == 1 ? tiles : std::min(tile + 1, tiles));
+  const int64_t end = pieces == 1 ? tiles : std::min(tile + 1, tiles);
+  const int code = attend_tiles(t, a, sequence, head, tile, end);
+  clear_unseeing(a, sequence, head, std::max<int64_t>(0, tile * TILE_COLS - first),
+                 std::min(a.queries, end * TILE_COLS - first));
+  return code;
 }
 
 }  // namespace

@@ -49,6 +49,13 @@ __m512i widen_elements(V v) {
   return bit_cast_to<__m512i>(out);
 }
 
+// Store the bytes of v where the mask has bits.
+inline void store_masked_bytes(void* p, uint64_t mask, __m512i v) {
+  const auto in = bit_cast_to<elements<uint8_t, 64>>(v);
+  for (int i = 0; i < 64; ++i)
+    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = in.of[i];
+}
+
 // Add in the order of _mm512_reduce_add: halves onto halves.
 template <class T, class V>
 T reduce_elements(V v) {
@@ -86,11 +93,13 @@ __m512 reduce_to_fraction(__m512 v, int) {  // its only use: v - floor(v)
 #define _load_mask32 load_mask
 #define _load_mask64 load_mask
 #define _mm512_cvtepi8_epi32 widen_elements<int32_t, int8_t, 16>
+#define _mm512_cvtepu8_epi32 widen_elements<int32_t, uint8_t, 16>
 #define _mm512_cvtepu8_epi16 widen_elements<uint16_t, uint8_t, 32>
 #define _mm512_cvtne2ps_pbh round_both_to_bf16
 #define _mm512_mask_expand_ps expand_elements<float, 16>
 #define _mm512_mask_expand_epi16 expand_elements<uint16_t, 32>
 #define _mm512_mask_expand_epi8 expand_elements<uint8_t, 64>
+#define _mm512_mask_storeu_epi8 store_masked_bytes
 #define _mm512_reduce_ps reduce_to_fraction
 #define _mm512_reduce_add_epi32 reduce_elements<int32_t>
 #define _mm512_reduce_add_ps reduce_elements<float>

@@ -46,14 +46,30 @@ inline int run_nhwc_map(const rarefy_kernel_table& t, const rarefy_step& s, int6
   return RAREFY_OK;
 }
 
+// Channels of each pixel of a row in another order. Where they follow each other, they are copied at once.
+inline void select_channels(const uint8_t* x, const rarefy_nhwc& c, uint8_t* out) {
+  int64_t run = 1;
+  while (run < c.num_order && c.order[run] == c.order[0] + run) ++run;
+  for (int64_t i = 0; i < c.in.width; ++i, x += c.in.pixel_bytes, out += c.out.pixel_bytes) {
+    const float* from = reinterpret_cast<const float*>(x);
+    float* to = reinterpret_cast<float*>(out);
+    std::memcpy(to, from + c.order[0], size_t(run) * 4);
+    for (int64_t j = run; j < c.num_order; ++j) to[j] = from[c.order[j]];
+  }
+}
+
 // One row of an image: its channels go to those of a wider image from `first_channel` on.
 inline void run_nhwc_copy(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_nhwc& c = *s.nhwc;
   const int64_t image = part / c.in.height, y = part % c.in.height;
   const uint8_t* x = nhwc_codes(s.x) + nhwc_at(c.in, image, y, 0);
   uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y, 0) + c.first_channel * 4;
-  for (int64_t i = 0; i < c.in.width; ++i, x += c.in.pixel_bytes, out += c.out.pixel_bytes)
-    std::memcpy(out, x, size_t(c.in.channels) * 4);
+  if (c.order) {
+    select_channels(x, c, out);
+  } else {
+    for (int64_t i = 0; i < c.in.width; ++i, x += c.in.pixel_bytes, out += c.out.pixel_bytes)
+      std::memcpy(out, x, size_t(c.in.channels) * 4);
+  }
   if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, y, y + 1);
 }
 

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 19 };
+enum { RAREFY_ABI_VERSION = 20 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -207,7 +207,7 @@ enum rarefy_op {
   RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions
   // On fp32 NHWC images (nhwc_channels.hpp):
   RAREFY_OP_NHWC_MAP = 25,     // out_codes = act(x * gamma + bias + residual), or x * other of its image
-  RAREFY_OP_NHWC_COPY = 26,    // channels of out_codes from nhwc->first_channel on = x
+  RAREFY_OP_NHWC_COPY = 26,    // channels of out_codes from nhwc->first_channel on = x, in nhwc->order
   RAREFY_OP_NHWC_MEAN = 27,    // out = means over the pixels of each image x
   RAREFY_OP_NHWC_UNPACK = 28,  // out = the image x in tiles
   RAREFY_OP_COUNT = 29,
@@ -291,11 +291,13 @@ struct rarefy_nhwc {
   // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]; of fp32
   // images fp32: [segments][tap_columns][outputs]
   const uint32_t* taps;
-  int64_t tap_columns;    // of the kernel; a segment is one of its rows
+  int64_t tap_columns;  // of the kernel; a segment is one of its rows
   // NHWC_CONV of fp32 in groups, else 0: outputs of one, a multiple of 16, and inputs. The last group may have fewer.
   int64_t group_outputs, group_channels;
   const rarefy_nhwc_block* last_blocks;  // of the last group
-  int64_t first_channel;  // NHWC_COPY, NHWC_* of fp32: where x or the outputs begin in a pixel of `out`
+  int64_t first_channel;                 // NHWC_COPY, NHWC_* of fp32: where x or the outputs begin in a pixel of `out`
+  const int64_t* order;                  // NHWC_COPY: the channels of x that are copied; null: all, as they are
+  int64_t num_order;
 };
 
 struct rarefy_step {
@@ -308,16 +310,16 @@ struct rarefy_step {
   int32_t two_terms;       // CONVERT to int8: behind the codes, those of what rounding lost, in scale / LOST_STEPS
   int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;        // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
-  int32_t store_values;                   // KV_STORE: x are values; 0: keys
-  int32_t whole_columns;                  // LINEAR of bf16, int8: a part is a column tile with all rows
-  int32_t codes_dtype;                    // rarefy_dtype of `out_codes`: bf16 or int8
-  int32_t in_zero;                        // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
-  int32_t codes_zero;                     // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
-  float in_scale;                         // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
-  float codes_scale;                      // as codes_zero, of int8: one scale for all; 0: one for each column
-  float eps;                              // NORM, GROUP_NORM: added to the variance
-  float pad_value;                        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
-  const void* weight;                     // LINEAR; NHWC_CONV where it is sparse, else null
+  int32_t store_values;    // KV_STORE: x are values; 0: keys
+  int32_t whole_columns;   // LINEAR of bf16, int8: a part is a column tile with all rows
+  int32_t codes_dtype;     // rarefy_dtype of `out_codes`: bf16 or int8
+  int32_t in_zero;         // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
+  int32_t codes_zero;      // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
+  float in_scale;          // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
+  float codes_scale;       // as codes_zero, of int8: one scale for all; 0: one for each column
+  float eps;               // NORM, GROUP_NORM: added to the variance
+  float pad_value;         // PAD_PLANES: value outside the image; int8 planes are padded with zeros
+  const void* weight;      // LINEAR; NHWC_CONV where it is sparse, else null
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;

@@ -10,6 +10,7 @@ from helpers.compile_models import equal
 from rarefy.compiler import ops
 from rarefy.compiler.operators import channels
 from rarefy.compiler.operators.spec import Call
+from rarefy.compiler.operators.table import BY_NAME
 from rarefy.compiler.subgraph import FusedSubgraph
 from rarefy.runtime import bindings
 from rarefy.runtime.reference import ACTIVATIONS
@@ -423,3 +424,65 @@ def test_instance_norm_with_running_statistics():
     net = Between(nn.InstanceNorm2d(9, track_running_stats=True), 9).eval()
     compiled = equal(net, torch.randn(2, 5, 7, 9))
     assert "group_norm" not in {n.target.__name__ for n in compiled.exported.graph.nodes if n.op == "call_function"}
+
+
+def shuffled(x, groups=2):
+    batch, channels, height, width = x.shape
+    x = x.view(batch, groups, channels // groups, height, width)
+    return x.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+ORDERS = {  # functions of images of 12 channels, and the channels that they return
+    "shuffle": (shuffled, 12),
+    "shuffle in four": (lambda x: shuffled(x, 4), 12),
+    "torch's shuffle": (nn.ChannelShuffle(3), 12),
+    "slice": (lambda x: x[:, 2:9], 7),
+    "slice from the end": (lambda x: x[:, -5:], 5),
+    "every third": (lambda x: x[:, 1::3], 4),
+    "gate": (lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(), 6),
+    "split": (lambda x: torch.cat([*x.split([5, 4, 3], 1)][::-1], 1), 12),
+    "halves of a shuffle": (lambda x: torch.cat([F.relu(t) for t in shuffled(x).chunk(2, 1)], 1), 12),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_channels_in_another_order(isa, name):
+    function, outer = ORDERS[name]
+    assert "select_channels" in check(function, 12, outer)
+
+
+def test_a_selection_of_a_selection_is_one():
+    run = check(lambda x: shuffled(x)[:, 3:9][:, ::2], 12, 3)
+    assert run.count("select_channels") == 1
+
+
+@pytest.mark.parametrize("follower", [nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2)])
+def test_channels_in_another_order_are_read_in_tiles_and_pixel_by_pixel(isa, follower):
+    for function in (lambda x: follower(x[:, 1:5]), lambda x: follower(shuffled(x)[:, 8:])):
+        equal(Between(function, 12, 4).eval(), torch.randn(3, 5, 8, 8))
+
+
+def test_rows_are_not_taken_for_channels():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.layer(self.layer(x)[:, 1:3])
+
+    compiled = equal(Heads().eval(), torch.randn(2, 4, 5, 12))
+    assert "select_channels" not in native_ops(compiled)
+
+
+@pytest.mark.parametrize("order", [[], [0, 12], [-1, 0]])
+def test_an_order_of_channels_must_exist(order):
+    spec, index = BY_NAME["select_channels"], torch.tensor(order, dtype=torch.int64)
+    graph = torch.fx.Graph()
+    node = graph.call_function(ops.select_channels, (graph.placeholder("x"), graph.placeholder("order")))
+    call = Call(node, ((2, 12, 4, 4),), None, None, {"order": index}, {})
+    if order:
+        assert not spec.fits(call)
+    else:
+        with pytest.raises(ValueError, match="expected an order"):
+            spec.check_weights(call)

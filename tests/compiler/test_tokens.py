@@ -253,3 +253,46 @@ def test_a_batch_of_a_fixed_size_is_not_split(precision):
     fast = rarefy.compile(net, x, precision=precision)
     assert {"pixels_to_tokens", "tokens_to_pixels"} <= set(fast.counts()[1])
     assert (fast(x) - net(x)).norm() < 0.03 * net(x).norm()
+
+
+class Mixer(nn.Module):
+    """A layer across tokens (Tolstikhin et al. 2021), written with transpose or permute."""
+
+    def __init__(self, swap, tokens=7, features=20):
+        super().__init__()
+        self.norm, self.across = nn.LayerNorm(features), nn.Linear(tokens, tokens)
+        self.along, self.swap = nn.Linear(features, features), swap
+
+    def forward(self, x):
+        x = x + self.swap(self.across(self.swap(self.norm(x))))
+        return x + self.along(x)
+
+
+@pytest.mark.parametrize("swap", [lambda x: x.transpose(1, 2), lambda x: x.permute(0, 2, 1), lambda x: x.mT])
+def test_layers_across_tokens_run_in_one_call(isa, swap):
+    net = nn.Sequential(nn.Linear(9, 20), Mixer(swap), Mixer(swap)).eval()
+    compiled = equal(net, torch.randn(2, 7, 9))
+    assert compiled.counts()[0] == 1 and compiled.counts()[1]["swap_features"] == 4
+    for batch in (1, 3, 70):
+        x = torch.randn(batch, 7, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_across_tokens_beside_attention(isa):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(20, 4, 40, batch_first=True)
+            self.mixer = Mixer(lambda x: x.transpose(1, 2))
+
+        def forward(self, x):
+            return self.mixer(self.block(x))
+
+    net = Net().eval()
+    compiled = rarefy.compile(net, torch.randn(2, 7, 20), tune=False)
+    for batch in (1, 3, 9):
+        x = torch.randn(batch, 7, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    assert "swap_features" in compiled.counts()[1]

@@ -28,6 +28,7 @@ from rarefy.compiler.passes import (
     attention,
     attention_formulas,
     attention_heads,
+    channel_order,
     channels,
     cleanup,
     conv,
@@ -103,10 +104,13 @@ PASSES = (
     channels.convert_norm,
     channels.convert_group_norm,
     channels.convert_concat,
+    channel_order.convert_shuffle,
+    channel_order.convert_slice,
     quantization.delay_fake_quantize,
     # attention in other layouts, and whole tokens that change their places
     attention_heads.convert_heads,
     tokens.convert_moves,
+    tokens.convert_swap,
     # activations and residual sums move into the layer before them: at most one of each kind a run
     fusion.fuse_epilogue,
     fusion.fuse_epilogue,

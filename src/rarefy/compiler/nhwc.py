@@ -34,7 +34,7 @@ FP32 = "fp32"  # in place of a grid: numbers
 
 POOLS = ("max_pool2d", "max_pool2d_ceil")
 MEANS = ("global_avg_pool", "image_mean")
-MAPS = ("add", "activation", "channel_affine", "channel_scale", "concat")  # that run on NHWC numbers too
+MAPS = ("add", "activation", "channel_affine", "channel_scale", "concat", "select_channels")  # on NHWC numbers too
 
 Format = ActivationQuant | Literal["fp32"]
 
@@ -68,6 +68,8 @@ class Nhwc(Structure):
         *[(n, c_int64) for n in ("tap_columns", "group_outputs", "group_channels")],
         ("last_blocks", c_void_p),
         ("first_channel", c_int64),
+        ("order", c_void_p),
+        ("num_order", c_int64),
     ]
 
 

@@ -67,6 +67,29 @@ def lower_concat(p: Program, node: Node) -> bool:
     return True
 
 
+def lower_select(p: Program, node: Node) -> bool:
+    """Add the step of channels in another order, if it runs on NHWC numbers; return whether it does."""
+    if output_format(p, node) is None:
+        return False
+    _select(p, node)
+    return True
+
+
+def lower_select_into_tiles(p: Program, node: Node) -> None:
+    """Add the steps of channels in another order whose output is read in tiles."""
+    _unpack(p, node, _select(p, node))
+
+
+def _select(p: Program, node: Node) -> Codes:
+    x, order = node.args
+    source, taken = codes_of(p, x, FP32), p.constants[order.name].contiguous()
+    step = Nhwc(input=source.image, order=taken.data_ptr(), num_order=len(taken))
+    p.held += [step, taken]
+    operands = {"x": p.use(source.value), "out_codes": p.use(set_out(p, step, node, FP32))}
+    p.step("nhwc_copy", p.image_tokens(node), nhwc=addressof(step), **operands)
+    return p.nhwc[node, FP32]
+
+
 def lower_mean(p: Program, node: Node) -> bool:
     """Add the step of means over pixels, if there is an NHWC image of numbers; return whether there is."""
     source = p.nhwc.get((node.args[0], FP32))

@@ -53,6 +53,11 @@ def concat(
     return torch.cat([t for t in (a, b, c, d, e, f, g, h) if t is not None], 1)
 
 
+def select_channels(x: Tensor, order: Tensor) -> Tensor:
+    """Return channels of x [batch, channels, height, width] in the order of an int64 index."""
+    return x[:, order]
+
+
 def _lower_channel_affine(p: Program, node: Node) -> None:
     x, scale, bias, act = node.args
     if nhwc_channels.lower_map(p, node, x, act, scale=scale, bias=bias):
@@ -96,6 +101,17 @@ def _lower_concat(p: Program, node: Node) -> None:
         first += source.features
 
 
+def _lower_select_channels(p: Program, node: Node) -> None:
+    if nhwc_channels.lower_select(p, node):
+        return
+    x, order = node.args
+    taken = p.constants[order.name]
+    if torch.equal(taken, taken[0] + torch.arange(len(taken))):
+        p.values[node] = Part(p.values[x], int(taken[0]), len(taken))
+    else:
+        nhwc_channels.lower_select_into_tiles(p, node)
+
+
 def _constants_fit(call: Call) -> bool:
     """Return whether all constants are fp32 vectors, one number for each channel."""
     constants = [call.constants[n.name] for n in call.node.args[1:3] if n is not None]
@@ -119,6 +135,23 @@ def _concat_fits(call: Call) -> bool:
 def _concat_shape(call: Call) -> Shape:
     x = call.shapes[0]
     return (x[0], sum(s[1] for s in call.shapes), *x[2:])
+
+
+def _selection_fits(call: Call) -> bool:
+    order = call.constants[call.node.args[1].name]
+    return is_image(call) and int(order.min()) >= 0 and int(order.max()) < call.shapes[0][1]
+
+
+def _selected_shape(call: Call) -> Shape:
+    batch, _, *size = call.shapes[0]
+    return (batch, len(call.constants[call.node.args[1].name]), *size)
+
+
+def _check_order(call: Call) -> None:
+    order = call.constants[call.node.args[1].name]
+    if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
+        dtype = str(order.dtype).removeprefix("torch.")
+        raise ValueError(f"expected an order of int64 [channels], got {dtype} {list(order.shape)}")
 
 
 def _check_vectors(call: Call) -> None:
@@ -174,5 +207,14 @@ OPERATORS = (
         fits=_concat_fits,
         out_shape=_concat_shape,
         layout=PIXELS,
+    ),
+    OpSpec(
+        reference=select_channels,
+        arguments=("tensor", "constant"),
+        lower=_lower_select_channels,
+        fits=_selection_fits,
+        out_shape=_selected_shape,
+        layout=PIXELS,
+        check_weights=_check_order,
     ),
 )

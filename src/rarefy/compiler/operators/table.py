@@ -15,9 +15,10 @@ from rarefy.compiler.operators import (
     norm,
     pooling,
     tokens,
+    transpose,
 )
 from rarefy.compiler.operators.spec import OpSpec
 
-FILES = (linear, conv, attention, elementwise, norm, pooling, channels, tokens, embedding, fake_quantize)
+FILES = (linear, conv, attention, elementwise, norm, pooling, channels, tokens, transpose, embedding, fake_quantize)
 BY_NAME: dict[str, OpSpec] = {spec.name: spec for file in FILES for spec in file.OPERATORS}
 BY_TARGET: dict[Any, OpSpec] = {spec.reference: spec for spec in BY_NAME.values()}  # by what a graph's node calls

@@ -14,7 +14,6 @@ from rarefy.compiler.fx_utils import (
     Node,
     add_constant,
     aten,
-    dtype_of,
     is_node,
     keep_layer,
     replace_node,
@@ -23,21 +22,15 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.operators.channels import MAX_CONCATENATED
-from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.activation import LIMITS
 from rarefy.compiler.passes.conv import EPS_ARGUMENT
 from rarefy.compiler.passes.linear import scaled_weights
-from rarefy.compiler.passes.matchers import only_user
+from rarefy.compiler.passes.matchers import is_image, is_of_images, only_user
 
 ROW_OPERATORS = (ops.linear, ops.norm, ops.activation, ops.add, ops.mul)
 MAX_ROW_OPERATORS = 64
 TO_ROWS, TO_IMAGES = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations of [batch, channels, height, width], and back
-
-
-def _is_image(x: Any) -> bool:
-    """Return whether an argument is a computed value [batch, channels, height, width] in fp32."""
-    return is_node(x) and len(shape(x)) == 4 and dtype_of(x) == torch.float32
 
 
 def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
@@ -54,7 +47,7 @@ def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
 def fold_channel_scale(exported: ExportedGraph, node: Node) -> None:
     """Fold a constant for each channel that multiplies a convolution's outputs into its weight and bias, and one that
     multiplies a linear layer's whose rows become an image."""
-    if node.target is not aten.mul.Tensor or not _is_image(node) or node.kwargs:
+    if node.target is not aten.mul.Tensor or not is_image(node) or node.kwargs:
         return
     for y, scale in (node.args, node.args[::-1]):
         if is_node(y) and y.target is aten.permute.default and list(y.args[1]) == TO_IMAGES and len(y.users) == 1:
@@ -81,7 +74,7 @@ def convert_batch_norm(exported: ExportedGraph, node: Node) -> None:
         return
     x, *norm = node.args[:5]
     batch_statistics = node.target is aten.batch_norm.default and node.args[5]
-    if not _is_image(outer) or batch_statistics or (outer is not node and len(node.users) > 1):
+    if not is_image(outer) or batch_statistics or (outer is not node and len(node.users) > 1):
         return
     if any(n is not None and n.name not in exported.constants for n in norm) or None in norm[2:]:
         return
@@ -95,18 +88,18 @@ def convert_batch_norm(exported: ExportedGraph, node: Node) -> None:
 
 def convert_constants(exported: ExportedGraph, node: Node) -> None:
     """Convert sums and products of an image and a constant for each channel, and differences of two images."""
-    if node.target is aten.div.Tensor and _is_image(node) and not node.kwargs and not is_node(node.args[1]):
+    if node.target is aten.div.Tensor and is_image(node) and not node.kwargs and not is_node(node.args[1]):
         node.target, node.args = aten.mul.Tensor, (node.args[0], 1 / node.args[1])
-    if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or not _is_image(node) or node.kwargs:
+    if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or not is_image(node) or node.kwargs:
         return
     x, y = node.args
     if node.target is aten.mul.Tensor or node.target is aten.add.Tensor:
         x, y = (y, x) if is_node(x) and x.name in exported.constants else (x, y)
-    computed = _is_image(x) and x.target in BY_TARGET and same(shape(x), shape(node))
+    computed = is_image(x) and x.target in BY_TARGET and same(shape(x), shape(node))
     vector = _vector(exported, y, shape(node)[1])
     if not computed or not (vector is not None or _is_difference(exported, node, y)):
         return
-    if not is_node(y) and not _is_of_images(x):
+    if not is_node(y) and not is_of_images(x):
         return
     if vector is None:
         channels = int(shape(node)[1])
@@ -142,28 +135,18 @@ def fold_affine(exported: ExportedGraph, node: Node) -> None:
 
 def convert_unit_clamp(exported: ExportedGraph, node: Node) -> None:
     """Convert clamp(x, 0, 1) of an image to a hard sigmoid of 6 x - 3, whose factors the operator before can take."""
-    if node.target not in LIMITS or node.kwargs or tuple(node.args[1:]) != (0, 1) or not _is_image(node):
+    if node.target not in LIMITS or node.kwargs or tuple(node.args[1:]) != (0, 1) or not is_image(node):
         return
     x, channels = node.args[0], shape(node)[1]
-    if is_node(x) and _is_of_images(x) and str(channels).isdigit():
+    if is_node(x) and is_of_images(x) and str(channels).isdigit():
         n = int(channels)  # type: ignore[call-overload]
         moved = _affine(exported, node, x, torch.full((n,), 6.0), torch.full((n,), -3.0))
         replace_node(exported, node, ops.activation, moved, "hardsigmoid")
 
 
-def _is_of_images(x: Node) -> bool:
-    """Return whether a value comes from an operator on images, through elementwise ones; rows can be 4D too."""
-    while x.target in BY_TARGET:
-        layout = BY_TARGET[x.target].layout
-        if layout != ELEMENTWISE:
-            return layout in (IMAGES, PIXELS, ROWS_TO_IMAGES)
-        x = x.args[0]  # type: ignore[assignment]
-    return False
-
-
 def _is_difference(exported: ExportedGraph, node: Node, y: Any) -> bool:
     """Return whether a node subtracts a computed image of its own shape, y."""
-    computed = _is_image(y) and y.name not in exported.constants and same(shape(y), shape(node))
+    computed = is_image(y) and y.name not in exported.constants and same(shape(y), shape(node))
     return node.target is aten.sub.Tensor and computed and str(shape(node)[1]).isdigit()
 
 
@@ -178,7 +161,7 @@ def _affine(exported: ExportedGraph, before: Node, x: Node, scale: Tensor, shift
 
 def convert_mean(exported: ExportedGraph, node: Node) -> None:
     """Convert means over all pixels that keep their dimensions."""
-    if not _is_image(node) or shape(node)[2:] != (1, 1) or not node.args or not _is_image(node.args[0]):
+    if not is_image(node) or shape(node)[2:] != (1, 1) or not node.args or not is_image(node.args[0]):
         return
     x = node.args[0]
     dims = node.args[1] if node.target is aten.mean.dim and not node.kwargs else None
@@ -189,10 +172,10 @@ def convert_mean(exported: ExportedGraph, node: Node) -> None:
 
 def convert_scale(exported: ExportedGraph, node: Node) -> None:
     """Convert a product of an image and a number for each of its channels, as squeeze-and-excitation has it."""
-    if node.target is not aten.mul.Tensor or not _is_image(node) or node.kwargs:
+    if node.target is not aten.mul.Tensor or not is_image(node) or node.kwargs:
         return
     for x, factor in (node.args, node.args[::-1]):
-        computed = _is_image(x) and _is_image(factor) and not {x.name, factor.name} & set(exported.constants)
+        computed = is_image(x) and is_image(factor) and not {x.name, factor.name} & set(exported.constants)
         if computed and shape(factor)[2:] == (1, 1) and same(shape(x), shape(node)):
             if same(shape(x)[:2], shape(factor)[:2]):
                 replace_node(exported, node, ops.channel_scale, x, factor)
@@ -201,7 +184,7 @@ def convert_scale(exported: ExportedGraph, node: Node) -> None:
 
 def convert_norm(exported: ExportedGraph, node: Node) -> None:
     """Fuse a norm between two permutations into a norm over the channels of images."""
-    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not _is_image(node):
+    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not is_image(node):
         return
     norm = node.args[0]
     if norm.target is not ops.norm or only_user(norm) is not node or norm.args[5] != 1:
@@ -213,7 +196,7 @@ def convert_norm(exported: ExportedGraph, node: Node) -> None:
 
 def convert_group_norm(exported: ExportedGraph, node: Node) -> None:
     """Convert GroupNorm and InstanceNorm of images with a constant scale and bias for each channel, or none."""
-    if node.target not in (aten.group_norm.default, aten.instance_norm.default) or not _is_image(node) or node.kwargs:
+    if node.target not in (aten.group_norm.default, aten.instance_norm.default) or not is_image(node) or node.kwargs:
         return
     if node.target is aten.group_norm.default:
         x, groups, *rest = node.args
@@ -230,13 +213,13 @@ def convert_group_norm(exported: ExportedGraph, node: Node) -> None:
 
 def convert_concat(exported: ExportedGraph, node: Node) -> None:
     """Convert a concatenation of the channels of images."""
-    if node.target is not aten.cat.default or not _is_image(node) or (*node.args, 0)[1] not in (1, -3):
+    if node.target is not aten.cat.default or not is_image(node) or (*node.args, 0)[1] not in (1, -3):
         return
     images: list[Any] = [*node.args[0]]
     if len(images) == 1:
         replace_uses(exported, node, images[0])
         return
-    if not all(_is_image(x) and x.name not in exported.constants for x in images):
+    if not all(is_image(x) and x.name not in exported.constants for x in images):
         return
     while len(images) > MAX_CONCATENATED:
         with exported.graph.inserting_before(node):
@@ -248,7 +231,7 @@ def convert_concat(exported: ExportedGraph, node: Node) -> None:
 
 def rows_to_images(exported: ExportedGraph, node: Node) -> None:
     """Let operators on rows between two permutations run on the image itself: linear layers as 1x1 convolutions."""
-    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not _is_image(node):
+    if node.target is not aten.permute.default or list(node.args[1]) != TO_IMAGES or not is_image(node):
         return
     inside: dict[Node, None] = {}
     if not _collect_rows(node.args[0], inside) or any(
@@ -278,7 +261,7 @@ def _collect_rows(node: Any, inside: dict[Node, None]) -> bool:
 
 def _permuted_image(x: Any) -> Any:
     """Return the image that a node permutes to rows, None for anything else."""
-    if is_node(x) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS and _is_image(x.args[0]):
+    if is_node(x) and x.target is aten.permute.default and list(x.args[1]) == TO_ROWS and is_image(x.args[0]):
         return x.args[0]
     return None
 

@@ -36,12 +36,14 @@ FILLED = {  # calls that need only the type of their first argument
 
 def remove_noop(exported: ExportedGraph, node: Node) -> None:
     """Remove assertions, copies, conversions to the same type, full slices, views to the same shape, and tensors that
-    are overwritten completely."""
+    are overwritten completely; write views and transposes in one way."""
     if node.target in ASSERTIONS:
         exported.graph.erase_node(node)
         return
     if node.target in VIEWS:
         node.target = aten.reshape.default  # a view may fail once a copy before it is removed
+    if node.target is aten.mT.default:
+        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
     if node.target in OVERWRITES:
         x, source, *rest = node.args
         backwards = len(rest) == 4 and rest[3] != 1

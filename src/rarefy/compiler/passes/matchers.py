@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, same, shape
+from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, dtype_of, is_node, same, shape
+from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, PIXELS, ROWS_TO_IMAGES
+from rarefy.compiler.operators.table import BY_TARGET
 
 
 def swaps_heads_and_tokens(x: Node) -> bool:
@@ -60,3 +63,18 @@ def size_node(exported: ExportedGraph, before: Node, wanted: Any) -> Any:
                 node.meta["val"] = size
                 return node
     return None
+
+
+def is_image(x: Any) -> bool:
+    """Return whether an argument is a computed value [batch, channels, height, width] in fp32."""
+    return is_node(x) and len(shape(x)) == 4 and dtype_of(x) == torch.float32
+
+
+def is_of_images(x: Node) -> bool:
+    """Return whether a value comes from an operator on images, through elementwise ones; rows can be 4D too."""
+    while x.target in BY_TARGET:
+        layout = BY_TARGET[x.target].layout
+        if layout != ELEMENTWISE:
+            return layout in (IMAGES, PIXELS, ROWS_TO_IMAGES)
+        x = x.args[0]  # type: ignore[assignment]
+    return False

@@ -74,7 +74,7 @@ def _angles(exported: ExportedGraph, before: Node, node: Node, x: Node) -> Node 
     with exported.graph.inserting_before(before):
         repeated = exported.graph.call_function(aten.repeat.default, (angles, [count, 1, 1]))
     repeated.meta[INSERTED] = True
-    repeated.meta["val"] = torch.empty((batch, tokens, head_dim), device="meta")
+    repeated.meta["val"] = x.meta["val"].new_empty((batch, tokens, head_dim))
     return repeated
 
 

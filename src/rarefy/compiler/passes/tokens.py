@@ -18,6 +18,7 @@ from rarefy.compiler.fx_utils import (
     dtype_of,
     is_node,
     keep_layer,
+    replace_node,
     shape,
 )
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS, ROWS_TO_IMAGES
@@ -221,3 +222,16 @@ def _replace(exported: ExportedGraph, node: Node, source: Node, moved: Node, ind
     for user in list(moved.users):
         if in_programs(user) and _is_image(user, moved) == to_image:
             user.replace_input_with(moved, new)
+
+
+def convert_swap(exported: ExportedGraph, node: Node) -> None:
+    """Convert a transpose [batch, features, tokens] between operators of the engine."""
+    x = node.args[0] if node.args else None
+    if not is_node(x) or x.target not in BY_TARGET or len(shape(x)) != 3 or dtype_of(x) != torch.float32:
+        return
+    if node.target is aten.permute.default:
+        swaps = [d % 3 for d in node.args[1]] == [0, 2, 1]
+    else:
+        swaps = node.target is aten.transpose.int and sorted(d % 3 for d in node.args[1:]) == [1, 2]
+    if swaps and any(u.target in BY_TARGET for u in node.users):
+        replace_node(exported, node, ops.swap_features, x)
