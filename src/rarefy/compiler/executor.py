@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, first_line
 from rarefy.compiler import io_names
 from rarefy.compiler.export import MAX_SIZE, layer_names
+from rarefy.compiler.flat_calls import count_flat_arguments, flat_tensors, rebuilder
 from rarefy.compiler.fx_utils import ExportedGraph, Node, is_node
 from rarefy.compiler.in_place import overwriting
 from rarefy.compiler.kernel_selection import compact
@@ -98,6 +99,8 @@ class Compiled:
         spec: Any = exported.in_spec
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
+        self.flat_arguments, self.rebuild = count_flat_arguments(spec), rebuilder(exported.out_spec)
+        self.checked: dict[tuple[Any, ...], None] = {}  # sizes and types of calls that were checked
         self.reschedule()
 
     def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:
@@ -120,6 +123,9 @@ class Compiled:
         self.fixed_nodes = _size_only_nodes(self.exported)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
+        first, alone = self.schedule[0] if self.schedule else None, len(self.schedule) == 1
+        whole = isinstance(first, FusedSubgraph) and list(self.output) == first.outputs
+        self.only_call = first if alone and whole else None  # the native call that is all of the model
         self.last_uses = self._last_uses()
         self.in_place = overwriting(self.schedule, self.last_uses)
 
@@ -142,7 +148,7 @@ class Compiled:
         Raises:
             DataError: if the arguments are not nested like the example, or have other types or sizes.
         """
-        return pytree.tree_unflatten(self.run_leaves(self.leaves(args, kwargs)), self.exported.out_spec)
+        return self.rebuild(self.run_leaves(self.leaves(args, kwargs)))
 
     @property
     def input_names(self) -> list[str]:
@@ -227,23 +233,27 @@ class Compiled:
 
         A decoder also passes its `Cache`, a profiler what records the time of each call.
         """
-        shapes = tuple(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)
-        fixed = self.fixed.get(shapes)
-        values: dict[Node, Any] = {**dict(zip(self.exported.inputs, leaves)), **(fixed or {})}
+        values: dict[Node, Any] = dict(zip(self.exported.inputs, leaves))
 
         def lookup(node: Node) -> Any:
             if node in values:
                 return values[node]
             return cache if node.name == "cache" else self.constants[node.name]
 
+        if self.only_call is not None:
+            run_call(self.only_call, values, lookup, recorder, self.skip_padding)
+            return [values[n] for n in self.output]
+        shapes = tuple(t.shape if isinstance(t, Tensor) else t for t in leaves)
+        fixed = self.fixed.get(shapes)
+        values.update(fixed or {})
         with torch.no_grad():
             for _ in self.walk(values, lookup, recorder):
                 pass
-            out = fx.map_arg(self.output, lookup)
+            out = [lookup(n) if is_node(n) else n for n in self.output]
         if fixed is None:
             all_fixed = {**self.fixed, shapes: {n: values[n] for n in self.fixed_nodes}}
             self.fixed = dict(list(all_fixed.items())[-MAX_SHAPES:])
-        return list(out)
+        return out
 
     def walk(
         self, values: dict[Node, Any], lookup: Callable[[Node], Any], recorder: Recorder | None = None
@@ -313,6 +323,16 @@ class Compiled:
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return a call's tensors in the graph's order; DataError unless they are as the graph expects."""
+        flat = flat_tensors(args, kwargs, self.keywords) if len(args) == self.flat_arguments else None
+        key = () if flat is None else tuple((t.shape, t.dtype, t.is_cpu) for t in flat)
+        if flat is not None and key in self.checked:
+            return flat
+        leaves = self._check_leaves(args, kwargs)
+        if flat is not None:
+            self.checked = dict.fromkeys([*self.checked, key][-MAX_SHAPES:])
+        return leaves
+
+    def _check_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         spec, names = self.exported.in_spec, self.keywords
         if kwargs.keys() != names.keys():
             extra, missing = [n for n in kwargs if n not in names], [n for n in names if n not in kwargs]

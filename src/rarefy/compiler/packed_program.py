@@ -40,7 +40,7 @@ class PackedProgram(Program):
         self.masks.clear()
         self.columns = tiles * NT
         steps = [i for packs in self.raw.values() for i in packs]
-        self.edges = [*steps, *range(len(self.array) - len(self.final), len(self.array))]  # steps on external tensors
+        self.edges = [*steps, *self.final]  # steps on external tensors
         self.packing: Packing | None = None
 
     def set_packing(self, packing: Packing) -> None:

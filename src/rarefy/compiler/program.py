@@ -8,7 +8,7 @@ for that ("decode"), values are stored row by row.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import c_void_p
+from ctypes import addressof, c_void_p
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter_ns
@@ -410,7 +410,9 @@ class Program:
             for name, v in operands.items():
                 setattr(a, name, base + 4 * v.start)
                 setattr(a, f"{name}_stride", v.stride)
-        self.final = [self.array[i] for i in range(len(self.steps) - len(self.exits), len(self.steps))]
+        self.final = range(len(self.steps) - len(self.exits), len(self.steps))
+        self.read_at = {n: [_pointer(self.array[i], Step.x) for i in steps] for n, steps in self.raw.items()}
+        self.written_at = [_pointer(self.array[i], Step.out) for i in self.final]
         self.out_shapes = [shape for _, shape in self.exits]
         self.call = bindings.library().rarefy_run_program
 
@@ -444,16 +446,16 @@ class Program:
             c.data, c.batch, c.capacity, c.length = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
             c.starts = None if starts is None else starts.data_ptr()
         alive = []  # tensors whose addresses the steps hold during the call
-        for node, steps in self.raw.items():
+        for node, pointers in self.read_at.items():
             x = inputs[node].contiguous()
             alive.append(x)
-            for i in steps:
-                self.array[i].x.data = x.data_ptr()
+            for pointer in pointers:
+                pointer.value = x.data_ptr()
         for node, a in self.masks:
             alive.append(_set_mask(a, inputs[node]))
         out = self._new_outputs()
-        for y, step in zip(out, self.final):
-            step.out.data = y.data_ptr()
+        for y, pointer in zip(out, self.written_at):
+            pointer.value = y.data_ptr()
         began = 0 if times is None else perf_counter_ns()
         if self.call(self.array, len(self.array), None if times is None else times.data_ptr()):
             raise MemoryError("not enough memory to run a compiled model")
@@ -463,6 +465,11 @@ class Program:
 
     def _new_outputs(self) -> list[Tensor]:
         return [torch.empty(s) for s in self.out_shapes]
+
+
+def _pointer(step: Step, operand: Any) -> c_void_p:
+    """Return the address of an operand's data as it stands in a step, which may be written."""
+    return c_void_p.from_address(addressof(step) + operand.offset + View.data.offset)
 
 
 def _is_dense_int8(step: Step) -> bool:

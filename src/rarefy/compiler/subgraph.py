@@ -84,8 +84,8 @@ class FusedSubgraph:
             packing = self.padding.packing(inputs, lookup)
             if packing is not None:
                 return self._run(inputs, None, recorder, packing)
-        batch = len(next(iter(inputs.values()))) if self.splits else 0
-        if batch <= 1 or any(len(t) != batch for t in inputs.values()):
+        batch = next(iter(inputs.values())).shape[0] if self.splits else 0
+        if batch <= 1 or any(t.shape[0] != batch for t in inputs.values()):
             return self._run(inputs, cache, recorder)
         step = self._images_together({n: t[:1] for n, t in inputs.items()})
         chunks = [
