@@ -485,4 +485,4 @@ def test_an_order_of_channels_must_exist(order):
         assert not spec.fits(call)
     else:
         with pytest.raises(ValueError, match="expected an order"):
-            spec.check_weights(call)
+            channels._check_order(call)

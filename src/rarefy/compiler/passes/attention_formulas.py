@@ -29,7 +29,7 @@ SDPA = aten.scaled_dot_product_attention.default
 
 def split_merged_heads(exported: ExportedGraph, node: Node) -> None:
     """Turn a transpose of [batch * heads, tokens, head_dim], between two views, into one of [batch, heads, ...]."""
-    swapped = node.args[0] if node.target in VIEWS else None
+    swapped: Any = node.args[0] if node.target in VIEWS else None
     if not is_node(swapped) or len(shape(node)) != 4 or len(shape(swapped)) != 3 or not _swaps_last(swapped):
         return
     merged: Any = swapped.args[0]

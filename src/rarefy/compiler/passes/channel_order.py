@@ -58,13 +58,13 @@ def convert_slice(exported: ExportedGraph, node: Node) -> None:
             _select(exported, node, x, order)
 
 
-def _slice(node: Node) -> tuple[Any, Any, Any, int]:
+def _slice(node: Node) -> tuple[Any, Any, Any, Any]:
     """Return x, start, end and stride if a node is x[:, start:end:stride]; else (None, 0, 0, 1)."""
     if node.target is aten.slice.Tensor and len(node.args) > 1 and node.args[1] in (1, -3):
-        x, _, start, end, stride = (*node.args, None, None, 1)[:5] if len(node.args) < 5 else node.args
+        x, start, end, stride = (node.args[0], *node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
         if all(i is None or isinstance(i, int) for i in (start, end)):
             return x, start, end, stride
-    split = node.args[0] if node.target is operator.getitem else None
+    split: Any = node.args[0] if node.target is operator.getitem else None
     if not is_node(split) or split.target not in SPLITS or (*split.args, 0)[2] not in (1, -3):
         return None, 0, 0, 1
     widths = [v.shape[1] for v in split.meta["val"]]

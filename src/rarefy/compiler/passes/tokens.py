@@ -226,7 +226,7 @@ def _replace(exported: ExportedGraph, node: Node, source: Node, moved: Node, ind
 
 def convert_swap(exported: ExportedGraph, node: Node) -> None:
     """Convert a transpose [batch, features, tokens] between operators of the engine."""
-    x = node.args[0] if node.args else None
+    x: Any = node.args[0] if node.args else None
     if not is_node(x) or x.target not in BY_TARGET or len(shape(x)) != 3 or dtype_of(x) != torch.float32:
         return
     if node.target is aten.permute.default:
