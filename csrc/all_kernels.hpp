@@ -87,6 +87,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .add_rescaled = add_rescaled,
       .nhwc_products = {nhwc_products<RAREFY_F32>, nhwc_products<RAREFY_I8>},
       .nhwc_depthwise = {nhwc_depthwise_f32, nhwc_depthwise},
+      .nhwc_numbers = nhwc_numbers,
+      .nhwc_depthwise_numbers = nhwc_depthwise_numbers,
       .nhwc_lanes = nhwc_lanes,
       .transpose_sums = transpose_sums,
       .nhwc_pixels = {NHWC_PIXELS_PER_CALL<RAREFY_F32>, NHWC_PIXELS_PER_CALL<RAREFY_I8>},

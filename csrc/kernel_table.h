@@ -6,19 +6,20 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t TILE_COLS = 64;         // columns of a column tile
+constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
-constexpr float LOST_STEPS = 254.0f;      // of what rounding to int8 loses, in one step of int8
-constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense fp32 weights multiply without a whole tile
-constexpr int TILE_ROWS = 4;              // rows of a row tile
-constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
-constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
-constexpr float MASKED = -1e30f;          // lower scores count as masked; a difference of two is no NaN
-constexpr int64_t CEILING_LANES = 128;    // lanes of the inputs of `multiply_adds`
-constexpr int64_t READ_BYTES = 256;       // bytes that `read_memory` reads at a time
-constexpr int64_t NHWC_OUTPUTS = 64;      // outputs that are computed together
-constexpr int64_t NHWC_PIXELS = 66;       // pixels that are computed together at most
-constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
+constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
+constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense fp32 weights multiply without a whole tile
+constexpr int TILE_ROWS = 4;               // rows of a row tile
+constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
+constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
+constexpr float MASKED = -1e30f;           // lower scores count as masked; a difference of two is no NaN
+constexpr int64_t CEILING_LANES = 128;     // lanes of the inputs of `multiply_adds`
+constexpr int64_t READ_BYTES = 256;        // bytes that `read_memory` reads at a time
+constexpr int64_t NHWC_OUTPUTS = 64;       // outputs that are computed together
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;   // blocks of 64 outputs, 4 KB each, that stay in the L1 cache for all pixels
+constexpr int64_t NHWC_PIXELS = 66;        // pixels that are computed together at most
+constexpr int64_t SEGMENT_FLOATS = 16;     // maximum length of a segment; copies always have this size
 
 // The number of a weight's function among `quantized_gemv`.
 static inline int quantized_variant(const rarefy_quantized& w) {
@@ -195,6 +196,12 @@ struct rarefy_kernel_table {
   // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution.
   void (*nhwc_depthwise[2])(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels,
                             uint32_t* acc);
+  // Numbers of at most NHWC_OUTPUTS outputs of evenly spaced pixels, with no activation, ReLU or ReLU6: of at most
+  // NHWC_BLOCKS_IN_L1 blocks, or of a depthwise convolution. They read no sums and write no column tiles.
+  void (*nhwc_numbers)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                       int64_t pixels, const uint32_t* values, const rarefy_nhwc_outputs&);
+  void (*nhwc_depthwise_numbers)(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t pixels,
+                                 const rarefy_nhwc_outputs&);
   // Codes of up to TILE_COLS pixels, tap k of pixel i at x + offsets[i] + taps[k], as lanes of a column tile:
   // out [channels / 4][num_taps][TILE_COLS]. `offsets` has TILE_COLS elements. Reads up to 64 bytes past the channels.
   void (*nhwc_lanes)(const uint8_t* x, const int64_t* offsets, int64_t pixels, const int64_t* taps, int64_t num_taps,

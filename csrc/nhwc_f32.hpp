@@ -7,6 +7,7 @@
 
 #include "epilogue.hpp"
 #include "kernel_table.h"
+#include "nhwc_sums.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -14,15 +15,9 @@ namespace {
 constexpr int DEPTHWISE_F32_PIXELS = SIMD_WIDTH == 16 ? 6 : 4;
 constexpr int DEPTHWISE_F32_VECS = SIMD_WIDTH == 16 ? 4 : 2;  // whose sums fit the registers
 
-inline f32_vec load_number(const uint8_t* p) {
-  f32_vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // Some pixels of VECS vectors of channels of a depthwise convolution.
-template <int PIXELS, int VECS>
-inline void depthwise_f32_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, const uint32_t* taps, uint32_t* acc) {
+template <int PIXELS, int VECS, class Sink>
+inline void depthwise_f32_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, const uint32_t* taps, const Sink& sink) {
   f32_vec sums[PIXELS][VECS] = {};
   for (int64_t r = 0; r < t.rows; ++r) {
     const uint8_t* in = x + t.offsets[r];
@@ -40,16 +35,16 @@ inline void depthwise_f32_pixels(const rarefy_nhwc_taps& t, const uint8_t* x, co
 #pragma GCC unroll 8
   for (int p = 0; p < PIXELS; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECS; ++v) store_raw(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH, raw_vec(sums[p][v]));
+    for (int v = 0; v < VECS; ++v) sink.end(p, v, sums[p][v]);
 }
 
-template <int VECS>
+template <int VECS, class Sink>
 inline void depthwise_f32_vectors(const rarefy_nhwc_taps& t, const uint8_t* x, const uint32_t* taps, int64_t pixels,
-                                  uint32_t* acc) {
+                                  Sink sink) {
   auto run = [&](auto number) {
-    depthwise_f32_pixels<number, VECS>(t, x, taps, acc);
+    depthwise_f32_pixels<number, VECS>(t, x, taps, sink);
     x += number * t.pixel_bytes;
-    acc += number * NHWC_OUTPUTS;
+    sink.skip(number);
     pixels -= number;
   };
   while (pixels >= DEPTHWISE_F32_PIXELS) run(std::integral_constant<int, DEPTHWISE_F32_PIXELS>{});
@@ -58,15 +53,32 @@ inline void depthwise_f32_vectors(const rarefy_nhwc_taps& t, const uint8_t* x, c
   if (pixels >= 1) run(std::integral_constant<int, 1>{});
 }
 
-void nhwc_depthwise_f32(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc) {
+// Call f(first channel, number of vectors as a constant) for all channels.
+template <class F>
+inline void for_each_f32_vectors(int64_t channels, F&& f) {
   int64_t c = 0;
   auto run = [&](auto vectors) {
-    depthwise_f32_vectors<vectors>(t, x + c * 4, t.taps + c, pixels, acc + c);
+    f(c, vectors);
     c += vectors * SIMD_WIDTH;
   };
   while (channels - c > (DEPTHWISE_F32_VECS - 1) * SIMD_WIDTH) run(std::integral_constant<int, DEPTHWISE_F32_VECS>{});
   if (DEPTHWISE_F32_VECS > 2 && channels - c > SIMD_WIDTH) run(std::integral_constant<int, 2>{});
   while (channels - c > 0) run(std::integral_constant<int, 1>{});
+}
+
+void nhwc_depthwise_f32(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels, uint32_t* acc) {
+  for_each_f32_vectors(channels, [&](int64_t c, auto vectors) {
+    depthwise_f32_vectors<vectors>(t, x + c * 4, t.taps + c, pixels, SumBuffer<LaneOps<RAREFY_F32>>{acc + c, false});
+  });
+}
+
+// As nhwc_numbers, of a depthwise convolution.
+void nhwc_depthwise_numbers(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t pixels,
+                            const rarefy_nhwc_outputs& outputs) {
+  for_each_f32_vectors(outputs.outputs, [&](int64_t c, auto vectors) {
+    with_number_sink(outputs, c,
+                     [&](auto sink) { depthwise_f32_vectors<vectors>(t, x + c * 4, t.taps + c, pixels, sink); });
+  });
 }
 
 constexpr int F32_VECS = 4;  // vectors of outputs that are stored together, so that cache lines are filled at once

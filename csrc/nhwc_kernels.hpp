@@ -8,13 +8,13 @@
 
 #include "epilogue.hpp"
 #include "kernel_table.h"
+#include "nhwc_sums.hpp"
 #include "rarefy.h"
 #include "simd.hpp"
 
 namespace {
 
 constexpr int64_t NHWC_BLOCK = 16 * 16;                     // lanes of weights in a block: 16 inputs by 16 outputs
-constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;                    // blocks of 64 outputs, 4 KB each, that stay for all pixels
 constexpr int GROUP_VECS = 16 / SIMD_WIDTH;                 // vectors of 16 outputs
 constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;       // groups of 16 outputs whose sums fit the registers
 constexpr int DEPTHWISE_PIXELS = SIMD_WIDTH == 16 ? 7 : 4;  // whose sums fit the registers
@@ -25,9 +25,9 @@ constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 || DTYPE == RAREFY_F32 ? 6
 using stored_code = std::conditional_t<INPUT_ZERO_POINT != 0, uint8_t, int8_t>;
 
 // Some pixels times GROUPS groups of 16 outputs.
-template <int DTYPE, int PIXELS, int GROUPS>
+template <int DTYPE, int PIXELS, int GROUPS, class Sink>
 inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
-                                const uint32_t* values, int64_t group_stride, bool accumulate, uint32_t* acc) {
+                                const uint32_t* values, int64_t group_stride, const Sink& sink) {
   using L = LaneOps<DTYPE>;
   using weight = decltype(L::broadcast(0u));
   constexpr int VECS = GROUPS * GROUP_VECS;
@@ -35,8 +35,7 @@ inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, 
 #pragma GCC unroll 8
   for (int p = 0; p < PIXELS; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECS; ++v)
-      sum[p][v] = accumulate ? L::load_acc(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH) : L::zero();
+    for (int v = 0; v < VECS; ++v) sum[p][v] = sink.begin(p, v);
   for (int64_t b = 0; b < count; ++b, values += NHWC_BLOCK) {
     const uint8_t* in = x + blocks[b].offset;
     for (int64_t l = 0; l < blocks[b].lanes; ++l, in += 4) {
@@ -57,17 +56,16 @@ inline void nhwc_block_products(const rarefy_nhwc_block* blocks, int64_t count, 
 #pragma GCC unroll 8
   for (int p = 0; p < PIXELS; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECS; ++v) L::store_acc(acc + p * NHWC_OUTPUTS + v * SIMD_WIDTH, sum[p][v]);
+    for (int v = 0; v < VECS; ++v) sink.end(p, v, sum[p][v]);
 }
 
-template <int DTYPE, int GROUPS>
+template <int DTYPE, int GROUPS, class Sink>
 inline void nhwc_group_products(const rarefy_nhwc_block* blocks, int64_t count, const uint8_t* x, int64_t x_stride,
-                                int64_t pixels, const uint32_t* values, int64_t group_stride, bool accumulate,
-                                uint32_t* acc) {
+                                int64_t pixels, const uint32_t* values, int64_t group_stride, Sink sink) {
   auto run = [&](auto number) {
-    nhwc_block_products<DTYPE, number, GROUPS>(blocks, count, x, x_stride, values, group_stride, accumulate, acc);
+    nhwc_block_products<DTYPE, number, GROUPS>(blocks, count, x, x_stride, values, group_stride, sink);
     x += number * x_stride;
-    acc += number * NHWC_OUTPUTS;
+    sink.skip(number);
     pixels -= number;
   };
   constexpr int MOST = NHWC_PIXELS_PER_CALL<DTYPE>;
@@ -77,24 +75,45 @@ inline void nhwc_group_products(const rarefy_nhwc_block* blocks, int64_t count, 
   if (pixels >= 1) run(std::integral_constant<int, 1>{});
 }
 
+// Call f(first group, number of them as a constant) for all groups of 16 outputs.
+template <class F>
+inline void for_each_groups(int64_t groups, F&& f) {
+  int64_t g = 0;
+  auto run = [&](auto number) {
+    f(g, number);
+    g += number;
+  };
+  while (groups - g >= NHWC_GROUPS) run(std::integral_constant<int, NHWC_GROUPS>{});
+  if constexpr (NHWC_GROUPS > 2)
+    if (groups - g >= 2) run(std::integral_constant<int, 2>{});
+  if constexpr (NHWC_GROUPS > 1)
+    if (groups - g >= 1) run(std::integral_constant<int, 1>{});
+}
+
 template <int DTYPE>
 void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                    int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
   const int64_t group_stride = num_blocks * NHWC_BLOCK;
   for (int64_t b = 0; b < num_blocks; b += NHWC_BLOCKS_IN_L1) {
     const int64_t count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
-    int64_t g = 0;
-    auto run = [&](auto number) {
+    for_each_groups(groups, [&](int64_t g, auto number) {
       nhwc_group_products<DTYPE, number>(blocks + b, count, x, x_stride, pixels,
-                                         values + g * group_stride + b * NHWC_BLOCK, group_stride, b > 0, acc + g * 16);
-      g += number;
-    };
-    while (groups - g >= NHWC_GROUPS) run(std::integral_constant<int, NHWC_GROUPS>{});
-    if constexpr (NHWC_GROUPS > 2)
-      if (groups - g >= 2) run(std::integral_constant<int, 2>{});
-    if constexpr (NHWC_GROUPS > 1)
-      if (groups - g >= 1) run(std::integral_constant<int, 1>{});
+                                         values + g * group_stride + b * NHWC_BLOCK, group_stride,
+                                         SumBuffer<LaneOps<DTYPE>>{acc + g * 16, b > 0});
+    });
   }
+}
+
+// At most NHWC_OUTPUTS numbers of evenly spaced pixels from at most NHWC_BLOCKS_IN_L1 blocks.
+void nhwc_numbers(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                  int64_t pixels, const uint32_t* values, const rarefy_nhwc_outputs& outputs) {
+  const int64_t group_stride = num_blocks * NHWC_BLOCK;
+  for_each_groups((outputs.outputs + 15) / 16, [&](int64_t g, auto number) {
+    with_number_sink(outputs, g * 16, [&](auto sink) {
+      nhwc_group_products<RAREFY_F32, number>(blocks, num_blocks, x, x_stride, pixels, values + g * group_stride,
+                                              group_stride, sink);
+    });
+  });
 }
 
 // The sums of some pixels of 2 * SIMD_WIDTH channels of a depthwise convolution.

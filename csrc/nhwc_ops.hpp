@@ -80,22 +80,25 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
 // The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments a block also
 // computes sums between the rows of outputs, which are dropped, so that its inputs are evenly spaced. Images without a
 // border count as one where a kernel reads single pixels. Sparse weights read column tiles, into which the inputs of a
-// block are transposed; all images count as one.
+// block are transposed; all images count as one. Convolutions of few inputs, and depthwise ones, whose numbers an image
+// takes, run by rows and keep no sums ("direct").
 struct NhwcConv {
   NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
       : t(table), s(step), c(*s.nhwc), features(s.features), kind(nhwc_kind(c.in)), bytes(nhwc_bytes(c.in)) {
     const int64_t width = c.in.width + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1;
     out_width = width / c.stride[1] + 1;
     out_height = s.tokens / out_width;
-    pitch = c.segments || c.group_outputs ? out_width : c.in.width + 2 * c.in.border;
     const bool sparse = s.weight;
-    const bool one = sparse || (!c.segments && !c.group_outputs && c.kernel[0] == 1 && c.kernel[1] == 1 &&
-                                !c.in.border && !c.padding[0]);
+    direct = stores_numbers() && (c.taps || (!sparse && !c.segments && c.num_blocks <= NHWC_BLOCKS_IN_L1));
+    by_rows = c.group_outputs || (!c.segments && (direct || c.stride[0] > 1 || c.stride[1] > 1));
+    pitch = c.segments || by_rows ? out_width : c.in.width + 2 * c.in.border;
+    const bool one = sparse || (!c.segments && !c.group_outputs && is_pointwise() && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
     const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
     const int64_t even = ceil_div(positions, ceil_div(positions, most));
     block_pixels = std::min(ceil_div(even, step_pixels), most / step_pixels) * step_pixels;
+    if (direct && !is_even()) block_pixels = std::max<int64_t>(1, NHWC_PIXELS / out_width) * out_width;
     blocks_per_image = ceil_div(positions, block_pixels);
     blocks = images * blocks_per_image;
     const int64_t copy = copy_bytes(), wanted = PARTS_PER_THREAD * num_threads();
@@ -106,6 +109,12 @@ struct NhwcConv {
     const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, block_parts), 1, ceil_div(features, together));
     outputs_per_part = ceil_div(ceil_div(features, chunks), together) * together;
     parts = block_parts * ceil_div(features, outputs_per_part);
+  }
+
+  // Whether all outputs are numbers in an image, of groups that are computed together, with a simple activation.
+  bool stores_numbers() const {
+    const bool clamps = s.act == RAREFY_NONE || s.act == RAREFY_RELU || s.act == RAREFY_RELU6;
+    return !kind && s.out_codes.data && !s.out.data && !s.winograd && !c.group_outputs && clamps;
   }
 
   int64_t copy_bytes() const { return c.segments && !s.weight ? block_pixels * c.num_blocks * 64 : 0; }  // of a block
@@ -130,6 +139,14 @@ struct NhwcConv {
     }
   }
 
+  // Whether an output reads the pixel at its own place, and no border is between them.
+  bool is_pointwise() const {
+    return c.kernel[0] == 1 && c.kernel[1] == 1 && c.stride[0] == 1 && c.stride[1] == 1 && !c.in.border;
+  }
+
+  // Whether inputs and outputs of all pixels are evenly spaced, beyond the ends of rows.
+  bool is_even() const { return !c.taps && is_pointwise() && is_flat(); }
+
   // Whether consecutive outputs are neighbours in the codes and the residual, beyond the ends of rows.
   bool is_flat() const {
     return pitch == out_width && !(s.out_codes.data && c.out.border) && !(s.residual.data && c.residual.border);
@@ -150,40 +167,52 @@ struct NhwcConv {
   void prefetch(int64_t image, int64_t first, int64_t pixels, int64_t output) const {
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
       if (s.residual.data) {
-        const uint8_t* p = nhwc_codes(s.residual) + at(c.residual, image, row, column) + output * bytes;
+        const uint8_t* p = residual_at(image, row, column, output);
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.residual.pixel_bytes, 0, 2);
       }
       if (s.out_codes.data) {
-        const uint8_t* p = nhwc_codes(s.out_codes) + at(c.out, image, row, column) + (output + c.first_channel) * bytes;
+        const uint8_t* p = codes_at(image, row, column, output);
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(p + i * c.out.pixel_bytes, 1, 2);
       }
     });
   }
 
+  // How outputs `output`..`output + n` are stored, without where.
+  rarefy_nhwc_outputs outputs_of(int64_t output, int64_t n) const {
+    return {.factors = kind ? c.factors + output : nullptr,
+            .bias = c.bias + output,
+            .row_sums = kind ? c.row_sums + output : nullptr,
+            .in_zero = c.in.zero,
+            .outputs = n,
+            .act = s.act,
+            .codes = nullptr,
+            .codes_stride = c.out.pixel_bytes,
+            .inverse_scale = s.out_codes.data && kind ? 1.0f / c.out.scale : 0.0f,
+            .zero = c.out.zero,
+            .residual = nullptr,
+            .residual_stride = c.residual.pixel_bytes,
+            .residual_scale = c.residual.scale,
+            .residual_zero = c.residual.zero,
+            .out = nullptr};
+  }
+
+  // Where outputs of a pixel are in the codes and the residual.
+  uint8_t* codes_at(int64_t image, int64_t row, int64_t column, int64_t output) const {
+    return nhwc_codes(s.out_codes) + at(c.out, image, row, column) + (output + c.first_channel) * bytes;
+  }
+  const uint8_t* residual_at(int64_t image, int64_t row, int64_t column, int64_t output) const {
+    return nhwc_codes(s.residual) + at(c.residual, image, row, column) + output * bytes;
+  }
+
   // Outputs `output`..`output + n` of a block from their sums.
   void store(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, const uint32_t* acc) const {
-    rarefy_nhwc_outputs o{.factors = kind ? c.factors + output : nullptr,
-                          .bias = c.bias + output,
-                          .row_sums = kind ? c.row_sums + output : nullptr,
-                          .in_zero = c.in.zero,
-                          .outputs = n,
-                          .act = s.act,
-                          .codes = nullptr,
-                          .codes_stride = c.out.pixel_bytes,
-                          .inverse_scale = s.out_codes.data && kind ? 1.0f / c.out.scale : 0.0f,
-                          .zero = c.out.zero,
-                          .residual = nullptr,
-                          .residual_stride = c.residual.pixel_bytes,
-                          .residual_scale = c.residual.scale,
-                          .residual_zero = c.residual.zero,
-                          .out = nullptr};
+    rarefy_nhwc_outputs o = outputs_of(output, n);
     const auto store_run = [&](int64_t row, int64_t column, int64_t left) {
       for (int64_t x = column, count; left > 0; left -= count, x += count) {
         const int64_t token = image * s.tokens + row * out_width + x;  // fp32 is stored within a column tile
         count = s.out.data ? std::min(left, TILE_COLS - token % TILE_COLS) : left;
-        if (s.out_codes.data)
-          o.codes = nhwc_codes(s.out_codes) + at(c.out, image, row, x) + (output + c.first_channel) * bytes;
-        if (s.residual.data) o.residual = nhwc_codes(s.residual) + at(c.residual, image, row, x) + output * bytes;
+        if (s.out_codes.data) o.codes = codes_at(image, row, x, output);
+        if (s.residual.data) o.residual = residual_at(image, row, x, output);
         if (s.out.data) o.out = tile_of(s.out, token / TILE_COLS) + output * TILE_COLS + token % TILE_COLS;
         t.nhwc_store[kind](o, acc + (row * pitch + x - first) * NHWC_OUTPUTS, count);
       }
@@ -214,14 +243,44 @@ struct NhwcConv {
     });
   }
 
+  void multiply_rows(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
+      multiply(c.blocks, nhwc_codes(s.x) + input_at(image, row, column), c.stride[1] * c.in.pixel_bytes, count, output,
+               n, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
+    });
+  }
+
+  // Outputs `output`..`output + n` of a block, straight into the image.
+  void store_directly(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n) const {
+    rarefy_nhwc_outputs o = outputs_of(output, n);
+    const int64_t stride = c.stride[1] * c.in.pixel_bytes;
+    const auto run = [&](int64_t row, int64_t column, int64_t count) {
+      const uint8_t* x = nhwc_codes(s.x) + input_at(image, row, column);
+      o.codes = codes_at(image, row, column, output);
+      if (s.residual.data) o.residual = residual_at(image, row, column, output);
+      if (c.taps)
+        t.nhwc_depthwise_numbers(taps_of(output), x + output * bytes, count, o);
+      else
+        t.nhwc_numbers(c.blocks, c.num_blocks, x, stride, count, c.values + output * c.num_blocks * 16, o);
+    };
+    if (is_even())
+      run(0, first, pixels);
+    else
+      for_each_run(first, pixels, run);
+  }
+
+  rarefy_nhwc_taps taps_of(int64_t output) const {
+    return {.offsets = c.segments,
+            .rows = c.num_segments,
+            .columns = c.tap_columns,
+            .column_bytes = c.dilation[1] * c.in.pixel_bytes,
+            .pixel_bytes = c.stride[1] * c.in.pixel_bytes,
+            .taps = c.taps + output,
+            .stride = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS};
+  }
+
   void sum_depthwise(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, uint32_t* acc) const {
-    const rarefy_nhwc_taps taps{.offsets = c.segments,
-                                .rows = c.num_segments,
-                                .columns = c.tap_columns,
-                                .column_bytes = c.dilation[1] * c.in.pixel_bytes,
-                                .pixel_bytes = c.stride[1] * c.in.pixel_bytes,
-                                .taps = c.taps + output,
-                                .stride = ceil_div(features, NHWC_OUTPUTS) * NHWC_OUTPUTS};
+    const rarefy_nhwc_taps taps = taps_of(output);
     for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t count) {
       const uint8_t* x = nhwc_codes(s.x) + input_at(image, row, column);
       t.nhwc_depthwise[kind](taps, x + output * bytes, n, count, acc + (row * pitch + column - first) * NHWC_OUTPUTS);
@@ -287,11 +346,17 @@ struct NhwcConv {
       for (int64_t b = from; b < to; ++b) {
         const int64_t image = b / blocks_per_image, first = b % blocks_per_image * block_pixels;
         const int64_t pixels = std::min(block_pixels, positions - first), n = std::min(NHWC_OUTPUTS, end - o);
+        if (direct) {
+          store_directly(image, first, pixels, o, n);
+          continue;
+        }
         if (c.num_blocks <= MAX_PREFETCH_BLOCKS) prefetch(image, first, pixels, o);
         if (c.taps) {
           sum_depthwise(image, first, pixels, o, n, acc);
         } else if (c.group_outputs) {
           multiply_groups(image, first, pixels, o, n, acc);
+        } else if (by_rows) {
+          multiply_rows(image, first, pixels, o, n, acc);
         } else if (c.segments) {
           uint8_t* in = copies + (b - from) * copy;
           if (o == output) copy_inputs(image, first, pixels, in);
@@ -314,6 +379,8 @@ struct NhwcConv {
   const rarefy_nhwc& c;
   int64_t features;
   int64_t kind, bytes;  // of the images: nhwc_kind, nhwc_bytes
+  bool direct;          // no sums are kept
+  bool by_rows;         // each row of outputs is computed by itself
   int64_t out_width, out_height;
   int64_t pitch;             // pixels from one row of outputs to the next
   int64_t positions;         // pixels of an image, with those between rows

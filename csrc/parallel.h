@@ -87,14 +87,16 @@ void run_range(int64_t begin, int64_t end, void* context) {
   for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))();
 }
 
-// Run the parts of thread `thread`'s own range from its front, then steal from the ends of the other ranges. Return how
-// many parts it ran.
+// Run the parts of thread `thread`'s own range from its front, or backwards from its end, then steal from the other
+// ends of the other ranges. Return how many parts it ran.
 template <class F>
-int64_t run_and_steal(WorkRange* ranges, uint32_t threads, uint32_t thread, F&& part) {
+int64_t run_and_steal(WorkRange* ranges, uint32_t threads, uint32_t thread, bool backwards, F&& part) {
   int64_t count = 0;
-  for (int64_t i; (i = ranges[thread].take_first()) >= 0; ++count) part(i);
-  for (uint32_t other = 1; other < threads; ++other)
-    for (int64_t i; (i = ranges[(thread + other) % threads].take_last()) >= 0; ++count) part(i);
+  const auto run = [&](WorkRange& range, bool last) {
+    for (int64_t i; (i = last ? range.take_last() : range.take_first()) >= 0; ++count) part(i);
+  };
+  run(ranges[thread], backwards);
+  for (uint32_t other = 1; other < threads; ++other) run(ranges[(thread + other) % threads], !backwards);
   return count;
 }
 
@@ -187,7 +189,7 @@ void for_each_part(int64_t parts, bool parallel, F&& part) {
   for (uint32_t t = 0; t < threads; ++t) ranges[t].set(parts * t / threads, parts * (t + 1) / threads);
   Arrivals arrivals(threads);
   auto work = [&] {
-    run_and_steal(ranges, threads, arrivals.arrive(), [&](int64_t i) {
+    run_and_steal(ranges, threads, arrivals.arrive(), false, [&](int64_t i) {
       part(i);
       arrivals.let_in();
     });

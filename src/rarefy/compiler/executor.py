@@ -100,7 +100,6 @@ class Compiled:
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
         self.flat_arguments, self.rebuild = count_flat_arguments(spec), rebuilder(exported.out_spec)
-        self.checked: dict[tuple[Any, ...], None] = {}  # sizes and types of calls that were checked
         self.reschedule()
 
     def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:
@@ -122,6 +121,7 @@ class Compiled:
         self.native_outputs = {n for call in self.schedule if isinstance(call, Native) for n in call.outputs}
         self.fixed_nodes = _size_only_nodes(self.exported)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
+        self.checked: dict[tuple[Any, ...], None] = {}  # sizes and types of calls that were checked
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
         first, alone = self.schedule[0] if self.schedule else None, len(self.schedule) == 1
         whole = isinstance(first, FusedSubgraph) and list(self.output) == first.outputs
@@ -315,11 +315,12 @@ class Compiled:
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
     def forget(self) -> None:
-        """Free the working memory for the shapes of earlier calls; the next call of each shape allocates it again."""
+        """Free the working memory for the shapes of earlier calls; the next call of each shape is checked, and
+        allocates it, again."""
         for s in (i for i in self.schedule if isinstance(i, FusedSubgraph)):
             with s.lock:
                 s.programs.clear()
-        self.fixed = {}
+        self.fixed, self.checked = {}, {}
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return a call's tensors in the graph's order; DataError unless they are as the graph expects."""

@@ -27,6 +27,7 @@ from rarefy.runtime.nhwc_weights import BLOCK_BYTES, LANES, NhwcWeight, grouped_
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place
+MIN_ROW = 14  # outputs of a row from which a convolution of numbers with strides reads its inputs in place
 MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_SUM = 2**31 - 1  # of codes times codes of inputs
 MAX_OFFSET = 1 << 31  # of a block, in bytes
@@ -404,7 +405,8 @@ def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None,
     starts = _starts(step, [0] if step.dilation[1] == 1 else None)
     pitch = image.width + 2 * image.border
     dropped = ((sizes[0] - 1) * pitch + sizes[1]) / (sizes[0] * sizes[1])
-    copied = weight.tight or tuple(step.stride) != (1, 1) or dropped > MAX_DROPPED
+    strided, in_rows = tuple(step.stride) != (1, 1), weight.factors is None and sizes[1] >= MIN_ROW
+    copied = weight.tight or (strided and not in_rows) or (not strided and dropped > MAX_DROPPED)
     lanes = weight.block_lanes()
     each = len(lanes) // len(starts)  # blocks of a segment
     offsets = [i * BLOCK_BYTES for i in range(len(lanes))]

@@ -66,8 +66,8 @@ def pack_nhwc(packed: ConvTiles) -> NhwcWeight:
     per_row = packed.dilation[1] == 1
     segments = lanes.reshape(O, rows if per_row else rows * columns, -1)
     _, num_segments, length = segments.shape
-    tight = -(-num_segments * length // LANES) < num_segments * -(-length // LANES)
-    if tight:
+    tight = packed.scales is not None and -(-num_segments * length // LANES) < num_segments * -(-length // LANES)
+    if tight:  # lanes of fp32 that do not exist cost nothing
         segments = segments.flatten(1)[:, None]
     values = _blocks(segments)
     if packed.scales is None or packed.row_sums is None:

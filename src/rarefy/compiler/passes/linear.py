@@ -26,6 +26,7 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.passes.matchers import swaps_heads_and_tokens
 from rarefy.runtime.sparse_layers import Sparse, from_spec
 
 SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
@@ -90,7 +91,9 @@ def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
     leading = shape(node)[:-1]
     if shape(x)[-1] == shape(source)[-1] and same(shape(source)[:-1], leading):
         replace_node(exported, node, ops.linear, source, *y.args[1:])
-    elif len(shape(source)) == 4 and same(shape(source)[:-2], leading) and prod(shape(source)[2:]) == shape(x)[-1]:
+        return
+    heads = shape(source)[2:]
+    if swaps_heads_and_tokens(source) and same(shape(source)[:2], leading) and prod(heads) == shape(x)[-1]:
         joined = insert_before(exported, node, aten.flatten.using_ints, source, 2, 3)
         replace_node(exported, node, ops.linear, joined, *y.args[1:])
 
