@@ -66,6 +66,27 @@ def onnx_models() -> str:
     return f"{table([*head, 'ONNX Runtime, ms', 'compiled, ms', 'times as fast'], lines)}\n\n{mean}"
 
 
+def onnx_changes() -> str:
+    """Times of files with zeros and in 8 bits, and whether their cut models equal their exports."""
+    rows = []
+    for name, records in by(read("onnx_changes"), "model").items():
+        record = records[-1]
+        times, apart = {n: t[1] for n, t in record["milliseconds"].items()}, record["apart"]
+        cells = [name, number(times["compiled"])]
+        zeros = times.get("80 % zeros")
+        cells.append("" if zeros is None else f"{number(zeros)} ({times['compiled'] / zeros:.2f}x)")
+        for way, base in (("onnxruntime, 8 bits", None), ("8 bits", "onnxruntime, 8 bits")):
+            if way not in times:
+                cells.append("")
+                continue
+            ratio = f", {times[base] / times[way]:.2f}x" if base in times else ""
+            cells.append(f"{number(times[way])} ({100 * apart[way]:.1f} % off{ratio})")
+        cut = record["cut"]
+        rows.append([*cells, f"{cut:.0e}" if isinstance(cut, float) else "no"])
+    head = ["architecture", "compiled, ms", "80 % zeros", "ONNX Runtime, 8 bits", "compiled, 8 bits"]
+    return table([*head, "cut to half, trained, exported"], rows)
+
+
 def ocr() -> str:
     """Times and quality of the trained files of an OCR system, beside ONNX Runtime's."""
     rows = []
@@ -81,6 +102,7 @@ def ocr() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ocr": ocr,
+    "onnx-changes": onnx_changes,
     "onnx-models": onnx_models,
     "onnx-operators": onnx_operators,
     "onnx-totals": onnx_totals,

@@ -181,8 +181,16 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         dense = outputs["ONNX Runtime"]
         times = in_turns({n: partial(run, one) for n, run in runs.items()}, 30)
     quality = {n: task.quality(o, right, dense, characters) for n, o in outputs.items()}
-    apart = float((outputs["compiled"] - dense).abs().max() / dense.abs().max())
+    exact = torch.as_tensor(load().double()(one.double()))  # the file in fp64
+    names = {"ONNX Runtime": "onnxruntime", "compiled": "compiled"}
+    apart = {short: difference(outputs[n][:1], exact) for n, short in names.items()}
+    apart["each other"] = difference(outputs["compiled"], dense)
     yield {"run": "ocr", "model": name, "file": task.file, "apart": apart, "quality": quality, "milliseconds": times}
+
+
+def difference(outputs: Tensor, exact: Tensor) -> float:
+    """Return the largest difference, relative to the largest number."""
+    return float((outputs - exact).abs().max() / exact.abs().max())
 
 
 def main() -> None:
