@@ -77,11 +77,11 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
   return RAREFY_OK;
 }
 
-// The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments a block also
-// computes sums between the rows of outputs, which are dropped, so that its inputs are evenly spaced. Images without a
-// border count as one where a kernel reads single pixels. Sparse weights read column tiles, into which the inputs of a
-// block are transposed; all images count as one. Convolutions of few inputs, and depthwise ones, whose numbers an image
-// takes, run by rows and keep no sums ("direct").
+// The pixels of a convolution's outputs, in blocks, and how they are split into parts. Without segments, and not by
+// rows, a block also computes sums between the rows of outputs, which are dropped, so that its inputs are evenly
+// spaced. Images without a border count as one where a kernel reads single pixels. Sparse weights read column tiles,
+// into which the inputs of a block are transposed; all images count as one. Convolutions of few inputs, and depthwise
+// ones, whose numbers an image takes, run by rows and keep no sums ("direct").
 struct NhwcConv {
   NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
       : t(table), s(step), c(*s.nhwc), features(s.features), kind(nhwc_kind(c.in)), bytes(nhwc_bytes(c.in)) {
@@ -98,7 +98,7 @@ struct NhwcConv {
     const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
     const int64_t even = ceil_div(positions, ceil_div(positions, most));
     block_pixels = std::min(ceil_div(even, step_pixels), most / step_pixels) * step_pixels;
-    if (direct && !is_even()) block_pixels = std::max<int64_t>(1, NHWC_PIXELS / out_width) * out_width;
+    if (direct && !is_even() && out_width <= NHWC_PIXELS) block_pixels = NHWC_PIXELS / out_width * out_width;  // rows
     blocks_per_image = ceil_div(positions, block_pixels);
     blocks = images * blocks_per_image;
     const int64_t copy = copy_bytes(), wanted = PARTS_PER_THREAD * num_threads();

@@ -44,6 +44,7 @@ struct NumberSink {
 
   inline f32_vec begin(int, int) const { return f32_vec{}; }
   inline void end(int pixel, int vec, f32_vec sum) const {
+    if (vec * SIMD_WIDTH >= features) return;
     sum += load_vec(bias + vec * SIMD_WIDTH);
     if constexpr (RESIDUAL) sum += load_number(residual + pixel * residual_stride + vec * SIMD_WIDTH * 4);
     auto* to = reinterpret_cast<float*>(out + pixel * out_stride) + vec * SIMD_WIDTH;

@@ -106,6 +106,56 @@ def test_rows_that_see_nothing_are_zeros():
     assert counts(compiled)["attention"] == 1
 
 
+class Returned(Attention):
+    """Attention that returns its probabilities too."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(layer, x, HEADS) for layer in (self.q, self.k, self.v))
+        p = ((q * 0.6) @ (k.mT * 0.6) + self.mask).softmax(-1)
+        return self.o((p @ v).transpose(1, 2).reshape(-1, TOKENS, WIDTH)), p
+
+
+class OneHead(Attention):
+    """All heads of queries read one head of keys and values by broadcasting."""
+
+    def forward(self, x):
+        q, k, v = self.heads(self.q, x, HEADS), *(self.heads(layer, x, 1) for layer in (self.k, self.v))
+        p = ((q * 0.6) @ (k.mT * 0.6) + self.mask).softmax(-1)
+        return self.o((p @ v).transpose(1, 2).reshape(-1, TOKENS, WIDTH))
+
+
+@pytest.mark.parametrize("net", [Returned(), OneHead(kv_heads=1)], ids=["returned", "one head"])
+def test_attention_that_cannot_be_fused_stays_as_it_is(net):
+    x = torch.randn(2, TOKENS, WIDTH)
+    compiled = rarefy.compile(net.eval(), x)
+    with torch.no_grad():
+        got, want = compiled(x), net(x)
+    for a, b in zip(got, want) if isinstance(want, tuple) else [(got, want)]:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """Two batches of heads that read one table of angles."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Attention(rope=Rotary())
+
+    def forward(self, x):
+        return self.block(x).sum(1), self.block(torch.cat([x, x]))
+
+
+def test_angles_for_several_batch_sizes():
+    net = Twice().eval()
+    x = torch.randn(2, TOKENS, WIDTH)
+    compiled = rarefy.compile(net, x)
+    for batch in (2, 3):
+        x = torch.randn(batch, TOKENS, WIDTH)
+        with torch.no_grad():
+            for got, want in zip(compiled(x), net(x)):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def over(x, eps):
     return x.pow(2.0).mean(-1, keepdim=True) + eps
 

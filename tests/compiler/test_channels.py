@@ -451,6 +451,47 @@ def test_channels_in_another_order(isa, name):
     assert "select_channels" in check(function, 12, outer)
 
 
+@pytest.mark.parametrize("function", [lambda x: shuffled(x[:, :6], 3), lambda x: shuffled(x[:, 1::2])[:, 2:]])
+def test_shuffles_and_slices_in_any_order(function):
+    outer = function(torch.zeros(1, 12, 1, 1)).shape[1]
+    assert check(function, 12, outer).count("select_channels") == 1
+
+
+class Tokens(nn.Module):
+    """Later channels of an image as rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(5, 12, 1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        _, b = F.relu(self.conv(x)).chunk(2, 1)
+        return self.layer(b.flatten(2).transpose(1, 2)), self.layer(b.permute(0, 2, 3, 1))
+
+
+def test_a_slice_of_channels_as_rows(isa):
+    net = Tokens().eval()
+    for x in (torch.randn(2, 5, 7, 9), torch.randn(3, 5, 8, 8)):
+        compiled = rarefy.compile(net, x, tune=False)
+        with torch.no_grad():
+            for got, want in zip(compiled(x), net(x)):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [lambda x: x[:, :0], lambda x: x.split([0, 12], 1)[0]])
+def test_no_channels(function):
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(5, 12, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return torch.cat([function(y), y], 1)
+
+    equal(Empty().eval(), torch.randn(2, 5, 4, 4))
+
+
 def test_a_selection_of_a_selection_is_one():
     run = check(lambda x: shuffled(x)[:, 3:9][:, ::2], 12, 3)
     assert run.count("select_channels") == 1

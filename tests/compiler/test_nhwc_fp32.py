@@ -26,6 +26,7 @@ GEOMETRIES = [  # inputs, outputs, kernel, stride, padding, dilation, groups
     (40, 16, 1, 1, 0, 1, 1),
 ]
 SIZES = [(3, 19, 23), (1, 7, 9), (33, 5, 4)]
+WIDE = [(2, 9, 70), (2, 31, 37), (1, 1, 150), (3, 2, 67)]  # rows that are computed by themselves, and longer than a block
 ACTS = [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.ReLU6(), nn.GELU(), nn.Tanh(), nn.Identity(), nn.Sigmoid()]
 
 
@@ -74,6 +75,51 @@ def test_convolutions(isa, i, size):
     batch, *sizes = size
     made = compiled(Pairs(GEOMETRIES[i], ACTS[i % len(ACTS)]), torch.randn(batch, GEOMETRIES[i][0], *sizes))
     assert only_images(made)
+
+
+ROWS = [  # of few inputs, which write their outputs directly, and with strides
+    (3, 20, 3, 2, 1, 1, 1),
+    (3, 7, 3, (1, 2), (1, 2), 1, 1),
+    (20, 33, 1, 2, 0, 1, 1),
+    (20, 7, 1, 1, 0, 1, 1),
+    (70, 70, 3, (2, 1), 1, 1, 70),
+    (9, 9, 5, 2, 2, 1, 9),
+    (6, 24, (1, 7), (1, 2), (0, 3), 1, 1),
+    (40, 20, 3, 2, 2, 2, 1),
+]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.Identity(), nn.Hardswish()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("size", WIDE)
+@pytest.mark.parametrize("geometry", ROWS, ids=str)
+def test_wide_images(isa, geometry, size, act):
+    batch, height, width = size
+    compiled(Pairs(geometry, act), torch.randn(batch, geometry[0], max(height, 3), width))
+
+
+class Joined(nn.Module):
+    """Convolutions that write odd numbers of channels side by side, one of them with a sum around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(5, 7, 1), nn.Conv2d(7, 7, 3, padding=1, groups=7), nn.Conv2d(5, 9, 3, 1, 1)
+        self.last = nn.Conv2d(23, 6, 3, padding=1)
+
+    def forward(self, x):
+        a = F.relu6(self.a(x))
+        return self.last(torch.cat([a, F.relu6(self.b(a) + a), F.relu(self.c(x))], 1))
+
+
+@pytest.mark.parametrize("size", [*SIZES, *WIDE])
+def test_directly_into_a_concatenation(isa, size):
+    batch, *sizes = size
+    compiled(Joined(), torch.randn(batch, 5, *sizes))
+
+
+@pytest.mark.parametrize("outputs", range(1, 34))
+def test_every_number_of_outputs_is_written_directly(isa, outputs):
+    net = nn.Sequential(nn.Conv2d(5, outputs, 1), nn.ReLU(), nn.Conv2d(outputs, 4, 3, padding=1))
+    compiled(net, torch.randn(2, 5, 6, 15))
 
 
 @pytest.mark.parametrize("act", ACTS, ids=lambda a: type(a).__name__)

@@ -99,7 +99,9 @@ class Compiled:
         spec: Any = exported.in_spec
         keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
         self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
-        self.flat_arguments, self.rebuild = count_flat_arguments(spec), rebuilder(exported.out_spec)
+        all_tensors = all(isinstance(want, InputSpec) for want in self.input_specs)
+        self.flat_arguments = count_flat_arguments(spec) if all_tensors else None
+        self.rebuild = rebuilder(exported.out_spec)
         self.reschedule()
 
     def move_to_torch(self, nodes: Collection[Node], weights: Mapping[str, Tensor]) -> None:

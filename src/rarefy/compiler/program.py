@@ -95,7 +95,7 @@ class Part(Value):
 
     def __init__(self, whole: Value, first: int, features: int):
         self.whole, self.tokens, self.features = whole, whole.tokens, features
-        self.created, self.decode, self.size, self.offset = whole.created, whole.decode, None, first * NT
+        self.created, self.decode, self.size, self.offset = whole.created, whole.decode, None, whole.offset + first * NT
 
     @property
     def stride(self) -> int:

@@ -33,7 +33,7 @@ class NhwcWeight:
         segment_bytes: length of a run of inputs that is contiguous in an image: a kernel row, or one pixel where the
             kernel is dilated.
         num_segments: runs of an output.
-        tight: the runs follow each other, which needs fewer blocks than a run of its own for each.
+        tight: the runs follow each other, which needs fewer blocks than a run of its own for each; of codes alone.
     """
 
     values: Tensor

@@ -44,6 +44,7 @@ NOT_SELECTED = "not selected"
 UNEVEN = "`chunk` needs it to stay equal to a part that cannot be cut"
 NUM_TRIALS = 8  # cuts that are timed to meet a latency
 NUM_TIMINGS = 15
+MAX_SEARCH = 60  # cuts that are tried to find the groups that cannot be cut
 
 
 @renamed_parameters(least="min_keep")
@@ -402,18 +403,24 @@ class _Cut:
         return True
 
     def _find_removable(self, error: ModelError, target: float) -> None:
-        """Try groups one signature after the other, and keep those that fail."""
+        """Try groups one signature after the other, then by halves of those that fail, and keep the ones left."""
         if self.searched:
             raise error
         self.searched, self.stays = True, {}
         removable: list[Group] = []
-        for groups in unit_selection.groups_by_signature(self.groups):
+        trials = 0
+        untried = [list(groups) for groups in unit_selection.groups_by_signature(self.groups)][::-1]
+        while untried:
+            groups, trials = untried.pop(), trials + 1
             try:
                 masks = self._masks(unit_selection.units_kept(self._order([*removable, *groups]), 1 - target))
                 remove_units(self.model, self.example, self.graph, masks).put_back()
                 removable += groups
             except (ForwardFailed, OutputMismatch) as reason:
-                self.stays |= {g.axis: _short_reason(reason) for g in groups}
+                if len(groups) > 1 and trials < MAX_SEARCH:
+                    untried += [groups[len(groups) // 2 :], groups[: len(groups) // 2]]
+                else:
+                    self.stays |= {g.axis: _short_reason(reason) for g in groups}
         if not removable:
             raise error
 

@@ -52,11 +52,11 @@ def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
     """Fuse softmax(q k^T scale + mask) v, written as separate calls, into scaled_dot_product_attention."""
     if node.target is not aten.matmul.default or len(shape(node)) != 4 or dtype_of(node) != torch.float32:
         return
-    probabilities, v = node.args
-    probabilities = _without_nan(exported, probabilities)
+    p, v = node.args
+    probabilities = _without_nan(exported, p)
     softmax = probabilities.target is aten.softmax.int and probabilities.args[1] in (-1, 3)
-    if not softmax or len(probabilities.users) > 2:
-        return
+    if not softmax or len(p.users) != 1 or len(probabilities.users) != (1 if p is probabilities else 2):
+        return  # others read the probabilities too
     scores, mask, scale = probabilities.args[0], None, 1.0
     if (windows := window_mask(exported, node, scores)) is not None:
         scores, mask = windows
@@ -70,11 +70,11 @@ def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
     if scores is None or scores.target is not aten.matmul.default or len(scores.users) != 1:
         return
     q, keys = scores.args
-    q, keys, scale = _unscaled(exported, q, keys, scale)
     if len(shape(q)) != 4 or len(shape(keys)) != 4 or not same(shape(scores)[:2], shape(v)[:2]):
         return
     if not same(shape(q)[:2], shape(v)[:2]) or not same(shape(keys)[:2], shape(v)[:2]):
         return
+    q, keys, scale = _unscaled(exported, q, keys, scale)
     with exported.graph.inserting_before(node):
         options = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
         new = exported.graph.call_function(SDPA, (q, _transposed_keys(exported, node, keys), v), options)

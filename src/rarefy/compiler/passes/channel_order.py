@@ -10,18 +10,31 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, is_node, replace_node, same, shape
+from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.linear import SPLITS
 from rarefy.compiler.passes.matchers import is_image, is_of_images
 
 SHUFFLES = (aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 
 
-def convert_shuffle(exported: ExportedGraph, node: Node) -> None:
-    """Convert a shuffle of the channels of an image (Zhang et al. 2018), also view, transpose and view."""
+def convert_selection(exported: ExportedGraph, node: Node) -> None:
+    """Convert slices, splits, chunks and shuffles (Zhang et al. 2018) of the channels of an image, shuffles also as
+    view, transpose and view; slices that other operators of the engine read."""
     x, groups = _shuffle(node)
     if x is not None:
-        order = torch.arange(shape(node)[1]).view(groups, -1).T.flatten()
+        _select(exported, node, x, torch.arange(shape(node)[1]).view(groups, -1).T.flatten())
+        return
+    x, start, end, stride = _slice(node)
+    if x is None or not is_image(node) or not is_image(x) or not is_of_images(x) or not isinstance(shape(x)[1], int):
+        return
+    order = torch.arange(shape(x)[1])[start:end:stride]
+    if len(order) and len(order) == shape(node)[1] and any(map(_is_read_natively, node.users)):
         _select(exported, node, x, order)
+
+
+def _is_read_natively(user: Node) -> bool:
+    """Return whether an operator of the engine reads what a node makes, perhaps through a selection or views."""
+    return user.target in BY_TARGET or user.target in (*VIEWS, aten.slice.Tensor, *SPLITS, *SHUFFLES)
 
 
 def _shuffle(node: Node) -> tuple[Any, int]:
@@ -47,15 +60,6 @@ def _swaps_groups(x: Node) -> bool:
     if x.target is aten.transpose.int:
         return sorted(d % 5 for d in x.args[1:]) == [1, 2]
     return x.target is aten.permute.default and list(x.args[1]) == [0, 2, 1, 3, 4]
-
-
-def convert_slice(exported: ExportedGraph, node: Node) -> None:
-    """Convert slices, splits and chunks of the channels of an image."""
-    x, start, end, stride = _slice(node)
-    if x is not None and is_image(node) and is_image(x) and is_of_images(x) and isinstance(shape(x)[1], int):
-        order = torch.arange(shape(x)[1])[start:end:stride]
-        if len(order) == shape(node)[1]:
-            _select(exported, node, x, order)
 
 
 def _slice(node: Node) -> tuple[Any, Any, Any, Any]:

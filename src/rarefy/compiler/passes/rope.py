@@ -67,7 +67,7 @@ def _angles(exported: ExportedGraph, before: Node, node: Node, x: Node) -> Node 
         angles.meta[INSERTED] = True
     if same(shape(angles)[:1], (batch,)):
         return angles
-    known = _known_user(angles, aten.repeat.default)
+    known = _known_user(angles, aten.repeat.default, batch)
     count = size_node(exported, before, batch) if known is None else None
     if known is not None or shape(angles)[0] != 1 or count is None:
         return known
@@ -78,6 +78,7 @@ def _angles(exported: ExportedGraph, before: Node, node: Node, x: Node) -> Node 
     return repeated
 
 
-def _known_user(node: Node, target: Any) -> Node | None:
-    """Return what an earlier match of this pass inserted after a node."""
-    return next((u for u in node.users if u.target is target and u.meta.get(INSERTED)), None)
+def _known_user(node: Node, target: Any, batch: Any = None) -> Node | None:
+    """Return what an earlier match of this pass inserted after a node, for a batch of that size if one is given."""
+    users = (u for u in node.users if u.target is target and u.meta.get(INSERTED))
+    return next((u for u in users if batch is None or same(shape(u)[:1], (batch,))), None)
