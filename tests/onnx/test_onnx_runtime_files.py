@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
-from helpers.onnx_files import apart, bert, run
+from helpers.onnx_files import apart, bert, export, run
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -45,7 +45,7 @@ def check(path: Path, feeds: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("opset", [14, 17])
 def test_an_encoder_of_texts(tmp_path, opset):
     _, path, feeds = bert(tmp_path, opset)
-    assert "SkipLayerNormalization" in check(path, feeds)
+    assert {"BiasGelu", "FusedMatMul"} <= check(path, feeds)
 
 
 class First(nn.Module):
@@ -65,13 +65,50 @@ def test_models_of_torch_s_exporter(tmp_path, name):
     x = next(iter(inputs.values()))
     model = First(make()).eval()
     model.model.config.use_cache = False
-    path = tmp_path / "net.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, input_names=["x"], verbose=False)
-    check(path, {"x": x})
+    check(export(model, x, tmp_path / "net.onnx", "dynamo"), {"x": x})
 
 
-def test_an_image_model(tmp_path):
-    model, x = zoo.lively(zoo.timm_cases()["timm.convnext_atto"][0]()), torch.randn(1, 3, 64, 64)
-    path = tmp_path / "net.onnx"
-    torch.onnx.export(model.eval(), (x,), path, dynamo=True, external_data=False, input_names=["x"], verbose=False)
-    check(path, {"x": x})
+def residual_net(act: nn.Module) -> nn.Module:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.act, self.head, self.last = act, nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.first(x))
+            y = self.act(self.second(y) + y)
+            return self.last(self.act(self.head(y.mean((2, 3)))))
+
+    return Residual().eval()
+
+
+@pytest.mark.parametrize("opset", [9, 13, 17])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.Tanh(), nn.ReLU6()], ids=lambda a: type(a).__name__
+)
+def test_convolutions_with_activations(tmp_path, act, opset):
+    x = torch.randn(2, 3, 9, 9)
+    net = residual_net(act)
+    path = export(net, (x,), tmp_path / "net.onnx", opset, ("x",))
+    assert "FusedConv" in check(path, {"x": x})
+
+
+def test_fused_layers_can_be_pruned_and_cut(tmp_path):
+    x = torch.randn(2, 3, 9, 9)
+    path = fused(export(residual_net(nn.ReLU()), (x,), tmp_path / "net.onnx", 13, ("x",)))
+    module = rarefy.from_onnx(path)
+    assert sum(isinstance(m, nn.Conv2d) for m in module.modules()) == 2
+    rarefy.cut_(module, (x,), keep=0.5)
+    assert min(m.out_channels for m in module.modules() if isinstance(m, nn.Conv2d)) == 4
+
+
+def test_an_unknown_activation_is_named(tmp_path):
+    node = onnx.helper.make_node("FusedConv", ["x", "w"], ["y"], "conv", domain="com.microsoft", activation="Abs")
+    weight = onnx.numpy_helper.from_array(torch.randn(4, 3, 1, 1).numpy(), "w")
+    values = [onnx.helper.make_tensor_value_info(n, 1, [1, c, 5, 5]) for n, c in (("x", 3), ("y", 4))]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight])
+    opsets = [onnx.helper.make_opsetid("", 13), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
+    with pytest.raises(rarefy.RarefyError, match="the activation 'Abs' is not one of Relu"):
+        rarefy.from_onnx(tmp_path / "net.onnx")

@@ -20,6 +20,7 @@ from rarefy.onnx.layers import LAYERS
 SCOPES = "pkg.torch.onnx.name_scopes"
 OPERATOR = re.compile(r"[A-Z][A-Za-z]+(_\d+|_quant)*")
 WEIGHT = re.compile(r"[._]weight$")
+NUMBERED = re.compile(r"[a-z_]+_\d+")
 NAME_PART = re.compile(r"[A-Za-z0-9_-]+")
 MAX_PARTS = 32  # of a dotted name
 
@@ -73,6 +74,8 @@ def join(parts: Sequence[str]) -> str:
 
 def place(root: nn.Module, name: str, value: Any) -> str:
     """Put a module, parameter or buffer into a tree of modules at a dotted name, or one near it; return that name."""
+    if NUMBERED.fullmatch(name) and not isinstance(value, nn.Module):
+        name = f"constants.{name}"  # torch's exporter numbers what it computes in this way, and names must differ
     parent, *parts = root, *name.split(".")
     path = []
     for part in parts[:-1]:

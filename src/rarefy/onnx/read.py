@@ -11,6 +11,7 @@ from typing import Any
 from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
 from rarefy.onnx.binding import function_of
 from rarefy.onnx.graph import Kind
+from rarefy.onnx.runtime_operators import add_shapes_, split_fused_
 
 MAX_NODES = 200_000  # with functions expanded
 MAX_ELEMENTS = 1 << 27  # of one value whose shape is known
@@ -47,7 +48,10 @@ def read(path: Any) -> Any:
                 raise ContainerError(f"{path}: {tensor.name} is stored outside the file's folder: {entry.value!r}")
     try:
         onnx.load_external_data_for_model(model, folder)
+        split_fused_(model)
         onnx.checker.check_model(model)
+    except ModelError:
+        raise
     except Exception as error:  # the checker's own class, and whatever reading weights raises
         raise ContainerError(f"{path}: not a sound ONNX file: {first_line(error)}") from None
     _check_sizes(model, path)
@@ -114,7 +118,11 @@ def infer_kinds(model: Any) -> dict[str, Kind]:
         value.type.tensor_type.ClearField("shape")
     del light.graph.value_info[:]
     try:
-        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        while True:
+            graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+            values = [*graph.input, *graph.value_info, *graph.output]
+            if not add_shapes_(light.graph, {v.name: v for v in values if v.type.tensor_type.HasField("shape")}):
+                break
     except Exception:  # an operator with inputs that do not fit; the converter names it
         return declared
     inferred = _kinds([*graph.input, *graph.value_info, *graph.output])

@@ -218,7 +218,7 @@ def remove_view_pairs(exported: ExportedGraph, node: Node) -> None:
         return
     inside: dict[Node, None] = {}
     last = node.args[0]
-    if shape(node)[-1] != shape(last)[-1] or not _collect_between(last, shape(node)[:-1], inside):
+    if not same(shape(node)[-1:], shape(last)[-1:]) or not _collect_between(last, shape(node)[:-1], inside):
         return
     if any(u not in inside and u is not node for n in inside for u in n.users) or len(last.users) != 1:
         return

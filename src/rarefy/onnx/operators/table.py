@@ -169,6 +169,7 @@ FUSED_OPERATORS: dict[str, Function] = {
     "FastGelu": linear.fast_gelu,
     "FusedMatMul": linear.fused_matmul,
     "Gelu": F.gelu,
+    "LayerNormalization": norm.layer_norm,
     "MultiHeadAttention": attention.multi_head_attention,
     "QuickGelu": linear.quick_gelu,
     "RotaryEmbedding": attention.rotary_of_onnxruntime,
