@@ -4,10 +4,10 @@
     python bench/onnx_changes.py --only resnet18
     python bench/onnx_changes.py --table             only print what was measured last
 
-Files are those of onnx_models.py, of one input. Zeros are the 80 % smallest weights. 8 bits are calibrated on four random
-inputs in both engines. A cut removes half of all channels and neurons; a step of SGD follows, the model is exported,
-and its file is compared with it in ONNX Runtime. Engines take turns. Weights are random, so distances from the fp32
-outputs say how exact an engine is, not how well a model works. Appends one JSON line for each architecture to
+Files are those of onnx_models.py, of one input. Zeros are the 80 % smallest weights. 8 bits are calibrated on four
+random inputs in both engines. A cut removes half of all channels and neurons; a step of SGD follows, the model is
+exported, and its file is compared with it in ONNX Runtime. Engines take turns. Weights are random, so distances from
+the fp32 outputs say how exact an engine is, not how well a model works. Appends one JSON line for each architecture to
 results/onnx_changes.jsonl.
 """
 

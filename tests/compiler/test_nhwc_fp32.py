@@ -26,7 +26,12 @@ GEOMETRIES = [  # inputs, outputs, kernel, stride, padding, dilation, groups
     (40, 16, 1, 1, 0, 1, 1),
 ]
 SIZES = [(3, 19, 23), (1, 7, 9), (33, 5, 4)]
-WIDE = [(2, 9, 70), (2, 31, 37), (1, 1, 150), (3, 2, 67)]  # rows that are computed by themselves, and longer than a block
+WIDE = [
+    (2, 9, 70),
+    (2, 31, 37),
+    (1, 1, 150),
+    (3, 2, 67),
+]  # rows that are computed by themselves, and longer than a block
 ACTS = [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.ReLU6(), nn.GELU(), nn.Tanh(), nn.Identity(), nn.Sigmoid()]
 
 

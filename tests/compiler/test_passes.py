@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from helpers.compile_models import equal
 from rarefy.compiler import ops
 from rarefy.compiler.subgraph import FusedSubgraph
 
@@ -297,3 +299,19 @@ def compiled_in_torch(net):
     made = rarefy.compile(net, x)
     torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-5)
     return native_ops(made), sum(made.counts()[2].values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", [lambda y, b: y + b, lambda y, b: b + y])
+def test_a_constant_behind_a_linear_layer_is_its_bias(bias, order):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 20, bias=bias), nn.Linear(20, 4)
+            self.more = nn.Parameter(torch.randn(20))
+
+        def forward(self, x):
+            return self.last(F.gelu(order(self.first(x), self.more)))
+
+    made = equal(Net().eval(), torch.randn(3, 5, 12))
+    assert native_ops(made) == [ops.linear, ops.linear]

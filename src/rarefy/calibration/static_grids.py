@@ -11,6 +11,7 @@ OBSERVERS = ("minmax", "percentile", "mse")
 SAMPLES = 1 << 16  # values sampled from a batch
 TAIL = 1e-4  # fraction that `percentile` clips at each end
 NUM_RANGES = 30  # that `mse` tries
+MIN_RANGE = 0.5  # of them: large values are rare, and often what a model looks for
 
 
 def sample_values(x: Tensor, rng: torch.Generator) -> Tensor:
@@ -32,7 +33,8 @@ def static_grid(x: Tensor, observer: str) -> ActivationQuant:
         low, high = min(0.0, float(ends[0])), max(0.0, float(ends[1]))
     if observer != "mse":
         return _grid_of_range(low, high)
-    candidates = [_grid_of_range(low * s, high * s) for s in (1 - 0.9 * i / NUM_RANGES for i in range(NUM_RANGES))]
+    shares = (1 - (1 - MIN_RANGE) * i / NUM_RANGES for i in range(NUM_RANGES))
+    candidates = [_grid_of_range(low * s, high * s) for s in shares]
     return min(candidates, key=lambda g: float((g(x) - x).square().sum()))
 
 

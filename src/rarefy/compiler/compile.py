@@ -64,6 +64,7 @@ PASSES = (
     linear.convert_embedding,
     linear.convert_linear,
     linear.remove_views_around_linear,
+    linear.fold_bias,
     linear.split_linear_outputs,
     attention.split_qkv_view,
     attention.split_mha_in_proj,
@@ -115,7 +116,7 @@ PASSES = (
     fusion.fuse_epilogue,
 )
 
-CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of sparse detections are far off and still useful, so FAR_* warns
+CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of few detections are far off and still useful
 FAR_CALIBRATED = 0.1  # relative distance of outputs in calibrated 8 bits on the example, usually below 0.03
 
 CLEARLY_FASTER = 0.95  # time over eager's, from which the graph in torch alone, often faster than eager, is tried too

@@ -26,7 +26,7 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.operators.table import BY_TARGET
-from rarefy.compiler.passes.matchers import swaps_heads_and_tokens
+from rarefy.compiler.passes.matchers import args_of_pair, swaps_heads_and_tokens
 from rarefy.runtime.sparse_layers import Sparse, from_spec
 
 SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
@@ -96,6 +96,21 @@ def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
     if swaps_heads_and_tokens(source) and same(shape(source)[:2], leading) and prod(heads) == shape(x)[-1]:
         joined = insert_before(exported, node, aten.flatten.using_ints, source, 2, 3)
         replace_node(exported, node, ops.linear, joined, *y.args[1:])
+
+
+def fold_bias(exported: ExportedGraph, node: Node) -> None:
+    """Fold a constant for each output that is added to a linear layer's outputs into its bias."""
+    for y, added in zip(*(args_of_pair(node, aten.add.Tensor)[::d] for d in (1, -1))):
+        known = exported.constants.get(added.name) if is_node(added) and not node.kwargs else None
+        if known is None or not is_node(y) or y.target is not ops.linear or len(y.users) != 1:
+            continue
+        x, w, bias, residual, act = y.args
+        if (residual, act) == (None, None) and tuple(known.shape) == shape(y)[-1:] and known.dtype == torch.float32:
+            whole = known if bias is None else known + exported.constants[bias.name]
+            replace_node(
+                exported, node, ops.linear, x, w, add_constant(exported, f"{node.name}_bias", whole), None, None
+            )
+            return
 
 
 def split_linear_outputs(exported: ExportedGraph, node: Node) -> None:
