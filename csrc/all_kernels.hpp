@@ -53,6 +53,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .begin_dense = begin_dense,
       .end_dense = end_dense,
       .dense_lanes = {dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>},
+      .lanes_gemv = {lanes_gemv<RAREFY_BF16>, lanes_gemv<RAREFY_I8>},
       .store_outputs = {store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>},
       .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,
                              decompress_bitmask<RAREFY_I8>, decompress_bitmask<RAREFY_I4>},

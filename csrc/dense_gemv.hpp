@@ -1,4 +1,5 @@
-// Dense fp32 weights times few columns of a column tile: weights are read in whole vectors, each once for all columns.
+// Dense weights times few columns of a column tile, in whole vectors of weights: of fp32 each is read once for all
+// columns, of bf16 and int8 once for each.
 #pragma once
 #include <cstdint>
 
@@ -66,6 +67,41 @@ void dense_gemv(const float* values, int64_t tile_stride, int64_t row_tiles, int
   if (columns == 3) gemv_columns<3>(values, tile_stride, row_tiles, lanes, x, x_stride, acc);
   if (columns == 2) gemv_columns<2>(values, tile_stride, row_tiles, lanes, x, x_stride, acc);
   if (columns == 1) gemv_columns<1>(values, tile_stride, row_tiles, lanes, x, x_stride, acc);
+}
+
+constexpr int LANE_GEMV_ROWS = 8;  // of a block, whose sums are kept in registers
+
+// One row of lanes [lane_blocks][16] times `rows` rows of blocks of 16 rows by 16 lanes: acc[row * TILE_COLS].
+template <int DTYPE>
+void lanes_gemv(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc) {
+  using L = LaneOps<DTYPE>;
+  using weight = decltype(L::broadcast(0u));
+  for (int64_t first = 0; first < rows; first += LANE_GEMV_ROWS) {
+    const uint32_t* block = values + first / 16 * lane_blocks * 256 + first % 16 * 16;
+    typename L::acc sums[LANE_GEMV_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < LANE_GEMV_ROWS; ++r) sums[r] = L::zero();
+    for (int64_t b = 0; b < lane_blocks; ++b, block += 256)
+      for (int l = 0; l < 16; l += SIMD_WIDTH) {
+        const auto in = typename L::input(L::load(x + b * 16 + l));
+#pragma GCC unroll 8
+        for (int r = 0; r < LANE_GEMV_ROWS; ++r)
+          sums[r] = L::multiply_add(sums[r], in, weight(L::load(block + r * 16 + l)));
+      }
+    for (int r = 0; r < LANE_GEMV_ROWS; ++r) {
+      alignas(64) uint32_t each[SIMD_WIDTH];
+      L::store_acc(each, sums[r]);
+      uint32_t total = 0;
+      float number = 0.0f;
+      for (const uint32_t lane : each) {
+        if (DTYPE == RAREFY_I8)
+          total += lane;
+        else
+          number += __builtin_bit_cast(float, lane);
+      }
+      acc[(first + r) * TILE_COLS] = DTYPE == RAREFY_I8 ? total : __builtin_bit_cast(uint32_t, number);
+    }
+  }
 }
 
 }  // namespace

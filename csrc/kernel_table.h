@@ -9,7 +9,7 @@
 constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
-constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense fp32 weights multiply without a whole tile
+constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
 constexpr int TILE_ROWS = 4;               // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
@@ -144,6 +144,9 @@ struct rarefy_kernel_table {
   // 16 or 32 rows of a dense weight of bf16 or int8 times a column tile: acc [rows][TILE_COLS].
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
+  // One row of lanes, which lie together, times rows of a dense weight of bf16 or int8: acc [rows][TILE_COLS], column
+  // 0.
+  void (*lanes_gemv[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc);
   void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
   // Four rows: int8, and bf16 of quantized weights, for `dense_lanes`, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);

@@ -169,6 +169,26 @@ inline void store_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32
   }
 }
 
+// As store_rows, for a dense weight times few columns. The caller may hold memory of slot 1.
+inline int store_few_columns(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
+                             int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
+                             int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
+                             float* absmax) {
+  const int64_t lanes = lane_blocks * 16;
+  const ScratchBuffer<3> scratch(size_t(columns * lanes) * 4);
+  uint32_t* rows_of_lanes = static_cast<uint32_t*>(scratch.data);
+  if (!rows_of_lanes) return RAREFY_NO_MEMORY;
+  for (int64_t n = 0; n < columns; ++n)
+    for (int64_t l = 0; l < lanes; ++l) rows_of_lanes[n * lanes + l] = x[l * TILE_COLS + n];
+  store_rows<DENSE_ROWS_PER_CALL>(
+      t, s, dtype, w, tile, first, end, col_scales, out, absmax, [&](int64_t row, int64_t rows, uint32_t* sums) {
+        for (int64_t n = 0; n < columns; ++n)
+          t.lanes_gemv[dtype == RAREFY_I8](values + row * lanes, lane_blocks, ceil_div(rows, 16) * 16,
+                                           rows_of_lanes + n * lanes, sums + n);
+      });
+  return RAREFY_OK;
+}
+
 // As store_rows, for a dense weight.
 inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
                              int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
@@ -216,12 +236,18 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   alignas(64) float absmax[TILE_COLS] = {}, buffer[TILE_COLS];
   const float* scales = input_scales(s, tile, buffer);
   const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
-  if (s.format == RAREFY_DENSE)
-    store_dense_rows(t, s, w.dtype, static_cast<const uint32_t*>(static_cast<const rarefy_dense*>(s.weight)->values),
-                     ceil_div(w.cols, 16 * inputs_per_lane(w.dtype)), w.epilogue, x, tile, first, end, columns, scales,
-                     out, quantizes ? absmax : nullptr);
-  else
+  if (s.format == RAREFY_DENSE) {
+    const auto* values = static_cast<const uint32_t*>(static_cast<const rarefy_dense*>(s.weight)->values);
+    const int64_t blocks = ceil_div(w.cols, 16 * inputs_per_lane(w.dtype));
+    float* largest = quantizes ? absmax : nullptr;
+    if (s.columns > MAX_GEMV_COLUMNS)
+      store_dense_rows(t, s, w.dtype, values, blocks, w.epilogue, x, tile, first, end, columns, scales, out, largest);
+    else if (const int code = store_few_columns(t, s, w.dtype, values, blocks, w.epilogue, x, tile, first, end, columns,
+                                                scales, out, largest))
+      return code;
+  } else {
     store_sparse_rows(t, s, w, x, tile, first, end, columns, scales, out, quantizes ? absmax : nullptr);
+  }
   if (s.out_codes.data && s.codes_dtype == RAREFY_BF16 && end == s.features)  // kernels read whole blocks of lanes
     std::fill(codes_of(s, tile) + ceil_div(s.features, 2) * TILE_COLS,
               codes_of(s, tile) + ceil_div(s.features, 32) * 16 * TILE_COLS, 0u);

@@ -63,12 +63,12 @@ inline void run_nhwc_copy(const rarefy_kernel_table& t, const rarefy_step& s, in
   const rarefy_nhwc& c = *s.nhwc;
   const int64_t image = part / c.in.height, y = part % c.in.height;
   const uint8_t* x = nhwc_codes(s.x) + nhwc_at(c.in, image, y, 0);
-  uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y, 0) + c.first_channel * 4;
+  uint8_t* out = nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y, 0) + c.first_channel * nhwc_bytes(c.out);
   if (c.order) {
     select_channels(x, c, out);
   } else {
     for (int64_t i = 0; i < c.in.width; ++i, x += c.in.pixel_bytes, out += c.out.pixel_bytes)
-      std::memcpy(out, x, size_t(c.in.channels) * 4);
+      std::memcpy(out, x, size_t(c.in.channels * nhwc_bytes(c.in)));
   }
   if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, y, y + 1);
 }

@@ -28,3 +28,28 @@ def test_nan_of_one_row_stays_there(isa):
         x[1, 4] = torch.nan
         got = made(x)
     assert got[1].isnan().all() and torch.allclose(got[::2], want[::2], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 7), (16, 64), (37, 130), (513, 300)])
+def test_few_rows_of_codes(isa, rows, inputs, outputs, precision):
+    """Rows are the same alone and among many, which other kernels multiply."""
+    torch.manual_seed(rows)
+    net = nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, 5, bias=False)).eval()
+    x = torch.randn(70, inputs)
+    with torch.no_grad():
+        made = rarefy.compile(net, x, precision=precision, tune=False)
+        many, few = made(x)[:rows], made(x[:rows])
+        assert float((many - few).abs().max()) <= 5e-3 * float(many.abs().max())
+        assert float((few - net(x[:rows])).norm()) <= 0.05 * float(net(x).norm())
+
+
+def test_static_codes_of_few_rows(isa):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 40))
+    batches = list(torch.randn(6, 2, 3, 6, 6))
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        made = rarefy.compile(net.eval(), x, precision="int8", calibrate=batches, tune=False)
+        assert float((made(x) - net(x)).norm()) <= 0.05 * float(net(x).norm())
+    assert "adaptive_avg_pool2d" not in str(made)  # from 4 to 4 pixels: nothing to do

@@ -9,6 +9,7 @@ from torch import nn
 
 import rarefy
 from helpers.compile_models import Attends
+from helpers.compile_models import steps as step_names
 from rarefy.common.errors import ContainerError
 from rarefy.compiler import ops
 from rarefy.compiler.graph_json import from_json
@@ -325,3 +326,31 @@ def test_values_that_another_native_call_rounds(groups):
     made = rarefy.compile(net, x, tune=False)
     assert sum(isinstance(s, FusedSubgraph) for s in made.schedule) == 2
     assert relative_distance(made(x), eager(net, x)) < 0.01
+
+
+class Inception(nn.Module):
+    """Branches side by side, a pool among them, twice; and a pool between."""
+
+    def __init__(self, outputs=(7, 9, 16)):
+        super().__init__()
+        a, b, c = outputs
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.one, self.two, self.three = nn.Conv2d(12, a, 1), nn.Conv2d(12, b, 3, padding=1), nn.Conv2d(12, c, 1)
+        self.last, self.more = nn.Conv2d(a + b + c, 10, 3, padding=1), nn.Conv2d(a + b + c, 6, 1)
+        self.pool = nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = torch.cat([F.relu(self.one(x)), F.relu6(self.two(x)), F.relu(self.three(self.pool(x)))], 1)
+        x = F.max_pool2d(x, 2, ceil_mode=True)
+        return torch.cat([self.last(x), self.more(self.pool(x))], 1)
+
+
+@pytest.mark.parametrize("outputs", [(7, 9, 16), (8, 16, 64), (1, 70, 3)], ids=str)
+def test_branches_write_their_codes_side_by_side(isa, outputs):
+    net, x = Inception(outputs).eval(), torch.randn(3, 3, 13, 11)
+    made = rarefy.compile(net, x, precision="int8", calibrate=list(torch.randn(16, 3, 13, 11).split(4)), tune=False)
+    want = net(x).detach()
+    assert relative_distance(made(x), want) < 0.05
+    names = step_names(made)
+    assert names.count("nhwc_quantize") == 1 and "nhwc_copy" not in names  # the picture alone is converted

@@ -333,3 +333,64 @@ def test_groups_with_inexact_cuts_stay():
     assert model.a.out_features == 8 and model.b.out_features == 3 and model.c.out_features == 4
     why = {r["group"]: r["stays because"] for r in report.rows}
     assert why["a.weight:0"].startswith("the cut model returns outputs that differ ")
+
+
+class Residual(nn.Module):
+    """Two convolutions; with a constant for each channel between them, which a padded one cannot take over."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.register_buffer("constant", torch.randn(8, 1, 1) if constant else None)
+
+    def forward(self, x):
+        y = self.a(x)
+        return x + self.b(y if self.constant is None else y + self.constant)
+
+
+def test_one_group_that_cannot_be_cut_leaves_its_likes_free():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *(Residual(i == 2) for i in range(5)))
+    report = rarefy.cut_(net.eval(), torch.randn(2, 3, 7, 7), keep=0.5)
+    assert [net[i].a.out_channels for i in range(1, 6)] == [4, 4, 8, 4, 4]
+    why = {r["group"]: r["stays because"] for r in report.rows}
+    assert why["3.a.weight:0"].startswith("the cut model returns outputs that differ ")
+
+
+class Chaos(nn.Module):
+    """Magnifies rounding errors by a thousand or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 40), nn.Linear(40, 4)
+
+    def forward(self, x):
+        return torch.sin(3e4 * self.b(torch.relu(self.a(x))))
+
+
+class Asserts(Counts):
+    """Fails on inputs that differ from the example."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("x", x)
+
+    def forward(self, x):
+        if not torch.equal(x, self.x):
+            raise ValueError("another input")
+        return super().forward(x)
+
+
+def test_rounding_errors_that_a_model_magnifies_are_no_mismatch():
+    torch.manual_seed(0)
+    net = Chaos().eval()
+    rarefy.cut_(net, torch.randn(16, 6), keep=0.5)
+    assert net.a.out_features == 20
+
+
+def test_inputs_that_cannot_be_changed_excuse_nothing():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+    model = Asserts(x)
+    rarefy.cut_(model, x)
+    assert model.a.out_features == 8 and model.c.out_features == 4

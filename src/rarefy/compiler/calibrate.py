@@ -75,7 +75,18 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
         count += 1
     if not count:
         raise DataError("calibrate: expected at least one batch, got none")
-    return {value: static_grid(torch.cat(sampled), OBSERVER) for value, sampled in samples.items()}
+    grids = {value: static_grid(torch.cat(sampled), OBSERVER) for value, sampled in samples.items()}
+    return {value: grids[_before_pools(value, grids)] for value in grids}
+
+
+def _before_pools(value: Node, grids: Collection[Node]) -> Node:
+    """Return the first value with a grid of those from which max pools made one: pools only take values, so that one
+    grid does for all, and codes of one are codes of the other."""
+    first = value
+    while value.target in (ops.max_pool2d, ops.max_pool2d_ceil):
+        value = value.args[0]  # type: ignore[assignment]
+        first = value if value in grids else first
+    return first
 
 
 def _inputs(graph: Compiled, leaves: list[Any], nodes: Collection[Node]) -> Iterator[tuple[Node, Tensor]]:

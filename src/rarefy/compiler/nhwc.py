@@ -224,7 +224,7 @@ def output_format(p: Program, node: Node) -> Format | None:
         for n in reversed(p.order):
             name = p.operators[n.target].name
             if n in p.images and (name in POOLS or name in MAPS):
-                wanted = wanted_format(p, n, numbers=True if name in MAPS else None)
+                wanted = wanted_format(p, n, numbers=True if name in MAPS and name != "concat" else None)
                 read = wanted is not None and all(_reads_image(p, n, u, wanted) for u in n.users)
                 p.formats[n] = wanted if read else None
     return p.formats.get(node)
@@ -270,23 +270,23 @@ def add_max_pool(p: Program, node: Node, wanted: Format) -> Codes:
 def set_out(p: Program, step: Nhwc, node: Node, wanted: Format) -> Value:
     """Write into a step where its output goes, and return the memory: its own, or some channels of the concatenation
     that alone reads it."""
-    written = _channels_of_concat(p, node) if wanted == FP32 else None
+    written = _channels_of_concat(p, node, wanted)
     written = p.nhwc[node, wanted] = written or new_codes(p, node, wanted)
     step.out, step.first_channel = written.image, written.first_channel
     return written.value
 
 
-def _channels_of_concat(p: Program, node: Node) -> Codes | None:
+def _channels_of_concat(p: Program, node: Node, wanted: Format) -> Codes | None:
     if len(node.users) != 1:
         return None
     (reader,) = node.users
     if reader not in p.nodes or p.operators[reader.target].name != "concat":
         return None
-    if reader.args.count(node) > 1 or output_format(p, reader) is None:
+    if reader.args.count(node) > 1 or output_format(p, reader) != wanted:
         return None
-    if (reader, FP32) not in p.nhwc:
-        p.nhwc[reader, FP32] = new_codes(p, reader, FP32)
-    whole, before = p.nhwc[reader, FP32], [n for n in reader.args[: reader.args.index(node)] if n is not None]
+    if (reader, wanted) not in p.nhwc:
+        p.nhwc[reader, wanted] = new_codes(p, reader, wanted)
+    whole, before = p.nhwc[reader, wanted], [n for n in reader.args[: reader.args.index(node)] if n is not None]
     return Codes(whole.value, whole.image, sum(p.shape(n)[1] for n in before))  # type: ignore[arg-type]
 
 

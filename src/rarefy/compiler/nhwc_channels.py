@@ -46,17 +46,18 @@ def lower_map(
 
 
 def lower_concat(p: Program, node: Node) -> bool:
-    """Add the steps of a concatenation, if it runs on NHWC numbers; return whether it does.
+    """Add the steps of a concatenation, if it runs on NHWC images, of codes too; return whether it does.
 
     There are none for images whose operators write their channels themselves.
     """
-    if output_format(p, node) is None:
+    wanted = output_format(p, node)
+    if wanted is None:
         return False
     images = [n for n in node.args if n is not None]
-    sources = [codes_of(p, n, FP32) for n in images]  # type: ignore[arg-type]
-    if (node, FP32) not in p.nhwc:
-        p.nhwc[node, FP32] = new_codes(p, node, FP32)
-    whole, first = p.nhwc[node, FP32], 0
+    sources = [codes_of(p, n, wanted) for n in images]  # type: ignore[arg-type]
+    if (node, wanted) not in p.nhwc:
+        p.nhwc[node, wanted] = new_codes(p, node, wanted)
+    whole, first = p.nhwc[node, wanted], 0
     for n, source in zip(images, sources):
         if source.value is not whole.value:
             step = Nhwc(input=source.image, out=whole.image, first_channel=first)

@@ -58,7 +58,7 @@ def remove_noop(exported: ExportedGraph, node: Node) -> None:
     is_slice = node.target is aten.slice.Tensor and (*node.args, 1)[2] == 0
     whole = is_slice and len(node.args) == 4 and node.args[3] == SLICE_END
     times_one = node.target is aten.mul.Tensor and isinstance(node.args[1], int | float) and node.args[1] == 1
-    same_view = node.target in VIEWS and same(shape(node), shape(x))
+    same_view = node.target in (*VIEWS, aten.adaptive_avg_pool2d.default) and same(shape(node), shape(x))
     if whole or times_one or node.target in NOOPS or same_view:
         replace_uses(exported, node, x)
 
