@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import rarefy
 import tables
-from onnx_models import CASES, Case, in_turns, onnx_runtime, reason, write
+from onnx_models import CASES, Case, in_turns, onnx_runtime, reason, write_readable
 from rarefy.common.errors import RarefyError
 from rivals import errors_alone, quantized_statically
 from runtime import keep_memory
@@ -34,7 +34,6 @@ from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "onnx_changes.jsonl"
 SPARSITY, KEPT, CALIBRATION, REPEATS = 0.8, 0.5, 4, 20
-SLOW_EXPORT = ("swin_t",)  # minutes with an open batch
 
 Run = Callable[[tuple[Tensor, ...]], Any]
 
@@ -98,10 +97,7 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
     with TemporaryDirectory() as place, warnings.catch_warnings(), errors_alone():
         warnings.simplefilter("ignore")
         file = Path(place) / "net.onnx"
-        try:
-            write(model, inputs, names, file, "torchscript", 17)
-        except Exception:  # of torch's exporter, which lacks some operators
-            write(model, inputs, names, file, "dynamo", 18)
+        write_readable(name, model, inputs, names, file)
         single = tuple(x[:1].contiguous() for x in inputs)
         load = partial(rarefy.from_onnx, file, example=inputs)
         batches = [tuple(like(x, seed) for x in single) for seed in range(CALIBRATION)]
@@ -126,8 +122,7 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [n for n in CASES if n not in SLOW_EXPORT]
-    parser.add_argument("--only", nargs="*", default=known, choices=list(CASES), metavar="ARCHITECTURE")
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), metavar="ARCHITECTURE")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     keep_memory()

@@ -59,7 +59,8 @@ int64_t num_parts(const rarefy_step& s) {
     case RAREFY_OP_NHWC_QUANTIZE:
     case RAREFY_OP_NHWC_MAX_POOL: return s.batch * s.nhwc->out.height;
     case RAREFY_OP_NHWC_MAP: return nhwc_map_parts(s);
-    case RAREFY_OP_NHWC_COPY: return s.batch * s.nhwc->in.height;
+    case RAREFY_OP_NHWC_COPY:
+    case RAREFY_OP_NHWC_SPREAD: return s.batch * s.nhwc->in.height;
     case RAREFY_OP_NHWC_MEAN: return s.batch * ceil_div(s.nhwc->in.channels, MEAN_CHANNELS_PER_PART);
     case RAREFY_OP_NHWC_DEPTHWISE:
     case RAREFY_OP_NHWC_CONV:
@@ -263,6 +264,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
     case RAREFY_OP_NHWC_MAX_POOL: return run_nhwc_max_pool(t, s, part);
     case RAREFY_OP_NHWC_MAP: return run_nhwc_map(t, s, part);
     case RAREFY_OP_NHWC_COPY: run_nhwc_copy(t, s, part); break;
+    case RAREFY_OP_NHWC_SPREAD: run_nhwc_spread(t, s, part); break;
     case RAREFY_OP_NHWC_MEAN: run_nhwc_mean(t, s, part); break;
     case RAREFY_OP_NHWC_UNPACK: run_nhwc_unpack(t, s, part); break;
     case RAREFY_OP_IMAGE_ABSMAX: run_image_absmax(t, s, part); break;

@@ -73,6 +73,24 @@ inline void run_nhwc_copy(const rarefy_kernel_table& t, const rarefy_step& s, in
   if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, y, y + 1);
 }
 
+// One row of an image, whose pixels become stride[0] rows of stride[1] pixels each.
+inline void run_nhwc_spread(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  const rarefy_nhwc& c = *s.nhwc;
+  const int64_t image = part / c.in.height, y = part % c.in.height, rows = c.stride[0], columns = c.stride[1];
+  const int64_t bytes = c.in.channels / (rows * columns) * nhwc_bytes(c.in);  // of a pixel
+  const bool together = bytes == c.out.pixel_bytes;
+  const int64_t copies = together ? 1 : columns, size = together ? bytes * columns : bytes;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* x = nhwc_codes(s.x) + nhwc_at(c.in, image, y, 0) + r * columns * bytes;
+    uint8_t* out =
+        nhwc_codes(s.out_codes) + nhwc_at(c.out, image, y * rows + r, 0) + c.first_channel * nhwc_bytes(c.out);
+    for (int64_t i = 0; i < c.in.width; ++i, x += c.in.pixel_bytes)
+      for (int64_t k = 0; k < copies; ++k, out += together ? size : c.out.pixel_bytes)
+        std::memcpy(out, x + k * size, size_t(size));
+  }
+  if (!c.first_channel) fill_border(t, c.out, nhwc_codes(s.out_codes), image, y * rows, (y + 1) * rows);
+}
+
 // The means of some channels of one image.
 inline void run_nhwc_mean(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_nhwc_image& in = s.nhwc->in;

@@ -210,7 +210,8 @@ enum rarefy_op {
   RAREFY_OP_NHWC_COPY = 26,    // channels of out_codes from nhwc->first_channel on = x, in nhwc->order
   RAREFY_OP_NHWC_MEAN = 27,    // out = means over the pixels of each image x
   RAREFY_OP_NHWC_UNPACK = 28,  // out = the image x in tiles
-  RAREFY_OP_COUNT = 29,
+  RAREFY_OP_NHWC_SPREAD = 29,  // pixels of out_codes = the channels of x, nhwc->stride pixels for each pixel
+  RAREFY_OP_COUNT = 30,
 };
 
 struct rarefy_view {

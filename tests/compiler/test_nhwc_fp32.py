@@ -408,3 +408,46 @@ def test_saved_models_keep_pools_with_ceil_mode(tmp_path):
     x = torch.randn(2, 3, 9, 9)
     rarefy.save(rarefy.compile(net, x, tune=False), tmp_path / "fast")
     assert torch.allclose(rarefy.load(tmp_path / "fast")(x), net(x), atol=1e-5)
+
+
+class Upwards(nn.Module):
+    """A transposed convolution whose kernel is its stride, between convolutions; its output is also returned."""
+
+    def __init__(self, kernel, inner, outer, returned=False):
+        super().__init__()
+        self.first = nn.Conv2d(3, inner, 3, padding=1)
+        self.up, self.norm = nn.ConvTranspose2d(inner, outer, kernel, kernel, bias=outer > 1), nn.BatchNorm2d(outer)
+        self.last, self.returned = nn.Conv2d(outer, 5, 3, padding=1), returned
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.up(F.relu(self.first(x)))))
+        return (self.last(y), y) if self.returned else self.last(y)
+
+
+UPWARDS = [(2, 24, 24), (3, 7, 5), ((1, 4), 16, 1), ((2, 1), 3, 70)]
+
+
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize(("kernel", "inner", "outer"), UPWARDS, ids=str)
+def test_transposed_convolutions_whose_kernel_is_their_stride(isa, kernel, inner, outer, returned):
+    for size in ((2, 9, 11), (1, 1, 70), (17, 4, 3)):
+        made = compiled(Upwards(kernel, inner, outer, returned), torch.randn(size[0], 3, *size[1:]))
+        assert made.counts()[0] == 1 and made.counts()[1]["depth_to_pixels"] == 1
+        assert returned or only_images(made)
+
+
+@pytest.mark.parametrize(("kernel", "inner", "outer"), UPWARDS, ids=str)
+def test_transposed_convolutions_on_codes(isa, kernel, inner, outer):
+    net, batches = Upwards(kernel, inner, outer).eval(), list(torch.randn(6, 4, 3, 9, 11))
+    made = rarefy.compile(net, batches[0], precision="int8", calibrate=batches, tune=False)
+    x = torch.randn(3, 3, 9, 11)
+    assert float((made(x) - net(x)).norm()) <= 0.05 * float(net(x).norm())
+
+
+@pytest.mark.parametrize("options", [{"stride": 1}, {"stride": 2, "padding": 1}, {"stride": 2, "output_padding": 1}])
+def test_other_transposed_convolutions_run_in_torch(options):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 6, 2, **options), nn.Conv2d(6, 4, 1))
+    made = compiled(net, torch.randn(2, 3, 7, 8))
+    assert made.counts()[2]["conv_transpose2d.input"] == 1

@@ -92,6 +92,7 @@ PASSES = (
     # images
     conv.convert_conv,
     conv.fold_batch_norm,
+    conv.convert_transposed_conv,
     channels.rows_to_images,
     channels.fold_channel_scale,
     conv.convert_pool,

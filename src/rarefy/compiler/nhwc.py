@@ -35,7 +35,8 @@ FP32 = "fp32"  # in place of a grid: numbers
 
 POOLS = ("max_pool2d", "max_pool2d_ceil")
 MEANS = ("global_avg_pool", "image_mean")
-MAPS = ("add", "activation", "channel_affine", "channel_scale", "concat", "select_channels")  # on NHWC numbers too
+MAPS = ("add", "activation", "channel_affine", "channel_scale", "concat", "select_channels", "depth_to_pixels")
+MOVES = ("concat", "depth_to_pixels")  # of MAPS, those that run on codes too
 
 Format = ActivationQuant | Literal["fp32"]
 
@@ -224,7 +225,7 @@ def output_format(p: Program, node: Node) -> Format | None:
         for n in reversed(p.order):
             name = p.operators[n.target].name
             if n in p.images and (name in POOLS or name in MAPS):
-                wanted = wanted_format(p, n, numbers=True if name in MAPS and name != "concat" else None)
+                wanted = wanted_format(p, n, numbers=True if name in MAPS and name not in MOVES else None)
                 read = wanted is not None and all(_reads_image(p, n, u, wanted) for u in n.users)
                 p.formats[n] = wanted if read else None
     return p.formats.get(node)

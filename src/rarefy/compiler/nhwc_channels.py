@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import addressof
+from ctypes import addressof, c_int64
 from typing import Any
 
 from rarefy.compiler.fx_utils import Node
@@ -89,6 +89,20 @@ def _select(p: Program, node: Node) -> Codes:
     operands = {"x": p.use(source.value), "out_codes": p.use(set_out(p, step, node, FP32))}
     p.step("nhwc_copy", p.image_tokens(node), nhwc=addressof(step), **operands)
     return p.nhwc[node, FP32]
+
+
+def lower_spread(p: Program, node: Node) -> None:
+    """Add the steps that make pixels of channels; into column tiles where those are read."""
+    x, *sizes = node.args
+    wanted = output_format(p, node)
+    source = codes_of(p, x, wanted or FP32)
+    step = Nhwc(input=source.image, stride=(c_int64 * 2)(*sizes))
+    p.held.append(step)
+    out = set_out(p, step, node, wanted or FP32)
+    operands = {"x": p.use(source.value), "out_codes": p.use(out)}
+    p.step("nhwc_spread", p.image_tokens(x), nhwc=addressof(step), **operands)
+    if wanted is None:
+        _unpack(p, node, p.nhwc[node, FP32])
 
 
 def lower_mean(p: Program, node: Node) -> bool:

@@ -8,7 +8,7 @@ NAMES = (  # rarefy_op
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
     "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale", "rearrange",
     "fake_quantize", "group_norm", "nhwc_quantize", "nhwc_conv", "nhwc_max_pool", "nhwc_depthwise", "nhwc_map",
-    "nhwc_copy", "nhwc_mean", "nhwc_unpack",
+    "nhwc_copy", "nhwc_mean", "nhwc_unpack", "nhwc_spread",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
 DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype

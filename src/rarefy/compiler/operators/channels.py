@@ -58,6 +58,14 @@ def select_channels(x: Tensor, order: Tensor) -> Tensor:
     return x[:, order]
 
 
+def depth_to_pixels(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return an image of rows * columns pixels for each pixel of x [batch, rows * columns * channels, height, width],
+    whose channels are those of one pixel after the other."""
+    batch, _, height, width = x.shape
+    pixels = x.unflatten(1, (rows, columns, -1)).permute(0, 3, 4, 1, 5, 2)
+    return pixels.reshape(batch, -1, height * rows, width * columns)
+
+
 def _lower_channel_affine(p: Program, node: Node) -> None:
     x, scale, bias, act = node.args
     if nhwc_channels.lower_map(p, node, x, act, scale=scale, bias=bias):
@@ -110,6 +118,16 @@ def _lower_select_channels(p: Program, node: Node) -> None:
         p.values[node] = Part(p.values[x], int(taken[0]), len(taken))
     else:
         nhwc_channels.lower_select_into_tiles(p, node)
+
+
+def _spread_fits(call: Call) -> bool:
+    _, rows, columns = call.node.args
+    return is_image(call) and call.shapes[0][1] > 0 and not call.shapes[0][1] % (rows * columns)
+
+
+def _spread_shape(call: Call) -> Shape:
+    (batch, channels, height, width), (_, rows, columns) = call.shapes[0], call.node.args
+    return batch, channels // (rows * columns), height * rows, width * columns
 
 
 def _constants_fit(call: Call) -> bool:
@@ -216,5 +234,13 @@ OPERATORS = (
         out_shape=_selected_shape,
         layout=PIXELS,
         check_weights=_check_order,
+    ),
+    OpSpec(
+        reference=depth_to_pixels,
+        arguments=("tensor", "count", "count"),
+        lower=nhwc_channels.lower_spread,
+        fits=_spread_fits,
+        out_shape=_spread_shape,
+        layout=PIXELS,
     ),
 )

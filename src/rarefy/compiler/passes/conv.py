@@ -50,6 +50,35 @@ def convert_conv(exported: ExportedGraph, node: Node) -> None:
         replace_node(exported, node, ops.conv2d, x, w, bias, None, None, stride, padding, dilation, groups)
 
 
+def convert_transposed_conv(exported: ExportedGraph, node: Node) -> None:
+    """Convert a transposed convolution whose kernel is its stride: a 1 x 1 convolution makes the pixels of each kernel
+    as channels, which then become pixels."""
+    if node.target is not aten.conv_transpose2d.input or dtype_of(node) != torch.float32 or len(shape(node)) != 4:
+        return
+    defaults: Any = (None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
+    x, w, *rest = node.args
+    bias, stride, padding, added, groups, dilation = (*rest, *defaults[len(rest) :])
+    weight = exported.constants.get(w.name)
+    if weight is None or groups != 1 or (bias is not None and bias.name not in exported.constants):
+        return
+    kernel = list(weight.shape[2:])
+    if [*stride, *stride][:2] != kernel or any([*padding, *added]) or any(d != 1 for d in dilation):
+        return
+    rows, columns = kernel
+    flat = weight.permute(2, 3, 1, 0).reshape(-1, len(weight), 1, 1)  # [rows * columns * outputs, inputs, 1, 1]
+    repeated = None if bias is None else exported.constants[bias.name].repeat(rows * columns)
+    names = (
+        None if t is None else add_constant(exported, f"{node.name}_{n}", t) for n, t in (("w", flat), ("b", repeated))
+    )
+    with exported.graph.inserting_before(node):
+        call = (x, *names, None, None, (1, 1), (0, 0), (1, 1), 1)
+        pixels = exported.graph.call_function(ops.conv2d, call)
+    batch, _, height, width = shape(x)
+    pixels.meta["val"] = node.meta["val"].new_empty((batch, len(flat), height, width))
+    keep_layer(pixels, node)
+    replace_node(exported, node, ops.depth_to_pixels, pixels, rows, columns)
+
+
 def _absorb_padding(
     exported: ExportedGraph, x: Node, w: Node, padding: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Node, Node, tuple[int, ...]]:
