@@ -70,10 +70,10 @@ def _activation(graph: Any, act: str, numbers: list[float], x: str, result: str,
     """Return the node of an activation."""
     from onnx import TensorProto, helper
 
-    if act != "Clip":
-        return helper.make_node(act, [x], [result], **dict(zip(ACTIVATIONS[act], numbers)))
-    if opset < 11:
-        return helper.make_node(act, [x], [result], **dict(zip(("min", "max"), numbers)))
+    names = ("min", "max") if act == "Clip" and opset < 11 else ACTIVATIONS[act]
+    if act != "Clip" or opset < 11:
+        options: dict[str, Any] = dict(zip(names, numbers))
+        return helper.make_node(act, [x], [result], **options)
     limits = [f"{result}.{n}" for n in ("min", "max")]
     for name, number in zip(limits, numbers):
         graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [number]))
