@@ -49,7 +49,7 @@ def max_pool(
     """Return the largest element of each window, and its place in the whole tensor."""
     n, strides, dilations = _checked("MaxPool", kernel_shape, strides, dilations)
     sides, beyond = _sides(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    plain = _plain(sides, beyond, kernel_shape)
+    plain = _plain(sides, [0] * n, kernel_shape)  # torch too leaves out windows that begin behind the input
     dtype, values = x.dtype, x
     if not x.is_floating_point() and dtype not in (torch.int64, torch.int32):
         values = x.to(torch.int32)
@@ -59,7 +59,8 @@ def max_pool(
         low = -math.inf if x.is_floating_point() else torch.iinfo(values.dtype).min
         values = F.pad(values, torch_pads([(a, b + c) for (a, b), c in zip(sides, beyond)]), value=low)
         padding = [0] * n
-    pooled = MAX_POOL[n - 1](values, kernel_shape, strides, padding, dilations, return_indices=outputs > 1)
+    options = {"ceil_mode": plain and bool(ceil_mode), "return_indices": outputs > 1}
+    pooled = MAX_POOL[n - 1](values, kernel_shape, strides, padding, dilations, **options)
     if outputs == 1:
         return pooled if pooled.dtype == dtype else pooled.to(dtype)
     before = [0] * n if plain else [a for a, _ in sides]
