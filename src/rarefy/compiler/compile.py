@@ -249,8 +249,8 @@ def _compile(
         _set_input_grids(exported, specs, kernels, calibrate)
     compiled = Compiled(exported, kernels, specs)
     compiled.skip_padding = False  # compared at padding too
-    most = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
-    verify(model, compiled, *more, most, unit_sizes)
+    allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
+    verify(model, compiled, *more, allowed, unit_sizes)
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)
     compiled.skip_padding = True

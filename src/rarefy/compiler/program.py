@@ -8,7 +8,7 @@ for that ("decode"), values are stored row by row.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import addressof, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter_ns
@@ -20,7 +20,7 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
-from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View
+from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View, data_pointer
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
 from rarefy.runtime.huge_pages import allocate
@@ -411,8 +411,8 @@ class Program:
                 setattr(a, name, base + 4 * v.start)
                 setattr(a, f"{name}_stride", v.stride)
         self.final = range(len(self.steps) - len(self.exits), len(self.steps))
-        self.read_at = {n: [_pointer(self.array[i], Step.x) for i in steps] for n, steps in self.raw.items()}
-        self.written_at = [_pointer(self.array[i], Step.out) for i in self.final]
+        self.read_at = {n: [data_pointer(self.array[i], Step.x) for i in steps] for n, steps in self.raw.items()}
+        self.written_at = [data_pointer(self.array[i], Step.out) for i in self.final]
         self.out_shapes = [shape for _, shape in self.exits]
         self.call = bindings.library().rarefy_run_program
 
@@ -465,11 +465,6 @@ class Program:
 
     def _new_outputs(self) -> list[Tensor]:
         return [torch.empty(s) for s in self.out_shapes]
-
-
-def _pointer(step: Step, operand: Any) -> c_void_p:
-    """Return the address of an operand's data as it stands in a step, which may be written."""
-    return c_void_p.from_address(addressof(step) + operand.offset + View.data.offset)
 
 
 def _is_dense_int8(step: Step) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 NAMES = (  # rarefy_op
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
@@ -56,3 +57,8 @@ class Attention(Structure):
         ("kv_seq_stride", c_int64),
         ("bounds", c_void_p),
     ]
+
+
+def data_pointer(step: Step, operand: Any) -> c_void_p:
+    """Return the address of an operand's data as it stands in a step, which may be written."""
+    return c_void_p.from_address(addressof(step) + operand.offset + View.data.offset)

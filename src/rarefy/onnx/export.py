@@ -304,8 +304,8 @@ def _written(program: Any, target: Path, overwrite: bool, external_data: bool) -
 
 def _takes(program: Any, feeds: Mapping[str, Any]) -> bool:
     """Return whether a program takes inputs of these sizes."""
-    given = ((i.shape, feeds[i.name].shape) for i in program.model.graph.inputs)
-    return all(not isinstance(want, int) or want == size for shape, sizes in given for want, size in zip(shape, sizes))
+    shapes = ((i.shape, feeds[i.name].shape) for i in program.model.graph.inputs)
+    return all(not isinstance(want, int) or want == size for shape, sizes in shapes for want, size in zip(shape, sizes))
 
 
 def _open_sizes(program: Any) -> str:

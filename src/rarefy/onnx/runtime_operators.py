@@ -35,9 +35,9 @@ def split_fused_(model: Any) -> None:
     if not any(o.domain == RUNTIME for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(RUNTIME, 1))
     if len(nodes) != len(model.graph.node):
-        kept = [type(n).FromString(n.SerializeToString()) for n in nodes]
+        copies = [type(n).FromString(n.SerializeToString()) for n in nodes]
         del model.graph.node[:]
-        model.graph.node.extend(kept)
+        model.graph.node.extend(copies)
 
 
 def _parts(graph: Any, node: Any, opset: int) -> Iterator[Any]:
@@ -104,13 +104,13 @@ def add_shapes_(graph: Any, kinds: Any) -> int:
             continue
         inputs = [kinds.get(n) for n in node.input]
         if inputs and inputs[0] is not None and node.op_type in LIKE_INPUT:
-            told = _named(inputs[0], node.output[0])
+            shape_info = _named(inputs[0], node.output[0])
         elif node.op_type == "FusedMatMul" and None not in inputs[:2]:
-            told = _product(node, *inputs[:2])
+            shape_info = _product(node, *inputs[:2])
         else:
             continue
-        if told is not None:
-            graph.value_info.append(told)
+        if shape_info is not None:
+            graph.value_info.append(shape_info)
             added += 1
     return added
 
@@ -127,9 +127,9 @@ def _product(node: Any, a: Any, b: Any) -> Any:
     left, right = (list(v.type.tensor_type.shape.dim) for v in (a, b))
     if values.get("transBatchA") or values.get("transBatchB") or min(len(left), len(right)) < 2:
         return None
-    told = _named(a, node.output[0])
+    shape_info = _named(a, node.output[0])
     rows, columns = left[-1 if values.get("transA") else -2], right[-2 if values.get("transB") else -1]
     leading = left[:-2] if len(left) >= len(right) else right[:-2]
-    del told.type.tensor_type.shape.dim[:]
-    told.type.tensor_type.shape.dim.extend([*leading, rows, columns])
-    return told
+    del shape_info.type.tensor_type.shape.dim[:]
+    shape_info.type.tensor_type.shape.dim.extend([*leading, rows, columns])
+    return shape_info
