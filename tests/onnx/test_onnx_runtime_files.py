@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rarefy
 import zoo
 from helpers.onnx_files import apart, bert, export, run
+from rarefy.onnx.read import MAX_INFERRED
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -112,3 +113,27 @@ def test_an_unknown_activation_is_named(tmp_path):
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
     with pytest.raises(rarefy.RarefyError, match="the activation 'Abs' is not one of Relu"):
         rarefy.from_onnx(tmp_path / "net.onnx")
+
+
+def test_shapes_are_not_inferred_without_end(tmp_path, monkeypatch):
+    """Those behind each operator of ONNX Runtime are inferred anew; a long chain would take minutes."""
+    infer, sizes = onnx.shape_inference.infer_shapes, []
+
+    def counted(model, **options):
+        sizes.append(len(model.graph.node))
+        return infer(model, **options)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", counted)
+    nodes, last = [], "x"
+    for i in range(1500):
+        nodes.append(onnx.helper.make_node("QuickGelu", [last], [f"a{i}"], domain="com.microsoft"))
+        nodes.append(onnx.helper.make_node("Add", [f"a{i}", "b"], [f"b{i}"]))
+        last = f"b{i}"
+    value = onnx.helper.make_tensor_value_info("x", 1, ["batch", 4])
+    result = onnx.helper.make_tensor_value_info(last, 1, ["batch", 4])
+    bias = onnx.numpy_helper.from_array(torch.zeros(4).numpy(), "b")
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph(nodes, "g", [value], [result], [bias])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
+    rarefy.from_onnx(tmp_path / "net.onnx")
+    assert sum(sizes) < 20 * MAX_INFERRED and len(sizes) < 1500

@@ -15,6 +15,7 @@ from rarefy.onnx.runtime_operators import add_shapes_, split_fused_
 
 MAX_NODES = 200_000  # with functions expanded
 MAX_ELEMENTS = 1 << 27  # of one value whose shape is known
+MAX_INFERRED = 200_000  # operators whose shapes are inferred, in all repetitions
 MAX_SMALL = 1024  # elements of a constant that shape inference may read
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 
@@ -118,7 +119,7 @@ def infer_kinds(model: Any) -> dict[str, Kind]:
         value.type.tensor_type.ClearField("shape")
     del light.graph.value_info[:]
     try:
-        while True:
+        for _ in range(1 + MAX_INFERRED // len(light.graph.node)):
             graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
             values = [*graph.input, *graph.value_info, *graph.output]
             if not add_shapes_(light.graph, {v.name: v for v in values if v.type.tensor_type.HasField("shape")}):

@@ -93,7 +93,7 @@ def add_shapes_(graph: Any, kinds: Any) -> int:
 
     Args:
         graph: the graph, which receives them as value_info.
-        kinds: what is inferred so far: the ValueInfoProto of values, by name.
+        kinds: what is inferred so far: the ValueInfoProto of values, by name. Receives them too.
 
     Returns:
         How many were added.
@@ -111,6 +111,7 @@ def add_shapes_(graph: Any, kinds: Any) -> int:
             continue
         if shape_info is not None:
             graph.value_info.append(shape_info)
+            kinds[node.output[0]] = shape_info  # for what reads it directly
             added += 1
     return added
 
