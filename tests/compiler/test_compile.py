@@ -661,6 +661,10 @@ def test_the_old_name_of_precision(call):
 
 
 def test_an_example_without_tensors():
+    with pytest.raises(DataError, match=r"no tensor: .*, as tensors: torch.from_numpy\(array\)"):
+        rarefy.compile(nn.Linear(4, 2).eval(), torch.randn(3, 4).numpy(), tune=False)
+    with pytest.raises(ModelError, match=r"got str: rarefy.from_onnx\(file\) reads one"):
+        rarefy.compile("net.onnx", torch.randn(3, 4))
     with pytest.raises(DataError, match="the example has no tensor"):
         rarefy.compile(nn.Linear(2, 2).eval(), {})
 

@@ -375,6 +375,7 @@ W = np.ones((4, 3), np.float32)
     ("make", "error", "says"),
     [
         (lambda: b"", ContainerError, "not an ONNX file"),
+        (lambda: b"\x08\x09\x3a\xff", ContainerError, "or an incomplete copy of one"),
         (lambda: b"\x80\x04K\x01.", ContainerError, "not an ONNX file"),
         (lambda: plain_graph([], {}).SerializeToString(), ContainerError, "not an ONNX file, or one without operators"),
         (lambda: integer_graph("MatMulInteger", True)[0].SerializeToString()[:-40], ContainerError, "not (an|a sound) ONNX"),
@@ -461,6 +462,9 @@ def test_weights_beside_the_file(tmp_path):
         assert torch.allclose(rarefy.from_onnx(tmp_path / "net.onnx")(x), x @ torch.from_numpy(W))
     (tmp_path / "net.data").write_bytes(b"123")
     with pytest.raises(ContainerError, match="not a sound ONNX file"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+    (tmp_path / "net.data").unlink()
+    with pytest.raises(ContainerError, match="w is stored in 'net.data', which is missing: both files belong"):
         rarefy.from_onnx(tmp_path / "net.onnx")
 
 
@@ -565,6 +569,7 @@ FAITHFUL = {
 REFUSED = {
     "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
     "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "ONNX Runtime does not run this file"),
+    "a layout": ([node("Conv", "x", "y", domain="com.microsoft.nchwc")], {}, 13, None, "save it with ORT_ENABLE_EXTENDED"),
     "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
     "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
     "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),

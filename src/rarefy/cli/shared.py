@@ -56,6 +56,8 @@ def source(name: str) -> Path:
         ]
         near = nearest(name, [*builtin.MODELS, *siblings])
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if name.endswith(".onnx"):
+            raise ModelError(f"no file {name!r}{hint}")
         raise ModelError(
             f"no model folder {name!r} and no built-in model of that name ({', '.join(builtin.MODELS)}){hint}"
         )

@@ -364,7 +364,9 @@ def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int8")) -> 
 def check_module(model: Any) -> None:
     """Raise ModelError for what is not a torch module."""
     if not isinstance(model, nn.Module):
-        hints = {str | PathLike: ": rarefy.load(folder) reads one", Compiled: ": it is compiled already"}
+        onnx = str(model).endswith(".onnx") if isinstance(model, str | PathLike) else False
+        reader = "rarefy.from_onnx(file) reads one" if onnx else "rarefy.load(folder) reads one"
+        hints = {str | PathLike: f": {reader}", Compiled: ": it is compiled already"}
         hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
     if unwrap(model) is not model:
@@ -376,7 +378,9 @@ def check_example(leaves: Sequence[Any]) -> None:
     """Raise DataError for an example without numbers to compare: no tensor, an empty one, or NaN."""
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if not tensors:
-        raise DataError("the example has no tensor: give what the model is called with")
+        array = any(type(t).__module__ == "numpy" for t in leaves)
+        hint = ", as tensors: torch.from_numpy(array)" if array else ""
+        raise DataError(f"the example has no tensor: give what the model is called with{hint}")
     empty = next((t for t in tensors if not t.numel()), None)
     if empty is not None:
         raise DataError(f"the example has an empty tensor, {describe_batch(empty)}: give at least one sample")

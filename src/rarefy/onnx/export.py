@@ -164,6 +164,8 @@ def check_target(path: Path, overwrite: bool, external_data: bool) -> None:
     if path.is_dir() or (path.exists() and not overwrite):
         raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
     if not external_data:
+        if not path.parent.is_dir():
+            raise ContainerError(f"cannot write {path}: the folder {path.parent} does not exist")
         return
     folder = Path(os.path.realpath(path.parent))
     known = {path.name, f"{path.name}.data"}

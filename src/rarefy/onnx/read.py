@@ -38,7 +38,7 @@ def read(path: Any) -> Any:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise ContainerError(f"{path}: not an ONNX file: {error}") from None
+        raise ContainerError(f"{path}: not an ONNX file, or an incomplete copy of one: {error}") from None
     if not model.graph.node:
         raise ContainerError(f"{path}: not an ONNX file, or one without operators")
     folder = os.path.realpath(path.parent)
@@ -47,6 +47,11 @@ def read(path: Any) -> Any:
             location = os.path.realpath(os.path.join(folder, entry.value))
             if entry.key == "location" and not location.startswith(folder + os.sep):
                 raise ContainerError(f"{path}: {tensor.name} is stored outside the file's folder: {entry.value!r}")
+            if entry.key == "location" and not os.path.isfile(location):
+                raise ContainerError(
+                    f"{path}: {tensor.name} is stored in {entry.value!r}, which is missing: both files belong into one "
+                    "folder"
+                )
     try:
         onnx.load_external_data_for_model(model, folder)
         split_fused_(model)
@@ -64,7 +69,9 @@ def _check_sizes(model: Any, path: Path) -> None:
 
     strange = sorted({n.domain for n in model.graph.node} - {*DOMAINS, *(f.domain for f in model.functions)})
     if strange:
-        raise ModelError(f"{path}: operators of {', '.join(map(repr, strange))}, which is not known")
+        laid_out = strange == ["com.microsoft.nchwc"]
+        hint = "; ONNX Runtime laid this file out for one CPU: save it with ORT_ENABLE_EXTENDED" if laid_out else ""
+        raise ModelError(f"{path}: operators of {', '.join(map(repr, strange))}, which is not known{hint}")
     bodies = {(f.domain, f.name): f.node for f in model.functions}
     sizes: dict[Any, int] = {}
 

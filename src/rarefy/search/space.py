@@ -137,8 +137,17 @@ def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Seq
 def removal_scores(
     model: nn.Module, graph: Graph, groups: Sequence[Group], score: str, data: Sequence[Any]
 ) -> dict[str, torch.Tensor]:
-    """Return the importance of the units of each group, by its name."""
-    scores = unit_scores(model, graph, groups, score, data=data or None)
+    """Return the importance of the units of each group, by its name.
+
+    Of groups whose units no layer reads that the score observes, such as transposed convolutions, the weights count.
+    """
+    try:
+        scores = unit_scores(model, graph, groups, score, data=data or None)
+    except RarefyError:
+        if len(groups) > 1:
+            alone = (removal_scores(model, graph, [g], score, data) for g in groups)
+            return {name: s for scores in alone for name, s in scores.items()}
+        scores = unit_scores(model, graph, groups, "magnitude")
     return {g.name: scores[g.axis] for g in groups}
 
 
