@@ -197,7 +197,8 @@ def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in loaded.items())
         raise DataError(f"{what}: tensors need the same first dimension, more than 0; got {shapes}")
     if take.samples is not None and count < take.samples:
-        raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed")
+        fewer = f": give more, or set samples to {count}" if count else ""
+        raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed{fewer}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))[: take.samples]
     parts = order.split(take.batch)
     if set(loaded) == {"x", "y"}:
