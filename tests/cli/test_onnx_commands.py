@@ -120,7 +120,7 @@ def test_an_encoder_is_compiled_with_its_tokenizer(run, place, tmp_path):
         (("net.onnx", "--tokens", "7"), "--tokens has no effect: it fills no open size of the inputs (image float32 batchx3x16x16)"),
         (("fixed.onnx", "--batch", "4"), "--batch has no effect: it fills no open size of the inputs (image float32 2x3x16x16)"),
         (("net.onnx", "--input-shape", "image=2x3x16x16", "--batch", "2"), "--batch has no effect: it fills no open size of the inputs"),
-        (("nett.onnx",), "no model folder"),
+        (("nett.onnx",), "no file"),
         (("broken.onnx",), "not an ONNX file"),
     ],
 )  # fmt: skip

@@ -174,7 +174,9 @@ def test_images_are_normalized_and_seeded(tmp_path):
 def test_too_few_images(tmp_path):
     pytest.importorskip("torchvision")
     picture_folder(tmp_path, {"cat": 3})
-    with pytest.raises(DataError, match=r"data .*pics is too short: 3 samples, 4 are needed: give more, or set samples to 3"):
+    with pytest.raises(
+        DataError, match=r"data .*pics is too short: 3 samples, 4 are needed: give more, or set samples to 3"
+    ):
         read(tmp_path, "pics", samples=4, size=4)
 
 

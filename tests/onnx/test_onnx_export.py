@@ -322,8 +322,8 @@ def test_weights_beside_the_file(tmp_path):
     )
     with torch.no_grad():
         assert apart(rarefy.from_onnx(report)(x), net(x)) < 1e-5
-    with pytest.raises(ContainerError, match=r"cannot write .*new/net.onnx: the folder .*new does not exist"):
-        rarefy.export_onnx(nn.Linear(4, 2).eval(), torch.randn(3, 4), tmp_path / "new" / "net.onnx")
+    with pytest.raises(ContainerError, match=r"cannot write .*nowhere/net.onnx: the folder .*nowhere does not exist"):
+        rarefy.export_onnx(nn.Linear(4, 2).eval(), torch.randn(3, 4), tmp_path / "nowhere" / "net.onnx")
     with pytest.raises(ContainerError, match=r"net.onnx exists: pass overwrite=True"):
         rarefy.export_onnx(net, x, target, external_data=True)
     with torch.no_grad():

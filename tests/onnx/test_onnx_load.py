@@ -569,7 +569,6 @@ FAITHFUL = {
 REFUSED = {
     "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
     "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "ONNX Runtime does not run this file"),
-    "a layout": ([node("Conv", "x", "y", domain="com.microsoft.nchwc")], {}, 13, None, "save it with ORT_ENABLE_EXTENDED"),
     "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
     "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
     "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),

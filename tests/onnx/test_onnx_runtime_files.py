@@ -17,12 +17,12 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
-def fused(path: Path) -> Path:
+def fused(path: Path, level: str = "ORT_ENABLE_EXTENDED") -> Path:
     """Write the graph that ONNX Runtime makes of a file, as its users save it; return the new file."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.optimized_model_filepath = str(path.with_suffix(".fused.onnx"))
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return path.with_suffix(".fused.onnx")
@@ -137,3 +137,12 @@ def test_shapes_are_not_inferred_without_end(tmp_path, monkeypatch):
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
     rarefy.from_onnx(tmp_path / "net.onnx")
     assert sum(sizes) < 3 * MAX_INFERRED
+
+
+def test_a_layout_of_one_cpu_is_named(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    path = fused(export(net, torch.randn(1, 3, 9, 9), tmp_path / "net.onnx", 17), "ORT_ENABLE_ALL")
+    if not any(n.domain == "com.microsoft.nchwc" for n in onnx.load(path).graph.node):
+        pytest.skip("ONNX Runtime has no layout of its own here")
+    with pytest.raises(rarefy.RarefyError, match="for one CPU: save it with ORT_ENABLE_EXTENDED"):
+        rarefy.from_onnx(path)
