@@ -13,6 +13,7 @@ Appends one JSON line per file to results/onnx_models.jsonl.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import tables
 import texts
 from onnx_models import RESULTS, in_turns
 from rarefy.common.errors import ModelError, first_line
+from rarefy.model.compare import relative_distance
 from rivals import errors_alone, quantized_statically
 from runtime import keep_memory
 from values import keep
@@ -183,14 +185,9 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     quality = {n: task.quality(o, right, dense, characters) for n, o in outputs.items()}
     exact = torch.as_tensor(load().double()(one.double()))  # the file in fp64
     names = {"ONNX Runtime": "onnxruntime", "compiled": "compiled"}
-    apart = {short: difference(outputs[n][:1], exact) for n, short in names.items()}
-    apart["each other"] = difference(outputs["compiled"], dense)
+    apart = {short: relative_distance(outputs[n][:1].double(), exact, norm=math.inf) for n, short in names.items()}
+    apart["each other"] = relative_distance(outputs["compiled"], dense, norm=math.inf)
     yield {"run": "ocr", "model": name, "file": task.file, "apart": apart, "quality": quality, "milliseconds": times}
-
-
-def difference(outputs: Tensor, exact: Tensor) -> float:
-    """Return the largest difference, relative to the largest number."""
-    return float((outputs - exact).abs().max() / exact.abs().max())
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ results/onnx_changes.jsonl.
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +29,7 @@ import rarefy
 import tables
 from onnx_models import CASES, Case, in_turns, onnx_runtime, reason, write_readable
 from rarefy.common.errors import RarefyError
+from rarefy.model.compare import relative_distance
 from rivals import errors_alone, quantized_statically
 from runtime import keep_memory
 from values import keep
@@ -40,10 +42,6 @@ Run = Callable[[tuple[Tensor, ...]], Any]
 
 def first(outputs: Any) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
-def distance(outputs: Any, exact: Tensor) -> float:
-    return float((first(outputs) - exact).norm() / exact.norm())
 
 
 def like(x: Tensor, seed: int) -> Tensor:
@@ -64,7 +62,7 @@ def cut_and_export(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) 
     with torch.no_grad():
         exact = first(module(*inputs))
     run = onnx_runtime(Path(report.path), optimize=False)
-    return float((run(inputs)[0] - exact).abs().max() / exact.abs().max())
+    return relative_distance(run(inputs)[0], exact, norm=math.inf)
 
 
 def compiled_runs(
@@ -115,7 +113,9 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
             cut = reason(error)
         with torch.no_grad():
             exact = first(load()(*single))
-            distances = {n: distance(run(single), exact) for n, run in runs.items() if n != "80 % zeros"}
+            distances = {
+                n: relative_distance(first(run(single)), exact) for n, run in runs.items() if n != "80 % zeros"
+            }
             times = in_turns({n: partial(run, single) for n, run in runs.items()}, REPEATS)
     yield {"run": "changed", "model": name, "milliseconds": times, "apart": distances, "failed": failed, "cut": cut}
 

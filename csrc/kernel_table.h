@@ -21,6 +21,9 @@ constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;   // blocks of 64 outputs, 4 KB each, t
 constexpr int64_t NHWC_PIXELS = 66;        // pixels that are computed together at most
 constexpr int64_t SEGMENT_FLOATS = 16;     // maximum length of a segment; copies always have this size
 
+// Whether an activation only limits numbers.
+inline bool is_clamp(int act) { return act == RAREFY_NONE || act == RAREFY_RELU || act == RAREFY_RELU6; }
+
 // The number of a weight's function among `quantized_gemv`.
 static inline int quantized_variant(const rarefy_quantized& w) {
   return w.two_terms ? 4 : (w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0);
@@ -199,7 +202,7 @@ struct rarefy_kernel_table {
   // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution.
   void (*nhwc_depthwise[2])(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels,
                             uint32_t* acc);
-  // Numbers of at most NHWC_OUTPUTS outputs of evenly spaced pixels, with no activation, ReLU or ReLU6: of at most
+  // Numbers of at most NHWC_OUTPUTS outputs of evenly spaced pixels, with an activation of is_clamp: of at most
   // NHWC_BLOCKS_IN_L1 blocks, or of a depthwise convolution. They read no sums and write no column tiles.
   void (*nhwc_numbers)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                        int64_t pixels, const uint32_t* values, const rarefy_nhwc_outputs&);

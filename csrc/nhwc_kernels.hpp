@@ -355,7 +355,7 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64
 }
 
 void nhwc_store(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
-  if (!o.out && (o.act == RAREFY_NONE || o.act == RAREFY_RELU || o.act == RAREFY_RELU6))
+  if (!o.out && is_clamp(o.act))
     return o.residual ? store_nhwc_codes_only<true>(o, acc, pixels) : store_nhwc_codes_only<false>(o, acc, pixels);
   with_activation(o.act, [&](auto act) { store_nhwc_outputs<act>(o, acc, pixels); });
 }

@@ -111,10 +111,10 @@ struct NhwcConv {
     parts = block_parts * ceil_div(features, outputs_per_part);
   }
 
-  // Whether all outputs are numbers in an image, of groups that are computed together, with a simple activation.
+  // Whether all outputs are numbers in an image, of groups that are computed together, with an activation that limits
+  // them.
   bool stores_numbers() const {
-    const bool clamps = s.act == RAREFY_NONE || s.act == RAREFY_RELU || s.act == RAREFY_RELU6;
-    return !kind && s.out_codes.data && !s.out.data && !s.winograd && !c.group_outputs && clamps;
+    return !kind && s.out_codes.data && !s.out.data && !s.winograd && !c.group_outputs && is_clamp(s.act);
   }
 
   int64_t copy_bytes() const { return c.segments && !s.weight ? block_pixels * c.num_blocks * 64 : 0; }  // of a block

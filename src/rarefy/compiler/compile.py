@@ -364,9 +364,8 @@ def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int8")) -> 
 def check_module(model: Any) -> None:
     """Raise ModelError for what is not a torch module."""
     if not isinstance(model, nn.Module):
-        onnx = str(model).endswith(".onnx") if isinstance(model, str | PathLike) else False
-        reader = "rarefy.from_onnx(file) reads one" if onnx else "rarefy.load(folder) reads one"
-        hints = {str | PathLike: f": {reader}", Compiled: ": it is compiled already"}
+        reader = "from_onnx(file)" if str(model).endswith(".onnx") else "load(folder)"
+        hints = {str | PathLike: f": rarefy.{reader} reads one", Compiled: ": it is compiled already"}
         hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
     if unwrap(model) is not model:

@@ -97,8 +97,7 @@ class Compiled:
         if check is None:  # made from a model, whose own tensors may change
             self.constants.update({n: t.clone() for n, t in self.constants.items()})
         spec: Any = exported.in_spec
-        keywords = spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
-        self.keywords = dict.fromkeys(keywords.context)  # in the graph's order
+        self.keywords = dict.fromkeys(io_names.children_of(spec)[1].context)  # in the graph's order
         all_tensors = all(isinstance(want, InputSpec) for want in self.input_specs)
         self.flat_arguments = count_flat_arguments(spec) if all_tensors else None
         self.rebuild = rebuilder(exported.out_spec)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.nhwc import FP32, Codes, Nhwc, add_max_pool, codes_of, new_codes, output_format, set_out
-from rarefy.compiler.program import Program
+from rarefy.compiler.program import Program, Value
 from rarefy.runtime import bindings
 
 
@@ -68,41 +68,30 @@ def lower_concat(p: Program, node: Node) -> bool:
     return True
 
 
-def lower_select(p: Program, node: Node) -> bool:
-    """Add the step of channels in another order, if it runs on NHWC numbers; return whether it does."""
-    if output_format(p, node) is None:
-        return False
-    _select(p, node)
-    return True
-
-
-def lower_select_into_tiles(p: Program, node: Node) -> None:
-    """Add the steps of channels in another order whose output is read in tiles."""
-    _unpack(p, node, _select(p, node))
-
-
-def _select(p: Program, node: Node) -> Codes:
-    x, order = node.args
-    source, taken = codes_of(p, x, FP32), p.constants[order.name].contiguous()
-    step = Nhwc(input=source.image, order=taken.data_ptr(), num_order=len(taken))
-    p.held += [step, taken]
-    operands = {"x": p.use(source.value), "out_codes": p.use(set_out(p, step, node, FP32))}
-    p.step("nhwc_copy", p.image_tokens(node), nhwc=addressof(step), **operands)
-    return p.nhwc[node, FP32]
+def lower_select(p: Program, node: Node) -> None:
+    """Add the steps of channels in another order; into column tiles where those are read."""
+    taken = p.constants[node.args[1].name].contiguous()  # type: ignore[union-attr]
+    p.held.append(taken)
+    _add_move(p, node, "nhwc_copy", p.image_tokens(node), order=taken.data_ptr(), num_order=len(taken))
 
 
 def lower_spread(p: Program, node: Node) -> None:
     """Add the steps that make pixels of channels; into column tiles where those are read."""
     x, *sizes = node.args
-    wanted = output_format(p, node)
-    source = codes_of(p, x, wanted or FP32)
-    step = Nhwc(input=source.image, stride=(c_int64 * 2)(*sizes))
+    _add_move(p, node, "nhwc_spread", p.image_tokens(x), stride=(c_int64 * 2)(*sizes))  # type: ignore[arg-type]
+
+
+def _add_move(p: Program, node: Node, name: str, over: Value, **fields: Any) -> None:
+    """Add the step of an operator that moves what its input holds, and one into column tiles where those are read."""
+    read = output_format(p, node)
+    wanted = read or FP32
+    source = codes_of(p, node.args[0], wanted)  # type: ignore[arg-type]
+    step = Nhwc(input=source.image, **fields)
     p.held.append(step)
-    out = set_out(p, step, node, wanted or FP32)
-    operands = {"x": p.use(source.value), "out_codes": p.use(out)}
-    p.step("nhwc_spread", p.image_tokens(x), nhwc=addressof(step), **operands)
-    if wanted is None:
-        _unpack(p, node, p.nhwc[node, FP32])
+    operands = {"x": p.use(source.value), "out_codes": p.use(set_out(p, step, node, wanted))}
+    p.step(name, over, nhwc=addressof(step), **operands)
+    if read is None:
+        _unpack(p, node, p.nhwc[node, wanted])
 
 
 def lower_mean(p: Program, node: Node) -> bool:

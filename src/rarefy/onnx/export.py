@@ -133,10 +133,11 @@ def export_onnx(
     with _written(program, target, overwrite, apart) as file:
         if verify:
             feeds = [(label, _feeds(program, inputs), outputs) for label, inputs, outputs in calls]
-            taken = [call for call in feeds if _takes(program, call[1])]
-            rows, more = compare_with_runtimes(file, taken, quantized)
-            left = ", ".join(label for label, feed, _ in feeds if not _takes(program, feed))
-            notes += [*more, *([f"not compared, as the file fixes that size: {left}"] if left else [])]
+            left = [label for label, feed, _ in feeds if not _takes(program, feed)]
+            rows, more = compare_with_runtimes(file, [f for f in feeds if f[0] not in left], quantized)
+            notes += more
+            if left:
+                notes.append(f"not compared, as the file fixes that size: {', '.join(left)}")
         num_bytes = sum(f.stat().st_size for f in file.parent.iterdir())
     summary = {"opset": opset, "bytes": num_bytes, "open sizes": _open_sizes(program)}
     return OnnxFile(f"wrote {target}", tuple(rows), summary, tuple(notes), path=target)

@@ -15,6 +15,10 @@ NORMS = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1 << 30}  # o
 ACTIVATIONS: dict[str, tuple[str, ...]] = {  # and the attributes that their numbers are
     "Relu": (), "Tanh": (), "Sigmoid": (), "LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta"), "Clip": (),
 }  # fmt: skip
+LIKE_INPUT = (  # operators whose first output is shaped like their first input
+    "BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "LayerNormalization",
+    "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "MultiHeadAttention", "RotaryEmbedding",
+)  # fmt: skip
 
 
 def split_fused_(model: Any) -> None:
@@ -78,14 +82,6 @@ def _activation(graph: Any, act: str, numbers: list[float], x: str, result: str,
     for name, number in zip(limits, numbers):
         graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [number]))
     return helper.make_node(act, [x, *limits[: len(numbers)]], [result])
-
-
-# operators whose first output is like their first input, and which input that is
-LIKE_INPUT = {
-    "BiasGelu": 0, "FastGelu": 0, "Gelu": 0, "QuickGelu": 0, "SkipLayerNormalization": 0, "LayerNormalization": 0,
-    "SkipSimplifiedLayerNormalization": 0, "SimplifiedLayerNormalization": 0, "MultiHeadAttention": 0,
-    "RotaryEmbedding": 0,
-}  # fmt: skip
 
 
 def add_shapes_(graph: Any, kinds: Any) -> int:

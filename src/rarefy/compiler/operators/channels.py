@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.compiler import nhwc_channels
+from rarefy.compiler import nhwc, nhwc_channels
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.pooling import is_image, lower_global_avg_pool
 from rarefy.compiler.operators.spec import PIXELS, Call, OpSpec, Shape
@@ -110,14 +110,12 @@ def _lower_concat(p: Program, node: Node) -> None:
 
 
 def _lower_select_channels(p: Program, node: Node) -> None:
-    if nhwc_channels.lower_select(p, node):
-        return
     x, order = node.args
     taken = p.constants[order.name]
-    if torch.equal(taken, taken[0] + torch.arange(len(taken))):
-        p.values[node] = Part(p.values[x], int(taken[0]), len(taken))
+    if nhwc.output_format(p, node) is None and torch.equal(taken, taken[0] + torch.arange(len(taken))):
+        p.values[node] = Part(p.values[x], int(taken[0]), len(taken))  # where it is, in column tiles
     else:
-        nhwc_channels.lower_select_into_tiles(p, node)
+        nhwc_channels.lower_select(p, node)
 
 
 def _spread_fits(call: Call) -> bool:

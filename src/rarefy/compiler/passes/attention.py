@@ -23,9 +23,7 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.passes.linear import linear_of_rows
-from rarefy.compiler.passes.matchers import before_head_split, only_user, swaps_heads_and_tokens
-
-SDPA = aten.scaled_dot_product_attention.default
+from rarefy.compiler.passes.matchers import SDPA, before_head_split, only_user, swaps_heads_and_tokens
 
 
 def split_qkv_view(exported: ExportedGraph, node: Node) -> None:

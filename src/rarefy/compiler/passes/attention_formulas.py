@@ -21,16 +21,14 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.passes.kv_attention import CACHED_ATTENTION
-from rarefy.compiler.passes.matchers import scaled_by_number
+from rarefy.compiler.passes.matchers import SDPA, constant_of, scaled_by_number, swaps
 from rarefy.compiler.passes.window_mask import window_mask
-
-SDPA = aten.scaled_dot_product_attention.default
 
 
 def split_merged_heads(exported: ExportedGraph, node: Node) -> None:
     """Turn a transpose of [batch * heads, tokens, head_dim], between two views, into one of [batch, heads, ...]."""
     swapped: Any = node.args[0] if node.target in VIEWS else None
-    if not is_node(swapped) or len(shape(node)) != 4 or len(shape(swapped)) != 3 or not _swaps_last(swapped):
+    if not is_node(swapped) or len(shape(node)) != 4 or len(shape(swapped)) != 3 or not swaps(swapped, 1, 2):
         return
     merged: Any = swapped.args[0]
     x = merged.args[0] if merged.target in VIEWS else None
@@ -38,14 +36,6 @@ def split_merged_heads(exported: ExportedGraph, node: Node) -> None:
         (batch, heads, tokens, head_dim) = shape(x)
         if same(shape(node), (batch, heads, head_dim, tokens)):
             replace_uses(exported, node, insert_before(exported, node, aten.transpose.int, x, 2, 3))
-
-
-def _swaps_last(x: Node) -> bool:
-    """Return whether a node swaps its last two dimensions."""
-    rank = len(shape(x))
-    if x.target is aten.transpose.int:
-        return sorted(d % rank for d in x.args[1:]) == [rank - 2, rank - 1]
-    return x.target is aten.permute.default and list(x.args[1]) == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
@@ -74,7 +64,8 @@ def fuse_sdpa(exported: ExportedGraph, node: Node) -> None:
         return
     if not same(shape(q)[:2], shape(v)[:2]) or not same(shape(keys)[:2], shape(v)[:2]):
         return
-    q, keys, scale = _unscaled(exported, q, keys, scale)
+    scale *= _take_scales(exported, q, keys)
+    q, keys = scores.args
     with exported.graph.inserting_before(node):
         options = {"scale": float(scale), **({} if mask is None else {"attn_mask": mask})}
         new = exported.graph.call_function(SDPA, (q, _transposed_keys(exported, node, keys), v), options)
@@ -88,29 +79,27 @@ def _without_nan(exported: ExportedGraph, x: Node) -> Node:
     if x.target is not aten.where.self or len(x.users) != 1:
         return x
     condition, zero, p = x.args
-    known = exported.constants.get(zero.name) if is_node(zero) else None
+    known = constant_of(exported, zero)
     is_zero = isinstance(known, Tensor) and known.numel() == 1 and not bool(known)
     return p if is_zero and condition.target is aten.isnan.default and condition.args[0] is p else x
 
 
-def _unscaled(exported: ExportedGraph, q: Node, keys: Node, scale: float) -> tuple[Node, Node, float]:
-    """Return queries and keys without numbers that multiply them, and the scale times those numbers."""
-    for x in (q, keys):
+def _take_scales(exported: ExportedGraph, *operands: Node) -> float:
+    """Remove numbers that multiply queries and keys; return their product."""
+    product = 1.0
+    for x in operands:
         match = scaled_by_number(x)
         if match is not None:
             scaling, number = match
-            scale *= number
-            q, keys = (scaling.args[0] if n is scaling else n for n in (q, keys))
+            product *= number
             replace_uses(exported, scaling, scaling.args[0])
-    return q, keys, scale
+    return product
 
 
 def _transposed_keys(exported: ExportedGraph, before: Node, keys: Node) -> Node:
     """Return keys [batch, heads, tokens, head_dim] for [batch, heads, head_dim, tokens]."""
     x = keys.args[0] if keys.args else None
-    if keys.target is aten.transpose.int and sorted(d % 4 for d in keys.args[1:]) == [2, 3]:
-        return x
-    if keys.target is aten.permute.default and list(keys.args[1]) == [0, 1, 3, 2]:
+    if swaps(keys, 2, 3):
         return x
     if keys.target is aten.permute.default and list(keys.args[1]) == [0, 2, 3, 1]:
         return insert_before(exported, before, aten.transpose.int, x, 1, 2)
@@ -121,18 +110,15 @@ def fold_attention_scale(exported: ExportedGraph, node: Node) -> None:
     """Fold a number that multiplies queries or keys into the attention's scale."""
     if node.target not in (SDPA, CACHED_ATTENTION):
         return
-    for x in node.args[:2]:
-        match = scaled_by_number(x)
-        if match is None:
-            continue
-        scaling, number = match
-        if node.target is CACHED_ATTENTION:
-            node.args = (*node.args[:3], node.args[3] * number, *node.args[4:])
-        else:
-            scale = node.kwargs.get("scale")
-            scale = shape(node.args[0])[3] ** -0.5 if scale is None else scale
-            node.kwargs = {**node.kwargs, "scale": scale * number}
-        replace_uses(exported, scaling, scaling.args[0])
+    number = _take_scales(exported, *node.args[:2])
+    if number == 1:
+        return
+    if node.target is CACHED_ATTENTION:
+        node.args = (*node.args[:3], node.args[3] * number, *node.args[4:])
+    else:
+        scale = node.kwargs.get("scale")
+        scale = shape(node.args[0])[3] ** -0.5 if scale is None else scale
+        node.kwargs = {**node.kwargs, "scale": scale * number}
 
 
 def group_repeated_heads(exported: ExportedGraph, node: Node) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, add_constant, aten, dtype_of, insert_before, keep_layer, shape
-from rarefy.compiler.passes.attention import SDPA, attention_options
+from rarefy.compiler.passes.attention import attention_options
 from rarefy.compiler.passes.linear import SPLITS
+from rarefy.compiler.passes.matchers import SDPA
 from rarefy.compiler.passes.tokens import (
     BATCHES,
     MOVES,

@@ -12,7 +12,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, is_node, replace_node, same, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.linear import SPLITS
-from rarefy.compiler.passes.matchers import is_image, is_of_images
+from rarefy.compiler.passes.matchers import is_image, is_of_images, swaps
 
 SHUFFLES = (aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 
@@ -44,7 +44,7 @@ def _shuffle(node: Node) -> tuple[Any, int]:
     if node.target in SHUFFLES:
         return (node.args[0], node.args[1]) if is_of_images(node.args[0]) else (None, 0)
     swapped: Any = node.args[0] if node.target in VIEWS else None
-    if not is_node(swapped) or len(shape(swapped)) != 5 or not _swaps_groups(swapped):
+    if not is_node(swapped) or len(shape(swapped)) != 5 or not swaps(swapped, 1, 2):
         return None, 0
     split = swapped.args[0]
     x = split.args[0] if split.target in (*VIEWS, aten.unflatten.int) else None
@@ -53,13 +53,6 @@ def _shuffle(node: Node) -> tuple[Any, int]:
     batch, groups, _, *size = shape(split)
     image = same((batch, *size), (shape(x)[0], *shape(x)[2:]))
     return (x, groups) if image else (None, 0)
-
-
-def _swaps_groups(x: Node) -> bool:
-    """Return whether a node swaps dimensions 1 and 2 of five."""
-    if x.target is aten.transpose.int:
-        return sorted(d % 5 for d in x.args[1:]) == [1, 2]
-    return x.target is aten.permute.default and list(x.args[1]) == [0, 2, 1, 3, 4]
 
 
 def _slice(node: Node) -> tuple[Any, Any, Any, Any]:

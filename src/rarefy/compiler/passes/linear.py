@@ -26,7 +26,7 @@ from rarefy.compiler.fx_utils import (
     shape,
 )
 from rarefy.compiler.operators.table import BY_TARGET
-from rarefy.compiler.passes.matchers import args_of_pair, swaps_heads_and_tokens
+from rarefy.compiler.passes.matchers import args_of_pair, constant_of, swaps_heads_and_tokens
 from rarefy.runtime.sparse_layers import Sparse, from_spec
 
 SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
@@ -101,7 +101,7 @@ def remove_views_around_linear(exported: ExportedGraph, node: Node) -> None:
 def fold_bias(exported: ExportedGraph, node: Node) -> None:
     """Fold a constant for each output that is added to a linear layer's outputs into its bias."""
     for y, added in zip(*(args_of_pair(node, aten.add.Tensor)[::d] for d in (1, -1))):
-        known = exported.constants.get(added.name) if is_node(added) and not node.kwargs else None
+        known = None if node.kwargs else constant_of(exported, added)
         if known is None or not is_node(y) or y.target is not ops.linear or len(y.users) != 1:
             continue
         x, w, bias, residual, act = y.args

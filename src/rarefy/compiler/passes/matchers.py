@@ -11,12 +11,23 @@ from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, aten, dtype_of,
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
 
+SDPA = aten.scaled_dot_product_attention.default
+
+
+def swaps(x: Node, a: int, b: int) -> bool:
+    """Return whether a node swaps dimensions a and b, a < b, by a transpose or a permutation."""
+    if x.target not in (aten.transpose.int, aten.permute.default):
+        return False
+    order = list(range(len(shape(x))))
+    if x.target is aten.transpose.int:
+        return sorted(d % len(order) for d in x.args[1:]) == [a, b]
+    order[a], order[b] = b, a
+    return [d % len(order) for d in x.args[1]] == order
+
 
 def swaps_heads_and_tokens(x: Node) -> bool:
     """Return whether a node swaps dimensions 1 and 2, heads and tokens, of four."""
-    if x.target is aten.permute.default:
-        return list(x.args[1]) == [0, 2, 1, 3]
-    return x.target is aten.transpose.int and sorted(d % 4 for d in x.args[1:]) == [1, 2]
+    return len(shape(x)) == 4 and swaps(x, 1, 2)
 
 
 def before_head_split(x: Any) -> Any:
@@ -34,10 +45,15 @@ def scaled_by_number(x: Node) -> tuple[Node, float] | None:
     while len(x.users) == 1:
         if x.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(x.args[1], float | int):
             return x, x.args[1] if x.target is aten.mul.Tensor else 1 / x.args[1]
-        if not swaps_heads_and_tokens(x) and x.target not in (*VIEWS, aten.unflatten.int):
+        if not swaps(x, 1, 2) and x.target not in (*VIEWS, aten.unflatten.int):
             return None
         x = x.args[0]
     return None
+
+
+def constant_of(exported: ExportedGraph, x: Any) -> Any:
+    """Return the tensor of a constant, None for anything else."""
+    return exported.constants.get(x.name) if is_node(x) else None
 
 
 def args_of_pair(node: Any, target: Any) -> tuple[Any, Any]:

@@ -23,6 +23,7 @@ from rarefy.compiler.fx_utils import (
 )
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES, IMAGES_TO_ROWS, PIXELS, ROWS_TO_IMAGES
 from rarefy.compiler.operators.table import BY_TARGET
+from rarefy.compiler.passes.matchers import swaps
 
 MOVES = (  # operators that compute nothing
     *VIEWS, aten.unflatten.int, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.roll.default,
@@ -229,9 +230,5 @@ def convert_swap(exported: ExportedGraph, node: Node) -> None:
     x: Any = node.args[0] if node.args else None
     if not is_node(x) or x.target not in BY_TARGET or len(shape(x)) != 3 or dtype_of(x) != torch.float32:
         return
-    if node.target is aten.permute.default:
-        swaps = [d % 3 for d in node.args[1]] == [0, 2, 1]
-    else:
-        swaps = node.target is aten.transpose.int and sorted(d % 3 for d in node.args[1:]) == [1, 2]
-    if swaps and any(u.target in BY_TARGET for u in node.users):
+    if swaps(node, 1, 2) and any(u.target in BY_TARGET for u in node.users):
         replace_node(exported, node, ops.swap_features, x)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from rarefy.compiler.fx_utils import VIEWS, ExportedGraph, Node, add_constant, aten, is_node, same, shape
-from rarefy.compiler.passes.matchers import size_node
+from rarefy.compiler.passes.matchers import constant_of, size_node
 
 
 def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node, Node] | None:
@@ -26,7 +24,7 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
     if not is_node(total) or total.target is not aten.add.Tensor or total.kwargs or len(total.users) != 1:
         return None
     split, masks = total.args
-    mask = _constant(exported, masks)
+    mask = constant_of(exported, masks)
     if not is_node(split) or split.target not in VIEWS or len(split.users) != 1 or mask is None or mask.dim() != 5:
         return None
     inner, (images, windows, heads, *tokens) = split.args[0], shape(split)
@@ -37,7 +35,7 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
         return None
     mask = mask[0]
     if inner.target is aten.add.Tensor and len(inner.users) == 1 and not inner.kwargs:
-        bias = _constant(exported, inner.args[1])
+        bias = constant_of(exported, inner.args[1])
         if bias is not None and tuple(bias.shape) in ((heads, *tokens), (1, heads, *tokens)):
             inner, mask = inner.args[0], mask + bias.reshape(heads, *tokens)
     known = add_constant(exported, f"{total.name}_windows", mask)
@@ -45,7 +43,3 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
         repeated = exported.graph.call_function(aten.repeat.default, (known, [count, 1, 1, 1]))
     repeated.meta["val"] = torch.empty((*shape(scores)[:1], *mask.shape[1:]), device="meta")
     return inner, repeated
-
-
-def _constant(exported: ExportedGraph, x: Any) -> Any:
-    return exported.constants.get(x.name) if is_node(x) else None
