@@ -111,7 +111,9 @@ def save(
     used = {n.name for n in compiled.exported.graph.nodes if n.op == "placeholder" and n.users}
     constants = {n: t for n, t in compiled.constants.items() if n in used}
     orders = {n: _dim_order(t) for n, t in constants.items()}
-    split = {n: to_tensors(repack(p, amx=False)) for n, p in packed.items()}
+    if bindings.isa() == "amx":  # files have the formats of CPUs without it
+        packed = {n: repack(p, amx=False) for n, p in packed.items()}
+    split = {n: to_tensors(p) for n, p in packed.items()}
     graph = to_json(compiled, orders, kernels, {n: scalars for n, (scalars, _) in split.items()})
     text = json.dumps(graph, allow_nan=False, separators=(",", ":")).encode()
     entry = {GRAPH: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
@@ -196,7 +198,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
             try:
                 kernels[node] = _kernel(node, repacked.get(name, form), constants)
                 if name not in repacked:  # only now, as the kernel has checked all indices
-                    repacked[name] = repack(form, amx=bindings.isa() == "amx")
+                    repacked[name] = repack(form, amx=True) if bindings.isa() == "amx" else form
                     if repacked[name] is not form:
                         kernels[node] = _kernel(node, repacked[name], constants)
             except FormatError as error:

@@ -42,6 +42,7 @@ from rarefy.compiler.passes import (
 )
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import distance, verify
+from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
@@ -166,8 +167,9 @@ def compile(
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
             where the layer before them finds it on the way.
         tune: time each native call against torch on the example, and the compiled model against the model. What torch
-            runs faster runs in torch; `print(compiled)` says so. Choices are remembered, see `runtime/tuning_cache.py`.
-            False, or RAREFY_TUNE=0 in the environment: everything that the engine has runs natively.
+            runs faster runs in torch, and zeros are skipped where that is faster; `print(compiled)` says so. Choices
+            are remembered, see `runtime/tuning_cache.py`. False, or RAREFY_TUNE=0 in the environment: everything that
+            the engine has runs natively.
 
     Returns:
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
@@ -180,9 +182,10 @@ def compile(
             types or is not on the CPU, or the compiled outputs differ from the model's.
         DataError: if the example has no tensor, or the model cannot be called with it.
 
-    Cost: a few seconds for the export, and at most about 6 seconds for timing. Memory: the packed weights (with zeros
-    left out in sparse formats) beside the model's own, which may be deleted afterwards; while a model in bf16 or fp16
-    is compiled, its copy in fp32; working memory grows with the activations of the largest call.
+    Cost: a few seconds for the export, and at most about 6 seconds for timing, 12 where weights have zeros. Memory: the
+    packed weights (with zeros left out in sparse formats) beside the model's own, which may be deleted afterwards;
+    while a model in bf16 or fp16 is compiled, its copy in fp32; while layers with zeros are timed, both their formats;
+    working memory grows with the activations of the largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -255,6 +258,7 @@ def _compile(
         _warn_of_saturation(model, compiled, more)
     compiled.skip_padding = True
     if tune and tuning.is_enabled():
+        choose_formats_(compiled, *_runnable(compiled, (args, kwargs), more))
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
         if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"

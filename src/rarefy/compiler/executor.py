@@ -24,6 +24,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
 from rarefy.compiler.scheduling import schedule
 from rarefy.compiler.subgraph import MAX_SHAPES, Check, FusedSubgraph, SingleOp
+from rarefy.runtime.packed_formats import skips_zeros
 
 Native = FusedSubgraph | SingleOp
 
@@ -115,6 +116,14 @@ class Compiled:
         self.exported.torch_nodes.update(nodes)
         self.kernels = compact({n: k for n, k in self.kernels.items() if n not in nodes})
         self.reschedule()
+
+    def with_kernels(self, kernels: Mapping[Node, Any]) -> Compiled:
+        """Return a compiled model of the same graph and constants that runs other kernels."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.kernels = dict(kernels)
+        other.reschedule()
+        return other
 
     def reschedule(self) -> None:
         """Schedule the calls, again after the graph or the kernels have changed."""
@@ -386,6 +395,9 @@ class Compiled:
         for label, count in (("in torch", torch_calls - moved), ("in torch, where it was faster", moved)):
             if count:
                 lines.append(f"{label}: {', '.join(f'{n} {op}' for op, n in count.most_common())}")
+        sparse = Counter(_op_name(n) for n, k in self.kernels.items() if skips_zeros(k.held[0]))
+        if sparse:
+            lines.append(f"zeros skipped: {', '.join(f'{n} {op}' for op, n in sparse.most_common())}")
         return "\n".join([*lines, *self.exported.notes])
 
 

@@ -161,10 +161,10 @@ def pack_for_batches(weight: Tensor, precision: str | None, grid: Grid | None = 
         return pack_dense(weight)
     if precision is not None:
         return pack_lanes(weight, precision, amx=bindings.isa() == "amx")
-    return _pack_sparse(weight)
+    return pack_sparse(weight)
 
 
-def _pack_sparse(weight: Tensor, **options: Any) -> Tiles | Sell:
+def pack_sparse(weight: Tensor, **options: Any) -> Tiles | Sell:
     """Return a weight [outputs, inputs] without its zeros, in the faster of two formats; options are of both."""
     packed = pack_tiles(weight, **options)
     return pack_sell(weight, **options) if shared(packed) < MIN_SHARED else packed
@@ -174,7 +174,7 @@ def pack_lanes(weight: Tensor, kind: str, amx: bool, grid: Grid | None = None) -
     """Return a weight [outputs, inputs] in bf16 or int8, dense if that is faster on CPUs with or without AMX."""
     if zero_lanes(weight, kind) < MIN_ZERO_LANES[kind][amx]:
         return pack_dense(weight, kind, grid)  # type: ignore[return-value]
-    return _pack_sparse(weight, kind=kind, grid=grid)
+    return pack_sparse(weight, kind=kind, grid=grid)
 
 
 def repack(packed: Packed, amx: bool) -> Packed:
@@ -206,10 +206,10 @@ def pack_int8_conv(weight: Tensor, geometry: Any, amx: bool, grid: Grid | None =
     geometry = {**geometry, "block": CACHE_BLOCK, "grid": grid}
     if _is_dense_conv(weight, amx):
         return pack_conv(weight, "int8", **geometry, dense=True)
-    return _pack_sparse_conv(weight, "int8", **geometry)
+    return pack_sparse_conv(weight, "int8", **geometry)
 
 
-def _pack_sparse_conv(weight: Tensor, kind: str, **options: Any) -> ConvTiles:
+def pack_sparse_conv(weight: Tensor, kind: str, **options: Any) -> ConvTiles:
     """Return a convolution's weight of one group without its zeros, in the faster of two formats."""
     form = pack_conv(weight, kind, **options)
     return pack_conv(weight, kind, **options, sell=True) if shared(form) < MIN_SHARED else form
@@ -259,4 +259,4 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
         return pack_int8_conv(weight, geometry, bindings.isa() == "amx", grid)
     if groups > 1:
         return pack_conv(weight, kind, **geometry, block=CONV_BLOCK)
-    return _pack_sparse_conv(weight, kind, **geometry, block=CACHE_BLOCK)
+    return pack_sparse_conv(weight, kind, **geometry, block=CACHE_BLOCK)

@@ -91,11 +91,7 @@ def seconds_of_calls(compiled: Compiled, other: nn.Module | Compiled, args: Any,
     Cost: at most about 2 seconds, or three calls of each.
     """
     file = tuning_cache.default_file()
-    leaves = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor)]
-    nodes = [n for n in compiled.exported.graph.nodes if n.op == "call_function"]
-    torch_nodes = sorted(n.name for n in compiled.exported.torch_nodes)
-    graph = _signature(nodes, compiled.kernels, lambda _: None), torch_nodes, [(t.shape, t.dtype) for t in leaves]
-    key = f"model {type(other).__qualname__} {_digest(graph)}"
+    key = f"model {type(other).__qualname__} {signature_of_calls(compiled, args, kwargs)}"
     known = tuning_cache.read(file).get(key, {})
     if known.keys() == {0, 1}:
         return known[0][1], known[1][1]
@@ -155,6 +151,15 @@ def run_in_torch(call: Native, lookup: Callable[[Node], Any]) -> list[Tensor]:
 
 
 # ---- what a time depends on -----------------------------------------------------------------------------------------
+
+
+def signature_of_calls(compiled: Compiled, args: Any, kwargs: Any) -> str:
+    """Return what the time of a call depends on, as a digest: the graph, its packed weights, and sizes of inputs."""
+    leaves = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor)]
+    nodes = [n for n in compiled.exported.graph.nodes if n.op == "call_function"]
+    torch_nodes = sorted(n.name for n in compiled.exported.torch_nodes)
+    graph = _signature(nodes, compiled.kernels, lambda _: None), torch_nodes, [(t.shape, t.dtype) for t in leaves]
+    return _digest(graph)
 
 
 def _signature(nodes: Iterable[Node], kernels: Mapping[Node, Any], lookup: Callable[[Node], Any]) -> list[Any]:

@@ -173,6 +173,12 @@ FORMATS: dict[str, type] = {
 }
 
 
+def skips_zeros(packed: Packed) -> bool:
+    """Return whether kernels leave out the zeros of a packed weight. O(1)."""
+    matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
+    return isinstance(matrix, Bitmask | Csr | Tiles | Sell)
+
+
 # in files, these fields have the names of version 0.1
 FILE_NAMES = {"row_sums": "sums", "row_scales": "whole", "fp32_inputs": "exact", "scale_groups": "parts"}
 _FIELDS = {in_file: field for field, in_file in FILE_NAMES.items()}
