@@ -451,7 +451,7 @@ def test_weights_are_its_own():
         (lambda m: m(), r"expected 1 input \(x: float32 \[any, any, 32\] on the CPU\), got 0$"),
         (lambda m: m(torch.randn(2, 9, 32), torch.ones(9, 9)), r"expected 1 input \(x: .*\), got 2$"),
         (lambda m: m([torch.randn(2, 9, 32)]), r"expected arguments nested as \(\*,\), as in the example, got \(\[\*\],\)$"),
-        (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords none, got y: leave out y, or compile with an"),
+        (lambda m: m(y=torch.randn(2, 9, 32)), "compiled for the keywords x, got y: leave out y, or compile with an .*; x is missing$"),
     ],
 )  # fmt: skip
 def test_calls_that_do_not_fit(call, says):

@@ -75,6 +75,17 @@ def test_names_of_inputs(example, names):
     assert np.allclose(fast.run(feed)["output_0"], want.detach(), atol=1e-5)
 
 
+def test_tensors_by_the_names_of_arguments_that_the_example_has_by_position():
+    fast = rarefy.compile(Two(lambda a, b: a + b).eval(), (torch.randn(2, 4), torch.randn(2, 3)))
+    x, scale = torch.randn(5, 4), torch.randn(5, 3)
+    expected = fast(x, scale)
+    assert torch.equal(fast(Image=x, scale=scale), expected) and torch.equal(fast(x, scale=scale), expected)
+    with pytest.raises(DataError, match="compiled for the keywords Image, scale, got Image: scale is missing$"):
+        fast(Image=x)
+    with pytest.raises(DataError, match="compiled for the keywords scale, got scal: leave out scal, .*; scale is mis"):
+        fast(x, scal=scale)
+
+
 def test_names_of_nested_inputs():
     class Call(nn.Module):
         def forward(self, parts, batch):

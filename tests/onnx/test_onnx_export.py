@@ -171,6 +171,40 @@ def test_a_file_that_is_read_and_written_again(tmp_path):
     assert norm_apart(run(again.path, {"input": x}), net(x).detach()) < 0.02
 
 
+class Named(nn.Module):
+    """A dict of outputs, one of which has an input's name, another one the name of a value inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.a(x)
+        return {"x": h + 1, "linear": self.b(h.relu())}
+
+
+def test_outputs_have_the_names_of_fields(tmp_path):
+    net, x = Named().eval(), torch.randn(3, 8)
+    path = rarefy.export_onnx(net, x, tmp_path / "net.onnx").path
+    assert [o.name for o in onnx.load(path).graph.output] == ["x_output", "linear"]
+    got = run_all(path, {"x": x})
+    assert all(apart(a, b.detach()) < 1e-5 for a, b in zip(got, net(x).values(), strict=True))
+    plain = rarefy.export_onnx(net.a, x, tmp_path / "plain.onnx").path
+    assert [o.name for o in onnx.load(plain).graph.output] == ["output_0"]
+
+
+def test_an_example_that_is_a_part_of_a_larger_tensor(tmp_path):
+    """torch.export writes its strides as sizes, which files do not have."""
+    net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(3, 9)[:, :8]
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            return net(x.reshape(-1, 8)).view(x.shape[0], -1)
+
+    path = rarefy.export_onnx(Rows().eval(), x, tmp_path / "net.onnx").path
+    assert apart(run(path, {"x": x.contiguous()}), net(x).detach()) < 1e-5
+
+
 def test_operators_are_for_exports_alone():
     net = nn.Sequential(nn.Linear(4, 2)).eval()
     rarefy.quantize_(net, "int8", **DYNAMIC)

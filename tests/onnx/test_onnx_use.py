@@ -121,3 +121,44 @@ def test_channels_last_files_are_read_without_their_transposes(tmp_path):
     assert kinds.count("Transpose") == 1 and kinds.count("Conv2d") == 2
     with torch.no_grad():
         assert apart(net(x), run(path, {"x": x})) < 1e-5
+
+
+class Gates(nn.Module):
+    """Thirds of a layer's outputs, and halves of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 48), nn.Linear(16, 64), nn.Linear(32, 4)
+
+    def forward(self, x):
+        q, k, v = self.a(x).chunk(3, -1)
+        u, w = self.b(q * torch.sigmoid(k) + v).chunk(2, -1)
+        return self.c(u * torch.sigmoid(w))
+
+
+@pytest.mark.parametrize("opset", [11, 17, "dynamo"])
+def test_parts_of_a_layer_are_cut_alike(opset, tmp_path, capfd):
+    """TorchScript writes a chunk as slices with fixed ends."""
+    x = torch.randn(3, 8)
+    net = rarefy.from_onnx(export(Gates().eval(), x, tmp_path / "net.onnx", opset))
+    rarefy.cut_(net, (x,), keep=0.5)
+    assert {n: tuple(m.weight.shape) for n, m in net.named_modules() if isinstance(m, nn.Linear)} == {
+        "a": (24, 8), "b": (32, 8), "c": (4, 16),
+    }  # fmt: skip
+    path = rarefy.export_onnx(net, (x,), tmp_path / "cut.onnx").path
+    assert apart(run(path, {"x": x}), net(x).detach()) < 1e-5
+    assert not capfd.readouterr().err
+
+
+def test_parts_that_are_not_all_of_a_tensor_stay_slices(tmp_path):
+    """Overlaps, gaps, other lengths, and the open size of a batch."""
+
+    class Parts(nn.Module):
+        def forward(self, x):
+            return x[:1], x[1:2], x[:, :4], x[:, 3:], x[:, :2], x[:, 6:], x[:, :8], x[..., ::2]
+
+    x = torch.randn(2, 8)
+    net = rarefy.from_onnx(export(Parts().eval(), x, tmp_path / "net.onnx", 13), example=(x,))
+    assert not any(n.target is torch.chunk for n in net.graph.nodes)
+    for more in (x, torch.randn(5, 8)):
+        assert all(torch.equal(a, b) for a, b in zip(net(more), Parts()(more), strict=True))

@@ -345,13 +345,15 @@ class Compiled:
 
     def _check_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         spec, names = self.exported.in_spec, self.keywords
+        args, kwargs = io_names.by_position(args, kwargs, spec, self._leaf_names())
         if kwargs.keys() != names.keys():
-            extra, missing = [n for n in kwargs if n not in names], [n for n in names if n not in kwargs]
+            known = [*io_names.positional_names(spec, self._leaf_names())[len(args) :], *names]
+            extra, missing = [n for n in kwargs if n not in known], [n for n in known if n not in kwargs]
             hints = [f"leave out {', '.join(extra)}, or compile with an example that has it"] if extra else []
             hints += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
             if args and missing:
                 hints += [f"pass inputs by name, as in the example: {', '.join(f'{n}=...' for n in names)}, or **batch"]
-            got = f"compiled for the keywords {', '.join(names) or 'none'}, got {', '.join(kwargs) or 'none'}"
+            got = f"compiled for the keywords {', '.join(known) or 'none'}, got {', '.join(kwargs) or 'none'}"
             raise DataError(f"{got}: {'; '.join(hints)}")
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
         if got != spec:

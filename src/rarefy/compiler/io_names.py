@@ -53,6 +53,29 @@ def output_names(model: nn.Module | None, out_spec: Any) -> list[str]:
     return [n.removeprefix("output.") for n in leaf_names(out_spec, "output")]
 
 
+def by_position(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], in_spec: Any, names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments in which those by position in the example are by position, though given by name.
+
+    Args:
+        args: the arguments by position.
+        kwargs: the arguments by keyword.
+        in_spec: torch's pytree spec of the example's arguments.
+        names: the names of the example's leaves.
+    """
+    missing = positional_names(in_spec, names)[len(args) :]
+    if not missing or not all(n in kwargs for n in missing):
+        return args, dict(kwargs)
+    return (*args, *(kwargs[n] for n in missing)), {n: v for n, v in kwargs.items() if n not in missing}
+
+
+def positional_names(in_spec: Any, names: Sequence[str]) -> list[str]:
+    """Return the names of the example's arguments by position; [] where one is nested, and has several."""
+    positional = children_of(children_of(in_spec)[0])
+    return list(names[: len(positional)]) if all(s.num_leaves == 1 for s in positional) else []
+
+
 def ordered_inputs(feed: Any, names: Sequence[str]) -> list[Any]:
     """Return inputs given by name in the order of the names; DataError unless there is one for each name."""
     if not isinstance(feed, Mapping):

@@ -28,6 +28,7 @@ from rarefy.onnx.binding import (
     operator_name,
     options,
 )
+from rarefy.onnx.chunks import Slice, merge_slices_, slice_of
 from rarefy.onnx.dtypes import DTYPES, WIDE_UNSIGNED, dtype_of, to_tensor
 from rarefy.onnx.graph import Graph, Kind, constants_of, is_lookup
 from rarefy.onnx.layers import LAYERS, Layer, Site
@@ -96,6 +97,7 @@ class Converter:
         self.weights: dict[str, list[Any]] = {}
         self.users = graph.users()
         self.done: set[str] = set()  # outputs that a layer before took over
+        self.slices: list[Slice] = []
         self.depth = 0
         names = input_names([i.name for i in graph.model.graph.input])
         for name, valid in names.items():
@@ -270,7 +272,11 @@ class Converter:
         if not _holds_constants(constants) and not isinstance(function, partial):
             return self._call("call_function", function, tuple(arguments), {**constants, **named})
         module = Operator(node.op_type, function, constants)
-        return self._call_module(module, module_name(node, False), tuple(arguments), named)
+        call = self._call_module(module, module_name(node, False), tuple(arguments), named)
+        if node.op_type == "Slice":
+            part = slice_of(node.input[0], self.graph.kinds.get(node.input[0], Kind()), constants, call)
+            self.slices += [] if part is None else [part]
+        return call
 
     def _on_elements(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:
         """A call of Python's operator, for those that torch's tensors have; numbers stay numbers."""
@@ -410,6 +416,7 @@ class Converter:
             raise ModelError("an output of the graph is computed by no node")
         self.torch_graph.output(outputs[0] if len(outputs) == 1 else outputs)
         self._remove_fake_quantize()
+        merge_slices_(self.torch_graph, self.slices)
         for node in reversed(self.torch_graph.nodes):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.torch_graph.erase_node(node)

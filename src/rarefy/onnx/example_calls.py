@@ -42,6 +42,7 @@ class ExampleCall:
 def example_call(model: nn.Module, example: Any) -> ExampleCall:
     """Return how an example calls a model; ModelError for what is no tensor in it."""
     args, kwargs = distinct_tensors(split_example(example))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))  # a file has no strides
     other = [type(a).__name__ for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
     if other:
         raise ModelError(f"example: expected a tensor, a tuple of tensors or a dict of tensors; it holds {other[0]}")

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.report import Report
+from rarefy.compiler.io_names import output_names
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.forward import check_batches, evaluating
 from rarefy.model.layers import check_is_module, unwrap
@@ -206,7 +208,7 @@ def _as_exporter() -> Iterator[None]:
 def _export(
     model: nn.Module, call: ExampleCall, axes: Axes, opset: int, fixed: list[str], required: bool
 ) -> tuple[Any, list[str]]:
-    """Return torch's program with its sizes named, and notes.
+    """Return torch's program with its sizes and outputs named, and notes.
 
     Args:
         model: a folded model.
@@ -216,11 +218,14 @@ def _export(
         fixed: sizes that the model takes in no other value, as messages name them.
         required: whether a size that cannot be open is an error.
     """
+    from onnx_ir.passes.common import NameFixPass
+
     notes: list[str] = []
     options: dict[str, Any] = {"dynamo": True, "verbose": False, "optimize": True}
     options |= {"opset_version": max(opset, TORCH_OPSET), "kwargs": call.kwargs or None}
     if call.names and len(call.names) == len(call.inputs):
-        options |= {"input_names": list(call.inputs), "output_names": call.outputs}
+        options |= {"input_names": list(call.inputs)}
+    options |= {"output_names": _output_names(model, call)}
     _check_fixed(model, fixed, required)
     try:
         shapes = shapes_for_export(call.arguments, axes, call.names)
@@ -241,10 +246,23 @@ def _export(
     notes += [f"the model's code fixes {text}" for text in fixed]
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop(STACK_TRACE, None)
+    NameFixPass()(program.model)  # a value inside may have the name that an output was given
     unshare_zero_points_(program.model.graph)
     if opset < TORCH_OPSET:
         _convert_down_(program, opset)
     return program, notes
+
+
+def _output_names(model: nn.Module, call: ExampleCall) -> list[str] | None:
+    """Return the names of a model's outputs: those of its file, else of fields, else output_0 and so on.
+
+    None where torch has to choose them, as some output is no tensor.
+    """
+    leaves, spec = pytree.tree_flatten(model(*call.args, **call.kwargs))
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    names = call.outputs if len(call.outputs) == len(leaves) else output_names(None, spec)
+    return [f"{n}_output" if n in call.inputs else n for n in names]
 
 
 def _check_fixed(model: nn.Module, fixed: list[str], required: bool) -> None:

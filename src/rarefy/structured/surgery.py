@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
@@ -266,8 +267,8 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
     """Raise ModelError unless the cut model runs and returns what the masked model returned."""
     stack: list[str] = []
-    try:
-        with tracking_module_names(model, stack, unwind=False):
+    try:  # torch.fx prints a traceback where a graph fails
+        with tracking_module_names(model, stack, unwind=False), redirect_stderr(StringIO()):
             result = outputs(model, example)
     except RarefyError as error:
         raise ForwardFailed(
