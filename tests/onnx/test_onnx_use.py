@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -159,6 +160,7 @@ def test_parts_that_are_not_all_of_a_tensor_stay_slices(tmp_path):
 
     x = torch.randn(2, 8)
     net = rarefy.from_onnx(export(Parts().eval(), x, tmp_path / "net.onnx", 13), example=(x,))
-    assert not any(n.target is torch.chunk for n in net.graph.nodes)
+    graph: Any = net.graph
+    assert not any(n.target is torch.chunk for n in graph.nodes)
     for more in (x, torch.randn(5, 8)):
         assert all(torch.equal(a, b) for a, b in zip(net(more), Parts()(more), strict=True))
