@@ -69,7 +69,8 @@ void dense_gemv(const float* values, int64_t tile_stride, int64_t row_tiles, int
   if (columns == 1) gemv_columns<1>(values, tile_stride, row_tiles, lanes, x, x_stride, acc);
 }
 
-constexpr int LANE_GEMV_ROWS = 8;  // of a block, whose sums are kept in registers
+constexpr int LANE_GEMV_ROWS = SIMD_WIDTH == 16 ? 16 : 8;  // of a block, whose sums are kept in registers
+constexpr int64_t LANE_GEMV_AHEAD = 512;  // lanes beyond PREFETCH_BYTES: few instructions work on each byte
 
 // One row of lanes [lane_blocks][16] times `rows` rows of blocks of 16 rows by 16 lanes: acc[row * TILE_COLS].
 template <int DTYPE>
@@ -79,14 +80,16 @@ void lanes_gemv(const uint32_t* values, int64_t lane_blocks, int64_t rows, const
   for (int64_t first = 0; first < rows; first += LANE_GEMV_ROWS) {
     const uint32_t* block = values + first / 16 * lane_blocks * 256 + first % 16 * 16;
     typename L::acc sums[LANE_GEMV_ROWS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < LANE_GEMV_ROWS; ++r) sums[r] = L::zero();
     for (int64_t b = 0; b < lane_blocks; ++b, block += 256)
       for (int l = 0; l < 16; l += SIMD_WIDTH) {
         const auto in = typename L::input(L::load(x + b * 16 + l));
-#pragma GCC unroll 8
-        for (int r = 0; r < LANE_GEMV_ROWS; ++r)
+#pragma GCC unroll 16
+        for (int r = 0; r < LANE_GEMV_ROWS; ++r) {
+          if (l == 0) prefetch_ahead(block + r * 16 + LANE_GEMV_AHEAD);
           sums[r] = L::multiply_add(sums[r], in, weight(L::load(block + r * 16 + l)));
+        }
       }
     for (int r = 0; r < LANE_GEMV_ROWS; ++r) {
       alignas(64) uint32_t each[SIMD_WIDTH];

@@ -9,6 +9,8 @@
 constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
+constexpr int64_t MAX_STRIDE = 8;          // of a convolution
+constexpr int64_t MAX_DENSE_STRIDE = 64;   // of a dense one in fp32
 constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
 constexpr int TILE_ROWS = 4;               // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab

@@ -98,8 +98,9 @@ API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values)
   if (w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_INVALID;
   const bool int8 = w->weight.dtype == RAREFY_I8;
   if (int8 ? w->groups != 1 : w->weight.dtype != RAREFY_F32) return RAREFY_INVALID;
+  const int64_t max_stride = w->dense && !int8 ? MAX_DENSE_STRIDE : MAX_STRIDE;
   for (int i = 0; i < 2; ++i) {
-    if (w->kernel[i] < 1 || w->stride[i] < 1 || w->stride[i] > 8) return RAREFY_INVALID;
+    if (w->kernel[i] < 1 || w->stride[i] < 1 || w->stride[i] > max_stride) return RAREFY_INVALID;
     if (w->padding[i] < 0 || w->dilation[i] < 1) return RAREFY_INVALID;
   }
   const int64_t rows = w->dense ? w->outputs : w->groups * ((w->outputs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS);

@@ -21,13 +21,13 @@ from rarefy.compiler import ops, shape_checks
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
-from rarefy.compiler.io_names import output_names
 from rarefy.compiler.kernel_selection import EmbeddingKernel, reads_static_codes, repack
 from rarefy.compiler.operators.spec import Call
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.generation.decoder import Decoder
+from rarefy.model.nesting import output_names
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel, check_packed

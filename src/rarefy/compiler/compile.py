@@ -20,7 +20,6 @@ from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32, model_dtype
-from rarefy.compiler.io_names import input_names, output_names
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
@@ -32,6 +31,7 @@ from rarefy.compiler.passes import (
     channels,
     cleanup,
     conv,
+    flat_images,
     fusion,
     kv_attention,
     linear,
@@ -46,6 +46,7 @@ from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
+from rarefy.model.nesting import input_names, output_names
 from rarefy.runtime.accelerate import check_plain
 
 TOLERANCE = {None: 1e-3, "bf16": 0.1, "int8": 0.5}  # largest relative distance of outputs from the model's
@@ -116,6 +117,7 @@ PASSES = (
     # activations and residual sums move into the layer before them: at most one of each kind a run
     fusion.fuse_epilogue,
     fusion.fuse_epilogue,
+    flat_images.linear_to_conv,
 )
 
 CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of few detections are far off and still useful
@@ -233,7 +235,7 @@ def _compile(
     notes: tuple[str, ...],
 ) -> Compiled:
     """Return a model in fp32 compiled; see `compile`."""
-    exported = export_graph(model, args, kwargs, passes_for(precision))
+    exported = export_graph(model, args, kwargs, passes_for(precision, calibrate is not None))
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
     exported.notes += notes
@@ -325,9 +327,13 @@ def _not_slower(
     return unchanged
 
 
-def passes_for(precision: str | None) -> tuple[Pass, ...]:
-    """Return the passes for a precision: linear layers have faster kernels than convolutions in bf16 and int8."""
-    return PASSES if precision is None else tuple(p for p in PASSES if p is not channels.rows_to_images)
+def passes_for(precision: str | None, static: bool = False) -> tuple[Pass, ...]:
+    """Return the passes for a precision: linear layers have faster kernels than convolutions in bf16, and in int8 where
+    the scales of inputs are not static."""
+    if precision is None:
+        return PASSES
+    others = (channels.rows_to_images, *(() if static else (flat_images.linear_to_conv,)))
+    return tuple(p for p in PASSES if p not in others)
 
 
 def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], batches: Any) -> None:

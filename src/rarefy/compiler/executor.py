@@ -24,6 +24,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
 from rarefy.compiler.scheduling import schedule
 from rarefy.compiler.subgraph import MAX_SHAPES, Check, FusedSubgraph, SingleOp
+from rarefy.model import nesting
 from rarefy.runtime.packed_formats import skips_zeros
 
 Native = FusedSubgraph | SingleOp
@@ -98,7 +99,7 @@ class Compiled:
         if check is None:  # made from a model, whose own tensors may change
             self.constants.update({n: t.clone() for n, t in self.constants.items()})
         spec: Any = exported.in_spec
-        self.keywords = dict.fromkeys(io_names.children_of(spec)[1].context)  # in the graph's order
+        self.keywords = dict.fromkeys(nesting.children_of(spec)[1].context)  # in the graph's order
         all_tensors = all(isinstance(want, InputSpec) for want in self.input_specs)
         self.flat_arguments = count_flat_arguments(spec) if all_tensors else None
         self.rebuild = rebuilder(exported.out_spec)
@@ -176,7 +177,7 @@ class Compiled:
 
     def _output_leaf_names(self) -> list[str]:
         """Return a name for each leaf of the outputs."""
-        return list(self.exported.output_names) or io_names.output_names(None, self.exported.out_spec)
+        return list(self.exported.output_names) or nesting.output_names(None, self.exported.out_spec)
 
     @overload
     def run(self, output_names: Mapping[str, Any], /) -> dict[str, np.ndarray]: ...

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.compiler.io_names import children_of
+from rarefy.model.nesting import children_of
 
 TENSORS = (Tensor, nn.Parameter)
 

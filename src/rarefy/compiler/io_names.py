@@ -1,56 +1,16 @@
-"""Names of a compiled model's inputs and outputs, by which it is called with numpy arrays."""
+"""Calls of a compiled model by name: with numpy arrays, or with tensors."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarefy.common.errors import DataError, unknown
-from rarefy.compiler.pytree_json import children_of, leaf_names, type_of
-from rarefy.model.signature import get_signature
-
-
-def input_names(model: nn.Module, in_spec: Any) -> list[str]:
-    """Return the names of a call's leaves: those of the model's file, else of its keywords and parameters.
-
-    Args:
-        model: the model.
-        in_spec: torch's pytree spec of the arguments.
-    """
-    args, kwargs = children_of(in_spec)
-    signature = get_signature(model)
-    in_file = {} if signature is None else {i.parameter: i.name for i in signature.inputs}
-    parameters = _positional_names(model, len(children_of(args)))
-    keywords = [str(n) for n in kwargs.context]
-    named = [*zip(parameters, children_of(args)), *zip(keywords, children_of(kwargs))]
-    return [name for parameter, spec in named for name in leaf_names(spec, in_file.get(parameter, parameter))]
-
-
-def _positional_names(model: nn.Module, count: int) -> list[str]:
-    """Return the names of the first parameters of a model, with numbers behind that of `*args`."""
-    names: list[str] = []
-    for p in inspect.signature(model.forward).parameters.values():
-        if p.kind is p.VAR_POSITIONAL:
-            names += [f"{p.name}.{i}" for i in range(count - len(names))]
-        else:
-            names.append(p.name)
-    return names[:count]
-
-
-def output_names(model: nn.Module | None, out_spec: Any) -> list[str]:
-    """Return the names of a call's outputs: those of the model's file, else of fields, else output_0 and so on."""
-    signature = get_signature(model)
-    if signature is not None and len(signature.outputs) == out_spec.num_leaves:
-        return list(signature.outputs)
-    if type_of(out_spec) in (None, tuple, list):
-        specs = [out_spec] if out_spec.type is None else children_of(out_spec)
-        return [n for i, s in enumerate(specs) for n in leaf_names(s, f"output_{i}")]
-    return [n.removeprefix("output.") for n in leaf_names(out_spec, "output")]
+from rarefy.model.nesting import children_of
 
 
 def by_position(

@@ -21,6 +21,7 @@ from rarefy.runtime.packed_formats import (
     CACHE_BLOCK,
     CONV_BLOCK,
     LANE,
+    MAX_DENSE_STRIDE,
     MAX_INT8_INPUTS,
     MAX_STRIDE,
     MIN_SHARED,
@@ -240,11 +241,14 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     """Return the packed weight of a convolution, in 8 bits only for one group, by default if it is on a grid.
 
     Returns:
-        None where torch or a depthwise step runs it: with few zeros in several groups, or with a large stride.
+        None where torch or a depthwise step runs it: with few zeros in several groups, or with a very large stride.
+        Strides above 8 have dense kernels in fp32 alone.
     """
     w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]
     weight = exported.constants[w.name]
     zeros = float((weight == 0).float().mean())
+    if max(stride) > MAX_STRIDE and groups == 1 and max(stride) <= MAX_DENSE_STRIDE:
+        return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     if max(stride) > MAX_STRIDE or (groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1)):
         return None
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}

@@ -187,6 +187,8 @@ def lower_conv(p: Program, node: Node) -> None:
         numbers = {"winograd": 1}
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
+        if tuple(p.shape(node)[2:]) == (1, 1) and not source.image.border and not any(step.padding):
+            _merge_pixels(step)
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
@@ -198,6 +200,16 @@ def lower_conv(p: Program, node: Node) -> None:
     p.step(name, out, act=0 if separate else act, nhwc=addressof(step), **numbers, **operands)
     if separate:
         p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
+
+
+def _merge_pixels(step: Nhwc) -> None:
+    """Let a convolution whose kernel is as large as the image read each image as one pixel, so that a batch of them is
+    an image, whose pixels are computed together."""
+    image = step.input
+    if (image.height, image.width) == tuple(step.kernel):
+        image.pixel_bytes *= image.height * image.width
+        image.height = image.width = 1
+        step.kernel = (c_int64 * 2)(1, 1)
 
 
 def _residual_codes(p: Program, node: Node) -> Codes | None:

@@ -13,14 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError
+from rarefy.model.nesting import children_of, type_of
 
 LEAF = "*"
 MAX_DEPTH = 64  # levels of nesting
-PLAIN = {immutable_list: list, immutable_dict: dict}  # of the outputs of graph modules
 KEY_TYPES = (str, int, bool, float, type(None))
 
 
@@ -75,32 +74,6 @@ pytree.register_pytree_node(
 pytree.register_pytree_node(
     NamedOutputs, lambda o: (list(o), o._fields), lambda values, names: NamedOutputs(names, values)
 )
-
-
-def type_of(spec: Any) -> Any:
-    """Return the class of what one of torch's pytree specs describes; None for a leaf."""
-    return PLAIN.get(spec.type, spec.type)
-
-
-def children_of(spec: Any) -> list[Any]:
-    """Return the specs of what is nested directly in one of torch's pytree specs."""
-    return spec.children() if hasattr(spec, "children") else spec.children_specs
-
-
-def leaf_names(spec: Any, name: str) -> list[str]:
-    """Return a name for each leaf of a nesting: keys, fields and positions joined by dots behind a first name.
-
-    >>> leaf_names(pytree.tree_flatten({"a": 1, "b": (2, 3)})[1], "x")
-    ['x.a', 'x.b.0', 'x.b.1']
-    """
-    if spec.type is None:
-        return [name]
-    children, keys = children_of(spec), spec.context
-    keys = keys._fields if spec.type is namedtuple else keys
-    named = isinstance(keys, list | tuple) and len(keys) == len(children)
-    return [
-        n for key, s in zip(keys if named else range(len(children)), children) for n in leaf_names(s, f"{name}.{key}")
-    ]
 
 
 def to_nesting(spec: Any, arguments: bool = False) -> Any:

@@ -22,7 +22,17 @@ from rarefy.model.quant_grid import Grid
 from rarefy.runtime import tuning_cache
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
-from rarefy.runtime.packed_formats import CACHE_BLOCK, LANE, ConvTiles, Dense, Packed, Sell, Tiles, skips_zeros
+from rarefy.runtime.packed_formats import (
+    CACHE_BLOCK,
+    LANE,
+    MAX_STRIDE,
+    ConvTiles,
+    Dense,
+    Packed,
+    Sell,
+    Tiles,
+    skips_zeros,
+)
 from rarefy.runtime.packing import pack_conv, pack_dense, unpack
 
 MIN_TRIED = {"fp32": 0.3, "bf16": 0.15, "int8": 0.1}  # fraction of zero lanes from which skipping them is timed
@@ -42,7 +52,7 @@ def formats_of(packed: Packed) -> dict[str, Packed]:
     matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
     if not isinstance(matrix, Dense | Tiles | Sell) or packed.kind not in LANE:
         return {}
-    if isinstance(packed, ConvTiles) and packed.groups > 1:
+    if isinstance(packed, ConvTiles) and (packed.groups > 1 or max(packed.stride) > MAX_STRIDE):
         return {}
     weight = unpack(packed)
     if zero_lanes(weight.movedim(1, -1), packed.kind) < MIN_TRIED[packed.kind]:

@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.report import Report
-from rarefy.compiler.io_names import output_names
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.forward import check_batches, evaluating
 from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.masks import attached_layers, fold_
+from rarefy.model.nesting import output_names
 from rarefy.onnx.axes import Axes, check_axes, default_axes, name_axes_, only_these, shapes_for_export, texts_of
 from rarefy.onnx.example_calls import ExampleCall, calls_with_other_sizes, example_call
 from rarefy.onnx.integer_layers import quantize_static, unshare_zero_points_, use_integer_operators_

@@ -30,6 +30,7 @@ from rarefy.runtime.packed_formats import (
     BLOCK_OUTPUTS,
     KINDS,
     LANE,
+    MAX_DENSE_STRIDE,
     MAX_INT8_INPUTS,
     MAX_STRIDE,
     PADDING,
@@ -262,7 +263,8 @@ def _check_numbers(packed: Packed) -> None:
     if isinstance(packed, Tiles | ConvTiles | Sell):
         numbers["block"] = ((packed.block,), 1, 1 << 16)
     if isinstance(packed, ConvTiles):
-        numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, MAX_STRIDE)}
+        max_stride = MAX_DENSE_STRIDE if packed.counts is None and packed.kind == "fp32" else MAX_STRIDE
+        numbers |= {"groups": ((packed.groups,), 1, 1 << 31), "stride": (packed.stride, 1, max_stride)}
         numbers |= {"padding": (packed.padding, 0, 1 << 20), "dilation": (packed.dilation, 1, 1 << 20)}
     lengths = {"shape": 4 if isinstance(packed, ConvTiles) else 2, "block": 1, "groups": 1}
     for name, (values, low, high) in numbers.items():

@@ -25,6 +25,7 @@ MAX_INT8_INPUTS = (1 << 31) // (
 )  # of an int8 weight: sums of products of 0..255 and -127..127 must fit 32 bits
 MAX_CSR_INPUTS = 1 << 16
 MAX_STRIDE = 8  # of a convolution
+MAX_DENSE_STRIDE = 64  # of a dense one in fp32, as patches of images have
 CACHE_BLOCK = 128  # lanes of a block whose inputs stay in the L1 cache
 SLAB = 128  # outputs that `Sell` sorts together
 MIN_SHARED = 2.5  # mean number of four outputs with a value at the same input, from which tiles are faster
