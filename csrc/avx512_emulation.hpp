@@ -49,11 +49,12 @@ __m512i widen_elements(V v) {
   return bit_cast_to<__m512i>(out);
 }
 
-// Store the bytes of v where the mask has bits.
-inline void store_masked_bytes(void* p, uint64_t mask, __m512i v) {
-  const auto in = bit_cast_to<elements<uint8_t, 64>>(v);
-  for (int i = 0; i < 64; ++i)
-    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = in.of[i];
+// Store the elements of v where the mask has bits.
+template <class T, int N, class V>
+void store_elements(void* p, uint64_t mask, V v) {
+  const auto in = bit_cast_to<elements<T, N>>(v);
+  for (int i = 0; i < N; ++i)
+    if (mask >> i & 1) static_cast<T*>(p)[i] = in.of[i];
 }
 
 // Add in the order of _mm512_reduce_add: halves onto halves.
@@ -99,7 +100,9 @@ __m512 reduce_to_fraction(__m512 v, int) {  // its only use: v - floor(v)
 #define _mm512_mask_expand_ps expand_elements<float, 16>
 #define _mm512_mask_expand_epi16 expand_elements<uint16_t, 32>
 #define _mm512_mask_expand_epi8 expand_elements<uint8_t, 64>
-#define _mm512_mask_storeu_epi8 store_masked_bytes
+#define _mm512_mask_storeu_epi8 store_elements<uint8_t, 64>
+#undef _mm512_mask_storeu_ps  // SIMDe 0.8.2 writes zeros where the mask has none
+#define _mm512_mask_storeu_ps store_elements<float, 16>
 #define _mm512_reduce_ps reduce_to_fraction
 #define _mm512_reduce_add_epi32 reduce_elements<int32_t>
 #define _mm512_reduce_add_ps reduce_elements<float>

@@ -164,3 +164,31 @@ def test_parts_that_are_not_all_of_a_tensor_stay_slices(tmp_path):
     assert not any(n.target is torch.chunk for n in graph.nodes)
     for more in (x, torch.randn(5, 8)):
         assert all(torch.equal(a, b) for a, b in zip(net(more), Parts()(more), strict=True))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), torch.randn(2, 7, 32)
+
+
+def vision_transformer():
+    from torchvision.models import VisionTransformer
+
+    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    return VisionTransformer(**sizes), torch.randn(2, 3, 32, 32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("opset", [17, "dynamo"])
+@pytest.mark.parametrize("make", [encoder, vision_transformer])
+def test_attention_of_torchs_own_layers_is_native(make, opset, tmp_path, monkeypatch):
+    """nn.MultiheadAttention, which splits its inputs, scales queries and keys, and computes tokens first."""
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    torch.manual_seed(0)
+    model, x = make()
+    model = zoo.lively(model.eval())
+    net = rarefy.from_onnx(export(model, x, tmp_path / "net.onnx", opset), example=(x,))
+    fast = rarefy.compile(net, (x,), tune=False)
+    assert "2 attention" in repr(fast) and "scaled_dot_product_attention" not in repr(fast)
+    with torch.no_grad():
+        assert apart(fast(x), model(x)) < 1e-4

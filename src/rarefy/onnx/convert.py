@@ -245,6 +245,10 @@ class Converter:
         function = function_of(node)
         if function is None:
             raise ModelError(f"operators without a torch module: {operator_name(node)} (1)")
+        if (index := _constant_index(node, inputs)) is not None:
+            return self._emit(
+                torch.select, self._tensor(node.input[0], inputs[0]), attributes_of(node).get("axis", 0), index
+            )
         signature, constants = signature_of(function), options(node, function, self.graph.opset)
         check_count(node, signature, len(inputs), constants)
         if node.op_type == "Reshape" and "allowzero" not in constants and isinstance(inputs[1], Tensor | Sizes):
@@ -442,6 +446,14 @@ class Converter:
                 quant = get_activation_quant(modules[user]) if user in modules else None
                 if quant is not None and quant == module.inputs:
                     user.replace_input_with(node, node.all_input_nodes[0])
+
+
+def _constant_index(node: Any, inputs: Sequence[Any]) -> int | None:
+    """Return the index of a Gather that takes one slice, where it is known; None for everything else."""
+    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or len(inputs) != 2:
+        return None
+    index = inputs[1].known() if isinstance(inputs[1], Sizes) else inputs[1]
+    return int(index) if isinstance(index, Tensor) and index.dim() == 0 and isinstance(inputs[0], fx.Node) else None
 
 
 def _constant_name(name: str) -> str:

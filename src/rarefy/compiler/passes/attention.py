@@ -81,15 +81,17 @@ def split_mha_in_proj(exported: ExportedGraph, node: Node) -> None:
     if node.target is not aten.select.int or node.args[1] != 0:
         return
     chain, y = [], node.args[0]
-    for target in (aten.squeeze.dim, aten.transpose.int, aten.unsqueeze.default, aten.unflatten.int):
+    for target in (aten.squeeze.dim, aten.transpose.int, aten.unsqueeze.default):
         if y.target is not target:
             return
-        chain.append((*y.args[1:],))
+        chain.append(sorted(d % 5 for d in y.args[1:]))
         y = y.args[0]
-    squeeze, transpose, unsqueeze, (dim, (parts, features)) = chain
-    matches = squeeze == (-2,) and transpose == (0, -2) and unsqueeze == (0,) and dim in (-1, 2)
-    if matches and y.target is ops.linear and y.args[3] is None and len(y.users) == 1 and len(shape(y)) == 3:
-        rows = torch.arange(parts * features)[node.args[2] * features :][:features]
+    split, y = y, y.args[0] if y.args else y
+    if chain != [[3], [0, 3], [0]] or split.target not in (*VIEWS, aten.unflatten.int) or len(shape(split)) != 4:
+        return
+    if y.target is ops.linear and y.args[3] is None and len(y.users) == 1 and same(shape(y)[:-1], shape(split)[:2]):
+        parts, features = shape(split)[2:]
+        rows = torch.arange(parts * features)[node.args[2] % parts * features :][:features]
         replace_uses(exported, node, linear_of_rows(exported, node, y, rows))
 
 

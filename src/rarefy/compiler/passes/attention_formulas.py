@@ -103,6 +103,9 @@ def _transposed_keys(exported: ExportedGraph, before: Node, keys: Node) -> Node:
         return x
     if keys.target is aten.permute.default and list(keys.args[1]) == [0, 2, 3, 1]:
         return insert_before(exported, before, aten.transpose.int, x, 1, 2)
+    if keys.target in VIEWS and swaps(x, 1, 2) and same(shape(keys)[2:], shape(x)[1:]):  # heads were split off later
+        *leading, features, tokens = keys.args[1]  # type: ignore[misc]
+        return insert_before(exported, before, aten.reshape.default, x.args[0], [*leading, tokens, features])
     return insert_before(exported, before, aten.transpose.int, keys, 2, 3)
 
 

@@ -13,10 +13,12 @@ from rarefy.compiler.fx_utils import (
     add_constant,
     aten,
     dtype_of,
+    is_node,
     replace_uses,
     same,
     shape,
 )
+from rarefy.compiler.passes.matchers import constant_of
 
 SLICE_END = (1 << 63) - 1  # end of a slice of everything
 MAX_FOLDED = 1 << 26  # numbers of a constant that is computed from others
@@ -29,6 +31,7 @@ NOOPS = (  # where the type stays
     aten.type_as.default,
 )  # fmt: skip
 OVERWRITES = (aten.copy.default, aten.slice_scatter.default)  # of a tensor by a second one, maybe all of it
+FACTORS = (aten.mul.Tensor, aten.div.Tensor)
 FILLED = {  # calls that need only the type of their first argument
     aten.new_zeros.default: 0.0, aten.zeros_like.default: 0.0, aten.new_ones.default: 1.0, aten.ones_like.default: 1.0,
 }  # fmt: skip
@@ -42,8 +45,7 @@ def remove_noop(exported: ExportedGraph, node: Node) -> None:
         return
     if node.target in VIEWS:
         node.target = aten.reshape.default  # a view may fail once a copy before it is removed
-    if node.target is aten.mT.default:
-        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
+    _write_in_one_way(node)
     if node.target in OVERWRITES:
         x, source, *rest = node.args
         backwards = len(rest) == 4 and rest[3] != 1
@@ -63,18 +65,47 @@ def remove_noop(exported: ExportedGraph, node: Node) -> None:
         replace_uses(exported, node, x)
 
 
+def _write_in_one_way(node: Node) -> None:
+    """Write a permutation of two dimensions as a transpose, and a squeeze of one as such."""
+    if node.target is aten.mT.default:
+        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
+    elif node.target is aten.permute.default:
+        order = [d % len(node.args[1]) for d in node.args[1]]
+        moved = [i for i, d in enumerate(order) if i != d]
+        if len(moved) == 2:
+            node.target, node.args = aten.transpose.int, (node.args[0], *moved)
+    elif node.target is aten.squeeze.dims and len(node.args[1]) == 1:
+        node.target, node.args = aten.squeeze.dim, (node.args[0], node.args[1][0])
+
+
 def fold_constants(exported: ExportedGraph, node: Node) -> None:
-    """Compute nodes that read only constants, and tensors of zeros or ones."""
+    """Compute nodes that read only constants, and tensors of zeros or ones; factors of one element become numbers."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not node.all_input_nodes or not str(value.numel()).isdigit():
+    if not isinstance(value, Tensor):
         return
-    if node.target in FILLED and value.numel() <= MAX_FOLDED:
+    known = all(n.name in exported.constants for n in node.all_input_nodes)
+    if node.target in FACTORS and not known:
+        _factor_to_number(exported, node)
+    if not str(value.numel()).isdigit() or value.numel() > MAX_FOLDED:
+        return
+    if node.target in FILLED and node.all_input_nodes:
         filled = torch.full([int(s) for s in value.shape], FILLED[node.target]).to(value.dtype)
         replace_uses(exported, node, add_constant(exported, f"{node.name}_known", filled))
         return
-    if getattr(node.target, "tags", ()) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not known or not (node.all_input_nodes or node.target is aten.scalar_tensor.default):
         return
-    if value.numel() > MAX_FOLDED or any(n.name not in exported.constants for n in node.all_input_nodes):
+    if getattr(node.target, "tags", ()) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: exported.constants[n.name])
     replace_uses(exported, node, add_constant(exported, f"{node.name}_known", node.target(*args, **kwargs)))
+
+
+def _factor_to_number(exported: ExportedGraph, node: Node) -> None:
+    """Multiply or divide by a number, not by a constant of one element."""
+    for i, j in ((0, 1), (1, 0))[: 2 if node.target is aten.mul.Tensor else 1]:
+        x, factor = node.args[i], constant_of(exported, node.args[j])
+        if factor is None or factor.numel() != 1 or not is_node(x) or node.kwargs:
+            continue
+        if same(shape(x), shape(node)) and dtype_of(x) == dtype_of(node) == factor.dtype == torch.float32:
+            node.args = (x, float(factor))
+            return
