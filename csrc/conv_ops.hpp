@@ -143,7 +143,7 @@ inline int run_conv(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   if (int8) output_scales(s, tile, col_scales);
   const rarefy_tile_epilogue epilogue =
       tile_epilogue({w.weight.scales, w.weight.row_sums, w.weight.bias, w.weight.act}, row, rows, col_scales,
-                    optional_rows(s.residual, tile, row), s.in_zero);
+                    optional_rows(s.residual, tile, row), s.in_zero, columns_of(s, tile));
   for (int64_t b = 0, l = 0; l < lanes; ++b, l += block) {
     const int64_t block_lanes = std::min(block, lanes - l);
     t.gather_lanes(s.x.data, end, in.offsets + l, block_lanes, segments, count, gathered);

@@ -15,9 +15,11 @@ constexpr int64_t DENSE_ROWS = 16, DENSE_LANES = 16;  // of a block
 constexpr int64_t DENSE_BLOCK = DENSE_ROWS * DENSE_LANES;
 constexpr int64_t BLOCKS_IN_L1 = 6;  // blocks whose inputs, 4 KB each, stay in the L1 cache for all rows
 
-// Four rows times VECS vectors of inputs, for some blocks; `values` points to the first row in the first block.
+// Four rows times VECS vectors of inputs, for some blocks; `values` points to the first row in the first block. `next`:
+// where the same rows of the next sixteen begin, which are prefetched.
 template <int DTYPE, int VECS>
-inline void dense_rows(const uint32_t* values, int64_t blocks, bool accumulate, const uint32_t* x, uint32_t* out) {
+inline void dense_rows(const uint32_t* values, int64_t blocks, int64_t next, bool accumulate, const uint32_t* x,
+                       uint32_t* out) {
   using L = LaneOps<DTYPE>;
   typename L::acc acc[TILE_ROWS][VECS];
 #pragma GCC unroll 4
@@ -25,7 +27,9 @@ inline void dense_rows(const uint32_t* values, int64_t blocks, bool accumulate, 
 #pragma GCC unroll 4
     for (int t = 0; t < VECS; ++t)
       acc[r][t] = accumulate ? L::load_acc(out + r * TILE_COLS + t * SIMD_WIDTH) : L::zero();
-  for (int64_t b = 0; b < blocks; ++b, values += DENSE_BLOCK)
+  for (int64_t b = 0; b < blocks; ++b, values += DENSE_BLOCK) {
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE_ROWS; ++r) __builtin_prefetch(values + next + r * DENSE_LANES, 0, 3);
     for (int64_t l = 0; l < DENSE_LANES; ++l, x += TILE_COLS) {
       typename L::input in[VECS];
 #pragma GCC unroll 4
@@ -37,6 +41,7 @@ inline void dense_rows(const uint32_t* values, int64_t blocks, bool accumulate, 
         for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], in[t], w);
       }
     }
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
@@ -51,8 +56,8 @@ void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, cons
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         dense_rows<DTYPE, vectors>(
             values + (r / DENSE_ROWS * lane_blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
-            std::min(BLOCKS_IN_L1, lane_blocks - b), b > 0, x + b * DENSE_LANES * TILE_COLS + column,
-            acc + r * TILE_COLS + column);
+            std::min(BLOCKS_IN_L1, lane_blocks - b), lane_blocks * DENSE_BLOCK, b > 0,
+            x + b * DENSE_LANES * TILE_COLS + column, acc + r * TILE_COLS + column);
     });
 }
 
@@ -74,7 +79,7 @@ inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, 
 template <int DTYPE, int ACT>
 void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
   for (int64_t r = 0; r < e.rows; r += TILE_ROWS)
-    for (int64_t n = 0; n < TILE_COLS; n += SIMD_WIDTH) {
+    for (int64_t n = 0; n < e.columns; n += SIMD_WIDTH) {
       const f32_vec col_scale = DTYPE == RAREFY_I8 ? load_vec(e.col_scales + n) : f32_vec{};
       f32_vec out[TILE_ROWS];
 #pragma GCC unroll 4

@@ -72,6 +72,14 @@ void dense_gemv(const float* values, int64_t tile_stride, int64_t row_tiles, int
 constexpr int LANE_GEMV_ROWS = SIMD_WIDTH == 16 ? 16 : 8;  // of a block, whose sums are kept in registers
 constexpr int64_t LANE_GEMV_AHEAD = 512;  // lanes beyond PREFETCH_BYTES: few instructions work on each byte
 
+// out = the sum of vectors.
+template <class V>
+inline void store_sum(const raw_vec (&vectors)[SIMD_WIDTH], uint32_t* out) {
+  V sums[2] = {__builtin_bit_cast(V, vectors[0]), __builtin_bit_cast(V, vectors[1])};
+  for (int i = 2; i < SIMD_WIDTH; ++i) sums[i % 2] += __builtin_bit_cast(V, vectors[i]);
+  store_raw(out, __builtin_bit_cast(raw_vec, sums[0] + sums[1]));
+}
+
 // One row of lanes [lane_blocks][16] times `rows` rows of blocks of 16 rows by 16 lanes: acc[row * TILE_COLS].
 template <int DTYPE>
 void lanes_gemv(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc) {
@@ -91,18 +99,16 @@ void lanes_gemv(const uint32_t* values, int64_t lane_blocks, int64_t rows, const
           sums[r] = L::multiply_add(sums[r], in, weight(L::load(block + r * 16 + l)));
         }
       }
-    for (int r = 0; r < LANE_GEMV_ROWS; ++r) {
-      alignas(64) uint32_t each[SIMD_WIDTH];
-      L::store_acc(each, sums[r]);
-      uint32_t total = 0;
-      float number = 0.0f;
-      for (const uint32_t lane : each) {
-        if (DTYPE == RAREFY_I8)
-          total += lane;
-        else
-          number += __builtin_bit_cast(float, lane);
-      }
-      acc[(first + r) * TILE_COLS] = DTYPE == RAREFY_I8 ? total : __builtin_bit_cast(uint32_t, number);
+    for (int r = 0; r < LANE_GEMV_ROWS; r += SIMD_WIDTH) {
+      raw_vec square[SIMD_WIDTH];
+      for (int i = 0; i < SIMD_WIDTH; ++i) square[i] = __builtin_bit_cast(raw_vec, sums[r + i]);
+      transpose(square);
+      alignas(64) uint32_t totals[SIMD_WIDTH];
+      if constexpr (DTYPE == RAREFY_I8)
+        store_sum<u32_vec>(square, totals);
+      else
+        store_sum<f32_vec>(square, totals);
+      for (int i = 0; i < SIMD_WIDTH; ++i) acc[(first + r + i) * TILE_COLS] = totals[i];
     }
   }
 }

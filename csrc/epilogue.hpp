@@ -211,12 +211,12 @@ inline void tile_row_epilogue(const Acc (&acc)[VECS], const rarefy_tile_epilogue
 // int8 epilogue in place on accumulators [rows][TILE_COLS].
 void dequantize_epilogue(const rarefy_tile_epilogue& e, float* acc) {
   for (int64_t r = 0; r < e.rows; ++r)
-    for (int64_t n = 0; n < TILE_COLS; n += 4 * SIMD_WIDTH) {
-      u32_vec sums[4];
-      for (int64_t t = 0; t < 4; ++t)
+    for_each_vector_group(e.columns, [&](auto vectors, int64_t n) {
+      u32_vec sums[vectors];
+      for (int64_t t = 0; t < vectors; ++t)
         sums[t] = __builtin_bit_cast(u32_vec, load_vec(acc + r * TILE_COLS + n + t * SIMD_WIDTH));
       tile_row_epilogue<RAREFY_I8>(sums, e, r, n, acc + r * TILE_COLS + n);
-    }
+    });
 }
 
 }  // namespace

@@ -136,7 +136,7 @@ void run_image_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_
 void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
   const float* x = tile_of(s.x, tile);
   if (s.dtype == RAREFY_BF16) {
-    t.pack_bf16_lanes(x, s.features, TILE_COLS, reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
+    t.pack_bf16_lanes(x, s.features, columns_of(s, tile), reinterpret_cast<uint32_t*>(tile_of(s.out, tile)));
     return;
   }
   if (s.codes_scale != 0.0f) {
@@ -145,18 +145,19 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
     return;
   }
   float* scales = s.out_scales.data + tile * TILE_COLS;
+  const int64_t columns = columns_of(s, tile);
   if (s.per_image) {
     image_scales(t, s, tile, scales);
   } else {
     if (s.in_absmax.data)
-      t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, TILE_COLS, scales);
+      t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, columns, scales);
     else
-      t.column_absmax(x, s.features, TILE_COLS, scales);
-    absmax_to_scales(scales, TILE_COLS);
+      t.column_absmax(x, s.features, columns, scales);
+    absmax_to_scales(scales, columns);
   }
   auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
-  t.quantize_tile(x, s.features, TILE_COLS, scales, codes);
-  if (s.two_terms) t.quantize_lost(x, s.features, TILE_COLS, scales, codes + ceil_div(s.features, 64) * 16 * TILE_COLS);
+  t.quantize_tile(x, s.features, columns, scales, codes);
+  if (s.two_terms) t.quantize_lost(x, s.features, columns, scales, codes + ceil_div(s.features, 64) * 16 * TILE_COLS);
 }
 
 int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {

@@ -52,7 +52,8 @@ void convert_row_lost(const float* x, int64_t n, int64_t padded, float scale, vo
     const int64_t count = n - k < step ? (n > k ? n - k : 0) : step;
     alignas(64) float lost[step] = {};
     for (int64_t i = 0; i < count; ++i)
-      lost[i] = x[k + i] * scale - float(INPUT_ZERO_POINT ? int(codes[k + i]) - INPUT_ZERO_POINT : int8_t(codes[k + i]));
+      lost[i] =
+          x[k + i] * scale - float(INPUT_ZERO_POINT ? int(codes[k + i]) - INPUT_ZERO_POINT : int8_t(codes[k + i]));
     store_raw(reinterpret_cast<uint32_t*>(codes + padded + k), L::pack(lost, count, LOST_STEPS));
   }
 }

@@ -12,6 +12,7 @@ constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in
 constexpr int64_t MAX_STRIDE = 8;          // of a convolution
 constexpr int64_t MAX_DENSE_STRIDE = 64;   // of a dense one in fp32
 constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
+constexpr int64_t MAX_VECTOR = 16;         // columns of a vector at most
 constexpr int TILE_ROWS = 4;               // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
@@ -51,7 +52,8 @@ struct rarefy_tile_epilogue {
   int32_t act;
   const float *row_scales, *col_scales;
   const int32_t* row_sums;
-  int32_t zero;  // the code of zero in the inputs
+  int32_t zero;     // the code of zero in the inputs
+  int64_t columns;  // of the tile, in whole vectors
 };
 
 // Where the outputs of 32 rows of a tile go: fp32, codes, the columns' largest magnitudes so far. All but one may be

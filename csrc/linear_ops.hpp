@@ -127,7 +127,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
     const float* col_scales = s.in_scales.data ? s.in_scales.data + tile * TILE_COLS : nullptr;
     const rarefy_tile_epilogue epilogue =
-        tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0);
+        tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0, columns_of(s, tile));
     float* out = tile_of(s.out, tile) + row * TILE_COLS;
     if (blocks) {
       multiply_blocks(t, w.dtype, values, lane_blocks, w.two_terms, x, columns, epilogue, out);
@@ -155,7 +155,8 @@ inline void store_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32
     const int64_t rows = std::min(SIZE, end - row);
     multiply(row, rows, sums);
     t.store_outputs[dtype == RAREFY_I8](
-        tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero), sums,
+        tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero, columns_of(s, tile)),
+        sums,
         {.out = out ? out + row * TILE_COLS : nullptr,
          .absmax = max,
          .bf16 = bf16 ? bf16 + row / 2 * TILE_COLS : nullptr,
@@ -255,7 +256,7 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
     float* out_scales = s.out_scales.data + tile * TILE_COLS;
     std::copy_n(absmax, TILE_COLS, out_scales);
     absmax_to_scales(out_scales, TILE_COLS);
-    t.quantize_tile(out, s.features, TILE_COLS, out_scales, codes_of(s, tile));
+    t.quantize_tile(out, s.features, columns_of(s, tile), out_scales, codes_of(s, tile));
   }
   return RAREFY_OK;
 }
@@ -290,8 +291,9 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
   const auto* x = reinterpret_cast<const uint32_t*>(tile_of(s.x, tile));
   auto* acc = reinterpret_cast<uint32_t*>(out);
   alignas(64) float buffer[TILE_COLS];
-  const rarefy_tile_epilogue epilogue = tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer),
-                                                      optional_rows(s.residual, tile, row), s.in_zero);
+  const rarefy_tile_epilogue epilogue =
+      tile_epilogue(w.epilogue, row, rows, input_scales(s, tile, buffer), optional_rows(s.residual, tile, row),
+                    s.in_zero, columns_of(s, tile));
   if (s.format == RAREFY_DENSE) {
     if (const int code =
             multiply_dense(t, static_cast<const float*>(static_cast<const rarefy_dense*>(s.weight)->values), w.cols,

@@ -52,8 +52,7 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
 template <bool INT4, InputKind KIND, int INPUTS>
 void quantized_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                          int64_t ldy) {
-  for (int64_t row = from; row < to; row += TILE_ROWS)
-    quantized_rows<INT4, KIND, INPUTS>(w, row, x, ldx, y, ldy);
+  for (int64_t row = from; row < to; row += TILE_ROWS) quantized_rows<INT4, KIND, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from` (a multiple of four) to `to` on n inputs, four of them at a time.

@@ -38,8 +38,14 @@ inline void for_each_token_run(const rarefy_step& s, int64_t tile, F&& f) {
   }
 }
 
+// The columns of a tile that exist, up to a whole vector of any instruction set: what lies behind them is never read.
+inline int64_t columns_of(const rarefy_step& s, int64_t tile) {
+  return std::min(TILE_COLS, ceil_div(s.columns - tile * TILE_COLS, MAX_VECTOR) * MAX_VECTOR);
+}
+
 inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64_t row, int64_t rows,
-                                          const float* col_scales, const float* residual, int32_t zero) {
+                                          const float* col_scales, const float* residual, int32_t zero,
+                                          int64_t columns) {
   return {.bias = w.bias ? w.bias + row : nullptr,
           .residual = residual,
           .rows = rows,
@@ -47,7 +53,8 @@ inline rarefy_tile_epilogue tile_epilogue(const rarefy_weight_epilogue& w, int64
           .row_scales = w.scales ? w.scales + row : nullptr,
           .col_scales = col_scales,
           .row_sums = w.row_sums ? w.row_sums + row : nullptr,
-          .zero = zero};
+          .zero = zero,
+          .columns = columns};
 }
 
 // The int8 scales of a tile's columns of x, null where there are none; `buffer` receives the one scale of all.
@@ -61,7 +68,7 @@ inline void apply_epilogue(const rarefy_kernel_table& t, const rarefy_tile_epilo
   if (int8)
     t.dequantize_epilogue(e, acc);
   else
-    t.f32_epilogue(acc, e.rows, TILE_COLS, e.bias, e.residual, e.act, acc, TILE_COLS, false);
+    t.f32_epilogue(acc, e.rows, e.columns, e.bias, e.residual, e.act, acc, TILE_COLS, false);
 }
 
 // Within its lifetime a thread may call `dense_lanes`.
@@ -86,8 +93,8 @@ inline void absmax_to_scales(float* scales, int64_t columns) {
 // Write out_absmax, where the step has one, for some rows of a tile from the start of a slab on.
 inline void write_absmax(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile, int64_t row, int64_t rows) {
   for (int64_t done = 0; s.out_absmax.data && done < rows; done += SLAB_ROWS)
-    t.column_absmax(tile_of(s.out, tile) + (row + done) * TILE_COLS, std::min(SLAB_ROWS, rows - done), TILE_COLS,
-                    tile_of(s.out_absmax, tile) + (row + done) / SLAB_ROWS * TILE_COLS);
+    t.column_absmax(tile_of(s.out, tile) + (row + done) * TILE_COLS, std::min(SLAB_ROWS, rows - done),
+                    columns_of(s, tile), tile_of(s.out_absmax, tile) + (row + done) / SLAB_ROWS * TILE_COLS);
 }
 
 }  // namespace

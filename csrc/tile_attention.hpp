@@ -128,8 +128,7 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, head_dim, a.scale, scores + j);
     for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, head_dim, a.scale, scores + j);
-    if (mask)
-      add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
+    if (mask) add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);
     update_softmax<VECS>(keys, scores, max, sum, rescale);

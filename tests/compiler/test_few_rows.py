@@ -1,11 +1,13 @@
-"""Dense fp32 layers on few rows of input, whose weights are read once for all of them."""
+"""Layers on few rows of input: dense weights are read once for all of them, and the rest of a tile is left alone."""
 
 import pytest
 import torch
 from torch import nn
 
 import rarefy
+from rarefy.compiler import program
 from rarefy.runtime import bindings
+from rarefy.runtime.huge_pages import allocate
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
@@ -53,3 +55,19 @@ def test_static_codes_of_few_rows(isa):
         made = rarefy.compile(net.eval(), x, precision="int8", calibrate=batches, tune=False)
         assert float((made(x) - net(x)).norm()) <= 0.05 * float(net(x).norm())
     assert "adaptive_avg_pool2d" not in str(made)  # from 4 to 4 pixels: nothing to do
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "int8"])
+@pytest.mark.parametrize("zeros", [0.0, 0.8])
+def test_columns_that_do_not_exist_are_never_read(isa, precision, zeros, monkeypatch):
+    """Steps leave the rest of a tile as it is: here NaN."""
+    monkeypatch.setattr(program, "allocate", lambda n: allocate(n).fill_(0xFF))  # NaN as floats
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True).eval()
+    for weight in (net.linear1.weight, net.linear2.weight):
+        weight.data[torch.rand(weight.shape) < zeros] = 0
+    with torch.no_grad():
+        made = rarefy.compile(net, torch.randn(2, 9, 32), precision=precision, tune=False)
+        for shape in ((1, 3, 32), (1, 17, 32), (3, 5, 32), (1, 65, 32)):
+            x = torch.randn(shape)
+            assert float((made(x) - net(x)).norm()) <= (1e-5 if precision is None else 0.05) * float(net(x).norm())

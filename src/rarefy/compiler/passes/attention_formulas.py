@@ -98,7 +98,7 @@ def _take_scales(exported: ExportedGraph, *operands: Node) -> float:
 
 def _transposed_keys(exported: ExportedGraph, before: Node, keys: Node) -> Node:
     """Return keys [batch, heads, tokens, head_dim] for [batch, heads, head_dim, tokens]."""
-    x = keys.args[0] if keys.args else None
+    x: Any = keys.args[0] if keys.args else None
     if swaps(keys, 2, 3):
         return x
     if keys.target is aten.permute.default and list(keys.args[1]) == [0, 2, 3, 1]:
