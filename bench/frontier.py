@@ -11,9 +11,9 @@ A point is a model as it is deployed: pruned or cut, compiled, in its precision.
 how many of 1,000 descriptions find their article first (R@1), how many of 1,000 passages of the Brown corpus find the
 one that follows (R@1), how many passages of half of Brown a logistic regression on the embeddings of the other half
 puts into the right one of 15 categories ("categories"), and the mean cosine with the dense model's embeddings. Nothing
-of these was used for calibration or training (texts.py). Times are of one text and of sixteen, of 128 tokens. Other
-engines run the dense model at their best settings, with the same calibration. Appends one JSON line per run to
-results/frontier.jsonl.
+of these was used for calibration or training (texts.py). Times are of one text of 16 tokens, as searches have, and of
+one and of sixteen texts of 128 tokens. Other engines run the dense model at their best settings, with the same
+calibration. Appends one JSON line per run to results/frontier.jsonl.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from values import keep
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py
 LAYERS, TOKENS = "encoder.layer.*", 128
-BATCHES = {1: 60, 16: 15}  # texts of a call: repeats
+SIZES = {"1 x 16": (1, 16), "1 x 128": (1, TOKENS), "16 x 128": (16, TOKENS)}  # texts of a call, and their tokens
+REPEATS = {"1 x 16": 100, "1 x 128": 60, "16 x 128": 15}
 PAUSE = 0.004  # seconds between calls: threads of most engines spin for about one ms after a call
 MLP = {"units": "neuron", "layers": "*.intermediate.*", "score": "obs", "round_to": 32}
 HEADS = {"units": "head", "score": "obs"}
@@ -117,11 +118,11 @@ def calibration(tokenizer: Any, samples: int, seed: int, length: int = TOKENS) -
     return token_batches(chosen, tokenizer, batch=8, tokens=length)
 
 
-def example(tokenizer: Any, batch: int) -> dict[str, Tensor]:
-    """Return texts of exactly TOKENS tokens."""
+def example(tokenizer: Any, batch: int, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """Return texts of exactly so many tokens."""
     long = " ".join(t for t in texts.of_kind("articles")[:2000] if len(t) > 300)
-    ids = tokenizer(long, return_tensors="pt", add_special_tokens=False)["input_ids"][0, : batch * TOKENS]
-    return {"input_ids": ids.view(batch, TOKENS), "attention_mask": torch.ones(batch, TOKENS, dtype=torch.long)}
+    ids = tokenizer(long, return_tensors="pt", add_special_tokens=False)["input_ids"][0, : batch * tokens]
+    return {"input_ids": ids.view(batch, tokens), "attention_mask": torch.ones(batch, tokens, dtype=torch.long)}
 
 
 DO: dict[str, Callable[..., Any]] = {
@@ -146,29 +147,29 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
     """Yield one record: quality and quartiles of milliseconds of all points, which took turns."""
     folder = builtin.model_folder("minilm")
     tokenizer, dense = hf.load_tokenizer(folder), hf.load_folder(folder).eval()
-    examples = {batch: example(tokenizer, batch) for batch in BATCHES}
+    examples = {size: example(tokenizer, *shape) for size, shape in SIZES.items()}
     data = calibration(tokenizer, 128, seed)
     told: dict[str, Any] = {}
-    runs: dict[str, dict[str, Callable[[], Any]]] = {str(batch): {} for batch in BATCHES}
+    runs: dict[str, dict[str, Callable[[], Any]]] = {size: {} for size in SIZES}
     told["eager"], want = judge(lambda x: dense(**x).last_hidden_state, tokenizer, None)
     with TemporaryDirectory() as place:
         for name, (encode, timed) in peers.engines(dense, data, examples, Path(place)).items():
             told[name], _ = judge(encode, tokenizer, want)
             print(name, told[name], flush=True)
-            for batch, run in timed.items():
-                runs[str(batch)][name] = run
+            for size, run in timed.items():
+                runs[size][name] = run
         for name in only:
             steps, precision = points()[name]
             began = time.perf_counter()
             model = made(dense, steps, data)
             seconds = time.perf_counter() - began
-            fast = rarefy.compile(model, examples[max(BATCHES)], precision=precision)
+            fast = rarefy.compile(model, examples["16 x 128"], precision=precision)
             told[f"ours, {name}"], _ = judge(lambda x, f=fast: f(**x)[0], tokenizer, want)
             told[f"ours, {name}"]["seconds"] = seconds
             print(name, told[f"ours, {name}"], flush=True)
-            for batch, x in examples.items():
-                runs[str(batch)][f"ours, {name}"] = lambda f=fast, x=x: f(**x)
-        times = {batch: alternate(calls, BATCHES[int(batch)], PAUSE) for batch, calls in runs.items()}
+            for size, x in examples.items():
+                runs[size][f"ours, {name}"] = lambda f=fast, x=x: f(**x)
+        times = {size: alternate(calls, REPEATS[size], PAUSE) for size, calls in runs.items()}
     limited = os.environ.get("RAREFY_ISA")
     yield {"run": f"minilm, {limited}" if limited else "minilm", "seed": seed, "quality": told, "milliseconds": times}
 

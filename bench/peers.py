@@ -30,7 +30,7 @@ from rivals import (
 
 Inputs = Any  # tensors by name, or an image
 Encode = Callable[[Inputs], Tensor]
-Timed = dict[int, Callable[[], Any]]
+Timed = dict[Any, Callable[[], Any]]  # by the keys of the examples
 
 
 def exported(model: nn.Module, x: Inputs, file: Path) -> None:
@@ -50,7 +50,7 @@ def exported(model: nn.Module, x: Inputs, file: Path) -> None:
         )
 
 
-def onnxruntime(file: Path, examples: Mapping[int, Inputs]) -> tuple[Encode, Timed]:
+def onnxruntime(file: Path, examples: Mapping[Any, Inputs]) -> tuple[Encode, Timed]:
     """Return an ONNX Runtime session as a function of inputs, and calls on the examples."""
     session = onnxruntime_session(file)
 
@@ -61,7 +61,7 @@ def onnxruntime(file: Path, examples: Mapping[int, Inputs]) -> tuple[Encode, Tim
     return lambda x: torch.from_numpy(timed(x)()), {batch: timed(x) for batch, x in examples.items()}
 
 
-def openvino(network: Any, precision: str, examples: Mapping[int, Inputs]) -> tuple[Encode, Timed]:
+def openvino(network: Any, precision: str, examples: Mapping[Any, Inputs]) -> tuple[Encode, Timed]:
     """Return an OpenVINO network as a function of inputs, and calls of it with the sizes of the examples."""
     any_size = openvino_network(network, precision)
     timed: Timed = {}
@@ -74,7 +74,7 @@ def openvino(network: Any, precision: str, examples: Mapping[int, Inputs]) -> tu
 
 
 def openvino_int8(
-    model: nn.Module, data: list[Inputs], examples: Mapping[int, Inputs], folder: Path
+    model: nn.Module, data: list[Inputs], examples: Mapping[Any, Inputs], folder: Path
 ) -> tuple[Encode, Timed]:
     """Return OpenVINO in calibrated 8 bits as a function of inputs, and its calls on the examples."""
     file = folder / "model.onnx"
@@ -84,7 +84,7 @@ def openvino_int8(
 
 
 def engines(
-    model: nn.Module, data: list[Inputs], examples: Mapping[int, Inputs], folder: Path
+    model: nn.Module, data: list[Inputs], examples: Mapping[Any, Inputs], folder: Path
 ) -> dict[str, tuple[Encode, Timed]]:
     """Return each engine's function of inputs, and its calls on the examples."""
     file = folder / "model.onnx"

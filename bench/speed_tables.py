@@ -187,7 +187,9 @@ def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
             + [_beside(times[batch].get(name), times[batch][best]) for batch in times]
             for name in names
         ]
-        return table(["model", *known.values(), *(f"{batch}{size}, ms" for batch in times)], cells)
+        return table(
+            ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)], cells
+        )
 
     return per_machine(latest(read("frontier", run=run), "label"), make)
 

@@ -38,7 +38,7 @@ inline void for_each_token_run(const rarefy_step& s, int64_t tile, F&& f) {
   }
 }
 
-// The columns of a tile that exist, up to a whole vector of any instruction set: what lies behind them is never read.
+// The columns of a tile that exist, up to a whole vector of any instruction set: no result depends on what lies behind.
 inline int64_t columns_of(const rarefy_step& s, int64_t tile) {
   return std::min(TILE_COLS, ceil_div(s.columns - tile * TILE_COLS, MAX_VECTOR) * MAX_VECTOR);
 }

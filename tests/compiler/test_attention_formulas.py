@@ -54,15 +54,20 @@ class Attention(nn.Module):
         return self.o(y.reshape(-1, TOKENS, WIDTH))
 
 
+def halves(x):
+    return x[..., : HEAD_DIM // 2], x[..., HEAD_DIM // 2 :]
+
+
 class Rotary(nn.Module):
-    def __init__(self):
+    def __init__(self, halves=halves):
         super().__init__()
+        self.halves = halves
         angles = torch.randn(1, 1, TOKENS, HEAD_DIM)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
     def forward(self, x):
-        first, second = x[..., : HEAD_DIM // 2], x[..., HEAD_DIM // 2 :]
+        first, second = self.halves(x)
         return x * self.cos + torch.cat([-second, first], -1) * self.sin
 
 
@@ -72,6 +77,8 @@ CASES = {
     "repeated heads": {"kv_heads": 2},
     "one head repeated, merged": {"kv_heads": 1, "merged": True},
     "rotated": {"rope": Rotary()},
+    "rotated, by a chunk": {"rope": Rotary(lambda x: x.chunk(2, -1))},
+    "rotated, by a split": {"rope": Rotary(lambda x: x.split(HEAD_DIM // 2, 3))},
     "rotated and repeated": {"rope": Rotary(), "kv_heads": 2, "merged": True},
     "rows of all texts": {"flat": True},
 }

@@ -9,7 +9,7 @@ from helpers.compile_models import far
 from rarefy.compiler import zero_choice
 from rarefy.compiler.zero_choice import MULTIPLIED, SKIPPED, formats_of
 from rarefy.model.quant_grid import Grid
-from rarefy.runtime import bindings
+from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.packed_formats import skips_zeros
 from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_dense, pack_tiles, unpack
 
@@ -97,6 +97,28 @@ def test_choices_are_remembered(clock):
     assert repr(rarefy.compile(net, x)) == repr(first) and clock.timed == 1
     rarefy.compile(net, torch.randn(4, 8, 12, 12))
     assert clock.timed == 2
+
+
+def test_choices_of_other_names_are_made_again(clock):
+    net, x = Net().eval(), torch.randn(2, 8, 12, 12)
+    rarefy.compile(net, x)
+    file = tuning_cache.default_file()
+    choices = {k: {i: ("sparse", r) for i, (_, r) in c.items()} for k, c in tuning_cache.read(file).items()}
+    tuning_cache.write(file, choices)
+    rarefy.compile(net, x)
+    assert clock.timed == 2
+
+
+def test_layers_of_zeros_alone(clock):
+    """Two weights without a value, of one shape and different strides."""
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, padding=1)).eval()
+    for i in (0, 2):
+        net[i].weight.data.zero_()
+    x = torch.randn(2, 16, 8, 8)
+    compiled = rarefy.compile(net, x)
+    assert {tuple(k.held[0].stride) for k in compiled.kernels.values()} == {(1, 1), (2, 2)}
+    with torch.no_grad():
+        assert far(net(x), compiled(x)) < 1e-5
 
 
 def test_nothing_is_timed_without_zeros_or_tuning(clock):

@@ -180,13 +180,13 @@ class Named(nn.Module):
 
     def forward(self, x):
         h = self.a(x)
-        return {"x": h + 1, "linear": self.b(h.relu())}
+        return {"x": h + 1, "x_output": h, "linear": self.b(h.relu())}
 
 
 def test_outputs_have_the_names_of_fields(tmp_path):
     net, x = Named().eval(), torch.randn(3, 8)
     path = rarefy.export_onnx(net, x, tmp_path / "net.onnx").path
-    assert [o.name for o in onnx.load(path).graph.output] == ["x_output", "linear"]
+    assert [o.name for o in onnx.load(path).graph.output] == ["x_output", "x_output_output", "linear"]
     got = run_all(path, {"x": x})
     assert all(apart(a, b.detach()) < 1e-5 for a, b in zip(got, net(x).values(), strict=True))
     plain = rarefy.export_onnx(net.a, x, tmp_path / "plain.onnx").path

@@ -36,6 +36,7 @@ from rarefy.compiler.passes import (
     kv_attention,
     linear,
     norm,
+    padding_mask,
     quantization,
     rope,
     tokens,
@@ -62,6 +63,8 @@ PASSES = (
     quantization.convert_fake_quantize,
     cleanup.remove_noop,
     cleanup.fold_constants,
+    padding_mask.index_to_view,
+    padding_mask.remove_true_operands,
     # linear layers and embeddings; split what computes queries, keys and values at once
     linear.convert_embedding,
     linear.convert_linear,
@@ -184,10 +187,10 @@ def compile(
             types or is not on the CPU, or the compiled outputs differ from the model's.
         DataError: if the example has no tensor, or the model cannot be called with it.
 
-    Cost: a few seconds for the export, and at most about 6 seconds for timing, 12 where weights have zeros. Memory: the
-    packed weights (with zeros left out in sparse formats) beside the model's own, which may be deleted afterwards;
-    while a model in bf16 or fp16 is compiled, its copy in fp32; while layers with zeros are timed, both their formats;
-    working memory grows with the activations of the largest call.
+    Cost: a few seconds for the export, and at most about 6 seconds for timing; where weights have zeros, 6 seconds or
+    20 calls more. Memory: the packed weights (with zeros left out in sparse formats) beside the model's own, which may
+    be deleted afterwards; while a model in bf16 or fp16 is compiled, its copy in fp32; while layers with zeros are
+    timed, both their formats; working memory grows with the activations of the largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -253,20 +256,26 @@ def _compile(
     if calibrate is not None:
         _set_input_grids(exported, specs, kernels, calibrate)
     compiled = Compiled(exported, kernels, specs)
-    compiled.skip_padding = False  # compared at padding too
     allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
-    verify(model, compiled, *more, allowed, unit_sizes)
+    _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)
-    compiled.skip_padding = True
     if tune and tuning.is_enabled():
-        choose_formats_(compiled, *_runnable(compiled, (args, kwargs), more))
+        if choose_formats_(compiled, *_runnable(compiled, (args, kwargs), more)):
+            _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
         compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
         if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
             compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
     compiled.forget()
     return compiled
+
+
+def _verify_all_tokens(model: nn.Module, compiled: Compiled, example: Any, allowed: float, unit_sizes: Any) -> None:
+    """Compare a compiled model with the model at padding too; see `verify`."""
+    compiled.skip_padding = False
+    verify(model, compiled, *example, allowed, unit_sizes)
+    compiled.skip_padding = True
 
 
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:

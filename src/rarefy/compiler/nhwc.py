@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs ar
 MIN_ROW = 14  # outputs of a row from which a convolution of numbers with strides reads its inputs in place
 MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_SUM = 2**31 - 1  # of codes times codes of inputs
+MAX_OVERREAD = 32 << 20  # bytes after images that are read as pixels, which kernels may read
 MAX_OFFSET = 1 << 31  # of a block, in bytes
 FP32 = "fp32"  # in place of a grid: numbers
 
@@ -155,7 +157,8 @@ def new_codes(p: Program, node: Node, wanted: Format) -> Codes:
     border = max((max(padding) for padding in _paddings(p, node)), default=0)
     pixel_bytes = 4 * channels if wanted == FP32 else -(-channels // 4) * 4
     image_bytes = (height + 2 * border) * (width + 2 * border) * pixel_bytes
-    size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes + BLOCK_BYTES
+    merged = height * width if any(_merges_pixels(p, node, u) for u in node.users) else 1
+    size = batch * image_bytes + OVERREAD_PIXELS * pixel_bytes * merged + BLOCK_BYTES
     numbers = (0.0, 0, DTYPES.index("fp32"))
     grid = numbers if isinstance(wanted, str) else (wanted.scale, wanted.zero - 128, DTYPES.index("int8"))
     image = Image(height, width, channels, border, pixel_bytes, *grid)
@@ -187,7 +190,7 @@ def lower_conv(p: Program, node: Node) -> None:
         numbers = {"winograd": 1}
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
-        if tuple(p.shape(node)[2:]) == (1, 1) and not source.image.border and not any(step.padding):
+        if not source.image.border and _merges_pixels(p, x, node):  # type: ignore[arg-type]
             _merge_pixels(step)
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
@@ -202,14 +205,22 @@ def lower_conv(p: Program, node: Node) -> None:
         p.step("add", out, x=p.use(out), out=p.use(out), act=act, other=p.use(p.values[residual]))
 
 
+def _merges_pixels(p: Program, image: Node, conv: Node) -> bool:
+    """Return whether a convolution's kernel is as large as its image, which it reads as one pixel: so a batch of them
+    is an image, whose pixels are computed together."""
+    if not p.runs_on_nhwc(conv) or conv.args[0] is not image or conv not in p.kernels:
+        return False
+    sizes, kernel = p.shape(image)[1:], tuple(p.kernels[conv].shape[2:])
+    small = 4 * OVERREAD_PIXELS * prod(sizes) <= MAX_OVERREAD
+    return kernel == tuple(sizes[1:]) and p.shape(conv)[2:] == (1, 1) and not any(conv.args[6]) and small  # type: ignore[arg-type]
+
+
 def _merge_pixels(step: Nhwc) -> None:
-    """Let a convolution whose kernel is as large as the image read each image as one pixel, so that a batch of them is
-    an image, whose pixels are computed together."""
+    """Let a convolution read each image as one pixel."""
     image = step.input
-    if (image.height, image.width) == tuple(step.kernel):
-        image.pixel_bytes *= image.height * image.width
-        image.height = image.width = 1
-        step.kernel = (c_int64 * 2)(1, 1)
+    image.pixel_bytes *= image.height * image.width
+    image.height = image.width = 1
+    step.kernel = (c_int64 * 2)(1, 1)
 
 
 def _residual_codes(p: Program, node: Node) -> Codes | None:

@@ -19,7 +19,7 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.kernel_selection import pack_sparse, pack_sparse_conv, zero_lanes
 from rarefy.compiler.profile import Recorder
 from rarefy.model.quant_grid import Grid
-from rarefy.runtime import tuning_cache
+from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import (
@@ -52,6 +52,8 @@ def formats_of(packed: Packed) -> dict[str, Packed]:
     matrix = packed.matrix if isinstance(packed, ConvTiles) else packed
     if not isinstance(matrix, Dense | Tiles | Sell) or packed.kind not in LANE:
         return {}
+    if bindings.isa() == "amx" and packed.kind != "fp32":  # its files have other formats, and its fractions are clear
+        return {}
     if isinstance(packed, ConvTiles) and (packed.groups > 1 or max(packed.stride) > MAX_STRIDE):
         return {}
     weight = unpack(packed)
@@ -73,27 +75,32 @@ def _in_other_format(packed: Any, weight: torch.Tensor) -> Packed:
     return pack_conv(weight, packed.kind, **geometry, block=CACHE_BLOCK, grid=grid, dense=True)
 
 
-def choose_formats_(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def choose_formats_(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Give each layer with zeros the format that is faster on the example.
 
     Each layer is timed in both formats, inside the model. Then the model with all zeros skipped, with none, and with
-    the faster format of each layer take turns, and the fastest stays. Nothing happens where no layer has enough zeros.
+    the faster format of each layer take turns, and the fastest stays.
 
-    Cost: packing each weight once more, and at most about 6 seconds. Memory: both formats until it ends.
+    Returns:
+        Whether any layer has enough zeros for a choice.
+
+    Cost: packing each weight once more, and at most about 6 seconds, or 20 calls of the model. Memory: both formats
+    until it ends.
     """
     formats = _all_formats(compiled)
     if not formats:
-        return
+        return False
     file = tuning_cache.default_file()
     key = f"zeros {tuning.signature_of_calls(compiled, args, kwargs)}"
     known = tuning_cache.read(file).get(key, {})
-    if known.keys() == set(range(len(formats))):
+    if known.keys() == set(range(len(formats))) and {name for name, _ in known.values()} <= {SKIPPED, MULTIPLIED}:
         choice = {node: known[i][0] for i, node in enumerate(formats)}
     else:
         choice = _fastest(compiled, formats, args, kwargs)
         tuning_cache.write(file, {key: {i: (name, 1.0) for i, name in enumerate(choice.values())}})
     compiled.kernels = _with_formats(compiled.kernels, {n: formats[n][name] for n, name in choice.items()})
     compiled.reschedule()
+    return True
 
 
 def _all_formats(compiled: Compiled) -> Formats:
@@ -104,7 +111,7 @@ def _all_formats(compiled: Compiled) -> Formats:
         if node.target not in (ops.linear, ops.conv2d):
             continue
         packed = kernel.held[0]
-        key = packed.values.data_ptr(), packed.shape
+        key = packed.values.data_ptr(), packed.shape, *(node.args[5:] if node.target is ops.conv2d else ())
         if key not in known:
             known[key] = formats_of(packed)
         if known[key]:

@@ -262,7 +262,12 @@ def _output_names(model: nn.Module, call: ExampleCall) -> list[str] | None:
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
     names = call.outputs if len(call.outputs) == len(leaves) else output_names(None, spec)
-    return [f"{n}_output" if n in call.inputs else n for n in names]
+    unique: list[str] = []
+    for name in names:
+        while name in call.inputs or name in unique:
+            name = f"{name}_output"
+        unique.append(name)
+    return unique
 
 
 def _check_fixed(model: nn.Module, fixed: list[str], required: bool) -> None:

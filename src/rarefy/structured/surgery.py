@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
@@ -264,11 +265,23 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         return [t.detach().clone() for t in tensors_in(call(model, on_device(model, example)))]
 
 
+@contextmanager
+def _without_tracebacks(model: nn.Module) -> Iterator[None]:
+    """Drop the traceback that torch.fx prints where a call of a graph module fails: the caller tells what failed."""
+    if not any(isinstance(m, fx.GraphModule) for m in model.modules()):
+        yield
+        return
+    printed = StringIO()
+    with redirect_stderr(printed):
+        yield
+    sys.stderr.write(printed.getvalue())
+
+
 def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
     """Raise ModelError unless the cut model runs and returns what the masked model returned."""
     stack: list[str] = []
-    try:  # torch.fx prints a traceback where a graph fails
-        with tracking_module_names(model, stack, unwind=False), redirect_stderr(StringIO()):
+    try:
+        with tracking_module_names(model, stack, unwind=False), _without_tracebacks(model):
             result = outputs(model, example)
     except RarefyError as error:
         raise ForwardFailed(

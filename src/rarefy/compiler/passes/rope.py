@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, aten, dtype_of, insert_before, replace_uses, same, shape
 from rarefy.compiler.passes.matchers import args_of_pair, before_head_split, size_node
 
+HALVES: dict[Any, Any] = {aten.chunk.default: lambda half: 2, aten.split.Tensor: lambda half: half}  # second argument
 INSERTED = "rope"  # a note on nodes that several layers share
 
 
@@ -43,16 +45,20 @@ def _swaps_halves(node: Node, x: Node) -> bool:
     if node.target is not aten.cat.default or len(node.args[0]) != 2 or (*node.args, 0)[1] not in (-1, 3):
         return False
     negated, first = node.args[0]
-    slices = negated.args[0] if negated.target is aten.neg.default else None, first
-    if any(n is None or n.target is not aten.slice.Tensor for n in slices):
-        return False
-    half, second = shape(x)[3] // 2, negated.args[0]
-    return (
-        first.args == (x, 3, 0, half)
-        and second.args[:3] == (x, 3, half)
-        and second.args[3] >= 2 * half
-        and len(second.args) == 4
-    )
+    return negated.target is aten.neg.default and _half(negated.args[0], x) == 1 and _half(first, x) == 0
+
+
+def _half(node: Node, x: Node) -> int | None:
+    """Return which half of the features of x a slice or a part of a chunk is, None for anything else."""
+    half = shape(x)[3] // 2
+    if node.target is operator.getitem:
+        parts, i = node.args
+        matches = parts.target in HALVES and parts.args[0] is x and (*parts.args, 0)[2] in (-1, 3)
+        return i if matches and parts.args[1] == HALVES[parts.target](half) and shape(x)[3] == 2 * half else None
+    if node.target is not aten.slice.Tensor or len(node.args) != 4 or node.args[:2] != (x, 3):
+        return None
+    start, end = node.args[2:]
+    return 0 if (start, end) == (0, half) else 1 if start == half and end >= 2 * half else None
 
 
 def _angles(exported: ExportedGraph, before: Node, node: Node, x: Node) -> Node | None:
