@@ -271,7 +271,9 @@ def _compile(
     return compiled
 
 
-def _verify_all_tokens(model: nn.Module, compiled: Compiled, example: Any, allowed: float, unit_sizes: Any) -> None:
+def _verify_all_tokens(
+    model: nn.Module, compiled: Compiled, example: tuple[Any, Any], allowed: float, unit_sizes: Any
+) -> None:
     """Compare a compiled model with the model at padding too; see `verify`."""
     compiled.skip_padding = False
     verify(model, compiled, *example, allowed, unit_sizes)
