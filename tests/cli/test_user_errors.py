@@ -21,6 +21,10 @@ from rarefy.recipe import parser as recipes
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (
+            [(torch.randn(2, 5, 9, 9), torch.ones(2))],
+            r"a batch of float32 2x5x9x9 and float32 2, of which the first is the input \(give several inputs as a dict\)",
+        ),
         ([torch.randn(2, 5, 9, 9)], r"Net cannot be called with a batch of float32 2x5x9x9: .* \(it takes x\)"),
         ([{"input": torch.randn(2, 3, 9, 9)}], r"a batch of input: float32 2x3x9x9: .*unexpected keyword"),
         ([torch.ones(2, 3, 9, 9).long()], "a batch of int64 2x3x9x9"),

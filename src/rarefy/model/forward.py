@@ -25,7 +25,9 @@ def call(model: Model, batch: Any) -> Any:
     DataError if the model cannot be called with the batch; the message says what the batch holds and what the model
     takes.
     """
-    with calling(model, f"a batch of {describe_batch(batch)}"):
+    several = isinstance(batch, tuple | list) and len(batch) > 1
+    first = ", of which the first is the input (give several inputs as a dict)" if several else ""
+    with calling(model, f"a batch of {describe_batch(batch)}{first}"):
         if hasattr(batch, "keys"):
             return model(**batch)
         if isinstance(batch, tuple | list):
