@@ -25,9 +25,7 @@ def call(model: Model, batch: Any) -> Any:
     DataError if the model cannot be called with the batch; the message says what the batch holds and what the model
     takes.
     """
-    several = isinstance(batch, tuple | list) and len(batch) > 1
-    first = ", of which the first is the input (give several inputs as a dict)" if several else ""
-    with calling(model, f"a batch of {describe_batch(batch)}{first}"):
+    with calling(model, f"a batch of {describe_batch(batch)}{_which_is_called(batch)}"):
         if hasattr(batch, "keys"):
             return model(**batch)
         if isinstance(batch, tuple | list):
@@ -35,6 +33,11 @@ def call(model: Model, batch: Any) -> Any:
                 raise DataError("a batch is an empty tuple: give (inputs, target), a tensor or a dict")
             return model(batch[0])
         return model(batch)
+
+
+def _which_is_called(batch: Any) -> str:
+    several = isinstance(batch, tuple | list) and len(batch) > 1
+    return ", of which the first is the input (give several inputs as a dict)" if several else ""
 
 
 @contextmanager
