@@ -261,9 +261,10 @@ def _compile(
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)
     if tune and tuning.is_enabled():
-        if choose_formats_(compiled, *_runnable(compiled, (args, kwargs), more)):
+        example = _runnable(compiled, (args, kwargs), more)
+        if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
-        compiled = _not_slower(model, compiled, weights, _runnable(compiled, (args, kwargs), more), notes)
+        compiled = _not_slower(model, compiled, weights, example, notes)
         if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
             compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)

@@ -33,6 +33,7 @@ from rarefy.runtime.packed_formats import (
     QuantizedPanels,
     Sell,
     Tiles,
+    skips_zeros,
 )
 from rarefy.runtime.packing import pack_conv, pack_dense, pack_quantized, pack_sell, pack_tiles, shared, unpack
 
@@ -183,29 +184,34 @@ def repack(packed: Packed, amx: bool) -> Packed:
 
     Files have the format for CPUs without AMX, which leaves zeros out.
     """
-    if isinstance(packed, ConvTiles) and packed.kind == "int8":
-        return _repack_conv(packed, amx)
-    if not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in MIN_ZERO_LANES:
+    if isinstance(packed, ConvTiles):
+        if packed.kind != "int8":
+            return packed
+    elif not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in MIN_ZERO_LANES:
         return packed
     weight = unpack(packed)
-    if isinstance(packed, Dense) == (zero_lanes(weight, packed.kind) < MIN_ZERO_LANES[packed.kind][amx]):
-        return packed
-    return pack_lanes(weight, packed.kind, amx, None if packed.scales is None else Grid(8, packed.scales[:, None]))
+    sparse = zero_lanes(weight.movedim(1, -1), packed.kind) >= MIN_ZERO_LANES[packed.kind][amx]
+    return packed if sparse == skips_zeros(packed) else in_other_format(packed, weight)
 
 
-def _repack_conv(packed: ConvTiles, amx: bool) -> ConvTiles:
-    assert packed.scales is not None
-    weight = unpack(packed)
-    if (packed.counts is None) == _is_dense_conv(weight, amx):
-        return packed
+def in_other_format(packed: Any, weight: Tensor) -> Packed:
+    """Return a packed weight, which is also given unpacked, with its zeros multiplied where they are skipped, and
+    skipped where they are multiplied. Convolutions have one group."""
+    grid = None if packed.scales is None else Grid(8, packed.scales[: len(weight), None])
+    if not isinstance(packed, ConvTiles):
+        return (pack_dense if skips_zeros(packed) else pack_sparse)(weight, kind=packed.kind, grid=grid)
     geometry: Any = {n: getattr(packed, n) for n in ("stride", "padding", "dilation")}
-    return pack_int8_conv(weight, geometry, amx, Grid(8, packed.scales[: len(weight), None]))
+    if not skips_zeros(packed):
+        return pack_sparse_conv(weight, packed.kind, **geometry, block=CACHE_BLOCK, grid=grid)
+    if packed.kind == "fp32":
+        return pack_dense(weight, **geometry)
+    return pack_conv(weight, packed.kind, **geometry, block=CACHE_BLOCK, grid=grid, dense=True)
 
 
 def pack_int8_conv(weight: Tensor, geometry: Any, amx: bool, grid: Grid | None = None) -> ConvTiles:
     """Return a convolution's weight of one group in 8 bits, dense if that is faster on CPUs with or without AMX."""
     geometry = {**geometry, "block": CACHE_BLOCK, "grid": grid}
-    if _is_dense_conv(weight, amx):
+    if zero_lanes(weight.movedim(1, -1), "int8") < MIN_ZERO_LANES["int8"][amx]:
         return pack_conv(weight, "int8", **geometry, dense=True)
     return pack_sparse_conv(weight, "int8", **geometry)
 
@@ -214,10 +220,6 @@ def pack_sparse_conv(weight: Tensor, kind: str, **options: Any) -> ConvTiles:
     """Return a convolution's weight of one group without its zeros, in the faster of two formats."""
     form = pack_conv(weight, kind, **options)
     return pack_conv(weight, kind, **options, sell=True) if shared(form) < MIN_SHARED else form
-
-
-def _is_dense_conv(weight: Tensor, amx: bool) -> bool:
-    return zero_lanes(weight.movedim(1, -1), "int8") < MIN_ZERO_LANES["int8"][amx]
 
 
 def zero_lanes(weight: Tensor, kind: str) -> float:
@@ -247,9 +249,9 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     w, (stride, padding, dilation, groups) = node.args[1], node.args[5:]
     weight = exported.constants[w.name]
     zeros = float((weight == 0).float().mean())
-    if max(stride) > MAX_STRIDE and groups == 1 and max(stride) <= MAX_DENSE_STRIDE:
-        return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
-    if max(stride) > MAX_STRIDE or (groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1)):
+    if max(stride) > (MAX_DENSE_STRIDE if groups == 1 else MAX_STRIDE):
+        return None
+    if groups > 1 and (zeros < MIN_GROUPED_ZEROS or weight.shape[1] == 1):
         return None
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MAX_INT8_INPUTS  # of a sum of int8
@@ -257,7 +259,8 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     kind = "int8" if int8 and groups == 1 and not overflows else "fp32"
     by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
-    if groups == 1 and kind == "fp32" and is_nearly_dense(weight, min_zeros):
+    large = max(stride) > MAX_STRIDE
+    if groups == 1 and (large or (kind == "fp32" and is_nearly_dense(weight, min_zeros))):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     if kind == "int8":
         return pack_int8_conv(weight, geometry, bindings.isa() == "amx", grid)

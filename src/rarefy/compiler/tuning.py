@@ -110,27 +110,34 @@ def alternate(
     min_pairs: int = MIN_PAIRS,
     max_pairs: int = MAX_PAIRS,
 ) -> tuple[float, float]:
-    """Return the fewest seconds of two functions that run in turns, after one run of each.
+    """Return the fewest seconds of two functions that run in turns; see `fewest_seconds`."""
+    first_seconds, second_seconds = fewest_seconds((first, second), seconds, min_pairs, max_pairs)
+    return first_seconds, second_seconds
+
+
+def fewest_seconds(
+    functions: Sequence[Callable[[], Any]], seconds: float, min_rounds: int, max_rounds: int
+) -> list[float]:
+    """Return the fewest seconds of each of some functions that run in turns, after one run of each.
 
     Other processes only ever add time, so that the fastest run is the one that they disturbed least.
 
     Args:
-        first: a function.
-        second: another one.
-        seconds: time after which no more pairs are run.
-        min_pairs: pairs that run in any case.
-        max_pairs: pairs that run at most.
+        functions: what runs, in this order.
+        seconds: time after which no more rounds are run.
+        min_rounds: rounds that run in any case.
+        max_rounds: rounds that run at most.
     """
-    times: tuple[list[float], list[float]] = ([], [])
-    first()
-    second()
+    times: list[list[float]] = [[] for _ in functions]
+    for run in functions:
+        run()
     began = time.perf_counter()
-    while len(times[0]) < max_pairs and (len(times[0]) < min_pairs or time.perf_counter() - began < seconds):
-        for run, spent in zip((first, second), times):
+    while len(times[0]) < max_rounds and (len(times[0]) < min_rounds or time.perf_counter() - began < seconds):
+        for run, spent in zip(functions, times):
             start = time.perf_counter()
             run()
             spent.append(time.perf_counter() - start)
-    return min(times[0]), min(times[1])
+    return [min(spent) for spent in times]
 
 
 def run_in_torch(call: Native, lookup: Callable[[Node], Any]) -> list[Tensor]:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import Any
-
-import torch
 
 from rarefy.compiler import ops, tuning
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.kernel_selection import pack_sparse, pack_sparse_conv, zero_lanes
+from rarefy.compiler.kernel_selection import in_other_format, zero_lanes
 from rarefy.compiler.profile import Recorder
-from rarefy.model.quant_grid import Grid
 from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import (
-    CACHE_BLOCK,
     LANE,
     MAX_STRIDE,
     ConvTiles,
@@ -33,7 +30,7 @@ from rarefy.runtime.packed_formats import (
     Tiles,
     skips_zeros,
 )
-from rarefy.runtime.packing import pack_conv, pack_dense, unpack
+from rarefy.runtime.packing import unpack
 
 MIN_TRIED = {"fp32": 0.3, "bf16": 0.15, "int8": 0.1}  # fraction of zero lanes from which skipping them is timed
 MAX_SECONDS = 3.0  # of timing layers, and again of timing the model
@@ -59,20 +56,8 @@ def formats_of(packed: Packed) -> dict[str, Packed]:
     weight = unpack(packed)
     if zero_lanes(weight.movedim(1, -1), packed.kind) < MIN_TRIED[packed.kind]:
         return {}
-    other = _in_other_format(packed, weight)
+    other = in_other_format(packed, weight)
     return {SKIPPED: packed, MULTIPLIED: other} if skips_zeros(packed) else {SKIPPED: other, MULTIPLIED: packed}
-
-
-def _in_other_format(packed: Any, weight: torch.Tensor) -> Packed:
-    grid = None if packed.scales is None else Grid(8, packed.scales[: len(weight), None])
-    if not isinstance(packed, ConvTiles):
-        return (pack_dense if skips_zeros(packed) else pack_sparse)(weight, kind=packed.kind, grid=grid)
-    geometry: Any = {n: getattr(packed, n) for n in ("stride", "padding", "dilation")}
-    if not skips_zeros(packed):
-        return pack_sparse_conv(weight, packed.kind, **geometry, block=CACHE_BLOCK, grid=grid)
-    if packed.kind == "fp32":
-        return pack_dense(weight, **geometry)
-    return pack_conv(weight, packed.kind, **geometry, block=CACHE_BLOCK, grid=grid, dense=True)
 
 
 def choose_formats_(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -95,10 +80,10 @@ def choose_formats_(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[s
     known = tuning_cache.read(file).get(key, {})
     if known.keys() == set(range(len(formats))) and {name for name, _ in known.values()} <= {SKIPPED, MULTIPLIED}:
         choice = {node: known[i][0] for i, node in enumerate(formats)}
+        compiled.kernels = _with_formats(compiled.kernels, formats, choice)
     else:
-        choice = _fastest(compiled, formats, args, kwargs)
+        choice, compiled.kernels = _fastest(compiled, formats, args, kwargs)
         tuning_cache.write(file, {key: {i: (name, 1.0) for i, name in enumerate(choice.values())}})
-    compiled.kernels = _with_formats(compiled.kernels, {n: formats[n][name] for n, name in choice.items()})
     compiled.reschedule()
     return True
 
@@ -119,11 +104,11 @@ def _all_formats(compiled: Compiled) -> Formats:
     return layers
 
 
-def _with_formats(kernels: Mapping[Node, Any], packed: Mapping[Node, Packed]) -> dict[Node, Any]:
-    """Return kernels whose packed weights are others; these are copied to huge pages, shared ones once."""
+def _with_formats(kernels: Mapping[Node, Any], formats: Formats, choice: Mapping[Node, str]) -> dict[Node, Any]:
+    """Return kernels with weights in the chosen formats; these are copied to huge pages, shared ones once."""
     memory, held, new = HugePageBuffer(), {}, dict(kernels)
-    for node, form in packed.items():
-        old = kernels[node]
+    for node, name in choice.items():
+        old, form = kernels[node], formats[node][name]
         if id(form) not in held:
             held[id(form)] = memory.hold(form)
         new[node] = Kernel(held[id(form)], old.held[1], node.args[4])
@@ -131,12 +116,14 @@ def _with_formats(kernels: Mapping[Node, Any], packed: Mapping[Node, Packed]) ->
     return new
 
 
-def _fastest(compiled: Compiled, formats: Formats, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, str]:
-    """Return for each layer SKIPPED or MULTIPLIED."""
+def _fastest(
+    compiled: Compiled, formats: Formats, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[Node, str], Mapping[Node, Any]]:
+    """Return for each layer SKIPPED or MULTIPLIED, and the kernels of the model so."""
     choices = {name: dict.fromkeys(formats, name) for name in (SKIPPED, MULTIPLIED)}
 
     def make(choice: Mapping[Node, str]) -> Compiled:
-        return compiled.with_kernels(_with_formats(compiled.kernels, {n: formats[n][c] for n, c in choice.items()}))
+        return compiled.with_kernels(_with_formats(compiled.kernels, formats, choice))
 
     variants = {name: make(choice) for name, choice in choices.items()}
     leaves = compiled.leaves(args, dict(kwargs))
@@ -146,7 +133,8 @@ def _fastest(compiled: Compiled, formats: Formats, args: tuple[Any, ...], kwargs
     if mixed not in choices.values():
         choices["mixed"] = mixed
         variants["mixed"] = make(mixed)
-    return choices[_fastest_variant(variants, leaves)]
+    best = _fastest_variant(variants, leaves)
+    return choices[best], variants[best].kernels
 
 
 def _seconds_of_nodes(variants: Mapping[str, Compiled], leaves: list[Any]) -> dict[str, dict[Node, float]]:
@@ -181,13 +169,6 @@ def _costs_of(
 
 def _fastest_variant(variants: Mapping[str, Compiled], leaves: list[Any]) -> str:
     """Return which variant's fastest call is the fastest, called in turns."""
-    best = dict.fromkeys(variants, float("inf"))
-    deadline = time.perf_counter() + MAX_SECONDS
-    for i in range(2 * MAX_CALLS):
-        for name, compiled in variants.items():
-            began = time.perf_counter()
-            compiled.run_leaves(leaves)
-            best[name] = min(best[name], time.perf_counter() - began)
-        if i >= MIN_CALLS and time.perf_counter() > deadline:
-            break
-    return min(best, key=lambda name: best[name])
+    runs = [partial(compiled.run_leaves, leaves) for compiled in variants.values()]
+    seconds = dict(zip(variants, tuning.fewest_seconds(runs, MAX_SECONDS, MIN_CALLS, 2 * MAX_CALLS)))
+    return min(seconds, key=lambda name: seconds[name])

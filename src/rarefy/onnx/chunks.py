@@ -53,7 +53,12 @@ def slice_of(value: str, kind: Kind, constants: Mapping[str, Any], call: fx.Node
 
 
 def merge_slices_(graph: fx.Graph, slices: list[Slice]) -> None:
-    """Replace slices of equal length that lie side by side and cover an axis by a chunk of it, in place."""
+    """Replace slices of equal length that lie side by side and cover an axis by a chunk of it, in place.
+
+    Args:
+        graph: the torch graph.
+        slices: parts, in the graph's order.
+    """
     groups: dict[tuple[str, int], list[Slice]] = {}
     for s in slices:
         groups.setdefault((s.value, s.axis), []).append(s)
@@ -62,7 +67,7 @@ def merge_slices_(graph: fx.Graph, slices: list[Slice]) -> None:
         ends = [(size * i // count, size * (i + 1) // count) for i in range(count)]
         if count < 2 or size % count or sorted((p.start, p.end) for p in parts) != ends:
             continue
-        first = next(n for n in graph.nodes if n in {p.call for p in parts})
+        first = parts[0].call
         with graph.inserting_before(first):
             chunk = graph.call_function(torch.chunk, (first.args[0], count, axis))
             for part in parts:

@@ -279,7 +279,8 @@ class Converter:
         call = self._call_module(module, module_name(node, False), tuple(arguments), named)
         if node.op_type == "Slice":
             part = slice_of(node.input[0], self.graph.kinds.get(node.input[0], Kind()), constants, call)
-            self.slices += [] if part is None else [part]
+            if part is not None:
+                self.slices.append(part)
         return call
 
     def _on_elements(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:

@@ -60,28 +60,26 @@ def remove_true_operands(exported: ExportedGraph, node: Node) -> None:
         other = next((b for a, b in pairs if _is_true(exported, a)), None)
         if other is None or len(shape(other)) != len(shape(x)):
             return
-        same_size = [d for d, n in enumerate(sizes) if isinstance(n, int) and n == -1]  # sizes of what is expanded
-        if len(sizes) != len(shape(x)) or any(
-            not same(shape(other)[d : d + 1], shape(x)[d : d + 1]) for d in same_size
-        ):
+        unchanged = [d for d, n in enumerate(sizes) if isinstance(n, int) and n == -1]
+        if len(sizes) != len(shape(x)) or not same(*([shape(y)[d] for d in unchanged] for y in (other, x))):
             return
         x = other
         node.update_arg(0, x)
 
 
-def _arange_along(x: Node | None) -> tuple[Any, int] | None:
+def _arange_along(x: Any) -> tuple[Any, int] | None:
     """Return the end of an arange and the dimension along which a node has it; None for any other node."""
     dims: list[int] = []
-    while is_node(x) and (x.target is aten.unsqueeze.default or _adds_zero(x)):  # type: ignore[union-attr]
-        if x.target is aten.unsqueeze.default:  # type: ignore[union-attr]
-            dims.append(x.args[1] % len(shape(x)))  # type: ignore[union-attr]
-        x = x.args[0]  # type: ignore[union-attr]
-    if not is_node(x) or x.target not in ARANGES or (x.target is aten.arange.start and x.args[0] != 0):  # type: ignore[union-attr]
+    while is_node(x) and (x.target is aten.unsqueeze.default or _adds_zero(x)):
+        if x.target is aten.unsqueeze.default:
+            dims.append(x.args[1] % len(shape(x)))
+        x = x.args[0]
+    if not is_node(x) or x.target not in ARANGES or (x.target is aten.arange.start and x.args[0] != 0):
         return None
     at = 0
     for d in reversed(dims):
         at += d <= at
-    return x.args[-1], at  # type: ignore[union-attr]
+    return x.args[-1], at
 
 
 def _adds_zero(x: Node) -> bool:

@@ -26,11 +26,6 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     return picked if indices.dim() == 1 else picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
-def select(x: Tensor, *, axis: int, index: int) -> Tensor:
-    """Return one slice of an axis."""
-    return x.select(axis, index)
-
-
 def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     axis = axis_of(axis, x.dim())
     return x.gather(axis, from_front(indices, x.shape[axis]))
