@@ -30,6 +30,7 @@ from rarefy.train.optimizers import optimizer_of
 BEGINNINGS: dict[str, Steps] = {
     "narrow": [("cut", {"keep": 0.7, **MLP}), ("cut", {"keep": 0.75, **HEADS})],
     "narrower": [("cut", {"keep": 0.5, **MLP}), ("cut", {"keep": 0.67, **HEADS})],
+    "narrowest": [("cut", {"keep": 0.334, **MLP}), ("cut", {"keep": 0.5, **HEADS})],
     "blocks": [("prune", {"pattern": "1x4", "sparsity": 0.6, "solver": "admm", "layers": "encoder.layer.*"})],
 }
 # how often a text is of a kind

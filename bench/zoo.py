@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rarefy
-from frontier import STUDENTS, example
+from frontier import STUDENTS, ZOO, example
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import commit
@@ -25,12 +25,12 @@ from records import Row, latest, read
 from recover import BATCH, STEPS_PER_EPOCH
 
 HERE = Path(__file__).parent
-ZOO = HERE.parent / "zoo"
 SEED = 0  # of the student that is published
 MAX_MB = 20
 ABOUT = {  # what is left of the dense model in each layer
     "narrow": "70 % of the MLP's neurons and 9 of 12 attention heads",
     "narrower": "half of the MLP's neurons and 8 of 12 attention heads",
+    "narrowest": "a third of the MLP's neurons and 6 of 12 attention heads",
 }
 CARD = """# minilm-{name}
 
@@ -98,8 +98,13 @@ def card(name: str) -> str:
             ("mean cosine with the original's embeddings", "cosine", "", 3),
         )
     ]
-    for batch, times in row["milliseconds"].items():
-        cells.append((f"{batch} x 128 tokens", [f"{times[m][1]:.1f} ms" if m in times else "" for m in models]))
+    for size, times in row["milliseconds"].items():
+        cells.append(
+            (
+                f"{size if 'x' in size else f'{size} x 128'} tokens",
+                [f"{times[m][1]:.1f} ms" if m in times else "" for m in models],
+            )
+        )
     note = json.loads((folder / "student.json").read_text())
     return CARD.format(
         name=name,

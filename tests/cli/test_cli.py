@@ -588,3 +588,35 @@ def test_help_and_version_do_not_import_torch(words):
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
     assert ran.stderr.strip().splitlines()[-1] == "[]", ran.stderr
+
+
+def test_warnings_are_lines_without_places_in_the_code(capsys, monkeypatch):
+    import warnings
+
+    from rarefy.cli import main as cli
+
+    def warn(**_):
+        warnings.warn("the values are small", stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(cli, "app", warn)
+        cli.main()
+    assert capsys.readouterr().err == "rarefy: warning: the values are small\n"
+
+
+def test_a_compressed_onnx_file_says_what_loads_and_exports_it(run, tmp_path):
+    from helpers.onnx_files import export
+
+    net, x = (
+        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval(),
+        torch.randn(3, 4),
+    )
+    file = export(net, x, tmp_path / "net.onnx", 17)
+    rarefy.save(rarefy.from_onnx(file), tmp_path / "saved")
+    ran = run("bench", tmp_path / "saved")
+    assert ran.code == 2 and "model=rarefy.from_onnx('FILE.onnx'))" in ran.err
+    ran = run("export", tmp_path / "saved", "--to", "onnx", "-o", tmp_path / "there")
+    assert ran.code == 2 and "rarefy.export_onnx(model, example, 'model.onnx')" in ran.err
+    with pytest.raises(rarefy.common.errors.ContainerError, match=r"it is an ONNX file: rarefy.from_onnx reads it"):
+        rarefy.load(file)

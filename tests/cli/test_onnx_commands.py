@@ -86,6 +86,10 @@ def test_scales_from_data(run, place, tmp_path):
     [ours], [theirs] = fast.run(None, feed()), by_onnxruntime(place / "net.onnx", feed())
     assert np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
     assert "--data has no effect: it gives the scales of --precision int8" in run(*words, "--force").err
+    every = run(*words, "--precision", "int8", "--force", "-q")  # 24 samples, fewer than the default
+    assert every.code == 0, every.err
+    ran = run(*words, "--precision", "int8", "--samples", 64, "--force")
+    assert ran.code == 2 and "images.npz is too short: 24 samples, 64 are needed" in ran.err
     ran = run("compile", place / "net.onnx", "-o", tmp_path / "more", "--samples", 3)
     assert ran.code == 2 and "--samples has no effect without --data" in ran.err
     text_model(tmp_path)
@@ -212,6 +216,8 @@ def test_a_compiled_folder_beside_its_file(run, place, tmp_path):
     assert (
         ran.code == 2 and f"give it first, rarefy bench {place / 'net.onnx'} --against {tmp_path / 'fast'}" in ran.err
     )
+    ran = run("bench", place / "net.onnx", "--against", place / "fixed.onnx")
+    assert ran.code == 2 and f"rarefy compile {place / 'fixed.onnx'} --out fast/ makes a folder" in ran.err
     ran = run("bench", place / "bert.onnx", "--against", tmp_path / "fast", "--repeats", 2, "--tokens", 9)
     assert ran.code == 2 and "unknown input 'input_ids'; choose from image" in ran.err
 
@@ -231,6 +237,7 @@ def test_a_compiled_folder_of_another_model(run, place, tmp_path):
         (("--new", "3"), "--new has no effect: the model is an ONNX file"),
         (("--table", "t.json"), "--table has no effect: the model is an ONNX file"),
         (("--streams", "2", "--repeats", "3"), "--repeats has no effect: --streams times each engine for some seconds"),
+        (("--streams", "999"), "4 for each core, got 999"),
         (("--tokens", "3"), "--tokens has no effect: it fills no open size"),
         (("--precision", "int4"), "unknown precision 'int4'"),
     ],
@@ -278,8 +285,8 @@ def test_a_search_with_inputs_alone(place, tmp_path, file, words):
     [
         ("bert.onnx", "images.npz", "--data has image: expected an array for each input, input_ids, attention_mask"),
         ("net.onnx", "words.npz", "--data has input_ids, attention_mask: expected an array for each input, image"),
-        ("net.onnx", "small.npz", "float32 8x3x8x8 does not fit the input image float32 batchx3x16x16: give an .npz with arrays that fit"),
-        ("net.onnx", "whole.npz", "int64 8x3x16x16 does not fit the input image"),
+        ("net.onnx", "small.npz", "float32 8x3x8x8 does not fit the input image float32 batchx3x16x16: 8 is not 16 in dimension 2"),
+        ("net.onnx", "whole.npz", "int64 8x3x16x16 for the input image float32 batchx3x16x16: expected float32"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit(run, place, tmp_path, file, data, message):

@@ -14,7 +14,7 @@ import torch
 import rarefy
 from conftest import shell, text_model
 
-TIMES = ["--minutes", "0.4", "--tokens", "16", "--samples", "8"]
+TIMES = ["--minutes", "0.2", "--tokens", "16", "--samples", "8"]
 
 
 @pytest.fixture(scope="module")

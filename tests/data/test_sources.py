@@ -17,6 +17,7 @@ from conftest import sample
 from rarefy.common.errors import DataError
 from rarefy.data import builtin
 from rarefy.data.sources import READERS, Take, batches
+from rarefy.model.batches import count_samples
 
 
 class Letters:
@@ -386,3 +387,9 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert builtin.model_folder("smollm2-135m") == tmp_path / "smollm2-135m"  # made once
     monkeypatch.setenv("RAREFY_CACHE", "")
     assert builtin.cache() == Path.home() / ".cache" / "rarefy"
+
+
+@pytest.mark.parametrize("name", ["long.txt", "xy.npz"])
+def test_fewer_samples_than_asked_for_are_no_error_where_so_many_are_a_default(folder, name):
+    every, some = read(folder, name, tokens=64), read(folder, name, tokens=64, samples=999, need_all=False)
+    assert sum(map(count_samples, some)) == sum(map(count_samples, every)) > 10

@@ -3,11 +3,9 @@
 import copy
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,7 +392,7 @@ MISTAKES = {
     "no tag": ("modifiers:\n  - GMPruningModifier", r"modifiers is a list of modifiers such as - !GMPruningModifier \[r.yaml line 2\]"),
     "tag with a list": ("modifiers:\n  - !GMPruningModifier [1]", r"r.yaml line 2: expected the settings of !GMPruningModifier as keys and values"),
     "sparsity a word": (legacy("GMPruningModifier {params: [hidden], final_sparsity: much}"), r"GMPruningModifier: expected final_sparsity as a number, got 'much' \[r.yaml line 3\]"),
-    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "the migrated recipe is not valid: .*prune.sparsity: expected a number between 0 and 1, got 90"),
+    "sparsity of 90": (legacy(RANGE, "GMPruningModifier {params: [hidden], init_sparsity: 0.0, final_sparsity: 90, update_frequency: 1}"), "expected final_sparsity between 0 and 1, got 90"),
     "ends before it starts": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, start_epoch: 5, end_epoch: 2}"), "ends at 2, before it starts at 5"),
     "mask of no kind": (legacy(RANGE, "GMPruningModifier {params: [hidden], final_sparsity: 0.5, mask_type: round}"), "no pattern of mask 'round'; use unstructured"),
     "params a number": (legacy(RANGE, "GMPruningModifier {params: 3, final_sparsity: 0.5}"), "expected params as a list of names, got 3"),
@@ -510,27 +508,90 @@ def test_files_that_are_none(tmp_path):
         rarefy.migrate(tmp_path / "r.json")
 
 
-def test_from_a_shell(tmp_path):
-    def rarefy_(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "rarefy", "migrate", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ,
-        )
+def test_from_the_command_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(LEGACY["gradual"][0])
+    shown = run("migrate", "old.yaml")
+    assert shown.code == 0 and shown.out == rarefy.migrate("old.yaml").text
+    assert run("migrate", "old.yaml", "--out", "new.yaml").code == 0
+    assert Path("new.yaml").read_text() == shown.out
+    again = run("migrate", "old.yaml", "--out", "new.yaml")
+    assert again.code == 2 and "new.yaml exists: pass --force" in again.err
+    assert json.loads(run("migrate", "old.yaml", "--json").out)["tool"] == "sparseml"
+    Path("bad.yaml").write_text("modifiers:\n  - !NoModifier {}")
+    wrong = run("migrate", "bad.yaml")
+    assert wrong.code == 2 and "unknown modifier 'NoModifier'" in wrong.err and not wrong.out
 
-    (tmp_path / "old.yaml").write_text(LEGACY["gradual"][0])
-    shown = rarefy_("old.yaml")
-    assert shown.returncode == 0 and shown.stdout == rarefy.migrate(tmp_path / "old.yaml").text
-    assert rarefy_("old.yaml", "--out", "new.yaml").returncode == 0
-    assert (tmp_path / "new.yaml").read_text() == shown.stdout
-    again = rarefy_("old.yaml", "--out", "new.yaml")
-    assert again.returncode == 2 and "new.yaml exists: pass --force" in again.stderr
-    assert json.loads(rarefy_("old.yaml", "--json").stdout)["tool"] == "sparseml"
-    (tmp_path / "bad.yaml").write_text("modifiers:\n  - !NoModifier {}")
-    wrong = rarefy_("bad.yaml")
-    assert wrong.returncode == 2 and "unknown modifier 'NoModifier'" in wrong.stderr and not wrong.stdout
+
+def test_output_files_and_folders(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(LEGACY["gradual"][0])
+    for out, file in (("deep/new.yaml", "deep/new.yaml"), ("there/", "there/old.yaml"), ("deep", "deep/old.yaml")):
+        ran = run("migrate", "old.yaml", "--out", out)
+        assert ran.code == 0 and f"written to {file}" in ran.err and Path(file).is_file()
+    ran = run("migrate", "deep/new.yaml", "--out", "deep/new.yaml", "--force")
+    assert ran.code == 2 and "deep/new.yaml is the recipe that is read: give another name" in ran.err
+    ran = run("migrate", "old.yaml", "--out", "old.yaml/new.yaml")
+    assert ran.code == 2 and "cannot write old.yaml/new.yaml: " in ran.err and ".yaml." not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "has", "lacks"),
+    [
+        (
+            "modifiers:\n- !EpochRangeModifier {start_epoch: 0, end_epoch: 10}\n- !QuantizationModifier {start_epoch: 5, "
+            "submodules: [layer1], exclude_module_types: [Linear], freeze_bn_stats_epoch: 7, "
+            "disable_quantization_observer_epoch: 6}\n",
+            ["- re:layer1(\\..*)?", "- Linear", "no counterpart of freeze_bn_stats_epoch: 7",
+             "no counterpart of disable_quantization_observer_epoch: 6", "of excluded classes"],
+            ["no counterpart of submodules", "no counterpart of exclude"],
+        ),
+        (
+            "modifiers:\n- !EpochRangeModifier {start_epoch: 0, end_epoch: 30}\n- !LearningRateFunctionModifier "
+            "{start_epoch: 0, end_epoch: 2, lr_func: linear, init_lr: 0.1, final_lr: 0.001}\n- !SetLearningRateModifier "
+            "{start_epoch: 5, learning_rate: 0.01}\n",
+            ["the rate falls over all 30 epochs here, not until 2", "a rate of 0.01 too: a stage has one, the largest"],
+            [],
+        ),
+        (
+            "modifiers:\n- !GMPruningModifier {params: __ALL_PRUNABLE__, init_sparsity: 0, final_sparsity: 0.8, "
+            "start_epoch: 0, end_epoch: 5, update_frequency: 1}\n",
+            ["the last layer stays dense here"],
+            ["layers:"],
+        ),
+        (
+            "a_stage:\n  run_type: oneshot\n  a_modifiers:\n    QuantizationModifier:\n      scheme_overrides:\n        Linear:\n"
+            "          weights: {num_bits: 8, symmetric: true, strategy: channel}\n",
+            ["weights: int8", "activations: int8"],
+            [],
+        ),
+        (
+            "a_stage:\n  run_type: oneshot\n  a_modifiers:\n    QuantizationModifier:\n      scheme_overrides:\n        Linear:\n"
+            "          input_activations: null\n          weights: {num_bits: 8, symmetric: true, strategy: channel}\n",
+            ["weights: int8"],
+            ["activations"],
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_change_results_are_translated_or_named(tmp_path, text, has, lacks):
+    (tmp_path / "old.yaml").write_text(text)
+    migrated = rarefy.migrate(tmp_path / "old.yaml").text
+    assert [h for h in has if h not in migrated] == [], migrated
+    assert [w for w in lacks if w in migrated] == [], migrated
+
+
+def test_wrong_settings_are_named_in_the_file_that_was_read(tmp_path):
+    for setting, message in (
+        (
+            "final_sparsty: 0.9",
+            "expected final_sparsity as a number, got None, and 'final_sparsty', which is no setting",
+        ),
+        ("final_sparsity: -0.9", "expected final_sparsity between 0 and 1, got -0.9"),
+    ):
+        options = f"start_epoch: 0, end_epoch: 5, init_sparsity: 0, update_frequency: 1, {setting}"
+        (tmp_path / "old.yaml").write_text(f"modifiers:\n- !MagnitudePruningModifier {{{options}}}\n")
+        with pytest.raises(RecipeError, match=f"MagnitudePruningModifier: {message} .*old.yaml line 2"):
+            rarefy.migrate(tmp_path / "old.yaml")
 
 
 def test_tables_name_reasons():

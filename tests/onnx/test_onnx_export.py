@@ -34,6 +34,17 @@ def picture_net() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+class Fragile(nn.Module):
+    """Rounds values that lie between two codes: a rounding error changes the outputs by a fifth."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.layer, self.factor = nn.Linear(4, 64), factor
+
+    def forward(self, x):
+        return self.layer(x).mul(3e5).round().remainder(8) * self.factor
+
+
 def operators(path) -> Counter[str]:
     return Counter(n.op_type for n in onnx.load(path).graph.node)
 
@@ -501,3 +512,43 @@ def test_calibration_that_cannot_be(tmp_path):
         with pytest.raises(error, match=says):
             rarefy.export_onnx(net, x, path, calibrate=batches)
     assert not os.listdir(tmp_path)
+
+
+def test_rounding_errors_that_the_model_itself_magnifies_are_excused():
+    """Outputs that differ as much as rounding errors move the model's own are no error of the file."""
+    from rarefy.onnx import runtimes
+
+    file, feeds, wanted = Path("x.onnx"), {"x": torch.ones(1)}, [torch.ones(4)]
+    call = [("the example", feeds, wanted)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "onnx_runtime", lambda path: lambda feeds: [1.3 * wanted[0]])
+        patch.setattr(runtimes, "find_spec", lambda name: None)
+        rows, notes = runtimes.compare_with_runtimes(file, call, "static", lambda label: 0.2)
+        assert rows[0]["difference"] == pytest.approx(0.3, abs=1e-6) and "judge it on data" in notes[0]
+        for quantized, noise in (("static", 0.1), ("", 0.2)):
+            with pytest.raises(ModelError, match="verify=False writes it unseen"):
+                runtimes.compare_with_runtimes(file, call, quantized, lambda label, n=noise: n)
+
+
+def test_a_quantized_model_between_two_codes_is_exported_with_a_note(tmp_path):
+    """All activations lie exactly between two codes, so that each kind of sum rounds them to another side."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False)).eval(), torch.randn(4, 64)
+    rarefy.quantize_(net, "int8", data=[x], **STATIC)
+    outputs = net(x)
+    noise = export._noise(net, export.example_call(net, x), [("the example", {"input": x}, [outputs])], "the example")
+    assert 0 <= noise < 0.05
+    fragile = Fragile()
+    call = export.example_call(fragile, x[:, :4].contiguous())
+    wanted = [fragile(call.inputs["x"])]
+    assert export._noise(fragile, call, [("the example", call.inputs, wanted)], "the example") > 0.1
+
+
+def test_files_hold_names_of_modules_but_no_other_notes_of_the_exporter(tmp_path):
+    net = nn.Sequential(picture_net(), nn.Linear(10, 4)).eval()
+    path = rarefy.export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx").path
+    model = onnx.load(path)
+    assert {p.key for n in model.graph.node for p in n.metadata_props} == {"pkg.torch.onnx.name_scopes"}
+    weights = sum(len(i.SerializeToString()) for i in model.graph.initializer)
+    assert path.stat().st_size < weights + 8000
+    assert "0.0.weight" in rarefy.from_onnx(path).state_dict()

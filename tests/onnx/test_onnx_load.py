@@ -569,7 +569,7 @@ FAITHFUL = {
 REFUSED = {
     "another operator's GELU": ([node("Gelu", "x", "y", approximate="cubic")], {}, 20, None, "Gelu approximates by none or tanh, got 'cubic'|ONNX Runtime does not run"),
     "codes of 32 bits": ([node("QuantizeLinear", "x s z", "q", name="q"), node("DequantizeLinear", "q s z", "y")], {"s": np.array(0.1, np.float32), "z": np.array(3, np.int32)}, 13, None, "ONNX Runtime does not run this file"),
-    "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "operators of 'evil.dom', which is not known"),
+    "a stranger": ([node("Gelu", "x", "y", domain="evil.dom")], {}, 13, None, "net.onnx: operators that are not part of ONNX: evil.dom.Gelu"),
     "a constant of nothing": ([node("Constant", "", "c"), node("Add", "x c", "y")], {}, 13, None, "holds 0 values|not a sound ONNX file"),
     "words": ([node("Constant", "", "c", value_string="a"), node("Add", "x c", "y")], {}, 13, None, "holds a value_string: arrays and numbers are read|ONNX Runtime"),
     "a bomb": ([node("Expand", "x n", "h"), node("ReduceSum", "h", "y")], {"n": np.array([1 << 16, 1 << 15])}, 13, floats(1, 1), "elements; at most 134,217,728 are read"),
@@ -618,6 +618,50 @@ def test_what_would_be_other_numbers(name, tmp_path):
     path = file_of(REFUSED[name], tmp_path / "net.onnx")
     with pytest.raises((ModelError, ContainerError), match=REFUSED[name][4]):
         rarefy.from_onnx(path)
+
+
+def test_an_opset_of_the_future(tmp_path):
+    path = file_of(([node("Relu", "x", "y")], {}, 13, None), tmp_path / "net.onnx")
+    model = onnx.load(path)
+    model.opset_import[0].version = 99
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ContainerError, match=r"net.onnx: opset 99; those up to \d+ are read"):
+        rarefy.from_onnx(path)
+
+
+def test_refusals_name_the_file(tmp_path):
+    path = file_of(([node("Multinomial", "x", "y")], {}, 13, None), tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=r"net.onnx: operators without a torch module: Multinomial \(1\)"):
+        rarefy.from_onnx(path)
+
+
+def test_images_that_are_too_small_are_not_the_last_that_are_tried(tmp_path):
+    """Torch refuses a pool of nothing, for which ONNX Runtime returns nothing."""
+    inputs = [helper.make_tensor_value_info("x", F, ("n", 3, "h", "w"))]
+    nodes = [node("AveragePool", "x", "y", kernel_shape=[40, 40], strides=[40, 40])]
+    path = file_of((nodes, {}, 13, inputs), tmp_path / "net.onnx")
+    assert rarefy.from_onnx(path)(torch.ones(1, 3, 50, 90)).shape == (1, 3, 1, 2)
+    path = file_of(
+        ([node("AveragePool", "x", "y", kernel_shape=[300, 300], strides=[300, 300])], {}, 13, inputs),
+        tmp_path / "far.onnx",
+    )
+    hint = "far.onnx: the converted module raises an error where ONNX Runtime runs: .*: example= or shapes="
+    with pytest.raises(ModelError, match=hint):
+        rarefy.from_onnx(path)
+    assert rarefy.from_onnx(path, example=torch.ones(1, 3, 300, 400))(torch.ones(1, 3, 301, 600)).shape[2:] == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["input", "type", "id", "format"])
+def test_inputs_may_have_names_of_functions_of_python(name, tmp_path):
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+    export(net, x, tmp_path / "net.onnx", 17, (name,))
+    module = rarefy.from_onnx(tmp_path / "net.onnx")
+    want = module(x)
+    assert torch.equal(module(**{name: x}), want)
+    torch.testing.assert_close(rarefy.compile(module, {name: x})(**{name: x}), want)
+    rarefy.cut_(module, {name: x}, keep=0.5)
+    assert rarefy.export_onnx(module, {name: x}, tmp_path / "cut.onnx").path.is_file()
+    torch.testing.assert_close(run_all(tmp_path / "cut.onnx", {name: x})[0], module(x))
 
 
 def test_functions_that_double(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, RecipeError
 from rarefy.model.masks import masks
+from rarefy.search import search
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
 from rarefy.search.recovery import can_train, candidate, fitting, train_stage, with_training
@@ -55,6 +56,15 @@ NET = Deep().eval()
 
 def point(name, loss, speed, stages=({"cut": {"units": "neuron"}},), precision="int8"):
     return Point(name, 1 - loss, loss, {"1": {"median": 1 / speed}}, {"1": speed}, 1, 1, {"stages": stages}, precision)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_points():
+    """One line of predictions in each search: other balances have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "UNIFORM", (1.0,))
+        patch.setattr(search, "BALANCES", ())
+        yield
 
 
 # ---- whole blocks and low rank -----------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("search")
     options = {"max_loss": 0.02, "minutes": 9, "batch": (256,), "resume_dir": place}
     train = torch.randn(512, 16, generator=torch.Generator().manual_seed(5)).split(32)
-    frontier = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.2, train_data=train, **options)
+    frontier = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.03, train_data=train, **options)
     return wide, train, frontier, options, likeness
 
 
@@ -210,7 +220,7 @@ def test_the_recipe_of_a_trained_point_gives_the_same_weights(trained):
 
 def test_a_search_with_training_resumes_to_the_same_points(trained):
     wide, train, frontier, options, likeness = trained
-    again = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.2, train_data=train, **options)
+    again = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.03, train_data=train, **options)
     assert [p.name for p in again.points] == [p.name for p in frontier.points]
     assert again.best_point.quality == frontier.best_point.quality
 

@@ -258,3 +258,26 @@ def test_old_parameter_names_name_the_new_ones():
     distiller = Distiller(student, teacher, Distill(task=0))
     with pytest.raises(TypeError, match="no parameter 'own': it is called 'task_loss' now"):
         distiller(student(x), x, own=None)
+
+
+@pytest.mark.parametrize("by", ["kl", "dist", "mse"])
+def test_answers_are_learned_from_starts_and_ends(by):
+    """Of a model that finds answers: the mean loss of both, over real tokens alone."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
+    student, teacher = (
+        BertForQuestionAnswering(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)).eval()
+        for _ in range(2)
+    )
+    mask = torch.ones(4, 12, dtype=torch.long)
+    mask[:2, 9:] = 0
+    batch = {"input_ids": torch.randint(1, 64, (4, 12)), "attention_mask": mask}
+    distiller = rarefy.Distiller(student, teacher, rarefy.Distill(task=0.0, logits=1.0, by=by), example=batch)
+    loss = float(distiller(student(**batch), batch).detach())
+    other = {**batch, "input_ids": batch["input_ids"].masked_fill(mask == 0, 5)}  # what stands at padding
+    assert float(distiller(student(**other), other).detach()) == pytest.approx(loss, rel=1e-4) and loss > 0
+    data = [{**batch, "start_positions": torch.tensor([1, 2, 3, 4]), "end_positions": torch.tensor([2, 3, 4, 5])}]
+    distiller.close()
+    rarefy.compress_(student, {"stages": [{"train": {"epochs": 1, "distill": {"logits": 1.0, "by": by}}}]}, data)

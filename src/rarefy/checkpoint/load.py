@@ -97,6 +97,9 @@ def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, 
     """The Hugging Face model of a config, with `empty` without memory for its weights."""
     if structure.get("library") != "transformers":
         name = structure.get("class")
+        if name == "OnnxModel":
+            call = f"rarefy.load({str(path)!r}, model=rarefy.from_onnx('FILE.onnx'))"
+            raise ModelError(f"{path} holds the weights of an ONNX file, which has its code: {call}")
         raise ModelError(
             f"{path} holds a {name}, which is built in Python: rarefy.load({str(path)!r}, model={name}(...))"
         )

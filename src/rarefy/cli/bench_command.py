@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rarefy.common.errors import ModelError, RecipeError
 from rarefy.common.report import Report
 
 TOKENS, REPEATS, NEW = 256, 5, 24  # defaults for models in folders
+STREAMS_A_CORE = 4  # at most
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,10 @@ def _load_second(options: _Bench) -> Any:
 
     source = shared.source(str(options.against))
     if onnx_files.is_file(source):
-        raise RecipeError(
-            f"--against {source} is an ONNX file: give it first, rarefy bench {source} --against {options.model}"
-        )
+        hint = f"give it first, rarefy bench {source} --against {options.model}"
+        if onnx_files.is_file(options.source):
+            hint = f"rarefy compile {source} --out fast/ makes a folder for --against"
+        raise RecipeError(f"--against {source} is an ONNX file: {hint}")
     return shared.load_any(source)[0]
 
 
@@ -193,6 +196,9 @@ def _bench_file(options: _Bench) -> None:
     if name is not None:
         reason = "--streams times each engine for some seconds" if name == "--repeats" else "the model is an ONNX file"
         raise RecipeError(f"{name} has no effect: {reason}")
+    most = STREAMS_A_CORE * (os.cpu_count() or 1)
+    if (options.streams or 1) > most:
+        raise RecipeError(f"--streams: expected at most {most}, {STREAMS_A_CORE} for each core, got {options.streams}")
     against = None if options.against is None else (options.against, _load_second(options))
     if against is not None and shared.kind_of(against[1]) != "compiled model":
         raise ModelError(f"{against[0]} holds a {shared.kind_of(against[1])}: give a folder of rarefy compile")

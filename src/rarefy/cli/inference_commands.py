@@ -238,7 +238,7 @@ def compile_(
             "from them, and are faster."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data, by default 64.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 64.")] = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -280,7 +280,8 @@ def compile_(
             compiled: Any = decoder(net, precision=precision)
         else:
             example = example_input(net, tokens, batch, tokenizer)
-            calibrate = None if data is None else _calibration(net, data, samples or 64, tokens, tokenizer)
+            calibrate = None if data is None else _calibration(net, data, samples, tokens, tokenizer)
+            example = example if calibrate is None else _of_data(example, calibrate[0])
             compiled = compile(net, example, precision=precision, calibrate=calibrate)
         files = shared.files_beside_engine(source)
         receipt = getattr(net, "rarefy_receipt", None)
@@ -294,13 +295,23 @@ def compile_(
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
 
 
-def _calibration(net: Any, data: str, samples: int, tokens: int | None, tokenizer: Any) -> list[Any]:
+def _of_data(example: Any, batch: Any) -> Any:
+    """Return samples of a batch of data in place of random ones, where their shapes are those of the example."""
+    from rarefy.model.batches import count_samples
+    from rarefy.model.forward import describe_batch
+    from rarefy.pipeline.speed import resize_batch
+
+    real = resize_batch(batch, count_samples(example))
+    return real if describe_batch(real) == describe_batch(example) else example
+
+
+def _calibration(net: Any, data: str, samples: int | None, tokens: int | None, tokenizer: Any) -> list[Any]:
     """Return the inputs on which scales are found."""
     from rarefy.cli.onnx_files import TOKENS, read_batches
     from rarefy.data.sources import Take
     from rarefy.model.forward import without_targets
 
-    take = Take(samples=samples, tokens=tokens or TOKENS)
+    take = Take(samples=samples or 64, need_all=samples is not None, tokens=tokens or TOKENS)
     return [without_targets(b) for b in read_batches(net, data, take, tokenizer, "--data")]
 
 

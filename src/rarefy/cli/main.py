@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -265,6 +266,8 @@ def export(
         raise ModelError(
             f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
         )
+    if to == "onnx":
+        raise RecipeError("ONNX files are written in Python: rarefy.export_onnx(model, example, 'model.onnx')")
     if to != "safetensors":
         hf.no_bars()
     export(path, out, to=to, overwrite=force)
@@ -329,6 +332,7 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Run the command line. User errors print one line and exit with 2, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
+    show_elsewhere, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         app(standalone_mode=True)
     except RarefyError as error:
@@ -345,7 +349,13 @@ def main() -> None:
         print("rarefy: interrupted; nothing was written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
     finally:
+        warnings.showwarning = show_elsewhere
         _leave(sys.exc_info()[1])
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as a line, without the place in the code."""
+    print(f"rarefy: warning: {message}", file=sys.stderr)
 
 
 def _explain_fields(words: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ def migrate(
         typer.Argument(help="A recipe (.yaml, .md) or config (.json) of another tool, or a folder of such files."),
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", "-o", help="Output file, or folder for a folder; by default the recipe is printed."),
     ] = None,
     variables: Annotated[
@@ -59,12 +60,14 @@ def migrate(
     from rarefy.migration.translate import Request
 
     request = Request(skip, _values(variables or ()), block)
+    place = None if out is None else Path(out)
     if source.is_dir():
         if block is not None:
             raise RecipeError(f"--block names a recipe of one file: leave it out, {source} is a folder")
-        _folder(source, request, out, force, as_json)
+        _folder(source, request, place, force, as_json)
     else:
-        _file(source, request, out, force, as_json)
+        inside = place is not None and (place.is_dir() or str(out).endswith("/"))
+        _file(source, request, place / f"{source.stem}.yaml" if place and inside else place, force, as_json)
 
 
 def _values(pairs: Sequence[str]) -> Mapping[str, Any]:
@@ -83,15 +86,18 @@ def _values(pairs: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _file(source: Path, request: Any, out: Path | None, force: bool, as_json: bool) -> None:
-    from rarefy.common.atomic_io import write_bytes_atomic
+    from rarefy.common.atomic_io import container_errors, write_new_file
     from rarefy.migration.migrate import checked
     from rarefy.migration.translate import translate
 
+    if out is not None and out.exists() and source.exists() and out.samefile(source):
+        raise RecipeError(f"{out} is the recipe that is read: give another name")
     migrated = checked(source, translate(source, request))
     if out is not None:
-        if out.is_dir() or (out.exists() and not force):
-            raise RecipeError(f"{out} exists: pass --force, or give another name")
-        write_bytes_atomic(out, migrated.text.encode())
+        with container_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_new_file(out, migrated.text, force)
+        print(f"written to {out}", file=sys.stderr)
     if as_json:
         print(json.dumps({"tool": migrated.tool, "recipe": migrated.recipe.to_dict(), "yaml": migrated.text}, indent=1))
     elif out is None:

@@ -153,12 +153,22 @@ def _named(signature: Signature, batch: Mapping[str, Tensor], what: str) -> dict
     return tensors
 
 
+def _misfit(x: Tensor, described: ModelInput) -> str:
+    """Return what is wrong with the shape of a batch, and what to give."""
+    dims = described.dims or ()
+    if x.dim() != len(dims):
+        return f"expected {len(dims)} dimensions; an .npz holds arrays of any shape"
+    where = next(d for d, n in enumerate(dims) if isinstance(n, int) and n != x.shape[d])
+    return f"{x.shape[where]} is not {dims[where]} in dimension {where}"
+
+
 def _converted(described: ModelInput, x: Tensor, what: str) -> Tensor:
     """Return a tensor in the type and layout of an input."""
     if described.channels_last and x.dim() == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
         x = x.permute(0, 2, 3, 1).contiguous()
-    same_kind = x.is_floating_point() == described.dtype.is_floating_point
-    if not same_kind or not _fits(x.shape, described):
-        hint = "give an .npz with arrays that fit" if described.is_image else "other sizes: --tokens, or an .npz"
-        raise DataError(f"{what}: {describe_batch(x)} does not fit the input {described}: {hint}")
+    if x.is_floating_point() != described.dtype.is_floating_point:
+        dtype = str(described.dtype).removeprefix("torch.")
+        raise DataError(f"{what}: {describe_batch(x)} for the input {described}: expected {dtype}")
+    if not _fits(x.shape, described):
+        raise DataError(f"{what}: {describe_batch(x)} does not fit the input {described}: {_misfit(x, described)}")
     return x.to(described.dtype)

@@ -65,7 +65,7 @@ def optimize(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size that is timed; give several.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Length of texts, by default 128.")] = None,
     input_shape: InputShape = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of --data.")] = 128,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128.")] = None,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
     train: TrainMinutes = 0.0,
@@ -74,6 +74,9 @@ def optimize(
     layers: Annotated[list[str] | None, typer.Option(help="Selector of layers that may change; give several.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Selector of layers that stay; give several.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    other_engines: Annotated[
+        bool, typer.Option("--other-engines", help="Measure ONNX Runtime and OpenVINO too, where they are installed.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a killed search.")] = False,
     force: Force = False,
     threads: Threads = None,
@@ -111,7 +114,8 @@ def optimize(
             frontier = optimize(
                 net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
                 batch=batch or (inputs["batch"],), minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
-                ignore=ignore, seed=seed, resume_dir=state / "stage-search", progress=not quiet, **training, **limits,
+                ignore=ignore, seed=seed, resume_dir=state / "stage-search", progress=not quiet,
+                other_engines=other_engines, **training, **limits,
             )  # fmt: skip
             frontier = replace(frontier, model=model)
             if frontier.best is not None:
@@ -169,7 +173,7 @@ def _training(
 
 def _inputs(
     net: Any, tokenizer: Any, data: str | None, evaluate: str | None, eval_data: str | None, tokens: int | None,
-    samples: int, eval_samples: int | None, seed: int, batch: list[int] | None,
+    samples: int | None, eval_samples: int | None, seed: int, batch: list[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the example, the batches for calibration and evaluation, and the recipe's section about the first."""
     from rarefy.cli.onnx_files import read_batches
@@ -194,14 +198,15 @@ def _inputs(
     example = example_input(net, tokens, max(batch) if batch else None, tokenizer, default_batch=1)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
     result["batch"] = count_samples(example)
-    settings = result["settings"] = Data(samples=samples, tokens=length, batch=size, seed=seed)
+    settings = result["settings"] = Data(samples=samples or 128, tokens=length, batch=size, seed=seed)
     if data is not None:
-        take = Take(samples=samples, tokens=length, batch=size, seed=seed)
+        take = Take(samples=samples or 128, need_all=samples is not None, tokens=length, batch=size, seed=seed)
         try:
             result["data"] = read_batches(net, data, take, tokenizer, "--data")
         except DataError as error:  # its hint is one for recipes
             raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
-        result["options"] = settings.model_copy(update={"calibrate": _place(data)})
+        read = sum(map(count_samples, result["data"]))
+        result["options"] = settings.model_copy(update={"calibrate": _place(data), "samples": read})
     if eval_data is not None:
         take = Take(samples=eval_samples, tokens=length, batch=50 if ranked else 8, seed=seed)
         if ranked:

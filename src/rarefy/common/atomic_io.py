@@ -103,7 +103,7 @@ def _check_writable(target: Path) -> None:
         probe.rmdir()
     except OSError as error:
         if error.errno not in _FULL:  # a full disk is reported by the writer, which knows the bytes needed
-            raise ContainerError(f"cannot write {target}: {error}; give another name") from None
+            raise ContainerError(f"cannot write {target}: {_reason(error)}; give another name") from None
 
 
 @contextmanager
@@ -221,10 +221,15 @@ def container_errors(target: Path, needed: int = 0) -> Iterator[None]:
         match = re.search(r"(?:os error|code:) (\d+)", str(error))
         code = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
         if code not in _FULL:
-            raise ContainerError(f"cannot write {target}: {error}; nothing was written") from error
+            raise ContainerError(f"cannot write {target}: {_reason(error)}; nothing was written") from error
         free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
         need = f"needed {needed:,} bytes, free {free:,}" if needed else f"{free:,} bytes are free"
         raise ContainerError(f"no space for {target} ({os.strerror(code)}: {need}); nothing was written") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what the system says, without the name of a temporary file."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def sync(path: Path) -> None:

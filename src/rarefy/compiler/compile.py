@@ -290,7 +290,10 @@ def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any
     """Warn where outputs on the example are far from the model's, as when calibration data have smaller values."""
     d = distance(model, compiled, *pytree.tree_flatten((example[0], dict(example[1]))))
     if d > FAR_CALIBRATED:
-        text = f"calibrate: outputs on the example differ by {d:.0%}: give batches whose values are as large as its own"
+        text = (
+            f"calibrate: outputs on the example differ by {d:.0%}: measure the quality on data, or give more batches, "
+            "with values as large as the example's"
+        )
         warnings.warn(text, stacklevel=4)
 
 

@@ -30,6 +30,7 @@ class Take:
     """How many samples to read from a source, and how to preprocess them."""
 
     samples: int | None = None  # windows of text, or images; None = all
+    need_all: bool = True  # whether fewer samples than these are an error
     tokens: int = 512
     batch: int = 8
     seed: int = 0
@@ -157,7 +158,7 @@ def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[B
     count = len(ids) // take.tokens
     if not any(text.strip() for text in documents):
         raise DataError(f"{what} is empty: give a file with text")
-    if count < (take.samples or 1):
+    if count < ((take.need_all and take.samples) or 1):
         raise DataError(f"{what} {_too_short(len(ids), count, take)}")
     windows = torch.tensor(ids[: count * take.tokens]).reshape(count, take.tokens)
     if len(documents) == 1:
@@ -196,7 +197,7 @@ def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
     if len(set(lengths.values())) > 1 or count == 0:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in loaded.items())
         raise DataError(f"{what}: tensors need the same first dimension, more than 0; got {shapes}")
-    if take.samples is not None and count < take.samples:
+    if take.samples is not None and take.need_all and count < take.samples:
         fewer = f": give more, or set samples to {count}" if count else ""
         raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed{fewer}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))[: take.samples]

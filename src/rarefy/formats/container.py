@@ -324,6 +324,8 @@ def _what_is(folder: Path) -> str:
         return f"its {INDEX} is a link or no plain file; copy the folder with cp -L"
     if folder.is_file():
         pickle = folder.suffix in PICKLE_SUFFIXES
+        if folder.suffix == ".onnx":
+            return "it is an ONNX file: rarefy.from_onnx reads it"
         return "it is a file" + (", probably a pickle, which Rarefy never opens" if pickle else "")
     if not folder.is_dir():
         near = nearest(folder.name, [f.name for f in folder.parent.glob("*")]) if folder.parent.is_dir() else []

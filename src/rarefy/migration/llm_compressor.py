@@ -14,6 +14,7 @@ from rarefy.migration.recipe_draft import (
     Stage,
     curve,
     end_of_span,
+    fraction,
     ignored,
     is_unsupported,
     mapping,
@@ -134,13 +135,13 @@ def _one_shot(by: str | None) -> Callable[[Draft, Modifier, float], None]:
                 raise RecipeError(
                     f"{modifier.name}: expected sparsity as a number or one per layer, got [] [{modifier.where}]"
                 )
-            numbers = [number(s, modifier, "sparsity") for s in sparsity]
+            numbers = [fraction(s, modifier, "sparsity") for s in sparsity]
             sparsity = round(sum(numbers) / len(numbers), 6)
             more["allocate"] = "errors"
             remarks.append(
                 f"{modifier.name} had a sparsity for each layer: here their mean is spread by measured errors"
             )
-        target = None if ":" in pattern else number(sparsity, modifier, "sparsity")
+        target = None if ":" in pattern else fraction(sparsity, modifier, "sparsity")
         settings = {**shape(pattern, target), **more}
         settings |= {"score": "wanda"} if by is None else {"solver": solver(by, options)}
         profile = options["sparsity_profile"]
@@ -255,10 +256,15 @@ def _groups(options: ModifierOptions) -> list[tuple[dict[str, Any], list[str]]]:
 
 
 def _overrides(options: ModifierOptions) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """Return the scheme that early recipes have for linear layers in `scheme_overrides`, and remarks on the others."""
+    """Return the scheme that early recipes have for linear layers in `scheme_overrides`, and remarks on the others.
+
+    Inputs are rounded to 8 bits by default there; `input_activations: null` keeps them.
+    """
     overrides = mapping(options["scheme_overrides"], options.modifier, "scheme_overrides")
     weighted = {k: v for k, v in overrides.items() if isinstance(v, Mapping) and v.get("weights")}
     linear = weighted.pop("Linear", None)
+    if linear and "input_activations" not in linear:
+        linear = {**linear, "input_activations": {"num_bits": 8, "dynamic": True}}
     remarks = [f"{options.modifier.name}: no counterpart of scheme_overrides of {', '.join(weighted)[:80]}"]
     return linear and {**linear, "targets": ["Linear"]}, remarks if weighted else []
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rarefy.common.errors import RecipeError, unknown
+from rarefy.common.errors import RecipeError, nearest, unknown
 from rarefy.common.yaml_text import plain, write_yaml
 
 WIDTH = 110
@@ -108,7 +108,16 @@ class Draft:
 def number(value: Any, modifier: Modifier, name: str) -> Any:
     """Return the value if it is a finite number; RecipeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecipeError(f"{modifier.name}: expected {name} as a number, got {value!r:.60} [{modifier.where}]")
+        near = nearest(name, map(str, modifier.settings)) if value is None else []
+        hint = f", and {near[0]!r}, which is no setting" if near and near[0] != name else ""
+        raise RecipeError(f"{modifier.name}: expected {name} as a number, got {value!r:.60}{hint} [{modifier.where}]")
+    return value
+
+
+def fraction(value: Any, modifier: Modifier, name: str) -> Any:
+    """Return the value if it is a number between 0 and 1; RecipeError otherwise."""
+    if not 0 <= number(value, modifier, name) <= 1:
+        raise RecipeError(f"{modifier.name}: expected {name} between 0 and 1, got {value:g} [{modifier.where}]")
     return value
 
 

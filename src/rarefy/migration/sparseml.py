@@ -23,6 +23,7 @@ from rarefy.migration.recipe_draft import (
     Stage,
     curve,
     end_of_span,
+    fraction,
     ignored,
     is_unsupported,
     mapping,
@@ -148,7 +149,9 @@ def _plan(method: str, scope: str | None = None) -> Callable[[Draft, Modifier, f
         targets = [options[k] for k in ("final_sparsity", "compression_sparsity", "sparsity")]
         last = next((s for s in targets if s is not None), None)
         groups = _group_ends(last, modifier)
-        final = max(groups.values()) if groups else number(last, modifier, "final_sparsity")
+        final = max(groups.values()) if groups else fraction(last, modifier, "final_sparsity")
+        if layers is None and options["params"] is not None:
+            stage.remarks.append(f"{modifier.name}: the last layer stays dense here; name it in layers to prune it")
         plan: dict[str, Any] = {"method": method, **shape(pattern, final)}
         shared = options["global_sparsity"]
         is_global = scope == "global" if shared is None else bool(shared)
@@ -266,6 +269,12 @@ def _rate(draft: Draft, modifier: Modifier, epochs: float) -> None:
         "cyclic_linear": "linear", "StepLR": "cosine", "MultiStepLR": "cosine", "ExponentialLR": "cosine",
     }.get(falls, "cosine")  # fmt: skip
     optimizer = stage.settings.setdefault("optimizer", {"name": "adamw"})
+    if "lr" in optimizer and first is not None:
+        smaller = min(float(first), float(optimizer["lr"]))
+        stage.remarks.append(f"{modifier.name}: a rate of {smaller:g} too: a stage has one, the largest")
+    last = options.number("end_epoch")
+    if falls != "constant" and last is not None and 0 <= last < epochs:
+        stage.remarks.append(f"{modifier.name}: the rate falls over all {epochs:g} epochs here, not until {last:g}")
     if first is not None:
         optimizer["lr"] = max(float(first), float(optimizer.get("lr", 0.0)))
         optimizer["name"] = "sgd" if optimizer["lr"] > MAX_ADAM_RATE else "adamw"
@@ -348,6 +357,13 @@ def _quantization(draft: Draft, modifier: Modifier, epochs: float) -> None:
     stage.settings["quantize"] = {"weights": f"int{bits}", "start": min(start, 0.99)}
     ignore, remarks = ignored(options)
     stage.remarks += remarks
+    if options["submodules"]:
+        parts = name_list(options["submodules"], modifier, "submodules")
+        stage.settings["quantize"]["layers"] = [f"re:{re.escape(n)}(\\..*)?" for n in parts]
+    classes = options["exclude_module_types"]
+    if classes:
+        ignore = [*(ignore or []), *name_list(classes, modifier, "exclude_module_types")]
+        stage.remarks.append(f"{modifier.name}: of excluded classes those without layers to quantize have to go")
     if ignore:
         stage.settings["quantize"]["ignore"] = ignore
     if activations:
@@ -356,15 +372,14 @@ def _quantization(draft: Draft, modifier: Modifier, epochs: float) -> None:
         )
         stage.settings["quantize"]["activations"] = "int8"
     stage.remarks += options.unmapped(
-        *LOG, "end_epoch", "submodules", "model_fuse_fn_name", "freeze_bn_stats_epoch", "quantizer_freeze_epoch",
-        "disable_quantization_observer_epoch", "reduce_range", "tensorrt", "scheme_overrides",
-    )  # fmt: skip
+        *LOG, "end_epoch", "model_fuse_fn_name", "reduce_range", "tensorrt", "scheme_overrides"
+    )
 
 
 def _structured(draft: Draft, modifier: Modifier, epochs: float) -> None:
     options = modifier.take()
     last = options["final_sparsity"] if options["final_sparsity"] is not None else options["sparsity"]
-    sparsity = number(last, modifier, "final_sparsity")
+    sparsity = fraction(last, modifier, "final_sparsity")
     remarks = [
         f"{modifier.name} made units zero on the way and removed them later: here they are cut at once, then trained"
     ]

@@ -58,9 +58,8 @@ def calling(model: Model, inputs: str) -> Iterator[None]:
     ) as error:
         inner = unwrap(model) if isinstance(model, nn.Module) else model
         takes = ", ".join(list(inspect.signature(getattr(inner, "forward", inner)).parameters)[:4])
-        raise DataError(
-            f"{type(inner).__name__} cannot be called with {inputs}: {first_line(error)} (it takes {takes})"
-        ) from error
+        hint = "; give tensors: torch.from_numpy(array)" if "ndarray" in inputs else f" (it takes {takes})"
+        raise DataError(f"{type(inner).__name__} cannot be called with {inputs}: {first_line(error)}{hint}") from error
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

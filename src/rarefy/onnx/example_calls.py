@@ -69,14 +69,14 @@ def calls_with_other_sizes(
     rigid: set[str] = set()
     with evaluating(model), torch.no_grad():
         with calling(model, f"an example of {describe_batch(call.kwargs or call.args)}"):
-            calls = [("the example", call.inputs, _outputs(model, call, {}))]
+            calls = [("the example", call.inputs, outputs_of(model, call, {}))]
         for axis in dict.fromkeys(axis for named in axes.values() for axis in named.values()):
             for change in (_double, _extend, _shorten):
                 inputs = {n: _changed(t, axes.get(n, {}), axis, change) for n, t in call.inputs.items()}
                 if not all(t.numel() for t in inputs.values()):
                     continue
                 try:
-                    outputs = _outputs(model, call, inputs)
+                    outputs = outputs_of(model, call, inputs)
                 except Exception:  # the model does not take that size
                     continue
                 size = next(inputs[n].shape[d] for n, named in axes.items() for d, a in named.items() if a == axis)
@@ -106,7 +106,7 @@ def _shorten(t: Tensor, d: int) -> Tensor:
     return t.narrow(d, 0, t.shape[d] - 1)
 
 
-def _outputs(model: nn.Module, call: ExampleCall, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def outputs_of(model: nn.Module, call: ExampleCall, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """All tensors that the model returns for the example, or for other inputs by name."""
     by_id = {id(call.inputs[n]): t for n, t in inputs.items()}
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: by_id.get(id(t), t), (call.args, call.kwargs))

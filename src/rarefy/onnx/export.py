@@ -7,9 +7,10 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from rarefy.model.forward import check_batches, evaluating
 from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.masks import attached_layers, fold_
 from rarefy.model.nesting import output_names
+from rarefy.model.rounding_noise import rounding_noise
 from rarefy.onnx.axes import Axes, check_axes, default_axes, name_axes_, only_these, shapes_for_export, texts_of
-from rarefy.onnx.example_calls import ExampleCall, calls_with_other_sizes, example_call
+from rarefy.onnx.example_calls import ExampleCall, calls_with_other_sizes, example_call, outputs_of
 from rarefy.onnx.integer_layers import quantize_static, unshare_zero_points_, use_integer_operators_
+from rarefy.onnx.names import SCOPES
 from rarefy.onnx.quantize_outputs import quantize_outputs_
-from rarefy.onnx.runtimes import Feeds, compare_with_runtimes
+from rarefy.onnx.runtimes import CHANGE, Feeds, compare_with_runtimes
 
 OPSETS = range(13, 24)  # scales of single outputs begin with 13
 TORCH_OPSET = 18  # in which torch writes its operators; others are converted
 MIN_CONVERTED = 14  # to which onnx has a converter; it refuses Relu below
 MAX_FILE = 1536 << 20  # bytes of weights in one file; protobuf ends at 2 GB
-STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names folders of the machine that exported
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,21 @@ def export_onnx(
         if verify:
             feeds = [(label, _feeds(program, inputs), outputs) for label, inputs, outputs in calls]
             left = [label for label, feed, _ in feeds if not _takes(program, feed)]
-            rows, more = compare_with_runtimes(file, [f for f in feeds if f[0] not in left], quantized)
+            noise = partial(_noise, model, call, calls)
+            rows, more = compare_with_runtimes(file, [f for f in feeds if f[0] not in left], quantized, noise)
             notes += more
             if left:
                 notes.append(f"not compared, as the file fixes that size: {', '.join(left)}")
         num_bytes = sum(f.stat().st_size for f in file.parent.iterdir())
     summary = {"opset": opset, "bytes": num_bytes, "open sizes": _open_sizes(program)}
     return OnnxFile(f"wrote {target}", tuple(rows), summary, tuple(notes), path=target)
+
+
+def _noise(model: nn.Module, call: ExampleCall, calls: Sequence[tuple[str, Any, list[Tensor]]], label: str) -> float:
+    """Return how far rounding errors of the inputs of one of the calls move the model's own outputs."""
+    inputs, outputs = next((i, o) for name, i, o in calls if name == label)
+    with evaluating(model), torch.no_grad():
+        return rounding_noise(lambda x: outputs_of(model, call, x), inputs, outputs, change=CHANGE)
 
 
 def _check_options(model: Any, opset: Any, external_data: Any) -> None:
@@ -245,7 +255,8 @@ def _export(
         _check_fixed(model, fixed, required)
     notes += [f"the model's code fixes {text}" for text in fixed]
     for node in program.model.graph.all_nodes():
-        node.metadata_props.pop(STACK_TRACE, None)
+        for key in [k for k in node.metadata_props if k != SCOPES]:  # as large as small models' weights
+            del node.metadata_props[key]
     NameFixPass()(program.model)  # a value inside may have the name that an output was given
     unshare_zero_points_(program.model.graph)
     if opset < TORCH_OPSET:

@@ -10,6 +10,7 @@ from typing import Any
 import torch  # noqa: F401 (for the example of the docstring)
 from torch import nn
 
+from rarefy.common.errors import ModelError
 from rarefy.model.signature import Signature, set_signature_
 from rarefy.onnx import fusions, layout, qdq
 from rarefy.onnx import graph as onnx_graph
@@ -93,8 +94,11 @@ def to_module(
         signature: its signature, if that is known.
     """
     signature = signature or signature_of(model)
-    graph = to_graph(model)
-    module = convert(graph, named_example([i.name for i in signature.inputs], example, path)).eval()
+    graph, named = to_graph(model), named_example([i.name for i in signature.inputs], example, path)
+    try:
+        module = convert(graph, named).eval()
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     set_signature_(module, parameters_of(module, signature))
     verify(module, path, example, shapes, _activation_kind(graph))
     return module

@@ -23,6 +23,7 @@ WEIGHT = re.compile(r"[._]weight$")
 NUMBERED = re.compile(r"[a-z_]+_\d+")
 NAME_PART = re.compile(r"[A-Za-z0-9_-]+")
 MAX_PARTS = 32  # of a dotted name
+FREE = {"input", "type", "id", "filter", "hash", "format", "iter", "next"}  # builtins that torch's code never calls
 
 
 def input_names(names: Sequence[str]) -> dict[str, str]:
@@ -30,7 +31,8 @@ def input_names(names: Sequence[str]) -> dict[str, str]:
     valid_names: dict[str, str] = {}
     for i, name in enumerate(names):
         valid = re.sub(r"\W", "_", name, flags=re.ASCII)
-        reserved = keyword.iskeyword(valid) or hasattr(builtins, valid) or valid in ("self", "torch")
+        taken = (hasattr(builtins, valid) and valid not in FREE) or valid in ("self", "torch")
+        reserved = keyword.iskeyword(valid) or taken
         valid = f"input_{valid}" if reserved or not valid[:1].isalpha() else valid
         while valid in valid_names.values():
             valid += f"_{i}"

@@ -41,6 +41,10 @@ def read(path: Any) -> Any:
         raise ContainerError(f"{path}: not an ONNX file, or an incomplete copy of one: {error}") from None
     if not model.graph.node:
         raise ContainerError(f"{path}: not an ONNX file, or one without operators")
+    newest = onnx.defs.onnx_opset_version()
+    for opset in model.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version > newest:
+            raise ContainerError(f"{path}: opset {opset.version}; those up to {newest} are read")
     folder = os.path.realpath(path.parent)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -67,11 +71,13 @@ def read(path: Any) -> Any:
 def _check_sizes(model: Any, path: Path) -> None:
     """Raise ModelError for functions that expand to too many nodes, and for values of too many elements."""
 
-    strange = sorted({n.domain for n in model.graph.node} - {*DOMAINS, *(f.domain for f in model.functions)})
+    known = {*DOMAINS, *(f.domain for f in model.functions)}
+    strange = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in known})
     if strange:
-        laid_out = strange == ["com.microsoft.nchwc"]
+        laid_out = all(name.startswith("com.microsoft.nchwc.") for name in strange)
         hint = "; ONNX Runtime laid this file out for one CPU: save it with ORT_ENABLE_EXTENDED" if laid_out else ""
-        raise ModelError(f"{path}: operators of {', '.join(map(repr, strange))}, which is not known{hint}")
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        raise ModelError(f"{path}: operators that are not part of ONNX: {', '.join(strange[:5])}{more}{hint}")
     bodies = {(f.domain, f.name): f.node for f in model.functions}
     sizes: dict[Any, int] = {}
 

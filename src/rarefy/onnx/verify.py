@@ -50,14 +50,22 @@ def verify(module: nn.Module, path: Any, example: Any, shapes: Mapping[str, Sequ
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own classes, one a kind of trouble
         raise ModelError(f"{path}: ONNX Runtime does not run this file: {first_line(error)}") from None
-    why = ""
+    why, failed = "", ""
     for feeds in _candidate_inputs(session.get_inputs(), example, shapes, path):
         try:
             expected = session.run(None, feeds)
         except Exception as error:
             why = first_line(error)
             continue
-        return _compare(module, feeds, expected, [o.name for o in session.get_outputs()], path, quantized)
+        try:
+            outputs = module(*(torch.from_numpy(a.copy()) for a in feeds.values()))
+        except Exception as error:  # whatever torch raises where shapes do not fit, as for images that are too small
+            failed = first_line(error)
+            continue
+        return _compare(outputs, expected, [o.name for o in session.get_outputs()], path, quantized)
+    if failed:
+        sizes = "" if example is not None else "; give sizes that the model is made for: example= or shapes="
+        raise ModelError(f"{path}: the converted module raises an error where ONNX Runtime runs: {failed}{sizes}")
     if example is not None:
         raise ModelError(f"{path}: ONNX Runtime does not run the example: {why}")
     warnings.warn(
@@ -97,20 +105,7 @@ def _random_input(tensor: Any, dims: Sequence[Any], size: int) -> np.ndarray:
     return rng.integers(0, 2, shape).astype(INTEGERS[tensor.type])
 
 
-def _compare(
-    module: nn.Module,
-    feeds: dict[str, np.ndarray],
-    expected: Sequence[Any],
-    names: Sequence[str],
-    path: Path,
-    quantized: str,
-) -> None:
-    try:
-        outputs = module(*(torch.from_numpy(a.copy()) for a in feeds.values()))
-    except Exception as error:  # whatever torch raises where shapes do not fit
-        raise ModelError(
-            f"{path}: the converted module raises an error where ONNX Runtime runs: {first_line(error)}"
-        ) from error
+def _compare(outputs: Any, expected: Sequence[Any], names: Sequence[str], path: Path, quantized: str) -> None:
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if len(outputs) != len(expected):
         raise ModelError(f"{path}: the converted module has {len(outputs)} outputs, ONNX Runtime {len(expected)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rarefy.checkpoint.save import save
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.outputs import named_output, output_tensor, pool, token_mask
-from rarefy.evaluation.profiling import Times, compare, rates
+from rarefy.evaluation.profiling import compare, rates
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf
 from rarefy.model.forward import call, evaluating, without_targets
@@ -83,15 +83,16 @@ def times_of(
     result = {}
     for name in names:
         batch = resize_batch(without_targets(example), int(name))
-        runs = {n: partial(call, m, batch) for n, m in models.items()}
-        once = max(t.median for t in compare(runs, repeats=2, warmup=1).values())
-        repeats = round(min(max(SECONDS / max(once, 1e-6), REPEATS[0]), REPEATS[1]))
-        result[name] = {n: _quartiles(t) for n, t in compare(runs, repeats=repeats, warmup=1).items()}
+        result[name] = times_in_turns({n: partial(call, m, batch) for n, m in models.items()})
     return result
 
 
-def _quartiles(times: Times) -> dict[str, float]:
-    return {"median": 1e3 * times.median, "low": 1e3 * times.low, "high": 1e3 * times.high}
+def times_in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+    """Return quartiles of milliseconds of calls that take turns, a second or two of each."""
+    once = max(t.median for t in compare(runs, repeats=2, warmup=1).values())
+    repeats = round(min(max(SECONDS / max(once, 1e-6), REPEATS[0]), REPEATS[1]))
+    times = compare(runs, repeats=repeats, warmup=1)
+    return {n: {"median": 1e3 * t.median, "low": 1e3 * t.low, "high": 1e3 * t.high} for n, t in times.items()}
 
 
 def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:

@@ -162,6 +162,7 @@ class Frontier:
         best = self.best_point
         for row in rows:
             row["best"] = "*" if best is not None and row["model"] == best.name else ""
+        rows += [self._engine_row(p) for p in self.peers]
         tried = f"{len(self.points)} models tried in {self.seconds / 60:.1f} minutes"
         return "\n".join([f"{self.metric['name']}: {tried}", "", table(rows), "", self.verdict, *self.notes])
 
@@ -172,6 +173,11 @@ class Frontier:
             for b, t in point.milliseconds.items()
         }
         return {"model": name or point.name, "quality": quality, **times, "MB": f"{point.disk_bytes / 1e6:.1f}"}
+
+    def _engine_row(self, peer: Mapping[str, Any]) -> dict[str, Any]:
+        times, speedup = peer.get("milliseconds", {}), peer.get("speedup", {})
+        point = Point(peer["name"], peer.get("quality"), None, times, speedup, 0, 0, {}, None)
+        return {**self._row(point, ""), "MB": "", "best": ""}
 
 
 SAVED = tuple(f.name for f in fields(Frontier) if f.name != "best")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import check_output_folder, parse_path
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, RecipeError, first_line
+from rarefy.common.progress import say
 from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.compile import check_module, check_ready
 from rarefy.evaluation.profiling import machine
@@ -26,6 +28,7 @@ from rarefy.recipe.schema import Data
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.journal import Journal
+from rarefy.search.other_engines import measured_engines
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search, Task
 from rarefy.search.targets import check_dense, objective_of, parse_targets
@@ -57,6 +60,7 @@ def optimize(
     resume_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = False,
+    other_engines: bool = False,
     data_options: Data | None = None,
 ) -> Frontier:
     """Search the model that loses least and runs fastest on this machine, within the limits that are given.
@@ -95,6 +99,8 @@ def optimize(
         resume_dir: folder for what was measured: after a kill, the same call continues from there.
         seed: of all random choices.
         progress: say what is measured.
+        other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32, bf16
+            and calibrated 8 bits. Their points stand in `peers` and in the report; the time counts as the search's.
         data_options: where a recipe finds the calibration data, for the recipes of the result.
 
     Returns:
@@ -129,7 +135,7 @@ def optimize(
     metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
     task = Task(
         inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, recovery, data_options,
-        seed, progress,
+        seed, progress, other_engines,
     )  # fmt: skip
     settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}
     settings |= {"model": _signature(inner), "samples": sum(map(count_samples, calibration))}
@@ -150,10 +156,14 @@ def _run(search: Search) -> Frontier:
     assert dense.quality is not None
     check_dense(task.targets, task.metric.name, dense.quality)
     notes: tuple[str, ...] = ()
+    engines: dict[str, Any] = {"rows": [], "notes": []}
     try:
+        if task.other_engines:
+            engines = search.journal.get("other engines", partial(_other_engines, search))
         finished = search.run()
     except KeyboardInterrupt:
         finished = "interrupted"
+    notes += tuple(engines["notes"])
     if search.trouble:
         notes += (f"training ended early: {search.trouble}",)
     index, met = task.targets.best(search.points)
@@ -169,9 +179,17 @@ def _run(search: Search) -> Frontier:
     described = {"name": task.metric.name, "higher_is_better": higher}
     return Frontier(
         {**described, "scale": task.metric.scale}, task.targets.to_dict(), dense, tuple(search.points), index, met,
-        verdict, machine(), search.elapsed(), finished, search.names, (), notes,
+        verdict, machine(), search.elapsed(), finished, search.names, tuple(engines["rows"]), notes,
         limits=task.targets.lines(dense, higher), best=best,
     )  # fmt: skip
+
+
+def _other_engines(search: Search) -> dict[str, Any]:
+    """Return what the dense model is and takes in other engines."""
+    task = search.task
+    if task.progress:
+        say([f"{search.elapsed() / 60:5.1f} min  other engines"])
+    return measured_engines(task.dense, task.example, task.data, task.metric, search.names, search.dense_fast)
 
 
 def _constant(points: Sequence[Point]) -> bool:

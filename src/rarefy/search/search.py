@@ -75,6 +75,7 @@ class Task:
         data_options: where recipes read the calibration data from; None where it was given as batches.
         seed: of all random choices.
         progress: whether to say what is measured.
+        other_engines: whether the dense model is measured in ONNX Runtime and OpenVINO too.
     """
 
     dense: nn.Module
@@ -90,6 +91,7 @@ class Task:
     data_options: Data | None = None
     seed: int = 0
     progress: bool = False
+    other_engines: bool = False
 
 
 class OutOfTime(Exception):

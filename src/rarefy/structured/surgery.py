@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.dependency.graph import Graph, Group
@@ -22,6 +21,7 @@ from rarefy.model.batches import tensors_in
 from rarefy.model.compare import relative_distance
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 from rarefy.model.mha import replace_mha_
+from rarefy.model.rounding_noise import rounding_noise
 from rarefy.structured.consumers import Consumer, all_consumers
 from rarefy.structured.masked_reference import MaskedReference
 from rarefy.structured.size_attributes import update_size_attributes
@@ -293,25 +293,9 @@ def verify(model: nn.Module, example: Any, reference: Sequence[Tensor]) -> None:
 
 
 def _noise(model: nn.Module, example: Any, result: Sequence[Tensor]) -> float:
-    """Return how far outputs move, relative to their largest entry, where inputs change by one rounding error.
-
-    Some models magnify such errors by a thousand, which sums in another order are too. At most MOST / NOISES, and 0
-    where that is not known.
-    """
-
-    def moved(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.dtype != torch.float32:
-            return t
-        signs = torch.where(torch.arange(t.numel()).view(t.shape).to(t.device) % 2 == 0, 1.0, -1.0)
-        return t * (1 + torch.finfo(t.dtype).eps * signs)
-
-    try:
-        other = outputs(model, pytree.tree_map(moved, example))
-    except RarefyError:
-        return 0.0
-    pairs = [(a, b) for a, b in zip(other, result) if b.is_floating_point() and a.shape == b.shape]
-    noise = max((relative_distance(a, b, norm=math.inf, floor=1e-6) for a, b in pairs), default=0.0)
-    return min(noise, MOST / NOISES) if math.isfinite(noise) else 0.0
+    """Return how far outputs move, relative to their largest entry, by one rounding error; at most MOST / NOISES."""
+    noise = rounding_noise(lambda x: outputs(model, x), example, result, norm=math.inf, floor=1e-6)
+    return min(noise, MOST / NOISES)
 
 
 def output_difference(result: Sequence[Tensor], expected: Sequence[Tensor], whose: str, near: float = NEAR) -> str:

@@ -41,6 +41,7 @@ from rarefy.train.teacher_cache import TeacherCache
 Words = str | Sequence[str] | None
 
 
+NEVER = -1e4  # logit of what cannot be
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin")  # data, not code
 
 
@@ -295,6 +296,8 @@ class Distiller(nn.Module):
         """Return the loss between outputs, over real tokens with labels."""
         s = _logits(out)
         _check_same_shape(s, t, *self._models)
+        if hasattr(out, "start_logits") and mask is not None:  # answers are among real tokens
+            s, t = (x.masked_fill(~torch.cat([mask, mask]).bool(), NEVER) for x in (s, t))
         labels = batch.get("labels") if hasattr(batch, "keys") and s.dim() == 3 else None
         if labels is not None and _causal(self._models[0]):  # outputs at a position predict the next token
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -427,7 +430,12 @@ def _projection_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[nn.M
 
 
 def _logits(out: Any) -> Tensor:
-    """Return the logits of an output. Raises ModelError for a model without a head."""
+    """Return the logits of an output; of a model that finds answers those of starts, then of ends, [2 batch, tokens].
+
+    Raises ModelError for a model without a head.
+    """
+    if hasattr(out, "start_logits"):
+        return torch.cat([out.start_logits, out.end_logits])
     logits = getattr(out, "logits", None)
     if logits is None and hasattr(out, "last_hidden_state"):
         raise ModelError("the model returns hidden states, no logits: use logits=0 and hidden='squarehead'")

@@ -1,0 +1,250 @@
+"""The dense model in ONNX Runtime and OpenVINO: its quality and times there, beside the models of a search.
+
+Each engine that is installed runs it at its best settings: torch's number of threads, sizes fixed where it is faster
+with them, and 8 bits calibrated on the data of the search. Threads of ONNX Runtime do not spin between calls, as those
+of an engine that is called in turns with others should not.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rarefy.common.errors import ModelError, first_line
+from rarefy.evaluation.profiling import native_bf16
+from rarefy.evaluation.quality import Metric
+from rarefy.model import hf
+from rarefy.model.forward import call, evaluating, without_targets
+from rarefy.onnx.example_calls import example_call
+from rarefy.onnx.export import export_onnx
+from rarefy.pipeline.speed import resize_batch
+from rarefy.search.deploy import times_in_turns
+
+Feed = Mapping[str, np.ndarray]
+Outputs = list[np.ndarray]
+SAMPLES = 128  # at most, for calibration
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine that runs the model.
+
+    Attributes:
+        run: returns the outputs for inputs of any batch size.
+        fixed: returns a call on inputs whose sizes may be fixed.
+    """
+
+    run: Callable[[Feed], Outputs]
+    fixed: Callable[[Feed], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Callee:
+    """An engine that is called as the dense model is, and returns what it returns.
+
+    Attributes:
+        dense: the model, which names its inputs.
+        run: the engine.
+        spec: how the dense model's outputs are nested.
+    """
+
+    dense: nn.Module
+    run: Callable[[Feed], Outputs]
+    spec: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.run(_feed(self.dense, kwargs or args))
+        return pytree.tree_unflatten([torch.from_numpy(np.array(y)) for y in outputs], self.spec)
+
+
+def measured_engines(
+    dense: nn.Module, example: Any, data: Sequence[Any], metric: Metric, batches: Sequence[str], ours: Any
+) -> dict[str, Any]:
+    """Measure the dense model in the other engines.
+
+    Args:
+        dense: the model.
+        example: what it can be called with.
+        data: batches to calibrate 8 bits with; without any, only fp32 and bf16 are measured.
+        metric: how good a model is.
+        batches: batch sizes that are timed.
+        ours: the dense model, compiled, whose calls take turns with the others.
+
+    Returns:
+        "rows", each with name, quality, milliseconds (quartiles for each batch) and times as fast as ours; and "notes"
+        on engines that do not run the model.
+    """
+    if hf.is_causal_lm(dense):
+        return {"rows": [], "notes": ["other engines are not measured on language models"]}
+    missing = [p for p in ("onnxscript", "onnxruntime", "openvino", "nncf") if not find_spec(p)]
+    notes = [f"other engines need packages that are not installed: {', '.join(missing)}"] if missing else []
+    example, rows, started = without_targets(example), dict[str, Any](), dict[str, Started]()
+    with TemporaryDirectory() as place:
+        try:
+            spec = _nesting(dense, example)
+            file = export_onnx(dense, example, Path(place) / "model.onnx", verify=False).path
+        except ModelError as error:
+            return {"rows": [], "notes": [*notes, f"other engines are not measured: {error}"]}
+        feeds = [_feed(dense, without_targets(b)) for b in _first(data, SAMPLES)]
+        for name, start in _makers(file, feeds).items():
+            try:
+                with _quietly():
+                    started[name] = start()
+                    quality = metric.measure(Callee(dense, started[name].run, spec))
+                rows[name] = {"name": name, "quality": quality, "milliseconds": {}, "speedup": {}}
+            except Exception as error:  # engines have their own classes
+                notes.append(f"{name} does not run the model: {first_line(error)}")
+        for batch in batches:
+            inputs = resize_batch(example, int(batch))
+            runs = {n: started[n].fixed(_feed(dense, inputs)) for n in rows}
+            times = times_in_turns({"ours": partial(call, ours, inputs), **runs})
+            for name, row in rows.items():
+                row["milliseconds"][batch] = times[name]
+                row["speedup"][batch] = times["ours"]["median"] / times[name]["median"]
+    return {"rows": list(rows.values()), "notes": notes}
+
+
+def _nesting(dense: nn.Module, example: Any) -> Any:
+    """Return how the model's outputs are nested; ModelError for outputs that are no tensors."""
+    with evaluating(dense), torch.no_grad():
+        leaves, spec = pytree.tree_flatten(call(dense, example))
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ModelError("the model returns more than tensors")
+    return spec
+
+
+def _feed(dense: nn.Module, inputs: Any) -> dict[str, np.ndarray]:
+    """Return inputs as arrays by the names that the file has for them."""
+    return {n: t.numpy() for n, t in example_call(dense, inputs).inputs.items()}
+
+
+def _first(data: Sequence[Any], samples: int) -> Iterator[Any]:
+    """Yield batches of about so many samples in all."""
+    for batch in data:
+        if samples <= 0:
+            return
+        yield batch
+        tensors = pytree.tree_leaves(without_targets(batch))
+        samples -= next((len(t) for t in tensors if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def _makers(file: Path, feeds: Sequence[Feed]) -> dict[str, Callable[[], Started]]:
+    """Return what starts each engine, in each precision, that is installed."""
+    makers: dict[str, Callable[[], Started]] = {}
+    if find_spec("onnxruntime"):
+        makers["ONNX Runtime, fp32"] = partial(_onnx_runtime, file)
+        if feeds:
+            makers["ONNX Runtime, int8"] = lambda: _onnx_runtime(_in_8_bits(file, feeds))
+    if find_spec("openvino"):
+        makers["OpenVINO, fp32"] = partial(_openvino, file, "f32")
+        best = "bf16" if native_bf16() else "f32"
+        if native_bf16():
+            makers["OpenVINO, bf16"] = partial(_openvino, file, best)
+        if feeds and find_spec("nncf"):
+            makers["OpenVINO, int8"] = partial(_openvino, file, best, feeds)
+    return makers
+
+
+def _onnx_runtime(file: Path) -> Started:
+    """Return ONNX Runtime with a file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
+
+
+def _in_8_bits(file: Path, feeds: Sequence[Feed]) -> Path:
+    """Return a file in ONNX Runtime's 8 bits: of texts with activations rounded in each call, which is faster there and
+    loses less; of all else with ranges of the calibration data."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    out = file.with_suffix(".int8.onnx")
+    common: dict[str, Any] = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
+    if any(np.issubdtype(a.dtype, np.integer) for a in feeds[0].values()):
+        quantization.quantize_dynamic(str(file), str(out), **common)
+        return out
+    prepared = str(file.with_suffix(".prepared.onnx"))
+    quant_pre_process(str(file), prepared, skip_symbolic_shape=True)
+    common["activation_type"] = quantization.QuantType.QUInt8
+    quantization.quantize_static(prepared, str(out), _reader(feeds), **common)
+    return out
+
+
+def _reader(feeds: Sequence[Feed]) -> Any:
+    """Return batches as ONNX Runtime reads them for calibration."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(feeds)
+
+        def get_next(self) -> dict[str, Any]:
+            return next(self.left, None)  # type: ignore[return-value]
+
+    return Reader()
+
+
+def _openvino(file: Path, precision: str, feeds: Sequence[Feed] = ()) -> Started:
+    """Return OpenVINO with a file; with calibration data in 8 bits, where all else has the precision."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    core = openvino.Core()
+    network = core.read_model(str(file))
+    if feeds:
+        network = _calibrated(network, feeds)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = core.compile_model(network, "CPU", settings)
+
+    def fixed(feed: Feed) -> Callable[[], Any]:
+        copy = network.clone()
+        copy.reshape({n: list(a.shape) for n, a in feed.items()})
+        return partial(core.compile_model(copy, "CPU", settings), feed, share_outputs=True)
+
+    return Started(lambda feed: [np.array(y) for y in compiled(feed).values()], fixed)
+
+
+def _calibrated(network: Any, feeds: Sequence[Feed]) -> Any:
+    """Return a network in the 8 bits of NNCF, OpenVINO's own tool."""
+    import nncf  # pyright: ignore[reportMissingImports]
+
+    texts = any(np.issubdtype(a.dtype, np.integer) for a in feeds[0].values())
+    options: dict[str, Any] = {"subset_size": len(feeds)}
+    if texts:
+        options["model_type"] = nncf.ModelType.TRANSFORMER
+    return nncf.quantize(network, nncf.Dataset(list(feeds)), **options)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings and messages of other packages."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # NNCF prints progress bars
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
