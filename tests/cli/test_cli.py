@@ -454,7 +454,9 @@ def test_export_to_one_file(run, packed, tmp_path):
 
 def test_export_errors(run, packed, tmp_path):
     ran = run("export", packed, "--to", "onnx", "-o", tmp_path / "x")
-    assert ran.code == 2 and "'onnx': choose from hf, safetensors" in ran.err and not list(tmp_path.iterdir())
+    assert ran.code == 2 and "rarefy.export_onnx(model" in ran.err and not list(tmp_path.iterdir())
+    ran = run("export", packed, "--to", "onyx", "-o", tmp_path / "x")
+    assert ran.code == 2 and "'onyx': choose from hf, safetensors" in ran.err and not list(tmp_path.iterdir())
     rarefy.save(Net(), tmp_path / "net")
     ran = run("export", tmp_path / "net", "-o", tmp_path / "x")
     assert (

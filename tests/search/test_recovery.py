@@ -1,6 +1,7 @@
 """Training after a search, whole blocks and low rank as what it may do, and recipes of both."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, RecipeError
 from rarefy.model.masks import masks
-from rarefy.search import search
+from rarefy.search import recovery, search
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
 from rarefy.search.recovery import can_train, candidate, fitting, train_stage, with_training
@@ -175,6 +176,20 @@ def test_the_point_that_training_is_expected_to_bring_within_the_limit_is_traine
 
 def test_batches_and_epochs_fill_the_time():
     assert fitting(50, 1.0, 20) == (20, 2) and fitting(5, 1.0, 20) == (5, 1) and fitting(0.1, 1.0, 20) == (1, 1)
+
+
+def test_what_the_first_run_loads_does_not_hide_the_time_of_a_batch(monkeypatch):
+    clock = [0.0]
+
+    def run_stage(student, stage, context):
+        clock[0] += (3.0 if clock[0] == 0 else 0.5) + 0.25 * len(context.data.values["train"])
+
+    monkeypatch.setattr(recovery, "run_stage", run_stage)
+    monkeypatch.setattr(recovery, "RunData", lambda recipe, data: data)
+    monkeypatch.setattr(recovery, "RunContext", lambda data, **_: SimpleNamespace(data=SimpleNamespace(values=data)))
+    monkeypatch.setattr(recovery.time, "perf_counter", lambda: clock[0])
+    each = recovery.seconds_a_batch(NET, NET, {"train": {"epochs": 1}}, [X] * 20, 0)
+    assert each == pytest.approx(0.25)
 
 
 @pytest.fixture(scope="module")

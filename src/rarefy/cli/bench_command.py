@@ -196,9 +196,9 @@ def _bench_file(options: _Bench) -> None:
     if name is not None:
         reason = "--streams times each engine for some seconds" if name == "--repeats" else "the model is an ONNX file"
         raise RecipeError(f"{name} has no effect: {reason}")
-    most = STREAMS_A_CORE * (os.cpu_count() or 1)
-    if (options.streams or 1) > most:
-        raise RecipeError(f"--streams: expected at most {most}, {STREAMS_A_CORE} for each core, got {options.streams}")
+    limit = STREAMS_A_CORE * (os.cpu_count() or 1)
+    if (options.streams or 1) > limit:
+        raise RecipeError(f"--streams: expected at most {limit}, {STREAMS_A_CORE} for each core, got {options.streams}")
     against = None if options.against is None else (options.against, _load_second(options))
     if against is not None and shared.kind_of(against[1]) != "compiled model":
         raise ModelError(f"{against[0]} holds a {shared.kind_of(against[1])}: give a folder of rarefy compile")

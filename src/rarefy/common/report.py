@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SMALLEST = 5e-4  # smaller numbers are printed as powers of ten
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -89,13 +90,19 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """Return a value as a table prints it: integers with separators, other numbers with four decimals, None as `-`."""
+    """Return a value as a table prints it: integers with separators, other numbers with four decimals, None as `-`.
+
+    >>> [cell_text(x) for x in (12345, 0.25, 4e-7, 0.0, None)]
+    ['12,345', '0.2500', '4.0e-07', '0.0000', '-']
+    """
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        return f"{value:.1e}"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ def rounding_noise(
     change: float = torch.finfo(torch.float32).eps,
     norm: float = 2,
     floor: float = 1e-12,
+    tries: int = 1,
 ) -> float:
-    """Return how far outputs move, relative to their norm, where inputs change by a rounding error. One call.
+    """Return how far outputs move, relative to their norm, where inputs change by a rounding error. A call a try.
 
     Some models magnify such errors by a thousand, and models with rounded activations by a million, where many values
     lie near the middle of two codes. Then no other order of sums gives the same outputs.
@@ -31,9 +33,10 @@ def rounding_noise(
         run: returns all tensors that the model returns for inputs.
         inputs: tensors, however nested; those of fp32 change.
         outputs: what `run` returned for them.
-        change: of each value, relative; up and down in turns.
+        change: of each value, relative; up and down in turns, and in later tries at random.
         norm: 2 for the Euclidean norm, `math.inf` for the largest entry.
         floor: smallest divisor.
+        tries: how often other values go up; the largest distance counts.
 
     Returns:
         The largest distance of all floating-point outputs; 0 where that is not known, as for inputs without fp32.
@@ -46,16 +49,22 @@ def rounding_noise(
         True
     """
 
-    def moved(t: Any) -> Any:
+    random = torch.Generator().manual_seed(0)
+
+    def moved(t: Any, nth: int) -> Any:
         if not isinstance(t, Tensor) or t.dtype != torch.float32:
             return t
-        signs = torch.where(torch.arange(t.numel()).view(t.shape).to(t.device) % 2 == 0, 1.0, -1.0)
+        order = torch.randint(2, (t.numel(),), generator=random) if nth else torch.arange(t.numel())
+        signs = torch.where(order.view(t.shape).to(t.device) % 2 == 0, 1.0, -1.0)
         return t * (1 + change * signs)
 
-    try:
-        other = run(pytree.tree_map(moved, inputs))
-    except Exception:  # a model that checks its inputs
-        return 0.0
-    pairs = [(a, b) for a, b in zip(other, outputs) if b.is_floating_point() and a.shape == b.shape]
-    noise = max((relative_distance(a, b, norm=norm, floor=floor) for a, b in pairs), default=0.0)
-    return noise if math.isfinite(noise) else 0.0
+    largest = 0.0
+    for nth in range(tries):
+        try:
+            other = run(pytree.tree_map(partial(moved, nth=nth), inputs))
+        except Exception:  # a model that checks its inputs
+            return 0.0
+        pairs = [(a, b) for a, b in zip(other, outputs) if b.is_floating_point() and a.shape == b.shape]
+        noise = max((relative_distance(a, b, norm=norm, floor=floor) for a, b in pairs), default=0.0)
+        largest = max(largest, noise if math.isfinite(noise) else 0.0)
+    return largest

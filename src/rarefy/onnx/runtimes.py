@@ -20,6 +20,7 @@ Feeds = Mapping[str, Tensor]
 Run = Callable[[Feeds], list[Tensor]]
 MODEL = "the exported model"
 CHANGE = 4e-6  # of inputs, whose effect on the outputs of quantized models excuses differences
+TRIES = 3  # of such changes
 NOISES, MOST = 2.0, 1.0  # times that effect; a difference that nothing excuses
 
 

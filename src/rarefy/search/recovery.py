@@ -25,6 +25,7 @@ REMAINS = 0.35  # of a loss that is expected after training, until the first mod
 SHARES = (0.6, 1.0)  # of the training time that is left, for the first model and the second
 RATE = 3e-4  # AdamW's largest learning rate
 TIMED = 4  # batches that a training step is timed on
+LEAST = 0.2  # of the mean time of a batch with what comes before the first: noise hides smaller ones
 OF_CLASSES = ("accuracy", "agreement", "perplexity", "kl")  # metrics that read probabilities
 TRAINABLE = ("cut", "prune", "factorize")
 
@@ -100,15 +101,17 @@ def seconds_a_batch(
 ) -> float:
     """Return the time of a training step, with its teacher's call, on the first batches; `model` stays as it is."""
     recipe = Recipe(stages=[dict(stage)], seed=seed)  # type: ignore[arg-type]
-    times = []
-    for batches in (list(data[:1]), list(data[: 1 + TIMED])):
+    one, several = list(data[:1]), list(data[: 1 + TIMED])
+    times: dict[int, list[float]] = {}
+    for batches in (one, several, one, several):  # the first run loads what the others find loaded
         context = RunContext(RunData(recipe, {"train": batches}), seed=seed, before=dense)
         student = copy.deepcopy(model)
         began = time.perf_counter()
         run_stage(student, recipe.stages[0], context)
-        times.append(time.perf_counter() - began)
-    more = min(len(data), 1 + TIMED) - 1
-    return max(times[1] - times[0], 1e-4) / more if more else times[0]
+        times.setdefault(len(batches), []).append(time.perf_counter() - began)
+    whole, start = min(times[len(several)]), min(times[1])
+    more = len(several) - 1
+    return max((whole - start) / more, LEAST * whole / len(several)) if more else start
 
 
 def fitting(seconds: float, each: float, batches: int) -> tuple[int, int]:
