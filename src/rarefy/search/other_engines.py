@@ -35,7 +35,7 @@ from rarefy.pipeline.speed import resize_batch
 from rarefy.search.deploy import times_in_turns
 
 Feed = Mapping[str, np.ndarray]
-Outputs = list[np.ndarray]
+Outputs = Sequence[Any]  # arrays
 SAMPLES = 128  # at most, for calibration
 
 
