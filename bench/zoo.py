@@ -98,10 +98,10 @@ def card(name: str) -> str:
             ("mean cosine with the original's embeddings", "cosine", "", 3),
         )
     ]
-    for size, times in row["milliseconds"].items():
+    for shape, times in row["milliseconds"].items():
         cells.append(
             (
-                f"{size if 'x' in size else f'{size} x 128'} tokens",
+                f"{shape if 'x' in shape else f'{shape} x 128'} tokens",
                 [f"{times[m][1]:.1f} ms" if m in times else "" for m in models],
             )
         )
