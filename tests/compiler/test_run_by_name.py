@@ -202,7 +202,9 @@ def test_outputs_are_the_callers_own():
     for a in first:
         a[...] = 7
     assert np.array_equal(x, arrays(2, 4))
-    assert all(np.array_equal(a, b) for a, b in zip(fast.run(None, {"x": x}), before))
+    assert all(np.array_equal(a, b) for a, b in zip(fast.run(None, {"x": x}, None), before))
+    with pytest.raises(DataError, match="run_options: expected None, got int: they are ONNX Runtime's"):
+        fast.run(None, {"x": x}, 3)
 
 
 def test_bfloat16_is_float32_in_numpy():

@@ -47,7 +47,6 @@ FAST = [
     "timm.vit_tiny_patch16_224",
     "timm.mobilenetv3_small_050",
     "timm.poolformer_s12",
-    "timm.coat_lite_tiny",
     "timm.ghostnet_050",
     "timm.levit_128s",
     "timm.eva02_tiny_patch14_224",

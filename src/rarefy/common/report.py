@@ -6,11 +6,13 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 SMALLEST = 5e-4  # smaller numbers are printed as powers of ten
+SHOWN = 4  # numbers of a name that stands for many
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -65,6 +67,12 @@ def group_similar_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[dic
 
     >>> group_similar_rows([{"layer": "h.0.fc", "units": "4 -> 2"}, {"layer": "h.1.fc", "units": "4 -> 2"}], "layer")
     [{'layer': 'h.*.fc', 'many': 2, 'units': '4 -> 2'}]
+
+    Where that gives two rows one name, it has the numbers in place of "*":
+
+    >>> rows = [{"layer": f"h.{i}.fc", "units": "4 -> 2" if i < 2 else "4 -> 3"} for i in range(4)]
+    >>> [row["layer"] for row in group_similar_rows(rows, "layer")]
+    ['h.{0,1}.fc', 'h.{2,3}.fc']
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -74,7 +82,22 @@ def group_similar_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[dic
     for key, same in groups.items():
         values = dict(zip(same[0], key)) if len(same) > 1 else dict(same[0])
         out.append({name: values.pop(name), "many": len(same), **values})
+    names = Counter(row[name] for row in out)
+    for row, same in zip(out, groups.values()):
+        if names[row[name]] > 1 and isinstance(row[name], str):
+            row[name] = _with_numbers([r[name] for r in same])
     return out
+
+
+def _with_numbers(names: list[str]) -> str:
+    """Return names that differ in numbers as one, with the first numbers in braces."""
+    pieces = NUMBER.split(names[0])
+    columns = [list(dict.fromkeys(column)) for column in zip(*map(NUMBER.findall, names))]
+    texts = [
+        c[0] if len(c) == 1 else "{" + ",".join([*c[:SHOWN], *(["..."] if len(c) > SHOWN else [])]) + "}"
+        for c in columns
+    ]
+    return "".join(a + b for a, b in zip(pieces, [*texts, ""]))
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

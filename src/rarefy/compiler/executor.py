@@ -183,9 +183,11 @@ class Compiled:
     def run(self, output_names: Mapping[str, Any], /) -> dict[str, np.ndarray]: ...
 
     @overload
-    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[np.ndarray]: ...
+    def run(
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: None = None
+    ) -> list[np.ndarray]: ...
 
-    def run(self, output_names: Any, input_feed: Any = None) -> Any:
+    def run(self, output_names: Any, input_feed: Any = None, run_options: Any = None) -> Any:
         """Return numpy arrays for numpy arrays by name.
 
         `run({"x": array})` returns a dict of all outputs. `run(["y"], {"x": array})` returns a list of those that are
@@ -194,12 +196,13 @@ class Compiled:
         Args:
             output_names: the inputs by name, or with a second argument the names of outputs, None for all.
             input_feed: the inputs by name: an array for each of `input_names`.
+            run_options: None; options of ONNX Runtime have no counterpart.
 
         Returns:
             The arrays; outputs in bfloat16 as float32. They are the caller's own.
 
         Raises:
-            DataError: for unknown or missing names, and arrays of other types or sizes.
+            DataError: for unknown or missing names, arrays of other types or sizes, and run_options.
 
         Example:
             >>> from torch import nn
@@ -210,6 +213,8 @@ class Compiled:
             >>> fast.run({"input": np.ones((3, 4), np.float32)})["output_0"].shape
             (3, 2)
         """
+        if run_options is not None:
+            raise DataError(f"run_options: expected None, got {type(run_options).__name__}: they are ONNX Runtime's")
         by_name = input_feed is None
         wanted = io_names.check_output_names(None if by_name else output_names, self.output_names)
         leaves = self._leaves_by_name(output_names if by_name else input_feed)

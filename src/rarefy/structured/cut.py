@@ -452,10 +452,10 @@ class _Cut:
 
 
 def _short_reason(error: ModelError) -> str:
-    """Return the cause that an error names, in at most 100 characters."""
+    """Return the cause that an error names, in at most 160 characters."""
     reason = str(error).removeprefix("the cut model does not run, so the cut was undone: ").partition(" (it takes")[0]
     reason = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", reason)
-    return reason if len(reason) < 100 else reason[:97] + "..."
+    return reason if len(reason) <= 160 else reason[:157] + "..."
 
 
 def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
