@@ -53,7 +53,7 @@ def test_wrong_inputs_of_compile(case):
 
 def test_calibration_on_much_smaller_values_warns():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    with pytest.warns(UserWarning, match="calibrate: outputs on the example differ by .*: give batches"):
+    with pytest.warns(UserWarning, match="calibrate: outputs on the example differ by .*: measure the quality on data"):
         rarefy.compile(net, images, precision="int8", calibrate=[images * 0.6])
     rarefy.compile(net, images, precision="int8", calibrate=[images])  # warnings are errors
 
