@@ -46,6 +46,7 @@ from values import keep
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py
 ZOO = Path(__file__).parent.parent / "zoo"  # those of them that the repository holds, as they are deployed
+READY = "ready"  # the step, and in place of a precision: a model that is compiled
 LAYERS, TOKENS = "encoder.layer.*", 128
 SIZES = {"1 x 16": (1, 16), "1 x 128": (1, TOKENS), "16 x 128": (16, TOKENS)}  # texts of a call, and their tokens
 REPEATS = {"1 x 16": 100, "1 x 128": 60, "16 x 128": 15}
@@ -82,7 +83,7 @@ def points() -> dict[str, tuple[Steps, str | None]]:
     """Return POINTS, and the students that recover.py has trained: those of zoo/ and those in build/."""
     trained = {f.stem: ([("load", {"folder": STUDENTS / f.stem})], "int8") for f in sorted(STUDENTS.glob("*.json"))}
     notes = {f.parent: json.loads(f.read_text()) for f in sorted(ZOO.glob("*/student.json"))}
-    ready = {f"{note['student']}-{note['seed']}": ([("ready", {"folder": f})], "int8") for f, note in notes.items()}
+    ready = {f"{note['student']}-{note['seed']}": ([(READY, {"folder": f})], READY) for f, note in notes.items()}
     return POINTS | {f"{name}, trained, int8": point for name, point in (ready | trained).items()}
 
 
@@ -137,20 +138,15 @@ DO: dict[str, Callable[..., Any]] = {
 
 
 def made(dense: Any, steps: Steps, data: list[dict[str, Tensor]]) -> Any:
-    """Return a copy of the dense model after these steps."""
+    """Return a copy of the dense model after these steps, or a model of zoo/, which is compiled."""
+    if steps and steps[0][0] == READY:
+        return rarefy.load(steps[0][1]["folder"])
     model = copy.deepcopy(dense)
     with torch.enable_grad():
         for name, options in steps:
             DO[name](model, data=data, **options)
     rarefy.fold_(model)
     return model
-
-
-def deployed(dense: Any, steps: Steps, precision: str | None, data: list[dict[str, Tensor]], example: Any) -> Any:
-    """Return the compiled model of a point; a model of zoo/ is one already."""
-    if steps and steps[0][0] == "ready":
-        return rarefy.load(steps[0][1]["folder"])
-    return rarefy.compile(made(dense, steps, data), example, precision=precision)
 
 
 @torch.no_grad()
@@ -170,9 +166,11 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
             for size, run in timed.items():
                 runs[size][name] = run
         for name in only:
+            steps, precision = points()[name]
             began = time.perf_counter()
-            fast = deployed(dense, *points()[name], data, examples["16 x 128"])
+            model = made(dense, steps, data)
             seconds = time.perf_counter() - began
+            fast = rarefy.compile(model, examples["16 x 128"], precision=precision) if precision != READY else model
             told[f"ours, {name}"], _ = judge(lambda x, f=fast: f(**x)[0], tokenizer, want)
             told[f"ours, {name}"]["seconds"] = seconds
             print(name, told[f"ours, {name}"], flush=True)

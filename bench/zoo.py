@@ -99,12 +99,7 @@ def card(name: str) -> str:
         )
     ]
     for shape, times in row["milliseconds"].items():
-        cells.append(
-            (
-                f"{shape if 'x' in shape else f'{shape} x 128'} tokens",
-                [f"{times[m][1]:.1f} ms" if m in times else "" for m in models],
-            )
-        )
+        cells.append((f"{shape} tokens", [f"{times[m][1]:.1f} ms" if m in times else "" for m in models]))
     note = json.loads((folder / "student.json").read_text())
     return CARD.format(
         name=name,

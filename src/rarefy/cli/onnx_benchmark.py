@@ -24,6 +24,7 @@ from rarefy.evaluation.streams import compare_streams
 from rarefy.model.compare import relative_distance
 from rarefy.model.forward import describe_batch
 from rarefy.model.signature import get_signature
+from rarefy.onnx.runtimes import session_for_timing
 
 REFERENCE = "ONNX Runtime"
 SECONDS, REPEATS = 3.0, (10, 200)  # of timing of one engine; at least and at most that many calls
@@ -164,14 +165,7 @@ def _compiled_streams(make: Callable[[], Compiled], feed: Feed, streams: int, th
 
 
 def _onnxruntime_streams(path: Path, feed: Feed, streams: int, threads: int) -> list[Run]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the engine that is next
-    make = partial(onnxruntime.InferenceSession, str(path), options, providers=["CPUExecutionProvider"])
-    return [partial(make().run, None, feed) for _ in range(streams)]
+    return [partial(session_for_timing(path, threads).run, None, feed) for _ in range(streams)]
 
 
 def _openvino_streams(path: Path, feed: Feed, precision: str, streams: int, threads: int) -> list[Run]:

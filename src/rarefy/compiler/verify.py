@@ -12,11 +12,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.model.compare import relative_distance
-from rarefy.model.rounding_noise import rounding_noise
-
-CHANGE = 4e-6  # of inputs: as sums of some hundred products in another order
-NOISES, MOST = 2.0, 1.0  # times their effect on outputs that a difference may be; a difference that nothing excuses
-TRIES = 3  # of such changes
+from rarefy.model.rounding_noise import is_excused, noise_of_sums
 
 
 def verify(
@@ -83,7 +79,7 @@ def _excused(model: nn.Module, leaves: list[Any], spec: Any, difference: float) 
         with torch.no_grad():
             return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
 
-    return difference <= min(NOISES * rounding_noise(run, leaves, run(leaves), change=CHANGE, tries=TRIES), MOST)
+    return is_excused(difference, noise_of_sums(run, leaves, run(leaves)))
 
 
 def _connected_sizes(compiled: Any, leaves: list[Any]) -> list[set[str]]:

@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from rarefy.model.compare import relative_distance
 
+CHANGE, TRIES = 4e-6, 3  # of inputs: as sums of some hundred products in another order; how often
+NOISES, MOST = 2.0, 1.0  # times its effect that a difference may be; a difference that nothing excuses
+
 
 def rounding_noise(
     run: Callable[[Any], Sequence[Tensor]],
@@ -48,7 +51,6 @@ def rounding_noise(
         >>> rounding_noise(step, torch.full((4,), 0.5), step(torch.full((4,), 0.5)), change=4e-6) > 0
         True
     """
-
     random = torch.Generator().manual_seed(0)
 
     def moved(t: Any, nth: int) -> Any:
@@ -68,3 +70,17 @@ def rounding_noise(
         noise = max((relative_distance(a, b, norm=norm, floor=floor) for a, b in pairs), default=0.0)
         largest = max(largest, noise if math.isfinite(noise) else 0.0)
     return largest
+
+
+def noise_of_sums(run: Callable[[Any], Sequence[Tensor]], inputs: Any, outputs: Sequence[Tensor]) -> float:
+    """Return how far sums in another order may move outputs, see `rounding_noise`. Three calls."""
+    return rounding_noise(run, inputs, outputs, change=CHANGE, tries=TRIES)
+
+
+def is_excused(difference: float, noise: float) -> bool:
+    """Return whether outputs that differ so much do so no more than rounding errors move the model's own.
+
+    >>> is_excused(0.3, 0.2), is_excused(0.3, 0.1)
+    (True, False)
+    """
+    return difference <= min(NOISES * noise, MOST)

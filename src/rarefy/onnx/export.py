@@ -26,13 +26,13 @@ from rarefy.model.forward import check_batches, evaluating
 from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.masks import attached_layers, fold_
 from rarefy.model.nesting import output_names
-from rarefy.model.rounding_noise import rounding_noise
+from rarefy.model.rounding_noise import noise_of_sums
 from rarefy.onnx.axes import Axes, check_axes, default_axes, name_axes_, only_these, shapes_for_export, texts_of
 from rarefy.onnx.example_calls import ExampleCall, calls_with_other_sizes, example_call, outputs_of
 from rarefy.onnx.integer_layers import quantize_static, unshare_zero_points_, use_integer_operators_
 from rarefy.onnx.names import SCOPES
 from rarefy.onnx.quantize_outputs import quantize_outputs_
-from rarefy.onnx.runtimes import CHANGE, TRIES, Feeds, compare_with_runtimes
+from rarefy.onnx.runtimes import Feeds, compare_with_runtimes
 
 OPSETS = range(13, 24)  # scales of single outputs begin with 13
 TORCH_OPSET = 18  # in which torch writes its operators; others are converted
@@ -152,7 +152,7 @@ def _noise(model: nn.Module, call: ExampleCall, calls: Sequence[tuple[str, Any, 
     """Return how far rounding errors of the inputs of one of the calls move the model's own outputs."""
     inputs, outputs = next((i, o) for name, i, o in calls if name == label)
     with evaluating(model), torch.no_grad():
-        return rounding_noise(lambda x: outputs_of(model, call, x), inputs, outputs, change=CHANGE, tries=TRIES)
+        return noise_of_sums(lambda x: outputs_of(model, call, x), inputs, outputs)
 
 
 def _check_options(model: Any, opset: Any, external_data: Any) -> None:

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from rarefy.common.errors import ModelError, first_line
 from rarefy.model.compare import relative_distance
+from rarefy.model.rounding_noise import is_excused
 from rarefy.onnx.verify import SMALLEST, TOLERANCE
 
 Feeds = Mapping[str, Tensor]
 Run = Callable[[Feeds], list[Tensor]]
 MODEL = "the exported model"
-CHANGE = 4e-6  # of inputs, whose effect on the outputs of quantized models excuses differences
-TRIES = 3  # of such changes
-NOISES, MOST = 2.0, 1.0  # times that effect; a difference that nothing excuses
 
 
 def compare_with_runtimes(
@@ -53,7 +51,7 @@ def compare_with_runtimes(
         rows.append({"runtime": "ONNX Runtime", "inputs": label, "difference": difference})
         if difference <= TOLERANCE[quantized]:
             continue
-        if quantized and difference <= min(NOISES * noise(label), MOST):
+        if quantized and is_excused(difference, noise(label)):
             notes.append(
                 f"outputs in ONNX Runtime with {label} differ from torch's by {difference:.0%}, about as much as "
                 "rounding errors of the inputs move the model's own: judge it on data"
@@ -86,6 +84,18 @@ def session_of(path: Path) -> Any:
     options.log_severity_level = 4
     options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of codes overflow
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # weights alone: sums in fp32
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def session_for_timing(path: Path, threads: int) -> Any:
+    """Return a session of ONNX Runtime with so many threads, which do not spin: that would slow the engine that is
+    next."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is raised
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

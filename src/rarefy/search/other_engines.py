@@ -28,9 +28,11 @@ from rarefy.common.errors import ModelError, first_line
 from rarefy.evaluation.profiling import native_bf16
 from rarefy.evaluation.quality import Metric
 from rarefy.model import hf
+from rarefy.model.batches import count_samples
 from rarefy.model.forward import call, evaluating, without_targets
 from rarefy.onnx.example_calls import example_call
 from rarefy.onnx.export import export_onnx
+from rarefy.onnx.runtimes import session_for_timing
 from rarefy.pipeline.speed import resize_batch
 from rarefy.search.deploy import times_in_turns
 
@@ -138,8 +140,7 @@ def _first(data: Sequence[Any], samples: int) -> Iterator[Any]:
         if samples <= 0:
             return
         yield batch
-        tensors = pytree.tree_leaves(without_targets(batch))
-        samples -= next((len(t) for t in tensors if isinstance(t, Tensor) and t.dim()), 1)
+        samples -= count_samples(batch)
 
 
 def _makers(file: Path, feeds: Sequence[Feed]) -> dict[str, Callable[[], Started]]:
@@ -161,13 +162,7 @@ def _makers(file: Path, feeds: Sequence[Feed]) -> dict[str, Callable[[], Started
 
 def _onnx_runtime(file: Path) -> Started:
     """Return ONNX Runtime with a file."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = session_for_timing(file, torch.get_num_threads())
     return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
 
 
@@ -179,7 +174,7 @@ def _in_8_bits(file: Path, feeds: Sequence[Feed]) -> Path:
 
     out = file.with_suffix(".int8.onnx")
     common: dict[str, Any] = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
-    if any(np.issubdtype(a.dtype, np.integer) for a in feeds[0].values()):
+    if _reads_texts(feeds):
         quantization.quantize_dynamic(str(file), str(out), **common)
         return out
     prepared = str(file.with_suffix(".prepared.onnx"))
@@ -187,6 +182,10 @@ def _in_8_bits(file: Path, feeds: Sequence[Feed]) -> Path:
     common["activation_type"] = quantization.QuantType.QUInt8
     quantization.quantize_static(prepared, str(out), _reader(feeds), **common)
     return out
+
+
+def _reads_texts(feeds: Sequence[Feed]) -> bool:
+    return any(np.issubdtype(a.dtype, np.integer) for a in feeds[0].values())
 
 
 def _reader(feeds: Sequence[Feed]) -> Any:
@@ -230,9 +229,8 @@ def _calibrated(network: Any, feeds: Sequence[Feed]) -> Any:
     """Return a network in the 8 bits of NNCF, OpenVINO's own tool."""
     import nncf  # pyright: ignore[reportMissingImports]
 
-    texts = any(np.issubdtype(a.dtype, np.integer) for a in feeds[0].values())
     options: dict[str, Any] = {"subset_size": len(feeds)}
-    if texts:
+    if _reads_texts(feeds):
         options["model_type"] = nncf.ModelType.TRANSFORMER
     return nncf.quantize(network, nncf.Dataset(list(feeds)), **options)
 
