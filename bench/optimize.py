@@ -192,7 +192,8 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
 @torch.no_grad()
 def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterator[dict[str, Any]]:
     """Yield one record: what the search found, and what stands beside it, measured in turns."""
-    task = TASKS[name](seed)
+    with torch.enable_grad():
+        task = TASKS[name](seed)  # may train its dense model
     training = {"train_minutes": train, "train_data": task.train()} if train and task.train else {}
     with torch.enable_grad():
         found = rarefy.optimize(

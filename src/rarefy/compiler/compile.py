@@ -45,7 +45,7 @@ from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
-from rarefy.model.layers import all_layers, unwrap
+from rarefy.model.layers import Selector, all_layers, select_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.model.nesting import input_names, output_names
 from rarefy.runtime.accelerate import check_plain
@@ -146,6 +146,7 @@ def compile(
     example: Any,
     *,
     precision: str | None = None,
+    ignore: Selector = None,
     calibrate: Iterable[Any] | None = None,
     tune: bool = True,
 ) -> Compiled:
@@ -167,6 +168,8 @@ def compile(
             fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
             for each row or image of inputs, and attention as "bf16" does or, where the CPU is not faster so, in 8 bits;
             grouped convolutions stay in fp32. Outputs change a little.
+        ignore: selectors of layers that stay in fp32, whatever the precision: those that lose most by it. Attention
+            itself, which has no weights, follows the precision. `rarefy.optimize` finds such layers.
         calibrate: batches, each like the example, on which the ranges of inputs of int8 convolutions are found once, so
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
@@ -205,16 +208,19 @@ def compile(
     check_module(model)
     model, notes = fold_copy(model)
     dtype = check_ready(model)
+    ignored = _module_names(model, ignore)
+    if ignored and not (precision or PRECISIONS.get(dtype)):
+        raise ModelError("ignore= names layers that stay in fp32: pass precision='int8' or 'bf16' with it")
     args, kwargs = split_example(example)
     check_example(pytree.tree_leaves((args, kwargs)))
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     if dtype == torch.float32:
-        return _named(_compile(model, args, kwargs, precision, calibrate, tune, notes), model)
+        return _named(_compile(model, args, kwargs, precision, ignored, calibrate, tune, notes), model)
     if calibrate is not None:
         calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
     model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, calibrate, tune, notes)
+    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, tune, notes)
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
@@ -233,11 +239,12 @@ def _compile(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     precision: str | None,
+    ignored: frozenset[str],
     calibrate: Iterable[Any] | None,
     tune: bool,
     notes: tuple[str, ...],
 ) -> Compiled:
-    """Return a model in fp32 compiled; see `compile`."""
+    """Return a model in fp32 compiled, but for modules in `ignored` in a precision; see `compile`."""
     exported = export_graph(model, args, kwargs, passes_for(precision, calibrate is not None))
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
@@ -245,8 +252,13 @@ def _compile(
     unit_sizes = None  # open sizes that may be 1
     if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
-    kernels = select_kernels(exported, lambda w, _, grid: pack_for_batches(w, precision, grid), precision)
-    depthwise = calibrate is not None and any(_is_depthwise(exported, n) for n in exported.graph.nodes)
+
+    def precision_of(node: Node) -> str | None:
+        return None if exported.layers.get(node) in ignored else precision
+
+    kernels = select_kernels(exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of)
+    rounded = [n for n in exported.graph.nodes if n not in kernels and _is_depthwise(exported, n) and precision_of(n)]
+    depthwise = calibrate is not None and bool(rounded)
     if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
@@ -254,7 +266,7 @@ def _compile(
         )
     weights = dict(exported.constants)
     if calibrate is not None:
-        _set_input_grids(exported, specs, kernels, calibrate)
+        _set_input_grids(exported, specs, kernels, rounded, calibrate)
     compiled = Compiled(exported, kernels, specs)
     allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
@@ -279,6 +291,12 @@ def _verify_all_tokens(
     compiled.skip_padding = False
     verify(model, compiled, *example, allowed, unit_sizes)
     compiled.skip_padding = True
+
+
+def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
+    """Return the names of the modules whose weights `ignore` selects."""
+    chosen = select_layers(model, ignore) if ignore else []
+    return frozenset(name for layer in chosen for name, *_ in layer.owners)
 
 
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
@@ -351,12 +369,13 @@ def passes_for(precision: str | None, static: bool = False) -> tuple[Pass, ...]:
     return tuple(p for p in PASSES if p not in others)
 
 
-def _set_input_grids(exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], batches: Any) -> None:
+def _set_input_grids(
+    exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], depthwise: Sequence[Node], batches: Any
+) -> None:
     """Give kernels static scales of their inputs where these are faster than those found in each call, and round the
     inputs of depthwise convolutions, which have no kernels."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
     nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
-    depthwise = [n for n in exported.graph.nodes if n not in kernels and _is_depthwise(exported, n)]
     grids = input_grids(in_torch(exported, specs), [*nodes, *depthwise], batches)
     for node in nodes:
         value, *residual = quantized_operands(node)

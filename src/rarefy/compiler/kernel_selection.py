@@ -65,15 +65,17 @@ class EmbeddingKernel:
 
 
 def select_kernels(
-    exported: ExportedGraph, pack: Callable[[Tensor, str, Grid | None], Any], precision: str | None = None
+    exported: ExportedGraph,
+    pack: Callable[[Tensor, Node, Grid | None], Any],
+    precision_of: Callable[[Node], str | None] = lambda _: None,
 ) -> dict[Node, Any]:
     """Return the kernels of all linear layers, convolutions and tied embeddings; {} where there is no native library.
 
     Args:
         exported: the graph after all passes.
-        pack: packs a linear layer's weight; it is given the weight, its name in the model, and its int8 grid where it
-            has one and the model rounds the inputs to 8 bits too.
-        precision: of attention; "int8" also for convolutions in 8 bits; None for fp32.
+        pack: packs a linear layer's weight; it is given the weight, the layer's node, and its int8 grid where it has
+            one and the model rounds the inputs to 8 bits too.
+        precision_of: of the node of a convolution, an embedding or attention: None for fp32, "bf16" or "int8".
     """
     if bindings.missing() is not None:
         return {}
@@ -89,25 +91,25 @@ def select_kernels(
         grid = None if inputs is None else int8_grid(weight)
         key = w.name, grid is not None
         if node.target is ops.conv2d:
-            form = pack_conv_node(exported, node, precision, grid)
+            form = pack_conv_node(exported, node, precision_of(node), grid)
             form = None if form is None else memory.hold(form)
         elif key in packed:
             form = packed[key]
         else:
-            form = packed[key] = memory.hold(pack(weight, exported.names.get(w.name, ""), grid))
+            form = packed[key] = memory.hold(pack(weight, node, grid))
         if form is not None:
             kernels[node] = Kernel(form, _copy_of(exported, bias), act)
             if inputs is not None and reads_static_codes(form):
                 kernels[node].input_grid = inputs
-    for node in exported.graph.nodes if precision else ():
-        if node.target is ops.attention:
+    for node in exported.graph.nodes:
+        if node.target is ops.attention and (precision := precision_of(node)):
             node.args = (*node.args[:-1], precision)
     for node in exported.graph.nodes:
         if node.target is not ops.embedding:
             continue
         name = node.args[1].name
         form = packed.get((name, False))  # of a linear layer that shares the weight
-        if not isinstance(form, QuantizedPanels) and precision == "int8":
+        if not isinstance(form, QuantizedPanels) and precision_of(node) == "int8":
             if name not in rows:
                 rows[name] = _pack_embedding(exported.constants[name], memory)
             form = rows[name]

@@ -108,8 +108,8 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
     grids = {n: grid_of(m) for n, m in weighted}
 
-    def pack(weight: Tensor, name: str, _: Grid | None) -> Any:
-        layer = name.removesuffix(".weight").removeprefix("model.")  # `_Step` calls the model so
+    def pack(weight: Tensor, node: Any, _: Grid | None) -> Any:
+        layer = exported.layers.get(node, "")
         return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer), layer in rounded)
 
     kernels = select_kernels(exported, pack)

@@ -20,6 +20,7 @@ from rarefy.evaluation.profiling import compare, rates
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf
 from rarefy.model.forward import call, evaluating, without_targets
+from rarefy.model.layers import all_layers
 from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
 from rarefy.pipeline.speed import resize_batch
 
@@ -32,17 +33,27 @@ DECODE = ("decode", "prompt")  # what is timed of causal language models: millis
 Deployed = Compiled | EngineModule
 
 
-def deploy(model: nn.Module, example: Any, precision: str | None, calibration: Sequence[Any]) -> Deployed:
+def deploy(
+    model: nn.Module, example: Any, precision: str | None, calibration: Sequence[Any], ignore: Sequence[str] = ()
+) -> Deployed:
     """Return a model on the engine: a decoder for causal language models, else compiled.
 
-    Convolutions in 8 bits get static scales from the calibration batches.
+    Convolutions in 8 bits get static scales from the calibration batches. Layers named in `ignore` stay in fp32, as far
+    as the model has them; of a factorized layer, both factors.
     """
     with evaluating(model):
         if hf.is_causal_lm(model):
             return EngineModule(decoder(model, precision=precision))
-        convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-        calibrate = [without_targets(b) for b in calibration] if convolutions and precision == "int8" else None
-        return compile(model, without_targets(example), precision=precision, calibrate=calibrate or None)
+        static = precision == "int8" and has_static_scales(model, calibration)
+        calibrate = [without_targets(b) for b in calibration] if static else None
+        names = {l.name for l in all_layers(model)} if ignore else set[str]()
+        stay = sorted(n for n in names if any(n == i or n.startswith(f"{i}.") for i in ignore))
+        return compile(model, without_targets(example), precision=precision, ignore=stay or None, calibrate=calibrate)
+
+
+def has_static_scales(model: nn.Module, calibration: Sequence[Any]) -> bool:
+    """Return whether a model in 8 bits gets static scales: it has convolutions, and there are calibration data."""
+    return bool(calibration) and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
 
 
 def engine_in(deployed: Deployed) -> Any:

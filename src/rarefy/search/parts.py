@@ -124,7 +124,7 @@ class PartMeasurer:
             loss = self.journal.get(key, lambda g=g, n=removed: self._group_loss(g, scored()[g.name], n))
             if loss is not None:
                 factors[g.name] = loss / max(errors[g.name][removed - 1], 1e-30)
-        return _fill(factors, [g.name for g in groups])
+        return space.filled(factors, [g.name for g in groups])
 
     def _group_loss(self, group: Group, scores: Any, removed: int) -> float | None:
         try:
@@ -166,7 +166,7 @@ class PartMeasurer:
                 loss = self.journal.get(key, lambda b=block: self._block_loss(b))
                 blocks = blocks if loss is not None else [b for b in blocks if b is not block]
                 losses |= {} if loss is None else {block.name: loss}
-        losses = _fill(losses, [b.name for b in blocks])
+        losses = space.filled(losses, [b.name for b in blocks])
         savings = {b.name: {n: (s * shares[b.name] / share,) for n, s in saved.items()} for b in blocks}
         return [Part(BLOCK, b.name, 1, (1.0,), (losses[b.name],), savings[b.name]) for b in blocks]
 
@@ -243,7 +243,7 @@ class PartMeasurer:
                     self.dense, l, setting, self._stats(layers, method, score), score, self.few, self._wanted()
                 ),
             )
-        return _fill(losses, [l.full_name for l in layers])
+        return space.filled(losses, [l.full_name for l in layers])
 
     def _weight_part(
         self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
@@ -318,10 +318,3 @@ class PartMeasurer:
         models = {"dense": self.deployed, "smaller": deploy(smaller, self.example, self.precision, self.few)}
         times = times_of(models, self.example, self.names, self.dense)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
-
-
-def _fill(values: dict[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return a value for each name: where none was measured, the geometric mean of the others."""
-    logs = [math.log(max(v, 1e-30)) for v in values.values()]
-    mean = math.exp(sum(logs) / len(logs)) if logs else 1.0
-    return {n: values.get(n, mean) for n in names}

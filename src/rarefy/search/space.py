@@ -9,6 +9,7 @@ the same precision, taken as 1.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ BLOCK = "layer"  # whole blocks, such as those of a transformer
 RANK = "low rank"
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
-BITS = "4 bits"
+BITS, EIGHT_BITS = "4 bits", "8 bits"
 RANK_LEVELS = (0.3, 0.5, 0.7)  # fractions of a layer's weights that its factors save
 MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
@@ -297,3 +298,10 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
         chosen.append(first_samples(batch, more))
         count, used = count + more, used + more * each
     return chosen
+
+
+def filled(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return a value for each name: where none was measured, the geometric mean of the others."""
+    logs = [math.log(max(v, 1e-30)) for v in values.values()]
+    mean = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return {n: values.get(n, mean) for n in names}

@@ -1,0 +1,122 @@
+"""Which layers stay in fp32 where 8 bits lose too much: what each layer alone loses, and the time that it saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from rarefy.common.errors import RarefyError
+from rarefy.common.progress import track
+from rarefy.compiler.executor import Compiled
+from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
+from rarefy.model.forward import call, without_targets
+from rarefy.model.layers import Layer, all_layers, select_layers
+from rarefy.pipeline.sensitivity import replaced_weight
+from rarefy.pipeline.speed import resize_batch
+from rarefy.quantization.activation_observers import matmul_modules
+from rarefy.quantization.config import QuantizeOptions
+from rarefy.quantization.quantize import run_quantize
+from rarefy.search.deploy import distance, has_static_scales, outputs_of
+from rarefy.search.journal import Journal
+from rarefy.search.space import EIGHT_BITS, Part, filled
+
+REPEATS, WARMUP = 15, 3  # of profiled calls
+LEAST = 1e-3  # of a call's time: below it a profile says nothing
+
+
+def eight_bit_parts(
+    dense: nn.Module,
+    few: Sequence[Any],
+    savings: Mapping[str, Mapping[str, float]],
+    journal: Journal,
+    has_time: Callable[[], bool],
+    progress: bool,
+) -> list[Part]:
+    """Return a part for each layer that can run in 8 bits; none where the model's layers cannot be rounded.
+
+    A loss is the squared relative distance of the outputs where this layer alone is rounded, with its inputs.
+
+    Args:
+        dense: the model.
+        few: a few batches.
+        savings: of each layer by name of what is timed, from `savings_of_layers`.
+        journal: keeps what was measured.
+        has_time: whether there is time for another measurement; layers that are not measured take the mean of others.
+        progress: show a progress bar.
+    """
+    layers = [l for l in select_layers(dense, "*") if matmul_modules(l)]
+    static = has_static_scales(dense, few)
+    options = QuantizeOptions(
+        weights="int8", activations="int8-static" if static else "int8", layers=tuple(l.full_name for l in layers)
+    )
+    rounded = copy.deepcopy(dense)
+    try:
+        run_quantize(rounded, options, few if static else None)
+    except RarefyError:
+        return []
+    in_8_bits = {l.full_name: l for l in all_layers(rounded)}
+    wanted, losses = outputs_of(dense, few), dict[str, float]()
+    for layer in track(layers, f"losses of {EIGHT_BITS}", progress, len(layers)):
+        name = layer.full_name
+        key = f"loss of {EIGHT_BITS} {name}"
+        if key in journal.values or has_time():
+            with rounded_alone(layer, in_8_bits[name]):
+                losses[name] = journal.get(key, partial(distance, dense, wanted, few))
+    losses = filled(losses, [l.full_name for l in layers])
+    return [
+        Part(
+            EIGHT_BITS, l.full_name, l.weight.numel(), (1.0,), (losses[l.full_name],),
+            {n: (max(of_layer.get(l.name, 0.0), LEAST),) for n, of_layer in savings.items()},
+        )
+        for l in layers
+    ]  # fmt: skip
+
+
+@contextmanager
+def rounded_alone(layer: Layer, rounded: Layer) -> Iterator[None]:
+    """Give a layer the weight of a rounded copy of it, and round its inputs as the copy's, for a while."""
+    modules = [m for m in matmul_modules(layer) if get_activation_quant(m) is None]
+    inputs = get_activation_quant(rounded.module)
+    with replaced_weight(layer, rounded.weight.detach()):
+        try:
+            for module in modules:
+                set_activation_quant_(module, inputs)
+            yield
+        finally:
+            for module in modules:
+                set_activation_quant_(module, None)
+
+
+def savings_of_layers(
+    plain: Compiled, in_8_bits: Compiled, example: Any, whole: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Return {what is timed: {layer: the part of a call's time in fp32 that it saves in 8 bits}}.
+
+    Args:
+        plain: the model compiled in fp32.
+        in_8_bits: the same in 8 bits.
+        example: what they can be called with.
+        whole: by batch size what all layers save together; the parts add up to it.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for name, saving in whole.items():
+        batch = resize_batch(without_targets(example), int(name))
+        before, after = (_milliseconds_of_layers(model, batch) for model in (plain, in_8_bits))
+        less = {layer: before[layer] - after.get(layer, 0.0) for layer in before}
+        total = sum(less.values())
+        result[name] = {layer: saving * m / total for layer, m in less.items()} if total > 0 else {}
+    return result
+
+
+def _milliseconds_of_layers(model: Compiled, batch: Any) -> dict[str, float]:
+    """Return the time of each layer in a call."""
+    times: dict[str, float] = {}
+    for row in call(partial(model.profile, repeats=REPEATS, warmup=WARMUP), batch).rows:
+        if row.layer:
+            times[row.layer] = times.get(row.layer, 0.0) + row.milliseconds
+    return times
