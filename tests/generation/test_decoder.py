@@ -414,3 +414,14 @@ def test_a_decoder_is_proved(monkeypatch):
     if bindings.missing() is None:
         with pytest.raises(ModelError, match="logits of the decoder of .* differ"):
             decoder.decoder(small())
+
+
+@pytest.mark.parametrize("positions", [21, 40, 70])
+def test_padding_needs_no_positions_of_its_own(positions):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=positions, **sizes)).eval()
+    ids = torch.randint(2, 64, (2, positions))
+    with torch.no_grad():
+        torch.testing.assert_close(rarefy.decoder(model)(ids), model(ids).logits, atol=1e-5, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from rarefy.common.errors import RarefyError
@@ -14,6 +15,6 @@ def check_int(name: str, value: Any, minimum: int, error: type[RarefyError] = Ra
     Traceback (most recent call last):
     rarefy.common.errors.RarefyError: samples: expected a whole number of at least 1, got 0.5
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise error(f"{name}: expected a whole number of at least {minimum}, got {value!r}")
-    return value
+    return int(value)

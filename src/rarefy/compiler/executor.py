@@ -161,6 +161,10 @@ class Compiled:
         """
         return self.rebuild(self.run_leaves(self.leaves(args, kwargs)))
 
+    def eval(self) -> Compiled:
+        """Return the model: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
+        return self
+
     @property
     def input_names(self) -> list[str]:
         """The names of the arrays that `run` takes: those of the ONNX file, or of keywords and parameters."""
@@ -352,6 +356,9 @@ class Compiled:
     def _check_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         spec, names = self.exported.in_spec, self.keywords
         args, kwargs = io_names.by_position(args, kwargs, spec, self._leaf_names())
+        absent = [n for n in names if n not in kwargs]
+        if len(args) == len(absent) == 1 and not nesting.children_of(nesting.children_of(spec)[0]):
+            args, kwargs = (), {**kwargs, absent[0]: args[0]}  # the only input that it can be
         if kwargs.keys() != names.keys():
             known = [*io_names.positional_names(spec, self._leaf_names())[len(args) :], *names]
             extra, missing = [n for n in kwargs if n not in known], [n for n in known if n not in kwargs]

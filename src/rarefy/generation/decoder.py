@@ -189,6 +189,10 @@ class Decoder:
         self.compiled, self.vocab_size, self.max_tokens = compiled, vocab_size, max_tokens
         self.eos_tokens, self.pad_token = eos_tokens, pad_token
 
+    def eval(self) -> Decoder:
+        """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
+        return self
+
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
         """Return an empty KV cache.
 
@@ -271,7 +275,8 @@ class Decoder:
         # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
         padded = -(-tokens // TILE) * TILE if batch * tokens > MAX_DECODE_TOKENS else tokens
         padded = min(padded, cache.capacity - cache.past)
-        positions = cache.past + torch.arange(padded).expand(batch, -1)
+        # padding has the last token's position: a table of positions may end before the padding does
+        positions = cache.past + torch.arange(padded).clamp(max=tokens - 1).expand(batch, -1)
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)

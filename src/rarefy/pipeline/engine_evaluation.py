@@ -28,6 +28,9 @@ SENTENCE_ENDS = (".", "!", "?")
 class EngineModule(nn.Module):
     """A decoder or compiled model behind the interface of `nn.Module`, so that metrics and timers can call it.
 
+    A decoder returns what a language model of transformers does: an object with `logits`, and with `loss` where labels
+    are given.
+
     Args:
         engine: what `rarefy.decoder` or `rarefy.compile` returned.
     """
@@ -40,10 +43,26 @@ class EngineModule(nn.Module):
         if isinstance(self.engine, Compiled):
             kwargs.pop("labels", None)
             return self.engine(*args, **kwargs)
-        return self._logits(*args, **kwargs)
+        return self._output(*args, **kwargs)
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """Return the logits [batch, tokens, vocabulary] of texts that are padded on one side or not at all."""
+    @property
+    def device(self) -> torch.device:
+        """The device of its inputs and outputs, as a model of transformers has it."""
+        return torch.device("cpu")
+
+    def _output(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> Any:
+        """Return the logits [batch, tokens, vocabulary], and the mean loss of the next tokens that are labels."""
+        from transformers.modeling_outputs import CausalLMOutput
+
+        logits, loss = self._logits(input_ids, attention_mask), None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return the logits of texts that are padded on one side or not at all."""
         assert isinstance(self.engine, Decoder)
         if attention_mask is None or bool((attention_mask.diff(dim=1) <= 0).all()):
             return self.engine(input_ids)  # attention is causal: padding on the right changes no real token

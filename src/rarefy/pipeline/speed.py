@@ -63,9 +63,9 @@ def measure_speed(
 
 
 def resize_batch(batch: Any, size: int) -> Any:
-    """Repeat or cut a batch to `size` samples."""
+    """Repeat or cut a batch to `size` samples. Values that are no tensors, or have no dimension, stay as they are."""
     if isinstance(batch, Tensor):
-        return batch.repeat(-(-size // len(batch)), *[1] * (batch.dim() - 1))[:size]
+        return batch.repeat(-(-size // len(batch)), *[1] * (batch.dim() - 1))[:size] if batch.dim() else batch
     if hasattr(batch, "keys"):
         return {k: resize_batch(v, size) for k, v in batch.items()}
-    return tuple(resize_batch(v, size) for v in batch)
+    return tuple(resize_batch(v, size) for v in batch) if isinstance(batch, tuple | list) else batch
