@@ -393,3 +393,18 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 def test_fewer_samples_than_asked_for_are_no_error_where_so_many_are_a_default(folder, name):
     every, some = read(folder, name, tokens=64), read(folder, name, tokens=64, samples=999, need_all=False)
     assert sum(map(count_samples, some)) == sum(map(count_samples, every)) > 10
+
+
+@pytest.mark.parametrize("name", ["long.txt", "many.jsonl", "xy.npz", "named.npz", "pics"])
+def test_fewer_samples_are_the_first_of_more(folder, name):
+    if name == "pics":
+        pytest.importorskip("torchvision")
+        picture_folder(folder, {"cat": 6, "dog": 6})
+
+    def samples(count):
+        found = read(folder, name, samples=count, tokens=8, batch=4, size=4)
+        parts = [b.values() if isinstance(b, dict) else b for b in found]
+        return [torch.cat(tensors) for tensors in zip(*parts)]
+
+    for few, many in zip(samples(5), samples(11)):
+        assert torch.equal(few, many[:5])

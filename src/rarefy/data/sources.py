@@ -42,7 +42,7 @@ class Take:
 def batches(
     source: str, take: Take, *, tokenizer: Any = None, base: Path | None = None, what: str = "data"
 ) -> list[Batch]:
-    """Return the batches of a source; the same arguments always give the same batches.
+    """Return the batches of a source; the same arguments always give the same batches, fewer samples the first of them.
 
     `base` is the folder of relative paths. Raises DataError if the path does not exist (similar names are suggested),
     the text is too short, the file is not of its type, or text comes without a tokenizer.
@@ -54,7 +54,7 @@ def batches(
             return _text(builtin.wiki(test), take, tokenizer, f"{what} {source}")
         return _tensors(dict(zip("xy", builtin.fashion_mnist(test))), take, f"{what} {source}")
     if path.is_dir():
-        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}")
+        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}", shuffled=True)
     with read_errors(path, what):
         loaded = READERS[path.suffix.lower()](path)
     if isinstance(loaded, list):
@@ -188,7 +188,8 @@ def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> It
         yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
+def _tensors(loaded: dict[str, Tensor], take: Take, what: str, shuffled: bool = False) -> list[Batch]:
+    """Return the first samples in seeded order; `shuffled` says that they are in it already."""
     if not loaded:
         raise DataError(f"{what} holds no tensors")
     loaded = {n: _to_common_dtype(t) for n, t in loaded.items()}
@@ -200,8 +201,8 @@ def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
     if take.samples is not None and take.need_all and count < take.samples:
         fewer = f": give more, or set samples to {count}" if count else ""
         raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed{fewer}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))[: take.samples]
-    parts = order.split(take.batch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))
+    parts = (torch.arange(count) if shuffled else order)[: take.samples].split(take.batch)
     if set(loaded) == {"x", "y"}:
         return [(loaded["x"][p], loaded["y"][p]) for p in parts]
     return [{n: t[p] for n, t in loaded.items()} for p in parts]
