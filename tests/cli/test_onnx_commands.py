@@ -280,6 +280,38 @@ def test_a_search_with_inputs_alone(place, tmp_path, file, words):
     assert (tmp_path / "fast" / "recipe.yaml").is_file()
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("samples", "calibrated", "words"),
+    [(96, 64, ()), (20, 15, ()), (96, 64, ("--train", "0.1"))],  # of several batches, of one, and with training
+)
+def test_the_recipe_of_a_search_gives_the_model_that_was_measured(tmp_path, samples, calibrated, words):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 384), nn.ReLU(), nn.Linear(384, 384), nn.ReLU(), nn.Linear(384, 6)).eval()
+    x = torch.randn(samples, 24)
+    export(net, x[:2], tmp_path / "net.onnx", 17, ("x",))
+    np.savez(tmp_path / "x.npz", x=x.numpy())
+    limits = ["--max-loss", "any", "--speedup", "1000", "--target", "latency", "--minutes", "0.2", "--json"]
+    data = ["--data", tmp_path / "x.npz", "--evaluate", "similarity", *words]
+    ran = shell("optimize", tmp_path / "net.onnx", *data, "-o", tmp_path / "fast", *limits)
+    frontier = json.loads(ran.stdout)
+    best = frontier["points"][frontier["best_index"]]
+    assert any(next(iter(stage)) in ("cut", "prune") for stage in best["recipe"]["stages"]), ran.stderr
+    assert best["recipe"]["data"]["samples"] == calibrated  # the others are for evaluation
+    assert not (tmp_path / ".fast.work").exists()  # nor what the training had saved
+    trained = [p["recipe"]["data"] for p in frontier["points"] if "trained" in p["name"]]
+    untrained = [p["recipe"]["data"] for p in frontier["points"] if "trained" not in p["name"]]
+    assert bool(trained) == bool(words) and all(1 <= d["train_samples"] <= calibrated for d in trained)
+    assert not any("train" in d for d in untrained)
+    again = shell(
+        "compress", tmp_path / "net.onnx", "--recipe", tmp_path / "fast" / "recipe.yaml", "-o", tmp_path / "t"
+    )
+    assert again.returncode == 0, again.stderr
+    loaded = rarefy.load(tmp_path / "t", model=rarefy.from_onnx(tmp_path / "net.onnx"))
+    made = rarefy.compile(loaded, x[:1], precision=best["precision"])
+    assert torch.equal(made(x), rarefy.load(tmp_path / "fast")(x))
+
+
 @pytest.mark.parametrize(
     ("file", "data", "message"),
     [

@@ -49,26 +49,6 @@ def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
-def test_training_after_the_search_is_a_stage_of_the_recipe(place, tmp_path):
-    out = tmp_path / "out"
-    text = place / "text.txt"
-    result = shell(
-        "optimize", place / "model", "--data", text, "--eval-data", text, "--evaluate", "perplexity", "-o", out,
-        "--max-loss", "any", "--speedup", "1.05", *TIMES, "--minutes", "3", "--train", "0.2", "--json",
-    )  # fmt: skip
-    points = json.loads(result.stdout)["points"]
-    trained = [p for p in points if "trained" in p["name"]]
-    assert trained, result.stderr
-    recipe = trained[0]["recipe"]
-    assert recipe["data"]["train"] == str(text) and recipe["data"]["train_samples"] >= 1
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    again = shell("compress", place / "model", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "torch", "-q")
-    assert again.returncode == 0, again.stderr
-    untrained = next(p for p in points if "fewer" in p["name"] and "trained" not in p["name"])
-    assert "train" not in untrained["recipe"]["data"]
-
-
 def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_path):
     result = shell(
         "optimize", place / "model", "--data", place / "text.txt", "-o", tmp_path / "out", "--max-loss", "any",
@@ -93,6 +73,11 @@ def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_
         (["--data", "text.txt", "--layers", "nothing.*", *TIMES], "matches no layer"),
         (["--data", "text.txt"], "give more text, or pass --tokens 2"),
         (["--minutes", "0"], "0"),
+        (["--evaluate", "similarity"], "--evaluate similarity needs data: give --data or --eval-data"),
+        (["--samples", "8"], "--samples has no effect without data: give --data"),
+        (["--data", "text.txt", "--eval-samples", "8"], "--eval-samples has no effect without data: give --eval-data"),
+        (["--data", "text.txt", *TIMES, "--batch", "2"], "batch has no effect on language models"),
+        (["--data", "text.txt", *TIMES, "--evaluate", "kl"], "the dense model's kl, which is 0: give points"),
         (["--data", "text.txt", *TIMES, "--train-data", "text.txt"], "--train-data has no effect without training"),
         (["--data", "text.txt", *TIMES, "--train-samples", "9"], "--train-samples has no effect without training"),
         (["--data", "text.txt", *TIMES, "--train", "1", "--train-samples", "9"], "give --train-data or --eval-data"),

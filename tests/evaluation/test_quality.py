@@ -226,8 +226,8 @@ def test_divergence_of_a_real_language_model():
     folder = builtin.model_folder("smollm2-135m")
     dense, tokenizer = hf.load_folder(folder).eval(), hf.load_tokenizer(folder)
     batch = dict(tokenizer(builtin.wiki(True)[:2], return_tensors="pt", padding=True, truncation=True, max_length=24))
-    metric = metric_of(None, dense, [batch])
-    assert metric.name == "kl" and metric.measure(dense) == 0.0
+    metric = metric_of("kl", dense, [batch])
+    assert metric.measure(dense) == 0.0
     rough = copy.deepcopy(dense)
     rarefy.prune_(rough, sparsity=0.3, layers="model.layers.*")
     mask = batch["attention_mask"].bool()
@@ -321,8 +321,9 @@ IDS = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
 @pytest.mark.parametrize(
     ("make", "batch", "want"),
     [
-        (tiny_llama, IDS, "kl"),
-        (lambda: Logits(logits=torch.randn(2, 3, 9)), IDS, "kl"),
+        (tiny_llama, IDS, "perplexity"),
+        (tiny_llama, IDS["input_ids"], "agreement"),
+        (lambda: Logits(logits=torch.randn(2, 3, 9)), IDS, "agreement"),
         (lambda: Logits(logits=torch.randn(2, 9)), IDS, "agreement"),
         (Net, image_batches(1)[0], "agreement"),
         (tiny_bert, IDS, "similarity"),

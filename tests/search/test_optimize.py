@@ -17,6 +17,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError
 from rarefy.search import search as search_module
+from rarefy.search import space
 from rarefy.search.frontier import frontier_from_dict
 from rarefy.search.optimize import save_result
 from rarefy.search.targets import mean_speedup
@@ -88,11 +89,11 @@ def test_the_recipe_gives_the_same_weights(found):
 
 def test_a_search_that_was_done_gives_the_same_result_from_its_folder(found):
     frontier, work = found
-    began = time.perf_counter()
+    before = (work / "search.jsonl").read_bytes()
     again = run(resume_dir=work, batch=(1, 16))
-    assert time.perf_counter() - began < 15
+    assert (work / "search.jsonl").read_bytes() == before  # nothing is measured again
     assert [p.name for p in again.points] == [p.name for p in frontier.points]
-    assert again.points == frontier_from_dict(frontier.to_dict()).points or again.best_index == frontier.best_index
+    assert again.points == frontier_from_dict(frontier.to_dict()).points and again.best_index == frontier.best_index
     assert torch.equal(again.best.model(X), frontier.best.model(X))
 
 
@@ -143,6 +144,31 @@ def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
     assert not frontier.met and frontier.best is not None
     assert "Not all limits are kept" in frontier.verdict and "speedup by" in frontier.verdict
     assert "The fastest model tried is" in frontier.verdict
+
+
+def test_what_misses_a_loss_is_said_in_its_unit():
+    frontier = run(speedup=1000.0, max_loss="-150 points", minutes=0.1)
+    assert "misses max_loss by 15" in frontier.verdict and "points" in frontier.verdict.partition("max_loss")[2]
+
+
+def test_a_part_that_cannot_be_used_is_left_out(monkeypatch):
+    def refused(plain):
+        def loss(model, part, *arguments, **options):
+            if "second" in getattr(part, "full_name", ""):
+                raise ModelError("the outputs contain NaN")
+            return plain(model, part, *arguments, **options)
+
+        return loss
+
+    for name in ("measured_layer_loss", "measured_rank_loss"):
+        monkeypatch.setattr(space, name, refused(getattr(space, name)))
+    monkeypatch.setattr(space, "MIN_SAVING", -1.0)  # all methods count as faster
+    frontier = run(minutes=0.3, speedup=1000.0)
+    changed = {n for p in frontier.points for s in p.recipe["stages"] for n in s.get("prune", {}).get("per_layer", ())}
+    factorized = {
+        n for p in frontier.points for s in p.recipe["stages"] for n in s.get("factorize", {}).get("layers", ())
+    }
+    assert "second" not in changed | factorized and changed | factorized
 
 
 def test_the_least_loss_at_a_speed():
@@ -233,21 +259,7 @@ def test_a_network_of_convolutions_gets_narrower():
     assert frontier.best.model(images).shape == (32, 5)
 
 
-# ---- time, Ctrl-C and kill -----------------------------------------------------------------------------------------
-
-
-def test_the_time_is_kept():
-    slow = 0.0
-
-    def slowly(model):
-        time.sleep(slow)
-        return accuracy(model)
-
-    slow = 1.0
-    began = time.perf_counter()
-    frontier = run(slowly, minutes=0.25, speedup=1000.0)
-    assert time.perf_counter() - began < 15 * 1.35 + 3  # one more point than expected may take longer than usual
-    assert frontier.best is not None
+# ---- Ctrl-C and kill -----------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):

@@ -121,6 +121,49 @@ def test_an_engine_that_fails_is_a_note():
     assert [n for n in notes if n.startswith("ONNX Runtime, fp32 does not run the model: ") and "no module" in n]
 
 
+def test_an_engine_that_fails_at_a_batch_size_loses_its_row(monkeypatch):
+    plain = other_engines._onnx_runtime
+
+    def fixed_to_one(file):
+        started = plain(file)
+
+        def fixed(feed):
+            if len(next(iter(feed.values()))) > 1:
+                raise RuntimeError("one sample alone")
+            return started.fixed(feed)
+
+        return other_engines.Started(started.run, fixed if file.name == "model.onnx" else started.fixed)
+
+    monkeypatch.setattr(other_engines, "_onnx_runtime", fixed_to_one)
+    rows, notes = rows_of(*images())
+    assert "ONNX Runtime, fp32" not in rows and set(rows["ONNX Runtime, int8"]["milliseconds"]) == {"1", "3"}
+    assert "ONNX Runtime, fp32 does not run batch 3: one sample alone" in notes
+
+
+def test_data_that_do_not_fit_are_a_note():
+    net, example, data = images()
+    result = other_engines.measured_engines(
+        net, example, [*data, {"other": 3}], metric_of("similarity", net, data), ("1",), None
+    )
+    assert result["rows"] == [] and "other engines are not measured: " in result["notes"][-1]
+
+
+def test_engines_that_no_time_is_left_for_are_named():
+    net, example, data = images()
+    asked = []
+
+    def has_time(seconds):
+        asked.append(seconds)
+        return len(asked) == 1  # for the first engine alone
+
+    ours, metric = rarefy.compile(net, example), metric_of("similarity", net, data)
+    result = other_engines.measured_engines(net, example, data, metric, ("1",), ours, has_time)
+    assert [(r["name"], r["milliseconds"]) for r in result["rows"]] == [(ENGINES[0], {})]
+    assert f"{ENGINES[1]} was not measured: their part of the time is over" in result["notes"]
+    assert "other engines were not timed at batch 1: their part of the time is over" in result["notes"]
+    assert asked[0] == 0 < asked[1]
+
+
 def test_missing_packages_are_named(monkeypatch):
     net, example, data = images()
     monkeypatch.setattr(other_engines, "find_spec", lambda name: None if name != "onnxruntime" else find_spec(name))

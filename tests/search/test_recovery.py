@@ -1,6 +1,7 @@
 """Training after a search, whole blocks and low rank as what it may do, and recipes of both."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_block_that_does_nothing_costs_least():
     blocks = removable_blocks(NET, X[:2], None, None)
     assert [b.name for b in blocks] == ["layers.0", "layers.1", "layers.2", "layers.3"]
     with torch.no_grad():
-        losses = [measured_block_loss(NET, b, [X], [NET(X)]) for b in blocks]
+        losses = [measured_block_loss(NET, b, [X], [NET(X)]) or 0.0 for b in blocks]
     assert min(range(4), key=losses.__getitem__) == 1 and losses[1] < 1e-4 < min(losses[0], losses[2])
 
 
@@ -87,7 +88,7 @@ def test_full_rank_loses_nothing_and_less_rank_loses_more():
     layer = next(l for l in rarefy.model.layers.select_layers(NET, None, None) if l.full_name == "layers.0.up")
     with torch.no_grad():
         wanted = [NET(X)]
-        losses = [measured_rank_loss(NET, layer, level, {}, [X], wanted) for level in (-0.25, 0.3, 0.7)]
+        losses = [measured_rank_loss(NET, layer, level, {}, [X], wanted) or 0.0 for level in (-0.25, 0.3, 0.7)]
         assert torch.equal(NET(X), wanted[0])
     assert losses[0] < 1e-9 < losses[1] < losses[2]
 
@@ -175,7 +176,21 @@ def test_the_point_that_training_is_expected_to_bring_within_the_limit_is_traine
 
 
 def test_batches_and_epochs_fill_the_time():
-    assert fitting(50, 1.0, 20) == (20, 2) and fitting(5, 1.0, 20) == (5, 1) and fitting(0.1, 1.0, 20) == (1, 1)
+    assert fitting(50, 1.0, 20) == (20, 2) and fitting(5, 1.0, 20) == (5, 1)
+    assert fitting(0.1, 1.0, 20) == fitting(-5.0, 1.0, 20) == (0, 0)
+
+
+def test_training_that_does_not_fit_is_left_out_and_tried_again_with_more_time(tmp_path):
+    labels = NET(X).argmax(1)
+
+    def accuracy(model):
+        return float((model(X).argmax(1) == labels).float().mean())
+
+    options = {"max_loss": 0.02, "batch": (256,), "minutes": 0.1, "resume_dir": tmp_path}
+    found = rarefy.optimize(NET, X, X.split(64), accuracy, train_minutes=1e-6, **options)
+    assert not any("trained" in p.name for p in found.points)
+    keys = [json.loads(line).get("key", "") for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert not [k for k in keys if k.startswith(("epochs of", "training batches"))]
 
 
 def test_what_the_first_run_loads_does_not_hide_the_time_of_a_batch(monkeypatch):

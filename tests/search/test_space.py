@@ -1,10 +1,12 @@
 """What a search finds out about the parts of a model."""
 
+import pytest
 import torch
 from torch import nn
 
 from rarefy.dependency.graph import trace
-from rarefy.search.space import removal_scores
+from rarefy.search.deploy import distance
+from rarefy.search.space import MAX_CUT, filled, local_errors, removal_scores
 from rarefy.structured.importance import unit_scores
 
 
@@ -27,9 +29,38 @@ def test_units_that_a_score_cannot_observe_are_scored_by_their_weights():
     groups = {g.name: g for g in graph.groups if g.name in ("a.weight:0", "b.weight:0")}
     assert len(groups) == 2
     data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
-    scores = removal_scores(net, graph, list(groups.values()), "activation", data)
     observed, by_weights = groups["a.weight:0"], groups["b.weight:0"]
-    assert torch.equal(
-        scores[observed.name], unit_scores(net, graph, [observed], "activation", data=data)[observed.axis]
-    )
-    assert torch.equal(scores[by_weights.name], unit_scores(net, graph, [by_weights], "magnitude")[by_weights.axis])
+    for group, score in ((observed, "activation"), (by_weights, "magnitude")):
+        wanted = unit_scores(net, graph, [group], score, data=data)[group.axis]
+        assert torch.equal(removal_scores(net, graph, group, "activation", data), wanted)
+
+
+def test_the_units_that_may_go_are_scored_as_if_all_might():
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(8, 96), nn.ReLU(), nn.Linear(96, 4)), [torch.randn(64, 8)]
+    graph = trace(net, data[0])
+    group = next(g for g in graph.groups if g.size == 96)
+    every = unit_scores(net, graph, [group], "obs", data=data)[group.axis]
+    some, most = removal_scores(net, graph, group, "obs", data), int(MAX_CUT * 96)
+    assert local_errors(some, "obs")[:most] == local_errors(every, "obs")[:most]
+    assert torch.equal(some.argsort()[:most], every.argsort()[:most])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_outputs_that_are_wanted_as_infinite_do_not_count(value):
+    net, x = nn.Linear(4, 3), torch.randn(5, 4)
+    with torch.no_grad():
+        wanted = net(x)
+        masked = wanted.masked_fill(torch.tensor([False, True, False]), value)
+        other = nn.Linear(4, 3)
+        counted = [0, 2]
+        exact = (other(x) - wanted)[:, counted].square().sum() / wanted[:, counted].square().sum()
+    assert distance(other, [masked], [x]) == pytest.approx(float(exact))
+    assert distance(net, [wanted], [x]) == 0.0
+    with torch.no_grad():
+        other.bias[0] = value
+    assert distance(other, [masked], [x]) is None  # infinite where the dense model is not
+
+
+def test_parts_without_a_loss_take_the_mean_and_those_that_cannot_be_used_are_left_out():
+    assert filled({"a": 1.0, "b": None, "c": 4.0}, ["a", "b", "c", "d"]) == {"a": 1.0, "c": 4.0, "d": 2.0}

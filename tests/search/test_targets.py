@@ -105,3 +105,29 @@ def test_a_relative_loss_of_zero_is_refused():
 
 def test_the_front_has_what_no_point_beats():
     assert [p.name for p in pareto(POINTS)] == ["dense", "int8", "cut", "more"]
+
+
+def test_what_exceeds_a_loss_of_0_does_not_outweigh_the_speed():
+    targets = parse_targets(0.0, "latency", speedup=2.0)
+    slow, fast = point("slow", 0.0, 1.1), point("fast", 0.002, 1.9)
+    assert targets.limits(fast)["max_loss"] == pytest.approx(1.2)  # 0.2 % of a hundredth
+    assert targets.best([slow, fast]) == (1, False)
+    assert targets.best([slow, point("bad", 0.2, 1.9)]) == (0, False)
+    percent = parse_targets("0 points", "latency", speedup=2.0)
+    near = Point("near", 79.8, 0.2, {}, {"1": 1.9}, 1, 1, {})
+    assert percent.limits(near)["max_loss"] == pytest.approx(1 + 0.2 / 0.798)
+
+
+def test_losses_have_their_unit():
+    assert Targets().text(0.0123) == "1.23 %" and Targets(points=True).text(0.5) == "0.5 points"
+
+
+@pytest.mark.parametrize("metric", ["kl", "distance", "mine"])
+def test_where_the_dense_number_is_0_losses_are_points(metric):
+    quality = 0.3 if metric != "mine" else 1e-9  # of kl and distance it is rounding noise, whatever it is
+    for targets in (Targets(None, speedup=2.0), Targets(0.0), Targets(0.5, points=True)):
+        checked = check_dense(targets, metric, quality)
+        assert checked.points and checked.max_loss == targets.max_loss
+    with pytest.raises(RecipeError, match=f"the dense model's {metric}, which is 0: give points, such as '0.5 points'"):
+        check_dense(Targets(0.01), metric, quality)
+    assert check_dense(Targets(0.01), "mine", 0.3) == check_dense(Targets(0.01), "mine") == Targets(0.01)

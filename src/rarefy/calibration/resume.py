@@ -22,7 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.common.atomic_io import KEY_FILE, PARTIAL, SETUP_FILES, container_errors, is_resume_file, sync
+from rarefy.common.atomic_io import (
+    KEY_FILE,
+    PARTIAL,
+    SETUP_FILES,
+    container_errors,
+    is_resume_file,
+    lock_file,
+    sync,
+)
 from rarefy.common.errors import ContainerError, DataError
 from rarefy.model.sparsity_pattern import Pattern
 
@@ -152,7 +160,7 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
         if foreign:
             raise ContainerError(f"{folder} is for the state of a run, but holds {foreign[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder / KEY_FILE)
+        lock = lock_file(folder / KEY_FILE)
         saved_key = lock.read()
         if not saved_key and not set(names) - {KEY_FILE}:
             lock.write(text)
@@ -163,21 +171,6 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
             raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
     num_done = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return ResumeState(folder, num_done, hashlib.sha256(text.encode()).hexdigest(), lock)
-
-
-def _locked(file: Path) -> Any:
-    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-    try:
-        import fcntl
-
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no file locks on this system
-        pass
-    except OSError:
-        opened.close()
-        raise ContainerError(f"{file.parent} is in use by another run; wait for it, or give another name") from None
-    opened.seek(0)
-    return opened
 
 
 def _difference(before: str, key: Mapping[str, Any]) -> str:

@@ -19,14 +19,15 @@ Evaluated = Annotated[
     str | None,
     typer.Option(
         help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, kl. "
-        "By default how well the model agrees with the dense one, which needs no labels."
+        "By default the perplexity of language models on data; else how well the model agrees with the dense one, "
+        "which needs no labels."
     ),
 ]
 EvalData = Annotated[
     str | None,
     typer.Option(
         help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
-        "and text. By default a quarter of --data."
+        "and text. By default the last quarter of --data, which is not calibrated on."
     ),
 ]
 TrainMinutes = Annotated[
@@ -36,8 +37,8 @@ TrainMinutes = Annotated[
 TrainData = Annotated[
     str | None,
     typer.Option(
-        help="Data to train on; no labels are read. By default --data: where it is a text or "
-        "folder and --eval-data is given, all of it."
+        help="Data to train on; no labels are read. By default the samples that are calibrated on, or all of "
+        "--data where --eval-data is given."
     ),
 ]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
@@ -62,8 +63,12 @@ def optimize(
         str | None,
         typer.Option(help="What is best within the limits: latency (the default), loss, size or memory."),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size that is timed; give several.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Length of texts, by default 128.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size that is timed; again for more. Not for language models.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of texts; by default 128, of language models 512.")
+    ] = None,
     input_shape: InputShape = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128.")] = None,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
@@ -113,7 +118,7 @@ def optimize(
         with resume_folder(out, fresh) as state:
             frontier = optimize(
                 net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
-                batch=batch or (inputs["batch"],), minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
+                batch=batch or inputs["batch"], minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
                 ignore=ignore, seed=seed, resume_dir=state / "stage-search", progress=not quiet,
                 other_engines=other_engines, **training, **limits,
             )  # fmt: skip
@@ -191,13 +196,18 @@ def _inputs(
     ranked = evaluate is not None and evaluate.partition("@")[0] in RANKED
     if ranked and eval_data is None:
         raise RecipeError(f"--evaluate {evaluate} needs texts or pairs of its own: give --eval-data FILE")
-    if data is None and eval_data is None and evaluate not in (None, "similarity", "agreement", "kl"):
+    if data is None and eval_data is None and evaluate is not None:
         raise RecipeError(f"--evaluate {evaluate} needs data: give --data or --eval-data")
+    for name, value, source, needed in (
+        ("--samples", samples, data, "--data"), ("--eval-samples", eval_samples, eval_data, "--eval-data"),
+    ):  # fmt: skip
+        if value is not None and source is None:
+            raise RecipeError(f"{name} has no effect without data: give {needed}")
     length, size = (512, 8) if hf.is_causal_lm(net) else (128, 32)
     length = tokens or length
     example = example_input(net, tokens, max(batch) if batch else None, tokenizer, default_batch=1)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
-    result["batch"] = count_samples(example)
+    result["batch"] = None if hf.is_causal_lm(net) else count_samples(example)
     settings = result["settings"] = Data(samples=samples or 128, tokens=length, batch=size, seed=seed)
     if data is not None:
         take = Take(samples=samples or 128, need_all=samples is not None, tokens=length, batch=size, seed=seed)

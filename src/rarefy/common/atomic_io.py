@@ -163,6 +163,22 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     remove_resume_state(work)
 
 
+def lock_file(file: Path) -> Any:
+    """Return a file that is open to read and append, and locked until it is closed; ContainerError if it is in use."""
+    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    try:
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no file locks on this system
+        pass
+    except OSError:
+        opened.close()
+        raise ContainerError(f"{file.parent} is in use by another run; wait for it, or give another name") from None
+    opened.seek(0)
+    return opened
+
+
 MIN_MEMORY = 1 << 28  # bytes
 
 
@@ -206,6 +222,8 @@ def remove_resume_state(work: Path) -> None:
         for file in stage.iterdir():
             if is_resume_file(file.name):
                 file.unlink(missing_ok=True)
+        for nested in [p for p in stage.glob("training-*") if not p.is_symlink()]:  # of a search
+            remove_resume_state(nested)
         with suppress(OSError):  # something else is in it
             stage.rmdir()
     with suppress(OSError):

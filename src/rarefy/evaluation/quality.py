@@ -32,6 +32,7 @@ from rarefy.model import hf
 from rarefy.model.forward import Model, call, check_batches, evaluating, on_device, without_targets
 
 RANKED = {"retrieval": ("R", 1), "ndcg": ("nDCG", 10)}  # what the number is called, and its k where none is given
+BEST_IS_ZERO = ("distance", "kl")  # a fraction of the dense model's number, which is 0, means nothing
 LOWER_IS_BETTER = {"distance", "kl", *(name for name, best in BETTER.items() if best is min)}
 RECIPE_METRICS = (*METRICS, "retrieval", "similarity", "agreement")  # those whose relative change means something
 METRIC_NAMES = (*METRICS, *RANKED, "retrieval@10", "ndcg@10", *COMPARISONS)
@@ -71,8 +72,8 @@ def metric_of(
 
     Args:
         evaluate: a name of `METRIC_NAMES`; a `Metric`; a function that returns a number of a model, called with the
-            model in evaluation mode and without gradients. None chooses "kl" for language models, "agreement" for
-            classifiers, "similarity" for other models.
+            model in evaluation mode and without gradients. None chooses "perplexity" for language models, "agreement"
+            for classifiers of samples or tokens, "similarity" for other models.
         dense: the model before compression. "similarity", "agreement", "distance" and "kl" compare with its outputs,
             which are computed once, at the first measurement: measure the dense model before it changes.
         data: batches to evaluate; for "retrieval" and "ndcg" pairs (queries, texts) of batches. Functions need none.
@@ -80,7 +81,8 @@ def metric_of(
         progress: show a progress bar for each measurement.
 
     Raises:
-        DataError: for an unknown name, or data that are missing or no batches. `measure` raises DataError for data
+        DataError: for an unknown name, higher_is_better where the metric says it, or data that are missing or no
+            batches. `measure` raises DataError for data
             that the metric cannot read, and ModelError for a function that raises or returns no finite number.
 
     Example:
@@ -90,6 +92,8 @@ def metric_of(
         ('agreement', 100.0, '%')
     """
     if isinstance(evaluate, Metric):
+        if not higher_is_better:
+            raise DataError("higher_is_better has no effect on a Metric, which has its own: leave it out")
         checked = isinstance(evaluate.measure, _Checked)
         return evaluate if checked else replace(evaluate, measure=_Checked(evaluate.measure, evaluate.name, dense))
     if evaluate is not None and not isinstance(evaluate, str):
@@ -133,7 +137,7 @@ def _built_in(name: str, dense: nn.Module, data: Iterable[Any], progress: bool) 
 
 @torch.no_grad()
 def default_metric(dense: nn.Module, data: Iterable[Any]) -> str:
-    """Return the metric that needs no labels and fits the dense model's outputs for the first batch.
+    """Return the metric that fits the dense model's outputs for the first batch, and needs no labels beside the inputs.
 
     Raises:
         DataError: if there is no batch, or the model cannot be called with it.
@@ -145,8 +149,11 @@ def default_metric(dense: nn.Module, data: Iterable[Any]) -> str:
     with evaluating(dense):
         output = call(dense, inputs)
     tensor, logits = output_tensor(output), named_output(output, "logits")
-    if hf.is_causal_lm(dense) or (logits is not None and token_mask(inputs, logits) is not None):
-        return "kl"
+    if hf.is_causal_lm(dense):
+        reads_text = hasattr(inputs, "keys") and "input_ids" in inputs and inputs["input_ids"].shape[-1] > 1
+        return "perplexity" if reads_text else "agreement"
+    if logits is not None and token_mask(inputs, logits) is not None:
+        return "agreement"
     unnamed = logits is not None or isinstance(output, Tensor | tuple | list)
     classes = unnamed and tensor.dim() == 2 and tensor.shape[1] > 1
     return "agreement" if classes and not _are_embeddings(tensor) else "similarity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ def timed_names(model: nn.Module, batches: Sequence[int]) -> tuple[str, ...]:
 
 
 def times_of(
-    models: Mapping[str, Deployed], example: Any, names: Sequence[str], dense: nn.Module
+    models: Mapping[str, Deployed], example: Any, names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return quartiles of milliseconds of models whose calls take turns: {batch: {model: quartiles}}.
 
@@ -83,19 +84,33 @@ def times_of(
         models: deployed models by name.
         example: what they can be called with; it is repeated or cut to each batch size.
         names: what is timed, from `timed_names`.
-        dense: the model that they were made from; a language model's configuration has its vocabulary.
     """
     if names == DECODE:
-        vocabulary: int = dense.config.vocab_size  # type: ignore[assignment, union-attr]
-        steps = {n: decode_step(engine_in(m), PROMPT + NEW) for n, m in models.items()}
-        rates_of = rates(steps, vocabulary, prompt=PROMPT, new=NEW, repeats=REPEATS[0])
-        tokens = {"decode": ("decode", 1), "prompt": ("prefill", PROMPT)}
+        engines = {n: engine_in(m) for n, m in models.items()}
+        engine = next(iter(engines.values()))
+        prompt, new = timed_tokens(engine.max_tokens)
+        steps = {n: decode_step(e, prompt + new) for n, e in engines.items()}
+        rates_of = rates(steps, engine.vocab_size, prompt=prompt, new=new, repeats=REPEATS[0])
+        tokens = {"decode": ("decode", 1), "prompt": ("prefill", prompt)}
         return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in rates_of.items()} for n in names}
     result = {}
     for name in names:
         batch = resize_batch(without_targets(example), int(name))
         result[name] = times_in_turns({n: partial(call, m, batch) for n, m in models.items()})
     return result
+
+
+def timed_tokens(limit: int | None) -> tuple[int, int]:
+    """Return how many tokens are read and decoded where a text may have so many.
+
+    >>> timed_tokens(None), timed_tokens(128)
+    ((256, 48), (107, 21))
+    """
+    total = PROMPT + NEW
+    if limit is None or limit >= total:
+        return PROMPT, NEW
+    prompt = max(1, PROMPT * limit // total)
+    return prompt, max(1, limit - prompt)
 
 
 def times_in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
@@ -138,11 +153,17 @@ def variants_of(model: nn.Module, has_data: bool) -> tuple[Variant, ...]:
 
 
 @torch.no_grad()
-def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence[Any]) -> float:
-    """Return how far a model's outputs are from the wanted ones: squared distance over squared length."""
-    tensors = outputs_of(model, batches)
-    far = sum(float((a - b).double().square().sum()) for a, b in zip(tensors, wanted))
-    return far / max(sum(float(w.double().square().sum()) for w in wanted), 1e-30)
+def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence[Any]) -> float | None:
+    """Return how far a model's outputs are from the wanted ones: squared distance over squared length.
+
+    Outputs that are wanted as infinite, as those of masked classes, do not count. None where others are infinite.
+    """
+    far = length = 0.0
+    for output, target in zip(outputs_of(model, batches), wanted):
+        counts = target.isfinite()
+        far += float((output - target)[counts].double().square().sum())
+        length += float(target[counts].double().square().sum())
+    return far / max(length, 1e-30) if math.isfinite(far) else None
 
 
 @torch.no_grad()

@@ -60,20 +60,21 @@ def eight_bit_parts(
     except RarefyError:
         return []
     in_8_bits = {l.full_name: l for l in all_layers(rounded)}
-    wanted, losses = outputs_of(dense, few), dict[str, float]()
+    wanted, measured = outputs_of(dense, few), dict[str, float | None]()
     for layer in track(layers, f"losses of {EIGHT_BITS}", progress, len(layers)):
         name = layer.full_name
         key = f"loss of {EIGHT_BITS} {name}"
         if key in journal.values or has_time():
             with rounded_alone(layer, in_8_bits[name]):
-                losses[name] = journal.get(key, partial(distance, dense, wanted, few))
-    losses = filled(losses, [l.full_name for l in layers])
+                measured[name] = journal.get(key, partial(distance, dense, wanted, few))
+    losses = filled(measured, [l.full_name for l in layers])
     return [
         Part(
             EIGHT_BITS, l.full_name, l.weight.numel(), (1.0,), (losses[l.full_name],),
             {n: (max(of_layer.get(l.name, 0.0), LEAST),) for n, of_layer in savings.items()},
         )
         for l in layers
+        if l.full_name in losses
     ]  # fmt: skip
 
 

@@ -66,13 +66,16 @@ class Best:
 
     Attributes:
         model: as it is deployed and was measured: compiled, or a decoder for a language model.
-        compressed: the torch model that it was made from; `rarefy.compress_(model, recipe, data)` gives it again.
+        compressed: the torch model that it was made from. `rarefy.compress_(model, best.point.recipe, best.data)` makes
+            it again of the dense model, with the same weights.
         point: what was measured of it.
+        data: the batches that its recipe reads, by purpose: "calibrate" and "train".
     """
 
     model: Any
     compressed: nn.Module
     point: Point
+    data: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Frontier:
 
     Attributes:
         metric: {"name", "higher_is_better", "scale"}.
-        targets: what was asked for, as text by name: max_loss, speedup, latency_ms, size_mb, memory_mb, maximize.
+        targets: what was asked for, as text by name: max_loss, speedup, latency_ms, size_mb, memory_mb, objective.
         dense: the model before, compiled in fp32: quality, milliseconds and bytes.
         points: all that was tried, in this order.
         best_index: the point that meets the targets best, or else comes nearest; None where none could be made.
@@ -158,10 +161,11 @@ class Frontier:
         return write_new_file(path, frontier_page(self), overwrite)
 
     def __str__(self) -> str:
-        rows = [self._row(p, "dense" if p is self.dense else "") for p in (self.dense, *self.front())]
-        best = self.best_point
-        for row in rows:
-            row["best"] = "*" if best is not None and row["model"] == best.name else ""
+        best, points = self.best_point, [self.dense, *(p for p in self.front() if p != self.dense)]
+        if best is not None and best not in points:  # it is faster over all batches, but not in the slowest
+            points.append(best)
+        rows = [self._row(p, "dense" if p is self.dense else "") for p in points]
+        rows = [{**row, "best": "*" if p == best else ""} for row, p in zip(rows, points)]
         rows += [self._engine_row(p) for p in self.peers]
         tried = f"{len(self.points)} models tried in {self.seconds / 60:.1f} minutes"
         return "\n".join([f"{self.metric['name']}: {tried}", "", table(rows), "", self.verdict, *self.notes])

@@ -6,33 +6,71 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import SEARCH_FILE
+from rarefy.common.atomic_io import SEARCH_FILE, container_errors, lock_file
 from rarefy.common.errors import ContainerError
 
 
 class Journal:
     """Results by key. What is there is returned, the rest is computed and appended.
 
-    Args:
-        folder: where the file lies; None keeps results in memory alone.
-        settings: what the results depend on. Those of other settings are refused.
+    Attributes:
+        values: the results.
+        costs: the seconds that each result took, in the order in which they were computed.
+        trouble: why results are not written any more; "" where they are.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any]):
+    def __init__(self, folder: Path | None, settings: dict[str, Any], clock: Callable[[], float] = time.perf_counter):
+        """Read the results in a folder, and lock it.
+
+        Args:
+            folder: where the file lies; None keeps results in memory alone.
+            settings: what the results depend on. Those of other settings are refused.
+            clock: returns seconds.
+
+        Raises:
+            ContainerError: for a folder that cannot be written, is in use, or has results of another search.
+        """
         self.values: dict[str, Any] = {}
-        self.seconds = 0.0  # that all results took, in this process and in those before
+        self.costs: dict[str, float] = {}
+        self.trouble = ""
+        self.clock = clock
         self.file = None if folder is None else folder / SEARCH_FILE
-        if self.file is None:
+        self.opened: Any = None
+        if folder is None or self.file is None:
             return
-        settings = json.loads(json.dumps(settings))
-        if self.file.is_file() and b"\n" in self.file.read_bytes():
+        if folder.exists() and not folder.is_dir():
+            raise ContainerError(f"{folder} is a file: give the name of a folder")
+        with container_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.opened = lock_file(self.file)
+            try:
+                self._open(json.loads(json.dumps(settings)))
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that all results took, in this process and in those before."""
+        return sum(self.costs.values())
+
+    def close(self) -> None:
+        """Release the folder for other searches."""
+        if self.opened is not None:
+            with suppress(OSError):  # on a full disk, what could not be written
+                self.opened.close()
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        """Read the results, or write the settings where there are none."""
+        assert self.file is not None
+        if b"\n" in self.file.read_bytes():
             self._read(settings)
         else:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_bytes(b"")
+            os.truncate(self.file, 0)
             self._append({"settings": settings})
 
     def _read(self, settings: dict[str, Any]) -> None:
@@ -45,7 +83,7 @@ class Journal:
             first, *rest = [json.loads(l) for l in lines[:-1]]
             for record in rest:
                 self.values[record["key"]] = record["value"]
-                self.seconds += record["seconds"]
+                self.costs[record["key"]] = float(record["seconds"])
             known = first["settings"]
             differs = [n for n in {**known, **settings} if known.get(n) != settings.get(n)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,25 +94,41 @@ class Journal:
                 "or start again (shell: --fresh)"
             )
 
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return the result of a key, which JSON can hold; compute and keep it where there is none yet."""
+    def get(self, key: str, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True) -> Any:
+        """Return the result of a key, which JSON can hold; compute it where there is none yet.
+
+        Args:
+            key: its name. The first words say what kind of step it is, see `seconds_of`.
+            compute: returns it.
+            keep: whether a result is written to disk. Others are computed again after a kill.
+        """
         if key not in self.values:
-            began = time.perf_counter()
+            began = self.clock()
             value = json.loads(json.dumps(compute(), allow_nan=False))
-            seconds = time.perf_counter() - began
-            self.values[key] = value
-            self.seconds += seconds
-            if self.file is not None:
-                self._append({"key": key, "value": value, "seconds": seconds})
+            self.values[key], self.costs[key] = value, self.clock() - began
+            if keep(value):
+                self._write({"key": key, "value": value, "seconds": self.costs[key]})
         return self.values[key]
+
+    def seconds_of(self, *kinds: str) -> float | None:
+        """Return what the last step took whose key begins with the first of these texts that any begins with."""
+        costs = [*reversed(self.costs.items())]
+        return next((seconds for kind in kinds for key, seconds in costs if key.startswith(kind)), None)
 
     def folder_of(self, name: str) -> Path | None:
         """Return a folder beside the file for the state of one long step, or None where nothing is on disk."""
         return None if self.file is None else self.file.with_name(name.replace(" ", "-"))
 
+    def _write(self, record: dict[str, Any]) -> None:
+        """Append a record; where that fails, all further results stay in memory."""
+        if self.opened is None or self.trouble:
+            return
+        try:
+            self._append(record)
+        except OSError as error:
+            self.trouble = f"{self.file} cannot be written ({error.strerror or error}): a kill would lose the rest"
+
     def _append(self, record: dict[str, Any]) -> None:
-        assert self.file is not None
-        with self.file.open("ab") as out:
-            out.write(json.dumps(record).encode() + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
+        self.opened.write(json.dumps(record) + "\n")
+        self.opened.flush()
+        os.fsync(self.opened.fileno())

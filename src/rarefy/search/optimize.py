@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import nn
 from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import check_output_folder, parse_path
 from rarefy.common.checks import check_int
-from rarefy.common.errors import DataError, ModelError, RecipeError, first_line
+from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.common.progress import say
 from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.compile import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
-from rarefy.model.batches import count_samples, split_batch
+from rarefy.model import hf
+from rarefy.model.batches import count_samples, slice_batch
 from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
@@ -30,10 +32,13 @@ from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.journal import Journal
 from rarefy.search.other_engines import measured_engines
 from rarefy.search.recovery import Recovery
-from rarefy.search.search import Search, Task
+from rarefy.search.search import Search
+from rarefy.search.search_key import search_key
 from rarefy.search.targets import check_dense, objective_of, parse_targets
+from rarefy.search.task import Task
 
-HELD_OUT = 4  # of so many batches one is for evaluation where no other data are given
+HELD_OUT = 4  # of so many batches or samples the last is for evaluation where no other data are given
+OTHER_ENGINES = 0.5  # of the time at most, for other engines
 FRONTIER, RECIPE = "frontier.json", "recipe.yaml"
 
 
@@ -49,7 +54,7 @@ def optimize(
     size_mb: float | None = None,
     memory_mb: float | None = None,
     target: str | None = None,
-    batch: int | Sequence[int] = (1,),
+    batch: int | Sequence[int] | None = None,
     minutes: float = 60.0,
     eval_data: Iterable[Any] | None = None,
     train_minutes: float = 0.0,
@@ -73,39 +78,47 @@ def optimize(
 
     Args:
         model: the model, in evaluation mode, on the CPU, in fp32.
-        example: what it can be called with; its length and image size are those that are timed.
+        example: what it can be called with: a tensor, a dict of inputs by name, or a tuple (inputs, target) as batches
+            are. Its length and image size are those that are timed.
         data: batches for calibration, each like the example. Without them only the engine's precisions and cuts and
             pruning by the size of weights are tried.
         evaluate: how good a model is: a function of a model that returns a number, a name (perplexity, accuracy,
-            retrieval, ndcg@10, similarity, agreement, kl), or None: how well it agrees with the dense model. The
-            function gets the model as it is deployed: call it as the model itself.
+            retrieval, ndcg@10, similarity, agreement, distance, kl), or None: the perplexity of a language model on
+            its data, else how well a model agrees with the dense one. The function gets the model as it is deployed:
+            call it as the model itself. It is always in evaluation mode, and has no parameters.
         max_loss: the largest accepted loss: a fraction of the dense model's number (0.01), or text: "1%", or
-            "0.5 points" of the number itself. None: any.
+            "0.5 points" of the number itself. None: any. Where the dense model's number is 0, as with kl and distance,
+            points alone mean something.
         speedup: how many times as fast as the dense compiled model it has to be, in every batch.
         latency_ms: the longest call, in milliseconds; of a language model the time of a token, and of a prompt.
         size_mb: largest size of the saved model, in megabytes.
         memory_mb: largest size of its weights in memory, in megabytes.
         target: what is best among the models within all limits: "latency", "loss", "size" or "memory". By default
             latency, or the loss where it has no limit.
-        batch: batch sizes that are timed. Language models are timed at decoding and reading a prompt instead.
-        minutes: how long the search may take, within 5 %. What was measured until then decides.
-        eval_data: batches that `evaluate` measures on; by default a quarter of `data`, which is then not calibrated on.
+        batch: batch sizes that are timed, by default 1. Language models are timed at decoding and reading one text.
+        minutes: how long the search may take. A step begins only if it fits, by what such steps took before. The dense
+            model's measurement always ends. What was measured until then decides.
+        eval_data: batches that a named metric measures on; by default the last quarter of `data`, which is then not
+            calibrated on. A function reads its own data, and all of `data` is calibrated on.
         train_minutes: how long models may be trained after the search, in addition to `minutes`: they learn the dense
             model's outputs, so that no labels are needed. 0: nothing is trained.
         train_data: batches to train on, the more the better; by default those of the calibration.
         higher_is_better: of the number that a function returns.
         layers: selectors of layers that may change; by default all but embeddings and head.
         ignore: selectors of layers that stay as they are.
-        resume_dir: folder for what was measured: after a kill, the same call continues from there.
+        resume_dir: folder for what was measured: after a kill, the same call continues from there, with more `minutes`
+            too. Another model, other data or limits, other threads, versions or machines are refused. A function is
+            known by its name and its code, not by what it calls or reads.
         seed: of all random choices.
         progress: say what is measured.
         other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32, bf16
-            and calibrated 8 bits. Their points stand in `peers` and in the report; the time counts as the search's.
+            and calibrated 8 bits. Their points stand in `peers` and in the report. They take half of the time at most.
         data_options: where a recipe finds the calibration data, for the recipes of the result.
 
     Returns:
-        A `Frontier`: `best.model` is the best model, compiled, `best.compressed` the torch model behind it; `print` it,
-        or read `points`. `met` says whether it keeps all limits; if none does, the nearest is the best.
+        A `Frontier`: `best.model` is the best model, compiled, `best.compressed` the torch model behind it, `best.data`
+        the batches that its recipe reads; `print` it, or read `points`. `met` says whether it keeps all limits; if none
+        does, the nearest is the best.
 
     Raises:
         RarefyError: for a model, data or limits that do not fit, or an evaluation that fails on the dense model.
@@ -123,39 +136,44 @@ def optimize(
     """
     inner = unwrap(model)
     check_module(inner)
-    check_ready(inner)
+    if (dtype := check_ready(inner)) != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(f"expected a model in float32, got {name}: call model.float(); the search tries bf16 itself")
     limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     targets = parse_targets(max_loss, objective_of(target, max_loss), **limits)
+    seed = check_int("seed", seed, 0, RecipeError)
     select_layers(inner, layers, ignore)  # raises for a selector without match
-    batches = _batch_sizes(batch)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
+    batches = _batch_sizes(batch, inner)
+    if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
+    _check_runs(inner, example, "example")
     calibration, held_out = _split(data, eval_data, evaluate, example)
+    if data_options is not None:  # a recipe reads the samples that were calibrated on
+        data_options = data_options.model_copy(update={"samples": sum(map(count_samples, calibration))})
     recovery = _recovery(inner, train_minutes, train_data, calibration)
+    if evaluate is None and data is None and eval_data is None and hf.is_causal_lm(inner):
+        evaluate = "agreement"  # the example may be no text, whose perplexity would say nothing
     metric = metric_of(evaluate, inner, held_out, higher_is_better=higher_is_better)
+    targets = check_dense(targets, metric.name)
     task = Task(
-        inner, example, calibration, metric, targets, batches, 60 * minutes, layers, ignore, recovery, data_options,
-        seed, progress, other_engines,
+        inner, example, calibration, metric, targets, batches, 60 * float(minutes), layers, ignore, recovery,
+        data_options, seed, progress, other_engines,
     )  # fmt: skip
-    settings = {"metric": metric.name, "batches": list(batches), "targets": targets.to_dict(), "seed": seed}
-    settings |= {"model": _signature(inner), "samples": sum(map(count_samples, calibration))}
-    settings |= {n: str(s) for n, s in (("layers", layers), ("ignore", ignore)) if s is not None}
-    if recovery is not None:
-        settings |= {"training samples": sum(map(count_samples, recovery.data))}
-    search = Search(task, Journal(parse_path(resume_dir), settings))
-    with evaluating(inner):
-        return _run(search)
+    folder = parse_path(resume_dir)
+    journal = Journal(folder, {} if folder is None else search_key(task, evaluate, held_out))
+    try:
+        with evaluating(inner), torch.random.fork_rng(devices=[]):
+            return _run(Search(task, journal))
+    finally:
+        journal.close()
 
 
 def _run(search: Search) -> Frontier:
     """Run a search to its end, or until Ctrl-C, and return what it found."""
-    task = search.task
     dense = search.measure_dense()
     if dense.error:
         raise ModelError(f"the dense model cannot be measured: {dense.error}")
-    assert dense.quality is not None
-    check_dense(task.targets, task.metric.name, dense.quality)
-    notes: tuple[str, ...] = ()
+    task, notes = search.task, list[str]()
     engines: dict[str, Any] = {"rows": [], "notes": []}
     try:
         if task.other_engines:
@@ -163,23 +181,25 @@ def _run(search: Search) -> Frontier:
         finished = search.run()
     except KeyboardInterrupt:
         finished = "interrupted"
-    notes += tuple(engines["notes"])
+    notes += engines["notes"]
     if search.trouble:
-        notes += (f"training ended early: {search.trouble}",)
+        notes.append(f"training ended early: {search.trouble}")
+    if search.journal.trouble:
+        notes.append(search.journal.trouble)
     index, met = task.targets.best(search.points)
     best = None
     if index is not None:
         point = search.points[index]
         model, deployed = search.models_of(index)
-        best = Best(engine_in(deployed), model, point)
-    if task.metric.measure is not None and _constant(search.points):
-        notes += (f"{task.metric.name} is the same for all models: the search could not tell them apart",)
+        best = Best(engine_in(deployed), model, point, search.data_of(point.recipe))
+    if _constant(search.points):
+        notes.append(f"{task.metric.name} is the same for all models: the search could not tell them apart")
     verdict = _verdict(search, index, met, finished)
     higher = task.metric.higher_is_better
-    described = {"name": task.metric.name, "higher_is_better": higher}
+    described = {"name": task.metric.name, "higher_is_better": higher, "scale": task.metric.scale}
     return Frontier(
-        {**described, "scale": task.metric.scale}, task.targets.to_dict(), dense, tuple(search.points), index, met,
-        verdict, machine(), search.elapsed(), finished, search.names, tuple(engines["rows"]), notes,
+        described, task.targets.to_dict(), dense, tuple(search.points), index, met, verdict, machine(),
+        search.elapsed(), finished, search.names, tuple(engines["rows"]), tuple(notes),
         limits=task.targets.lines(dense, higher), best=best,
     )  # fmt: skip
 
@@ -189,7 +209,12 @@ def _other_engines(search: Search) -> dict[str, Any]:
     task = search.task
     if task.progress:
         say([f"{search.elapsed() / 60:5.1f} min  other engines"])
-    return measured_engines(task.dense, task.example, task.data, task.metric, search.names, search.dense_fast)
+
+    def has_time(seconds: float) -> bool:
+        return search.elapsed() + seconds <= OTHER_ENGINES * task.seconds
+
+    ours = search.dense_fast
+    return measured_engines(task.dense, task.example, task.data, task.metric, search.names, ours, has_time)
 
 
 def _constant(points: Sequence[Point]) -> bool:
@@ -204,11 +229,14 @@ def _verdict(search: Search, index: int | None, met: bool, finished: str) -> str
         return "No model could be made; each point names its error."
     targets, point = search.task.targets, search.points[index]
     speed = ", ".join(f"{s:.2f}x at {n}" if len(point.speedup) > 1 else f"{s:.2f}x" for n, s in point.speedup.items())
-    loss = f"{point.loss:.3g} points" if targets.points else f"{100 * (point.loss or 0):.2g} %"
+    loss = targets.text(point.loss or 0.0)
     text = f"{'All limits are kept' if met else 'Not all limits are kept'}: {point.name}, {speed} as fast as the dense "
     text += f"compiled model, {loss} of {search.task.metric.name} lost."
     if not met:
-        over = [f"{n} by {100 * (u - 1):.0f} %" for n, u in targets.limits(point).items() if u > 1]
+        used = {n: u for n, u in targets.limits(point).items() if u > 1}
+        over = [f"{n} by {100 * (u - 1):.0f} %" for n, u in used.items() if n != "max_loss"]
+        if "max_loss" in used:
+            over.insert(0, f"max_loss by {targets.text((point.loss or 0.0) - (targets.max_loss or 0.0))}")
         text += f" It is the nearest: it misses {', '.join(over)}. {_blocking(search)}"
     ends = {"time": " The time was over before the search was.", "interrupted": " The search was interrupted."}
     return (text + ends.get(finished, "")).strip()
@@ -218,45 +246,64 @@ def _blocking(search: Search) -> str:
     """Return a sentence about the fastest and the least lossy point."""
     measured = [p for p in search.points if p.loss is not None]
     fastest = max(measured, key=lambda p: p.slowest)
-    scale = 1.0 if search.task.targets.points else 100.0
-    unit = "points" if search.task.targets.points else "%"
-    return (
-        f"The fastest model tried is {fastest.slowest:.2f}x as fast and loses {scale * (fastest.loss or 0):.3g} {unit} "
-        f"({fastest.name})."
-    )
+    loss = search.task.targets.text(fastest.loss or 0.0)
+    return f"The fastest model tried is {fastest.slowest:.2f}x as fast and loses {loss} ({fastest.name})."
 
 
-def _batch_sizes(batch: int | Sequence[int]) -> tuple[int, ...]:
-    """Return checked batch sizes."""
-    sizes = (batch,) if isinstance(batch, int) else tuple(batch)
+def _batch_sizes(batch: int | Sequence[int] | None, model: nn.Module) -> tuple[int, ...]:
+    """Return checked batch sizes, by default one of a single sample."""
+    sizes: tuple[Any, ...] = (1,)
+    if batch is not None:
+        sizes = tuple(batch) if isinstance(batch, Iterable) else (batch,)
     if not sizes:
         raise RecipeError("batch: expected batch sizes such as (1, 16), got none")
-    return tuple(dict.fromkeys(check_int("batch", b, 1, RecipeError) for b in sizes))
+    sizes = tuple(dict.fromkeys(check_int("batch", b, 1, RecipeError) for b in sizes))
+    if sizes != (1,) and hf.is_causal_lm(model):
+        raise RecipeError(
+            "batch has no effect on language models: they are timed at decoding and reading one text; leave it out"
+        )
+    return sizes
 
 
 def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list[Any], list[Any] | None]:
-    """Return batches for calibration and for evaluation, which share none."""
+    """Return batches for calibration and for evaluation, which share none.
+
+    The last quarter of the batches, or of the samples of a single batch, is for evaluation: a recipe that reads fewer
+    samples of the same source then reads those of the calibration.
+    """
     if data is not None:
         check_batches(data)
     batches = [] if data is None else list(data)
+    if callable(evaluate) or isinstance(evaluate, Metric):
+        if eval_data is not None:
+            raise RecipeError("eval_data has no effect on a function: let it read the data itself, or give a name")
+        return batches, None
     if eval_data is not None:
         check_batches(eval_data, "eval_data")
         return batches, list(eval_data)
-    if callable(evaluate) or isinstance(evaluate, Metric):
-        return batches, None
-    if len(batches) == 1:
-        batches = split_batch(batches[0], HELD_OUT)
+    if len(batches) == 1 and (samples := count_samples(batches[0])) > 1:
+        first = samples - max(1, samples // HELD_OUT)
+        batches = [slice_batch(batches[0], 0, first), slice_batch(batches[0], first, samples)]
     if len(batches) < 2:
         if evaluate is None:
             return batches, batches or [example]
         raise DataError(f"evaluate={evaluate!r} needs data of its own: give eval_data=, or two samples of data or more")
     count = max(1, len(batches) // HELD_OUT)
-    return batches[count:], batches[:count]
+    return batches[:-count], batches[-count:]
+
+
+def _check_runs(model: nn.Module, batch: Any, what: str) -> None:
+    """Raise DataError unless the model can be called with a batch."""
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, batch if isinstance(batch, tuple | list) else without_targets(batch))
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def _recovery(model: nn.Module, minutes: float, data: Any, calibration: list[Any]) -> Recovery | None:
     """Return what may be trained, or None. DataError where the model does not run on the first batch."""
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+    if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 <= minutes < math.inf:
         raise RecipeError(f"train_minutes: expected a number of at least 0, got {minutes!r}")
     if data is not None:
         check_batches(data, "train_data")
@@ -267,18 +314,8 @@ def _recovery(model: nn.Module, minutes: float, data: Any, calibration: list[Any
     batches = calibration if data is None else list(data)
     if not batches:
         raise DataError("training needs data: give train_data=batches, or data=batches")
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, without_targets(batches[0]))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise DataError(f"train_data: the model does not run on its first batch: {first_line(error)}") from error
-    return Recovery(60 * minutes, batches)
-
-
-def _signature(model: nn.Module) -> dict[str, Any]:
-    """Return what tells a model from another one: its class, its number of weights and their sums."""
-    sums = [float(p.detach().double().sum()) for p in model.parameters()]
-    return {"class": type(model).__name__, "parameters": len(sums), "sum": math.fsum(sums)}
+    _check_runs(model, batches[0], "train_data: the model does not run on its first batch")
+    return Recovery(60 * float(minutes), batches)
 
 
 def save_result(

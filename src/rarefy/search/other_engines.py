@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -34,11 +35,12 @@ from rarefy.onnx.example_calls import example_call
 from rarefy.onnx.export import export_onnx
 from rarefy.onnx.runtimes import session_for_timing
 from rarefy.pipeline.speed import resize_batch
-from rarefy.search.deploy import times_in_turns
+from rarefy.search.deploy import SECONDS, times_in_turns
 
 Feed = Mapping[str, np.ndarray]
 Outputs = Sequence[Any]  # arrays
 SAMPLES = 128  # at most, for calibration
+NO_TIME = "their part of the time is over"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ class Callee:
 
 
 def measured_engines(
-    dense: nn.Module, example: Any, data: Sequence[Any], metric: Metric, batches: Sequence[str], ours: Any
+    dense: nn.Module,
+    example: Any,
+    data: Sequence[Any],
+    metric: Metric,
+    batches: Sequence[str],
+    ours: Any,
+    has_time: Callable[[float], bool] = lambda seconds: True,
 ) -> dict[str, Any]:
     """Measure the dense model in the other engines.
 
@@ -85,24 +93,29 @@ def measured_engines(
         metric: how good a model is.
         batches: batch sizes that are timed.
         ours: the dense model, compiled, whose calls take turns with the others.
+        has_time: whether a step of so many seconds fits into the time; what does not is left out.
 
     Returns:
         "rows", each with name, quality, milliseconds (quartiles for each batch) and times as fast as ours; and "notes"
-        on engines that do not run the model.
+        on engines that do not run the model, or that there was no time for.
     """
     if hf.is_causal_lm(dense):
         return {"rows": [], "notes": ["other engines are not measured on language models"]}
     missing = [p for p in ("onnxscript", "onnxruntime", "openvino", "nncf") if not find_spec(p)]
     notes = [f"other engines need packages that are not installed: {', '.join(missing)}"] if missing else []
-    example, rows, started = without_targets(example), dict[str, Any](), dict[str, Started]()
+    example, rows, started, longest = without_targets(example), dict[str, Any](), dict[str, Started](), 0.0
     with TemporaryDirectory() as place:
         try:
             spec = _nesting(dense, example)
             file = export_onnx(dense, example, Path(place) / "model.onnx", verify=False).path
-        except ModelError as error:
-            return {"rows": [], "notes": [*notes, f"other engines are not measured: {error}"]}
-        feeds = [_feed(dense, without_targets(b)) for b in _first(data, SAMPLES)]
+            feeds = [_feed(dense, without_targets(b)) for b in _first(data, SAMPLES)]
+        except Exception as error:  # the exporter has its own classes
+            return {"rows": [], "notes": [*notes, f"other engines are not measured: {first_line(error)}"]}
         for name, start in _makers(file, feeds).items():
+            if not has_time(longest):
+                notes.append(f"{name} was not measured: {NO_TIME}")
+                continue
+            began = time.perf_counter()
             try:
                 with _quietly():
                     started[name] = start()
@@ -110,14 +123,38 @@ def measured_engines(
                 rows[name] = {"name": name, "quality": quality, "milliseconds": {}, "speedup": {}}
             except Exception as error:  # engines have their own classes
                 notes.append(f"{name} does not run the model: {first_line(error)}")
-        for batch in batches:
-            inputs = resize_batch(example, int(batch))
-            runs = {n: started[n].fixed(_feed(dense, inputs)) for n in rows}
-            times = times_in_turns({"ours": partial(call, ours, inputs), **runs})
-            for name, row in rows.items():
-                row["milliseconds"][batch] = times[name]
-                row["speedup"][batch] = times["ours"]["median"] / times[name]["median"]
+            longest = max(longest, time.perf_counter() - began)
+        for batch in batches if rows else ():
+            if not has_time(SECONDS * (len(rows) + 1)):
+                notes.append(f"other engines were not timed at batch {batch}: {NO_TIME}")
+                continue
+            _add_times(rows, notes, started, dense, resize_batch(example, int(batch)), batch, ours)
     return {"rows": list(rows.values()), "notes": notes}
+
+
+def _add_times(
+    rows: dict[str, Any], notes: list[str], started: Mapping[str, Started], dense: nn.Module, inputs: Any, batch: str,
+    ours: Any,
+) -> None:  # fmt: skip
+    """Add the times at a batch size to the rows; an engine that fails loses its row, and a note says so."""
+    runs: dict[str, Callable[[], Any]] = {}
+    for name in list(rows):
+        try:
+            with _quietly():
+                runs[name] = started[name].fixed(_feed(dense, inputs))
+                runs[name]()
+        except Exception as error:
+            notes.append(f"{name} does not run batch {batch}: {first_line(error)}")
+            runs.pop(name, None)
+            del rows[name]
+    try:
+        times = times_in_turns({"ours": partial(call, ours, inputs), **runs})
+    except Exception as error:
+        notes.append(f"other engines could not be timed at batch {batch}: {first_line(error)}")
+        rows.clear()
+    for name, row in rows.items():
+        row["milliseconds"][batch] = times[name]
+        row["speedup"][batch] = times["ours"]["median"] / times[name]["median"]
 
 
 def _nesting(dense: nn.Module, example: Any) -> Any:

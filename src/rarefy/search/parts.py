@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
@@ -23,7 +23,6 @@ from rarefy.search.journal import Journal
 from rarefy.search.solve import line, mean_savings
 from rarefy.search.space import BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
 from rarefy.structured.cut import run_cut
-from rarefy.structured.layer_drop import Block
 from rarefy.structured.options import CutOptions
 
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
@@ -43,7 +42,8 @@ class PartMeasurer:
         journal: keeps what was measured.
         layers: selectors of layers; by default all but embeddings and head.
         ignore: selectors of layers to leave as they are.
-        has_time: whether there is time for another measurement; parts that are not measured take the mean of others.
+        fits: whether a step fits into the time, by the kinds of steps that say what it takes, the nearest first.
+            Methods that are not timed are left out; parts whose loss is not measured take the mean of others.
         progress: show progress bars.
     """
 
@@ -57,16 +57,17 @@ class PartMeasurer:
         journal: Journal,
         layers: Selector,
         ignore: Selector,
-        has_time: Callable[[], bool],
+        fits: Callable[..., bool],
         progress: bool,
     ):
         self.dense, self.example, self.data, self.precision, self.names = dense, example, data, precision, names
-        self.journal, self.layers, self.ignore, self.has_time = journal, layers, ignore, has_time
+        self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
         self.progress = progress
         weights = sum(p.numel() for p in dense.parameters())
         self.few = space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
         self.wanted: list[Any] = []
         self.stats: dict[str, LayerStats] = {}
+        self.scores: dict[str, Tensor] = {}  # of the units of groups, by name
         self.deployed: Deployed | None = None  # the dense model in this precision
 
     def measure(self) -> list[Part]:
@@ -84,55 +85,58 @@ class PartMeasurer:
 
     def _groups(self, graph: Graph, method: str) -> list[Part]:
         groups = space.cuttable_groups(self.dense, graph, method, self.layers, self.ignore)
-        if not groups:
+        key, data = f"score of {method}", self.few if self.data else []
+        if not groups or not self._fits(key, "score of", "point"):
             return []
-        data = self.few if self.data else []
-        score = self.journal.get(
-            f"score of {method}", lambda: space.cut_score(self.dense, self.example, groups, data, method)
-        )
+        score = self.journal.get(key, lambda: space.cut_score(self.dense, self.example, groups, data, method))
         if not score:
             return []
-        saved = self.journal.get(f"time of {method} {self.precision}", lambda: self._time_of_cut(groups, method))
-        if max(saved.values()) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
+        saved = self._saved(method, lambda: self._halved(groups, method))
+        if max(saved.values(), default=0.0) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
             return []
-        scored = cache(lambda: space.removal_scores(self.dense, graph, groups, score, data))
-        errors = self.journal.get(f"errors of {method}", lambda: space.local_errors(scored(), score))
-        losses = self._group_losses(groups, method, scored, errors)
+        scored = partial(self._scored, graph, score)
+        errors = {}
+        for g in track(groups, f"errors of {method}s", self.progress, len(groups)):
+            key = f"errors of {method} {g.name}"
+            if self._fits(key, f"errors of {method}", "errors of", "point"):
+                errors[g.name] = self.journal.get(key, lambda g=g: space.local_errors(scored(g), score))
+        groups = [g for g in groups if g.name in errors]
+        factors = self._group_losses(groups, method, scored, errors)
         shares = space.shares_of_groups(graph, groups)
-        return [self._group_part(g, method, errors[g.name], losses[g.name], saved, shares[g.name]) for g in groups]
+        return [
+            self._group_part(g, method, errors[g.name], factors[g.name], saved, shares[g.name])
+            for g in groups
+            if g.name in factors
+        ]
 
-    def _time_of_cut(self, groups: Sequence[Group], method: str) -> dict[str, float]:
-        """Return the part of a call's time that is saved where all groups lose half of their units."""
+    def _scored(self, graph: Graph, score: str, group: Group) -> Tensor:
+        """Return the importance of a group's units."""
+        if group.name not in self.scores:
+            data = self.few if self.data else []
+            self.scores[group.name] = space.removal_scores(self.dense, graph, group, score, data)
+        return self.scores[group.name]
+
+    def _halved(self, groups: Sequence[Group], method: str) -> nn.Module:
+        """Return a copy of the model in which all groups have lost half of their units."""
         smaller = copy.deepcopy(self.dense)
         counts = {g.name: g.size - g.size // 2 for g in groups}
-        try:
-            run_cut(smaller, self.example, CutOptions(units=(method,), counts=counts, score="magnitude", repair=False))
-            return self._saved_by(smaller)
-        except RarefyError:
-            return dict.fromkeys(self.names, 0.0)
+        run_cut(smaller, self.example, CutOptions(units=(method,), counts=counts, score="magnitude", repair=False))
+        return smaller
 
     def _group_losses(
-        self, groups: Sequence[Group], method: str, scored: Callable[[], Any], errors: Mapping[str, list[float]]
+        self, groups: Sequence[Group], method: str, scored: Callable[[Group], Tensor], errors: Mapping[str, list[float]]
     ) -> dict[str, float]:
         """Return the factor from each group's own error to the loss of the outputs."""
-        factors: dict[str, float] = {}
-        for g in track(groups, f"losses of {method}s", self.progress, len(groups)):
-            removed = max(1, round(g.size * PROBE))
-            key = f"loss of {method} {g.name}"
-            if key not in self.journal.values and not self.has_time():
-                continue
-            loss = self.journal.get(key, lambda g=g, n=removed: self._group_loss(g, scored()[g.name], n))
-            if loss is not None:
-                factors[g.name] = loss / max(errors[g.name][removed - 1], 1e-30)
-        return space.filled(factors, [g.name for g in groups])
+        removed = {g.name: max(1, round(g.size * PROBE)) for g in groups}
 
-    def _group_loss(self, group: Group, scores: Any, removed: int) -> float | None:
-        try:
+        def loss(group: Group) -> float | None:
             return space.measured_group_loss(
-                self.dense, self.example, group.name, scores, removed, self.few, self._wanted()
+                self.dense, self.example, group.name, scored(group), removed[group.name], self.few, self._wanted()
             )
-        except RarefyError:
-            return None
+
+        losses = self._losses(method, {g.name: partial(loss, g) for g in groups})
+        factors = {n: l if l is None else l / max(errors[n][removed[n] - 1], 1e-30) for n, l in losses.items()}
+        return space.filled(factors, list(removed))
 
     def _group_part(
         self, group: Group, method: str, errors: list[float], factor: float, saved: Mapping[str, float], share: float
@@ -156,33 +160,14 @@ class PartMeasurer:
         )
         timed = [b for i, b in enumerate(blocks) if i and b.stack == blocks[i - 1].stack][::2]
         share = max(sum(shares[b.name] for b in timed), 1e-9)
-        saved = self.journal.get(f"time of {BLOCK} {self.precision}", lambda: self._time_of_blocks(timed))
-        if max(saved.values()) < space.MIN_SAVING:
+        saved = self._saved(BLOCK, lambda: space.without_blocks(self.dense, self.example, timed))
+        if max(saved.values(), default=0.0) < space.MIN_SAVING:
             return []
-        losses: dict[str, float] = {}
-        for block in track(blocks, "losses of layers", self.progress, len(blocks)):
-            key = f"loss of {BLOCK} {block.name}"
-            if key in self.journal.values or self.has_time():
-                loss = self.journal.get(key, lambda b=block: self._block_loss(b))
-                blocks = blocks if loss is not None else [b for b in blocks if b is not block]
-                losses |= {} if loss is None else {block.name: loss}
-        losses = space.filled(losses, [b.name for b in blocks])
+        loss = partial(space.measured_block_loss, self.dense, data=self.few, wanted=self._wanted())
+        measured = self._losses(BLOCK, {b.name: partial(loss, b) for b in blocks})
+        losses = space.filled(measured, [b.name for b in blocks])
         savings = {b.name: {n: (s * shares[b.name] / share,) for n, s in saved.items()} for b in blocks}
-        return [Part(BLOCK, b.name, 1, (1.0,), (losses[b.name],), savings[b.name]) for b in blocks]
-
-    def _block_loss(self, block: Block) -> float | None:
-        """Return the loss without a block; None where the outputs are no numbers."""
-        try:
-            return space.measured_block_loss(self.dense, block, self.few, self._wanted())
-        except RarefyError:
-            return None
-
-    def _time_of_blocks(self, blocks: Sequence[Block]) -> dict[str, float]:
-        """Return the part of a call's time that is saved without these blocks."""
-        try:
-            return self._saved_by(space.without_blocks(self.dense, self.example, blocks))
-        except RarefyError:
-            return dict.fromkeys(self.names, 0.0)
+        return [Part(BLOCK, name, 1, (1.0,), (loss,), savings[name]) for name, loss in losses.items()]
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -196,9 +181,10 @@ class PartMeasurer:
             return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
         losses = {level: self._layer_losses(layers, method, level) for level in levels}
+        usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
-            for l in layers
+            for l in usable
             if losses[levels[-1]][l.full_name] > 0  # else no output reads it, and no time is saved
         ]
 
@@ -208,41 +194,31 @@ class PartMeasurer:
         """Return what all layers save at each level; nothing where that is little at the largest."""
         saved: dict[float, dict[str, float]] = {}
         for level in reversed(levels):
-            key = f"time of {method} {level} {self.precision}"
-            saved[level] = self.journal.get(key, lambda v=level: self._time_of_weights(layers, method, v))
-            if level == levels[-1] and max(saved[level].values()) < space.MIN_SAVING:
+            saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
+            if not saved[level] or (level == levels[-1] and max(saved[level].values()) < space.MIN_SAVING):
                 return {}
         return saved
 
-    def _time_of_weights(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
-        """Return the part of a call's time that is saved where all layers are pruned to a level, or quantized."""
-        smaller = copy.deepcopy(self.dense)
-        try:
-            names = [l.full_name for l in layers]
-            if method == BITS:
-                space.quantize_(smaller, names)
-            elif method == RANK:
-                space.factorize_(smaller, names, level)
-            else:
-                space.prune_quickly_(smaller, method, names, level)
-            return self._saved_by(smaller)
-        except RarefyError:
-            return dict.fromkeys(self.names, 0.0)
+    def _smaller(self, layers: Sequence[Layer], method: str, level: float) -> nn.Module:
+        """Return a copy of the model in which all layers are pruned to a level, factorized or quantized."""
+        smaller, names = copy.deepcopy(self.dense), [l.full_name for l in layers]
+        if method == BITS:
+            space.quantize_(smaller, names)
+        elif method == RANK:
+            space.factorize_(smaller, names, level)
+        else:
+            space.prune_quickly_(smaller, method, names, level)
+        return smaller
 
     def _layer_losses(self, layers: Sequence[Layer], method: str, level: float) -> dict[str, float]:
         score = "wanda" if self.data else "magnitude"
-        setting, losses = space.setting_of(method, level), dict[str, float]()
-        for layer in track(layers, f"losses of {method} {level:g}", self.progress, len(layers)):
-            name = layer.full_name
-            key = f"loss of {method} {level} {name}"
-            if key not in self.journal.values and not self.has_time():
-                continue
-            losses[name] = self.journal.get(
-                key,
-                lambda l=layer: space.measured_layer_loss(
-                    self.dense, l, setting, self._stats(layers, method, score), score, self.few, self._wanted()
-                ),
-            )
+        setting = space.setting_of(method, level)
+
+        def loss(layer: Layer) -> float | None:
+            stats = self._stats(layers, method, score)
+            return space.measured_layer_loss(self.dense, layer, setting, stats, score, self.few, self._wanted())
+
+        losses = self._losses(f"{method} {level}", {l.full_name: partial(loss, l) for l in layers})
         return space.filled(losses, [l.full_name for l in layers])
 
     def _weight_part(
@@ -269,35 +245,53 @@ class PartMeasurer:
         score = "wanda" if self.data else "magnitude"
         first = RANK_LEVELS[0]
         limit = CHEAP * min((p.losses[0] / max(mean_savings(p)[0], 1e-9) for p in others), default=math.inf)
-        losses: dict[float, dict[str, float]] = {level: {} for level in RANK_LEVELS}
+        losses: dict[str, list[float | None]] = {}
         mean_saved = sum(saved[first].values()) / len(saved[first])
+
+        def loss(layer: Layer, level: float) -> float | None:
+            stats = self._stats(layers, RANK, score)
+            return space.measured_rank_loss(self.dense, layer, level, stats, self.few, self._wanted())
+
         for layer in track(layers, "losses of low rank", self.progress, len(layers)):
             name = layer.full_name
             for level in RANK_LEVELS:
-                key = f"loss of {RANK} {level} {name}"
-                if key not in self.journal.values and not self.has_time():
-                    continue
-                losses[level][name] = self.journal.get(
-                    key,
-                    lambda l=layer, v=level: space.measured_rank_loss(
-                        self.dense, l, v, self._stats(layers, RANK, score), self.few, self._wanted()
-                    ),
-                )
-                if losses[level][name] > limit * max(mean_saved * shares[name], 1e-9):
+                measured = self._losses(f"{RANK} {level}", {name: partial(loss, layer, level)})
+                losses.setdefault(name, []).extend(measured.values())
+                if (measured.get(name) or 0.0) > limit * max(mean_saved * shares[name], 1e-9):
                     break  # the higher levels of this layer cost even more
-        usable = [
-            l for l in layers if losses[first].get(l.full_name, 0.0) > 0 and l.full_name in losses[RANK_LEVELS[-1]]
-        ]
+        usable = {n: [v for v in of_layer if v is not None] for n, of_layer in losses.items()}
         return [
             Part(
-                RANK, l.full_name, l.weight.numel(), RANK_LEVELS,
-                tuple(losses[level][l.full_name] for level in RANK_LEVELS),
+                RANK, l.full_name, l.weight.numel(), RANK_LEVELS, tuple(usable[l.full_name]),
                 {n: tuple(shares[l.full_name] * saved[level][n] for level in RANK_LEVELS) for n in self.names},
             )
-            for l in usable
+            for l in layers
+            if len(usable[l.full_name]) == len(RANK_LEVELS) and usable[l.full_name][0] > 0
         ]  # fmt: skip
 
     # ---- shared ------------------------------------------------------------------------------------------------
+
+    def _fits(self, key: str, *kinds: str) -> bool:
+        """Return whether a step is in the journal, or fits into the time."""
+        return key in self.journal.values or self.fits(*kinds)
+
+    def _losses(self, what: str, measures: Mapping[str, Callable[[], float | None]]) -> dict[str, float | None]:
+        """Return the loss of each part that there is time for; None for one that cannot be used."""
+        losses: dict[str, float | None] = {}
+        for name in track(measures, f"losses of {what}", self.progress and len(measures) > 1, len(measures)):
+            key = f"loss of {what} {name}"
+            if self._fits(key, f"loss of {what}", "loss of", "point"):
+                losses[name] = self.journal.get(key, partial(_unless_refused, measures[name]))
+        return losses
+
+    def _saved(self, method: str, smaller: Callable[[], nn.Module], level: float | None = None) -> dict[str, float]:
+        """Return the part of a call's time that a smaller model saves: 0 for one that cannot be made, nothing where
+        there is no time to measure it."""
+        key = " ".join(map(str, ("time of", method, *([] if level is None else [level]), self.precision)))
+        if not self._fits(key, f"time of {method}", "time of", "point"):
+            return {}
+        saved = self.journal.get(key, partial(_unless_refused, lambda: self._saved_by(smaller())))
+        return saved or dict.fromkeys(self.names, 0.0)
 
     def _stats(self, layers: Sequence[Layer], method: str, score: str) -> dict[str, LayerStats]:
         """Return what the score reads of the inputs of these layers, the same for all patterns; nothing for bits."""
@@ -316,5 +310,13 @@ class PartMeasurer:
         if self.deployed is None:
             self.deployed = deploy(self.dense, self.example, self.precision, self.few)
         models = {"dense": self.deployed, "smaller": deploy(smaller, self.example, self.precision, self.few)}
-        times = times_of(models, self.example, self.names, self.dense)
+        times = times_of(models, self.example, self.names)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
+
+
+def _unless_refused(measure: Callable[[], Any]) -> Any:
+    """Return what a measurement gives; None where the model cannot be made, or gives no numbers."""
+    try:
+        return measure()
+    except RarefyError:
+        return None

@@ -115,10 +115,10 @@ def seconds_a_batch(
 
 
 def fitting(seconds: float, each: float, batches: int) -> tuple[int, int]:
-    """Return how many batches and epochs fit into a time.
+    """Return how many batches and epochs fit into a time; none where it is too short for one batch.
 
-    >>> fitting(100, 1.0, 30), fitting(10, 1.0, 30)
-    ((30, 3), (10, 1))
+    >>> fitting(100, 1.0, 30), fitting(10, 1.0, 30), fitting(0.5, 1.0, 30)
+    ((30, 3), (10, 1), (0, 0))
     """
-    used = min(batches, max(1, int(seconds / each)))
-    return used, max(1, int(seconds / (each * used)))
+    used = min(batches, max(0, int(seconds / each)))
+    return used, int(seconds / (each * used)) if used else 0

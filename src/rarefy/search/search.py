@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
@@ -22,18 +22,17 @@ from torch import nn
 
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
-from rarefy.evaluation.quality import Metric
 from rarefy.model.batches import count_samples
-from rarefy.model.layers import Selector
 from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
-from rarefy.recipe.schema import Data, Recipe, TrainStage
+from rarefy.recipe.schema import Recipe, TrainStage
 from rarefy.search import solve
 from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
+from rarefy.search.line_search import correction, first_choice, next_choice, predicted_sums
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.recovery import (
     REMAINS,
@@ -48,50 +47,13 @@ from rarefy.search.recovery import (
 from rarefy.search.solve import Choice
 from rarefy.search.space import BLOCK, CUTS, Amounts, Part
 from rarefy.search.stages import stages_of
-from rarefy.search.targets import Targets, mean_speedup
+from rarefy.search.targets import check_dense, mean_speedup
+from rarefy.search.task import Task
 
-NEAR = 0.01  # of the dense model's time: closer choices are not told apart
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
 UNIFORM = (1.0, 0.5, 0.0)  # how far the losses of parts are taken as equal, see `solve.shrunk`
 RESERVED = 0.03  # of the time, for saving the result
 MAX_POINTS = 200
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is searched.
-
-    Attributes:
-        dense: the model, in evaluation mode.
-        example: what it can be called with.
-        data: calibration batches; may be empty.
-        metric: what is measured of each model.
-        targets: the limits.
-        batches: batch sizes that are timed.
-        seconds: how long the search may take.
-        layers: selectors of layers that may change.
-        ignore: selectors of layers that stay.
-        recovery: training that comes after the search; None: nothing is trained.
-        data_options: where recipes read the calibration data from; None where it was given as batches.
-        seed: of all random choices.
-        progress: whether to say what is measured.
-        other_engines: whether the dense model is measured in ONNX Runtime and OpenVINO too.
-    """
-
-    dense: nn.Module
-    example: Any
-    data: Sequence[Any]
-    metric: Metric
-    targets: Targets
-    batches: tuple[int, ...]
-    seconds: float
-    layers: Selector = None
-    ignore: Selector = None
-    recovery: Recovery | None = None
-    data_options: Data | None = None
-    seed: int = 0
-    progress: bool = False
-    other_engines: bool = False
 
 
 class OutOfTime(Exception):
@@ -102,16 +64,22 @@ class Search:
     """One search: what it has measured so far, and the best model of it."""
 
     def __init__(self, task: Task, journal: Journal):
+        """Begin to count the time.
+
+        Args:
+            task: what is searched.
+            journal: keeps what was measured, and has the clock.
+        """
         self.task, self.journal = task, journal
-        self.began = time.perf_counter() - journal.seconds
+        self.began = journal.clock() - journal.seconds
         self.seconds = task.seconds  # until when measurements begin
         self.names = timed_names(task.dense, task.batches)
         self.points: list[Point] = []
-        self.costs: list[float] = []  # seconds of each point
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
         self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
+        self.skipped = False  # whether a step did not fit into the time
         self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
@@ -119,16 +87,42 @@ class Search:
 
     def elapsed(self) -> float:
         """Return the seconds since the start, with those of earlier processes."""
-        return time.perf_counter() - self.began
+        return self.journal.clock() - self.began
 
     def left(self) -> float:
         """Return the seconds that are left for measurements."""
-        return self.seconds * (1 - RESERVED) - self.elapsed()
+        index, _ = self.task.targets.best(self.points)
+        in_memory = self.best_models is not None and self.best_models[0] == index
+        make_again = 0.0 if index is None or in_memory else self.points[index].seconds
+        return self.seconds * (1 - RESERVED) - self.elapsed() - make_again
 
-    def _need_time(self, key: str) -> None:
-        """Raise OutOfTime where a point that is not in the journal would take too long."""
-        usual = sorted(self.costs)[len(self.costs) // 2] if self.costs else 0.0
-        if key not in self.journal.values and self.points and self.left() < usual:
+    def fits(self, *kinds: str, more: float = 0.0, until: float = math.inf) -> bool:
+        """Return whether a step fits into the time.
+
+        Args:
+            kinds: kinds of steps, the nearest first: the last one of them says what the step takes.
+            more: seconds that it takes in addition.
+            until: when it has to have ended, in seconds since the start.
+        """
+        seconds = (self.journal.seconds_of(*kinds) or 0.0) + more
+        fitting = seconds <= self.left()
+        self.skipped = self.skipped or not fitting
+        return fitting and seconds <= until - self.elapsed()
+
+    def _need_time(self, key: str, kind: str, methods: Iterable[str]) -> None:
+        """Raise OutOfTime where a point that is not in the journal would take too long.
+
+        The first one of a kind takes as long as the last other point, and as measuring its parts; the first one after
+        the dense model twice as long as that, which was timed alone.
+        """
+        if key in self.journal.values or self.reference is None:
+            return
+        more = 0.0
+        if self.journal.seconds_of(kind) is None:
+            measured = tuple(f"{step} of {m}" for m in methods for step in ("errors", "loss"))
+            more = sum(seconds for k, seconds in self.journal.costs.items() if k.startswith(measured))
+            more += self.reference.seconds if len(self.points) == 1 else 0.0
+        if not self.fits(kind, "point", more=more):
             raise OutOfTime
 
     # ---- points ------------------------------------------------------------------------------------------------
@@ -137,7 +131,11 @@ class Search:
         """Measure the dense model, compiled in fp32."""
         task = self.task
         self.dense_fast = deploy(task.dense, task.example, None, task.data)
-        self.reference = self._point("dense, fp32", None, self._stages({}, (), variants_of(self.task.dense, False)[0]))
+        plain = variants_of(task.dense, False)[0]
+        dense = self._point("dense, fp32", None, self._stages({}, (), plain))
+        if dense.quality is not None:
+            self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
+        self.reference = self.bases[plain] = self.add(dense)
         return self.reference
 
     def _point(
@@ -147,22 +145,23 @@ class Search:
         stages: list[Any],
         predicted: Mapping[str, Any] | None = None,
         rows: Sequence[Mapping[str, Any]] = (),
+        methods: Iterable[str] = (),
     ) -> Point:
-        """Return a point, from the journal or measured."""
+        """Return a point, from the journal or measured. `methods` are those of its parts."""
         recipe = self._recipe(name, precision, stages)
-        key = f"point {_digest(recipe, precision)}"
-        self._need_time(key)
-        known = key in self.journal.values
-        if self.task.progress and not known:
+        kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {precision}:"
+        key = f"{kind} {_digest(recipe, precision)}"
+        self._need_time(key, kind, methods)
+        if self.task.progress and key not in self.journal.values:
             say([f"{self.elapsed() / 60:5.1f} min  {name}"])
-        values = self.journal.get(key, lambda: self._measured(name, recipe, precision))
-        point = Point(**{**values, "predicted": predicted or {}, "layers": tuple(rows)})
-        self.costs.append(point.seconds)
-        return point
+        measured = self.journal.get(
+            key, lambda: self._measured(name, recipe, precision), keep=lambda values: not values["error"]
+        )
+        return Point(**{**measured, "recipe": recipe, "predicted": predicted or {}, "layers": tuple(rows)})
 
     def _measured(self, name: str, recipe: Mapping[str, Any], precision: str | None) -> dict[str, Any]:
         """Make a model and measure it."""
-        began = time.perf_counter()
+        began = self.journal.clock()
         try:
             model = self.make(recipe)
             deployed = deploy(model, self.task.example, precision, self.task.data)
@@ -171,13 +170,13 @@ class Search:
             times = self._times(deployed)
             sizes = sizes_of(deployed)
         except RarefyError as error:
-            seconds = time.perf_counter() - began
+            seconds = self.journal.clock() - began
             return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
         loss = 0.0 if self.reference is None else self._loss(quality)
         point = Point(
             name, quality, loss, {n: t["model"] for n, t in times.items()},
             {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
-            sizes["disk"], sizes["memory"], recipe, precision, seconds=time.perf_counter() - began,
+            sizes["disk"], sizes["memory"], recipe, precision, seconds=self.journal.clock() - began,
         )  # fmt: skip
         self._keep(point, model, deployed)
         return asdict(point)
@@ -191,7 +190,7 @@ class Search:
         """Return the times of a model and of the dense one, in turns."""
         assert self.dense_fast is not None
         models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
-        times = times_of(models, self.task.example, self.names, self.task.dense)
+        times = times_of(models, self.task.example, self.names)
         return {n: {"dense": t["model"], **t} for n, t in times.items()}
 
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
@@ -224,15 +223,18 @@ class Search:
         """Return the dense model after the stages of a recipe."""
         parsed = Recipe(**recipe)
         model = copy.deepcopy(self.task.dense)
-        data: dict[str, Any] = {"calibrate": list(self.task.data)} if self.task.data else {}
-        trains, folder = any(isinstance(s, TrainStage) for s in parsed.stages), None
-        if trains:
-            data["train"] = self._training_data()
-            folder = self.journal.folder_of(f"training {_digest(recipe, None)}")
-        context = RunContext(RunData(parsed, data or None), progress=self.task.progress and trains)
+        trains = any(isinstance(s, TrainStage) for s in parsed.stages)
+        folder = self.journal.folder_of(f"training {_digest(recipe, None)}") if trains else None
+        context = RunContext(RunData(parsed, self.data_of(recipe)), progress=self.task.progress and trains)
         run_stages(model, parsed, context, folder)
         fold_(model)
         return model.eval()
+
+    def data_of(self, recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Return the batches that a recipe reads, as `compress_` takes them."""
+        data = {"calibrate": list(self.task.data)} if self.task.data else {}
+        trains = any("train" in stage for stage in recipe["stages"])
+        return data | ({"train": self._training_data()} if trains else {})
 
     def _recipe(self, name: str, precision: str | None, stages: list[Any]) -> dict[str, Any]:
         about = f"Found by rarefy optimize; compile with precision={precision!r}."
@@ -258,16 +260,14 @@ class Search:
 
     def run(self) -> str:
         """Search until nothing is left to try or the time is over; return why it ended."""
-        if self.reference is None:
-            self.measure_dense()
-        ended = "done"
         try:
             variant = self._variants()
             parts = self._parts(variant.precision)
             if parts:
                 self._search(variant, parts)
         except OutOfTime:
-            ended = "time"
+            pass
+        ended = "time" if self.skipped else "done"
         if self.task.recovery is not None:
             try:
                 self._recover(self.task.recovery)
@@ -279,10 +279,7 @@ class Search:
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
-        assert self.reference is not None
-        plain, *others = variants_of(self.task.dense, bool(self.task.data))
-        self.bases[plain] = self.add(replace(self.reference, speedup=dict.fromkeys(self.names, 1.0)))
-        for variant in others:
+        for variant in variants_of(self.task.dense, bool(self.task.data))[1:]:
             stages = self._stages({}, (), variant)
             self.bases[variant] = self.add(self._point(f"dense, {variant.name}", variant.precision, stages))
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
@@ -293,13 +290,17 @@ class Search:
     def _parts(self, precision: str | None) -> list[Part]:
         """Return the parts of the model; their losses may take a third of the time that is left."""
         task, until = self.task, self.elapsed() + self.left() / 3
+
+        def fits(*kinds: str) -> bool:
+            return self.fits(*kinds, until=until if kinds[0].startswith(("loss", "errors")) else math.inf)
+
+        begun = any(key.startswith(("score of", "time of")) for key in self.journal.values)
+        if not begun and not fits("point"):
+            return []
         measurer = PartMeasurer(
-            task.dense, task.example, task.data, precision, self.names, self.journal, task.layers, task.ignore,
-            lambda: self.elapsed() < until, task.progress,
+            task.dense, task.example, task.data, precision, self.names, self.journal, task.layers, task.ignore, fits,
+            task.progress,
         )  # fmt: skip
-        begun = any(key.startswith("score of") or key.startswith("time of") for key in self.journal.values)
-        if not begun and self.left() < 2 * max(self.costs, default=0.0):
-            raise OutOfTime
         return measurer.measure()
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
@@ -355,18 +356,21 @@ class Search:
         task = self.task
 
         def epochs() -> int:
-            began = time.perf_counter()
+            began = self.journal.clock()
+            if seconds < 2 * point.seconds:  # it is made and measured
+                return 0
             student, stage = self.make(point.recipe), train_stage(task.dense, task.example, task.metric.name, 1)
             each = seconds_a_batch(student, task.dense, stage, recovery.data, task.seed)
-            left = seconds - (time.perf_counter() - began) - point.seconds
-            batches = self.journal.get("training batches", lambda: fitting(left, each, len(recovery.data))[0])
-            readable, count = fitting(left, each, batches)
-            return count if readable == batches else 0
+            left = seconds - (self.journal.clock() - began) - point.seconds
+            known = self.journal.values.get("training batches")
+            batches, count = fitting(left, each, known or len(recovery.data))
+            if known is None and batches:
+                self.journal.get("training batches", lambda: batches)
+            return count if known in (None, batches) else 0
 
-        count = self.journal.get(f"epochs of {_digest(point.recipe, point.precision)}", epochs)
-        if not count:
-            return None
-        return train_stage(task.dense, task.example, task.metric.name, count)
+        key = f"epochs of {_digest(point.recipe, point.precision)}"
+        count = self.journal.get(key, epochs, keep=lambda epochs: epochs > 0)
+        return train_stage(task.dense, task.example, task.metric.name, count) if count else None
 
     def _better(self, a: Point, b: Point) -> bool:
         index, _ = self.task.targets.best([b, a])
@@ -383,7 +387,7 @@ class Search:
         base = self.bases[variant]
         seen: dict[int, Point] = {0: base}
         low, high = 0, len(choices)  # the last one known to keep the loss, the first one known not to
-        index = self._first_guess(choices, base, start)
+        index = first_choice(choices, base, start, self.task.targets)
         best: Point | None = None
         while index not in seen and len(self.points) < MAX_POINTS:
             point = self.add(self._choice(variant, parts, choices[index]))
@@ -399,7 +403,7 @@ class Search:
                 best = point
             if start is not None and len(seen) == 2 and not self._promises(point, start):
                 return best
-            index = self._next(choices, seen, low, high)
+            index = next_choice(choices, seen, low, high, self.task.targets)
         return best
 
     def _promises(self, point: Point, start: Point) -> bool:
@@ -415,47 +419,14 @@ class Search:
         rest_kept = all(u <= 1 for u in used.values())
         return not rest_kept if targets.objective == "loss" else loss_kept
 
-    def _first_guess(self, choices: Sequence[Choice], base: Point, start: Point | None) -> int:
-        """Return where to begin: at the time of the best point, at the time that is asked for, or at a third."""
-        if start is not None:
-            saving = 1 - mean_speedup(base.speedup) / mean_speedup(start.speedup)
-        elif self.task.targets.speedup is not None and self.task.targets.speedup > base.slowest:
-            saving = 1 - base.slowest / self.task.targets.speedup
-        else:
-            saving = choices[-1].saving / 3
-        return max(1, solve.at_saving(choices, saving)) if len(choices) > 1 else 0
-
-    def _next(self, choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int) -> int:
-        """Return the next choice to measure, or one that was seen where the bracket is narrow enough."""
-        high = min(high, len(choices))
-        if high == len(choices):
-            if low >= len(choices) - 1:
-                return low
-            saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
-            return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
-        if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
-            return low
-        guess = self._interpolated(choices, seen, low, high)
-        width = choices[high].saving - choices[low].saving
-        inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
-        return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
-
-    def _interpolated(self, choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int) -> float:
-        """Return the saving at which the limit is expected, from predicted and measured losses of both ends."""
-        a, b, limit = seen[low].loss, seen[high].loss, self.task.targets.max_loss
-        middle = (choices[low].saving + choices[high].saving) / 2
-        if a is None or b is None or limit is None or self.task.targets.objective == "loss" or b <= a:
-            return middle
-        predicted = choices[low].loss + (limit - a) / (b - a) * (choices[high].loss - choices[low].loss)
-        return choices[solve.at_loss(choices, predicted)].saving
-
     def _choice(self, variant: Variant, parts: list[Part], choice: Choice) -> Point:
         """Measure one choice."""
         name = describe(choice, parts, variant)
-        loss, savings = _sums(choice, parts, self.names)
+        loss, savings = predicted_sums(choice, parts, self.names)
         predicted = self._predicted(self.bases[variant], loss, savings)
         rows = rows_of(choice, parts, variant, self.bases[variant])
-        point = self._point(name, variant.precision, self._stages(choice.amounts, parts, variant), predicted, rows)
+        stages, methods = self._stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
+        point = self._point(name, variant.precision, stages, predicted, rows, methods)
         if point.loss is not None:
             self.observed.append((loss, savings, point))
         return point
@@ -465,8 +436,8 @@ class Search:
         pairs = [
             (saved[n], 1 - base.speedup[n] / point.speedup[n]) for _, saved, point in self.observed for n in self.names
         ]
-        correction = _correction(pairs)
-        milliseconds = {n: base.milliseconds[n]["median"] * (1 - correction * s) for n, s in savings.items()}
+        factor = correction(pairs)
+        milliseconds = {n: base.milliseconds[n]["median"] * (1 - factor * s) for n, s in savings.items()}
         known = sorted([(0.0, base.loss), *((e, point.loss) for e, _, point in self.observed)])
         expected = {"loss": solve.line(known, loss)} if self.observed else {}  # type: ignore[arg-type]
         return {"milliseconds": milliseconds, **expected}
@@ -476,20 +447,3 @@ def _digest(recipe: Mapping[str, Any], precision: str | None) -> str:
     """Return a name for what a recipe does, whatever its own name."""
     same = json.dumps([recipe["stages"], recipe["seed"], precision], sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()[:16]
-
-
-def _sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """Return the sums of predicted losses and savings of a choice."""
-    loss, savings = 0.0, dict.fromkeys(names, 0.0)
-    for part in parts:
-        amount = choice.amounts.get(part.key)
-        if amount is not None:
-            at = part.amounts.index(amount)
-            loss, savings = loss + part.losses[at], {n: s + part.savings[n][at] for n, s in savings.items()}
-    return loss, savings
-
-
-def _correction(pairs: Sequence[tuple[float, float]]) -> float:
-    """Return the factor that brings predicted savings closest to measured ones; 1 where nothing was measured."""
-    squares = sum(p * p for p, _ in pairs)
-    return sum(p * m for p, m in pairs) / squares if squares else 1.0

@@ -135,37 +135,32 @@ def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Seq
     return ""
 
 
-def removal_scores(
-    model: nn.Module, graph: Graph, groups: Sequence[Group], score: str, data: Sequence[Any]
-) -> dict[str, torch.Tensor]:
-    """Return the importance of the units of each group, by its name.
+def removal_scores(model: nn.Module, graph: Graph, group: Group, score: str, data: Sequence[Any]) -> torch.Tensor:
+    """Return the importance of a group's units, as far as they may be removed.
 
-    Of groups whose units no layer reads that the score observes, such as transposed convolutions, the weights count.
+    Of a group whose units no layer reads that the score observes, such as transposed convolutions, the weights count.
     """
+    removed = {group.axis: int(group.size * MAX_CUT) + 1}
     try:
-        scores = unit_scores(model, graph, groups, score, data=data or None)
+        return unit_scores(model, graph, [group], score, data=data or None, removed=removed)[group.axis]
     except RarefyError:
-        if len(groups) > 1:
-            alone = (removal_scores(model, graph, [g], score, data) for g in groups)
-            return {name: s for scores in alone for name, s in scores.items()}
-        scores = unit_scores(model, graph, groups, "magnitude")
-    return {g.name: scores[g.axis] for g in groups}
+        return unit_scores(model, graph, [group], "magnitude")[group.axis]
 
 
-def local_errors(scores: Mapping[str, torch.Tensor], score: str) -> dict[str, list[float]]:
-    """Return the error of each group's consumers after its n cheapest units are gone, n = 1 to all.
+def local_errors(scores: torch.Tensor, score: str) -> list[float]:
+    """Return the error of a group's consumers after its n cheapest units are gone, n = 1 to all.
 
     With obs it is that of refitted weights. Other scores have no such error: that of a square is taken, as for units
     that are removed in a random order.
     """
     if score == "obs":
-        return {name: s.sort().values.tolist() for name, s in scores.items()}
-    return {name: [(n / len(s)) ** 2 for n in range(1, len(s) + 1)] for name, s in scores.items()}
+        return scores.sort().values.tolist()
+    return [(n / len(scores)) ** 2 for n in range(1, len(scores) + 1)]
 
 
 def measured_group_loss(
     model: nn.Module, example: Any, name: str, scores: torch.Tensor, removed: int, data: Sequence[Any], wanted: Any
-) -> float:
+) -> float | None:
     """Return the loss where one group loses so many units and the others compensate."""
     smaller = copy.deepcopy(model)
     graph = trace(smaller, example)
@@ -205,7 +200,7 @@ def without_blocks(model: nn.Module, example: Any, blocks: Sequence[Block]) -> n
     return smaller
 
 
-def measured_block_loss(model: nn.Module, block: Block, data: Sequence[Any], wanted: Any) -> float:
+def measured_block_loss(model: nn.Module, block: Block, data: Sequence[Any], wanted: Any) -> float | None:
     """Return the loss where a block returns its input."""
     with skipping([block]):
         return distance(model, wanted, data)
@@ -225,7 +220,8 @@ def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) ->
 
     def hook(name: str, outputs: int) -> Callable[..., None]:
         def count(module: nn.Module, inputs: Any, out: Any) -> None:
-            positions[name] = positions.get(name, 0) + out.numel() // outputs if isinstance(out, torch.Tensor) else 1
+            calls = out.numel() // outputs if isinstance(out, torch.Tensor) else 1
+            positions[name] = positions.get(name, 0) + calls
 
         return count
 
@@ -239,7 +235,7 @@ def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) ->
 
 def measured_rank_loss(
     model: nn.Module, layer: Layer, level: float, stats: Mapping[str, LayerStats], data: Any, wanted: Any
-) -> float:
+) -> float | None:
     """Return the loss where one Linear layer alone is factorized, with each input weighted by its size in the data."""
     weight = layer.weight.detach().float()
     scale = torch.ones(weight.shape[1])
@@ -258,7 +254,7 @@ def setting_of(method: str, amount: float) -> Setting:
 
 def measured_layer_loss(
     model: nn.Module, layer: Layer, setting: Setting, stats: dict[str, LayerStats], score: str, data: Any, wanted: Any
-) -> float:
+) -> float | None:
     """Return the loss where one layer alone is pruned by a score, or rounded; no other weights move."""
     with replaced_weight(layer, compressed_weight(layer, setting, stats, score)):
         return distance(model, wanted, data)
@@ -300,8 +296,10 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
     return chosen
 
 
-def filled(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return a value for each name: where none was measured, the geometric mean of the others."""
-    logs = [math.log(max(v, 1e-30)) for v in values.values()]
+def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
+    """Return a value for each name: where none was measured, the geometric mean of the others. Names with None, which
+    cannot be used, are left out."""
+    logs = [math.log(max(v, 1e-30)) for v in values.values() if v is not None]
     mean = math.exp(sum(logs) / len(logs)) if logs else 1.0
-    return {n: values.get(n, mean) for n in names}
+    with_mean = {n: values.get(n, mean) for n in names}
+    return {n: v for n, v in with_mean.items() if v is not None}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from rarefy.common.errors import RecipeError, unknown
+from rarefy.evaluation.quality import BEST_IS_ZERO
 from rarefy.search.frontier import Point
 
 OBJECTIVES = ("latency", "loss", "size", "memory")
+NOISE = 1e-6  # a smaller number of the dense model counts as 0
 LOSS = re.compile(r"(-?[0-9]*\.?[0-9]+)\s*(%|points?)?")
 
 
@@ -42,11 +45,20 @@ class Targets:
         worse = dense - quality if higher_is_better else quality - dense
         return worse if self.points else worse / abs(dense)
 
+    def text(self, loss: float) -> str:
+        """Return a loss with its unit, such as "1.2 %" or "0.5 points"."""
+        return f"{loss:.3g} points" if self.points else f"{100 * loss:.3g} %"
+
     def limits(self, point: Point) -> dict[str, float]:
-        """Return, for each limit, how much of it a point uses; above 1 it is exceeded. Losses are shifted by one."""
+        """Return, for each limit, how much of it a point uses; above 1 it is exceeded.
+
+        Losses are shifted by one. What exceeds their limit counts against the limit, or against a hundredth of the
+        metric where that is more: a limit of 0 does not outweigh all others.
+        """
         used: dict[str, float] = {}
         if self.max_loss is not None and point.loss is not None:
-            used["max_loss"] = 1 + (point.loss - self.max_loss) / max(abs(self.max_loss), 1e-6)
+            hundredth = 0.01 * (abs(point.quality or 0.0) if self.points else 1.0)
+            used["max_loss"] = 1 + (point.loss - self.max_loss) / max(abs(self.max_loss), hundredth, 1e-6)
         if self.speedup is not None:
             used["speedup"] = self.speedup / max(point.slowest, 1e-9)
         if self.latency_ms is not None:
@@ -121,7 +133,7 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
         if match is None:
             raise RecipeError(f"max_loss: expected a percentage such as 1%, or points such as 0.5, got {value!r}")
         return (float(match[1]) / 100, False) if match[2] == "%" else (float(match[1]), True)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise RecipeError(f"max_loss: expected a fraction such as 0.01, or text such as '1%', got {value!r}")
     if abs(value) >= 1:
         raise RecipeError(
@@ -147,10 +159,11 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
     if objective not in OBJECTIVES:
         raise RecipeError(unknown("target", objective, OBJECTIVES))
     for name, value in limits.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0
         if value is not None and not number:
             raise RecipeError(f"{name}: expected a number above 0, got {value!r}")
-    targets = Targets(loss, points, objective=objective, **limits)
+    numbers = {n: None if v is None else float(v) for n, v in limits.items()}
+    targets = Targets(loss, points, objective=objective, **numbers)
     if targets.speedup is not None and targets.latency_ms is not None:
         raise RecipeError("speedup and latency_ms both limit the time of a call: give one of them")
     reached = any(v is not None for v in limits.values())
@@ -161,9 +174,21 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
     return targets
 
 
-def check_dense(targets: Targets, metric: str, quality: float) -> None:
-    """Raise where a relative loss means nothing."""
-    if targets.max_loss is not None and not targets.points and quality == 0:
+def check_dense(targets: Targets, metric: str, quality: float = math.inf) -> Targets:
+    """Return the targets with losses in points where the dense model's number is 0, but for rounding errors.
+
+    Args:
+        targets: the limits.
+        metric: the name of the number.
+        quality: the dense model's number; by default only the metric counts, before anything is measured.
+
+    Raises:
+        RecipeError: where the largest loss is a fraction of 0, which means nothing.
+    """
+    if metric not in BEST_IS_ZERO and abs(quality) >= NOISE:
+        return targets
+    if targets.max_loss and not targets.points:
         raise RecipeError(
             f"max_loss is a fraction of the dense model's {metric}, which is 0: give points, such as '0.5 points'"
         )
+    return replace(targets, points=True)

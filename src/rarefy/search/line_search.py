@@ -1,0 +1,89 @@
+"""Which choice of a line is measured next, and what is predicted of it.
+
+A line goes from the dense model to the fastest choice. A bracket holds the last choice that is known to keep the loss
+and the first one that is known not to; each measurement narrows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rarefy.search import solve
+from rarefy.search.frontier import Point
+from rarefy.search.solve import Choice
+from rarefy.search.space import Part
+from rarefy.search.targets import Targets, mean_speedup
+
+NEAR = 0.01  # of the dense model's time: closer choices are not told apart
+
+
+def first_choice(choices: Sequence[Choice], base: Point, start: Point | None, targets: Targets) -> int:
+    """Return where to begin: at the time of the best point, at the time that is asked for, or at a third.
+
+    Args:
+        choices: the line.
+        base: the dense model in this precision.
+        start: the best point of another line, or None.
+        targets: the limits.
+    """
+    if start is not None:
+        saving = 1 - mean_speedup(base.speedup) / mean_speedup(start.speedup)
+    elif targets.speedup is not None and targets.speedup > base.slowest:
+        saving = 1 - base.slowest / targets.speedup
+    else:
+        saving = choices[-1].saving / 3
+    return max(1, solve.at_saving(choices, saving)) if len(choices) > 1 else 0
+
+
+def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int, targets: Targets) -> int:
+    """Return the next choice to measure, or one that was seen where the bracket is narrow enough.
+
+    Args:
+        choices: the line.
+        seen: the points that were measured, by the number of their choice.
+        low: the last choice that is known to keep the loss.
+        high: the first one that is known not to; the number of choices where none is known.
+        targets: the limits.
+    """
+    high = min(high, len(choices))
+    if high == len(choices):
+        if low >= len(choices) - 1:
+            return low
+        saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
+        return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
+    if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
+        return low
+    guess = _interpolated(choices, seen, low, high, targets)
+    width = choices[high].saving - choices[low].saving
+    inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
+    return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
+
+
+def _interpolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int, targets: Targets) -> float:
+    """Return the saving at which the limit is expected, from predicted and measured losses of both ends."""
+    a, b, limit = seen[low].loss, seen[high].loss, targets.max_loss
+    if a is None or b is None or limit is None or targets.objective == "loss" or b <= a:
+        return (choices[low].saving + choices[high].saving) / 2
+    predicted = choices[low].loss + (limit - a) / (b - a) * (choices[high].loss - choices[low].loss)
+    return choices[solve.at_loss(choices, predicted)].saving
+
+
+def predicted_sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Return the sums of predicted losses and savings of a choice."""
+    loss, savings = 0.0, dict.fromkeys(names, 0.0)
+    for part in parts:
+        amount = choice.amounts.get(part.key)
+        if amount is not None:
+            at = part.amounts.index(amount)
+            loss, savings = loss + part.losses[at], {n: s + part.savings[n][at] for n, s in savings.items()}
+    return loss, savings
+
+
+def correction(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the factor that brings predicted savings closest to measured ones; 1 where nothing was measured.
+
+    >>> correction([(0.2, 0.1), (0.4, 0.2)])
+    0.5
+    """
+    squares = sum(p * p for p, _ in pairs)
+    return sum(p * m for p, m in pairs) / squares if squares else 1.0
