@@ -416,12 +416,26 @@ def test_a_decoder_is_proved(monkeypatch):
             decoder.decoder(small())
 
 
-@pytest.mark.parametrize("positions", [21, 40, 70])
-def test_padding_needs_no_positions_of_its_own(positions):
+def tiny_gpt2(positions=40):
+    """GPT-2 has a table of positions, and layers that store their weights [inputs, outputs]."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=positions, **sizes)).eval()
-    ids = torch.randint(2, 64, (2, positions))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=positions, **sizes)).eval()
+
+
+@pytest.mark.parametrize("positions", [21, 40, 70])
+def test_padding_needs_no_positions_of_its_own(positions):
+    model, ids = tiny_gpt2(positions), torch.randint(2, 64, (2, positions))
     with torch.no_grad():
         torch.testing.assert_close(rarefy.decoder(model)(ids), model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4", "group": 32}, {"activations": "int8"}])
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_grids_of_weights_that_are_stored_the_other_way_round(options, precision):
+    model, ids = tiny_gpt2(), torch.randint(2, 64, (2, 24))
+    rarefy.quantize_(model, **{"weights": "int8", **options})
+    with torch.no_grad():
+        want = model(ids).logits
+    assert far(want, rarefy.decoder(model, precision=precision)(ids)) < (1e-5 if precision is None else 0.01)

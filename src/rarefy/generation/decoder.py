@@ -29,6 +29,7 @@ from rarefy.generation.kv_cache import TILE, Cache
 from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
+from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
 from rarefy.runtime.packing import pack_bitmask, pack_quantized
@@ -106,11 +107,14 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     if precision or rounded:
         _verify(model, Decoder(in_torch(exported, specs), **numbers), tolerance(exported))
     weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
-    grids = {n: grid_of(m) for n, m in weighted}
+    grids = {n: _grid_of(m) for n, m in weighted}
 
     def pack(weight: Tensor, node: Any, _: Grid | None) -> Any:
         layer = exported.layers.get(node, "")
-        return _pack(weight, "int8" if layer in rounded else precision, grids.get(layer), layer in rounded)
+        grid = grids.get(layer)
+        if grid is not None and not grid.contains(weight):  # a part of a layer, such as its queries
+            grid = None
+        return _pack(weight, "int8" if layer in rounded else precision, grid, layer in rounded)
 
     kernels = select_kernels(exported, pack)
     return Decoder(Compiled(exported, kernels, specs), **numbers)
@@ -326,6 +330,12 @@ class Decoder:
     def __repr__(self) -> str:
         features = self.compiled.exported.cache_features
         return f"language model step, {features} numbers of a token in the cache\n{self.compiled}"
+
+
+def _grid_of(module: nn.Module) -> Grid | None:
+    """Return the grid of a layer's weight [outputs, inputs], also of a layer that stores it the other way round."""
+    grid = grid_of(module)
+    return grid.map(Tensor.t) if grid is not None and is_hf_conv1d(module) else grid
 
 
 def _pack(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
