@@ -67,8 +67,8 @@ struct rarefy_tile_outputs {
   int32_t zero;         // the code of zero
 };
 
-// Where sums of NHWC images, [pixels][NHWC_OUTPUTS], go: codes, fp32 in a column tile, or both. Of fp32 images, whose
-// sums have no factors, `codes` and `residual` are numbers.
+// Where sums of NHWC images, [pixels][NHWC_OUTPUTS], go: an image of codes or numbers, fp32 in a column tile, or both.
+// Sums of fp32 images have no factors, and their residual is numbers.
 struct rarefy_nhwc_outputs {
   const float *factors, *bias;
   const int32_t* row_sums;
@@ -76,6 +76,7 @@ struct rarefy_nhwc_outputs {
   int64_t outputs;  // at most NHWC_OUTPUTS
   int32_t act;
   uint8_t* codes;  // of the first pixel, or null
+  bool numbers;    // in place of codes
   int64_t codes_stride;
   float inverse_scale;
   int32_t zero;
@@ -225,6 +226,11 @@ struct rarefy_kernel_table {
                         int32_t zero, uint8_t* codes, int64_t pixel_bytes);
   void (*nhwc_pack_f32)(const float* x, int64_t stride, int64_t channels, int64_t pixels, uint8_t* out,
                         int64_t pixel_bytes);
+  // Numbers of pixels out of codes, and codes out of numbers; strides are in bytes. Read up to 64 channels too many.
+  void (*nhwc_to_numbers)(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float scale,
+                          int32_t zero, uint8_t* out, int64_t out_stride);
+  void (*nhwc_to_codes)(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float inverse_scale,
+                        int32_t zero, uint8_t* out, int64_t out_stride);
   void (*nhwc_max[2])(const uint8_t* x, int64_t channels, uint8_t* max);
   // Of fp32 images: nhwc_f32.hpp.
   void (*nhwc_unpack)(const uint8_t* x, int64_t pixel_bytes, int64_t pixels, int64_t channels, float* out);

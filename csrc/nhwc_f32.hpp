@@ -81,12 +81,10 @@ void nhwc_depthwise_numbers(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t
   });
 }
 
-constexpr int F32_VECS = 4;  // vectors of outputs that are stored together, so that cache lines are filled at once
-
 // VECS vectors of one pixel: act(sums + bias + residual). n: numbers that exist.
 template <int ACT, bool RESIDUAL, int VECS>
-inline void f32_outputs(const uint32_t* sums, const f32_vec (&bias)[F32_VECS], const uint8_t* residual, int64_t n,
-                        f32_vec (&out)[F32_VECS], uint8_t* to) {
+inline void f32_outputs(const uint32_t* sums, const f32_vec (&bias)[OUTPUT_VECS], const uint8_t* residual, int64_t n,
+                        f32_vec (&out)[OUTPUT_VECS], uint8_t* to) {
 #pragma GCC unroll 4
   for (int v = 0; v < VECS; ++v) {
     out[v] = f32_vec(load_raw(sums + v * SIMD_WIDTH)) + bias[v];
@@ -96,16 +94,21 @@ inline void f32_outputs(const uint32_t* sums, const f32_vec (&bias)[F32_VECS], c
   }
 }
 
-// Outputs of VECS vectors of features from `first` on: numbers of pixels, in a column tile, or both.
+// Outputs of VECS vectors of features from `first` on: codes or numbers of pixels, in a column tile, or both.
 template <int ACT, bool RESIDUAL, int VECS>
 void store_f32_vectors(const rarefy_nhwc_outputs& o, int64_t first, const uint32_t* acc, int64_t pixels) {
   const int64_t n = std::min<int64_t>(o.outputs - first, VECS * SIMD_WIDTH);
-  f32_vec bias[F32_VECS], out[F32_VECS];
+  f32_vec bias[OUTPUT_VECS], out[OUTPUT_VECS];
   for (int v = 0; v < VECS; ++v) bias[v] = load_vec(o.bias + first + v * SIMD_WIDTH);
   const auto compute = [&](int64_t p) {
+    uint8_t* codes = o.codes ? o.codes + p * o.codes_stride : nullptr;
     f32_outputs<ACT, RESIDUAL, VECS>(acc + p * NHWC_OUTPUTS + first, bias,
                                      RESIDUAL ? o.residual + p * o.residual_stride + first * 4 : nullptr, n, out,
-                                     o.codes ? o.codes + p * o.codes_stride + first * 4 : nullptr);
+                                     codes && o.numbers ? codes + first * 4 : nullptr);
+    if (!codes || o.numbers) return;
+    f32_vec divided[OUTPUT_VECS] = {};
+    for (int v = 0; v < VECS; ++v) divided[v] = out[v] * o.inverse_scale + float(o.zero);
+    store_codes(divided, codes + first, n);
   };
   if (!o.out) {
     for (int64_t p = 0; p < pixels; ++p) compute(p);
@@ -130,8 +133,8 @@ template <int ACT, bool RESIDUAL>
 void store_nhwc_f32(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
   const rarefy_nhwc_outputs o = outputs;  // a copy, which stores do not change
   int64_t first = 0;
-  for (; o.outputs - first > (F32_VECS - 1) * SIMD_WIDTH; first += F32_VECS * SIMD_WIDTH)
-    store_f32_vectors<ACT, RESIDUAL, F32_VECS>(o, first, acc, pixels);
+  for (; o.outputs - first > (OUTPUT_VECS - 1) * SIMD_WIDTH; first += OUTPUT_VECS * SIMD_WIDTH)
+    store_f32_vectors<ACT, RESIDUAL, OUTPUT_VECS>(o, first, acc, pixels);
   for (; first < o.outputs; first += SIMD_WIDTH) store_f32_vectors<ACT, RESIDUAL, 1>(o, first, acc, pixels);
 }
 

@@ -247,9 +247,6 @@ void transpose_sums(const uint32_t* sums, int64_t rows, int64_t pixels, uint32_t
     }
 }
 
-constexpr int OUTPUT_VECS = 4;  // vectors of outputs that become codes together
-constexpr int64_t OUTPUTS_TOGETHER = OUTPUT_VECS * SIMD_WIDTH;
-
 // What turns sums into outputs of OUTPUTS_TOGETHER features, for all pixels: out = sum * factors + bias + residual.
 struct NhwcFactors {
   NhwcFactors(const rarefy_nhwc_outputs& o, int64_t first) {
@@ -314,7 +311,7 @@ void store_nhwc_codes_only(const rarefy_nhwc_outputs& outputs, const uint32_t* a
   }
 }
 
-// Codes and fp32 values.
+// Codes or numbers, and fp32 values.
 template <int ACT, bool RESIDUAL>
 void store_nhwc_outputs(const rarefy_nhwc_outputs& outputs, const uint32_t* acc, int64_t pixels) {
   const rarefy_nhwc_outputs o = outputs;
@@ -334,8 +331,13 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& outputs, const uint32_t* acc,
           out[v] = out[v] * o.inverse_scale + float(o.zero);
         }
         if (!o.codes) continue;
-        for (int v = 0; v < OUTPUT_VECS; ++v) out[v] = min_of(out[v], f32_vec{} + 127.0f);
-        store_bytes(o.codes + (p + i) * o.codes_stride + first, round_to_codes(out), n);
+        if (o.numbers) {
+          auto* to = reinterpret_cast<float*>(o.codes + (p + i) * o.codes_stride) + first;
+          for (int64_t v = 0; v * SIMD_WIDTH < n; ++v)
+            store_partial(to + v * SIMD_WIDTH, f32_vec(squares[v][i]), n - v * SIMD_WIDTH);
+          continue;
+        }
+        store_codes(out, o.codes + (p + i) * o.codes_stride + first, n);
       }
       for (int64_t v = 0; o.out && v * SIMD_WIDTH < n; ++v) {
         transpose(squares[v]);
@@ -355,7 +357,7 @@ void store_nhwc_outputs(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64
 }
 
 void nhwc_store(const rarefy_nhwc_outputs& o, const uint32_t* acc, int64_t pixels) {
-  if (!o.out && is_clamp(o.act))
+  if (!o.out && !o.numbers && is_clamp(o.act))
     return o.residual ? store_nhwc_codes_only<true>(o, acc, pixels) : store_nhwc_codes_only<false>(o, acc, pixels);
   with_activation(o.act, [&](auto act) { store_nhwc_outputs<act>(o, acc, pixels); });
 }
@@ -374,6 +376,28 @@ void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pix
         std::memcpy(codes + p * 4, lanes, size_t(count) * 4);
       else
         for (int64_t i = 0; i < count; ++i) std::memcpy(codes + (p + i) * pixel_bytes + c, lanes + i, 4);
+    }
+}
+
+void nhwc_to_numbers(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float scale, int32_t zero,
+                     uint8_t* out, int64_t out_stride) {
+  const f32_vec offset = f32_vec{} + float(zero + INPUT_ZERO_POINT);
+  for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride)
+    for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
+      const f32_vec codes = __builtin_convertvector(i32_vec(load_codes(x + c)), f32_vec);
+      store_partial(reinterpret_cast<float*>(out) + c, (codes - offset) * scale, channels - c);
+    }
+}
+
+void nhwc_to_codes(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float inverse_scale,
+                   int32_t zero, uint8_t* out, int64_t out_stride) {
+  for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride)
+    for (int64_t c = 0; c < channels; c += OUTPUTS_TOGETHER) {
+      f32_vec v[OUTPUT_VECS];
+#pragma GCC unroll 4
+      for (int i = 0; i < OUTPUT_VECS; ++i)
+        v[i] = load_number(x + (c + i * SIMD_WIDTH) * 4) * inverse_scale + float(zero);
+      store_codes(v, out + c, std::min(channels - c, OUTPUTS_TOGETHER));
     }
 }
 

@@ -53,9 +53,9 @@ inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i
   }
 }
 
-// One row of an image out of column tiles, or out of an external image.
+// One row of an image out of column tiles, out of an external image, or out of an image of the other kind.
 inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  const rarefy_nhwc_image& out = s.nhwc->out;
+  const rarefy_nhwc_image &in = s.nhwc->in, &out = s.nhwc->out;
   const int64_t image = part / out.height, row = part % out.height, first = row * out.width;
   uint8_t* codes = nhwc_codes(s.out_codes) + nhwc_at(out, image, row, 0);
   const auto write = [&](const float* x, int64_t stride, int64_t pixels) {
@@ -65,7 +65,13 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
       t.nhwc_pack_f32(x, stride, out.channels, pixels, codes, out.pixel_bytes);
     codes += pixels * out.pixel_bytes;
   };
-  if (s.channels_first) {
+  if (in.channels) {
+    const uint8_t* x = nhwc_codes(s.x) + nhwc_at(in, image, row, 0);
+    if (nhwc_kind(out))
+      t.nhwc_to_codes(x, in.pixel_bytes, out.channels, out.width, 1.0f / out.scale, out.zero, codes, out.pixel_bytes);
+    else
+      t.nhwc_to_numbers(x, in.pixel_bytes, out.channels, out.width, in.scale, in.zero, codes, out.pixel_bytes);
+  } else if (s.channels_first) {
     write(s.x.data + image * out.channels * s.tokens + first, s.tokens, out.width);
   } else {
     for (int64_t at = image * s.tokens + first, end = at + out.width, n; at < end; at += n) {
@@ -114,7 +120,8 @@ struct NhwcConv {
   // Whether all outputs are numbers in an image, of groups that are computed together, with an activation that limits
   // them.
   bool stores_numbers() const {
-    return !kind && s.out_codes.data && !s.out.data && !s.winograd && !c.group_outputs && is_clamp(s.act);
+    return !kind && s.out_codes.data && !nhwc_kind(c.out) && !s.out.data && !s.winograd && !c.group_outputs &&
+           is_clamp(s.act);
   }
 
   int64_t copy_bytes() const { return c.segments && !s.weight ? block_pixels * c.num_blocks * 64 : 0; }  // of a block
@@ -186,8 +193,9 @@ struct NhwcConv {
             .outputs = n,
             .act = s.act,
             .codes = nullptr,
+            .numbers = !nhwc_kind(c.out),
             .codes_stride = c.out.pixel_bytes,
-            .inverse_scale = s.out_codes.data && kind ? 1.0f / c.out.scale : 0.0f,
+            .inverse_scale = s.out_codes.data && nhwc_kind(c.out) ? 1.0f / c.out.scale : 0.0f,
             .zero = c.out.zero,
             .residual = nullptr,
             .residual_stride = c.residual.pixel_bytes,
@@ -198,10 +206,10 @@ struct NhwcConv {
 
   // Where outputs of a pixel are in the codes and the residual.
   uint8_t* codes_at(int64_t image, int64_t row, int64_t column, int64_t output) const {
-    return nhwc_codes(s.out_codes) + at(c.out, image, row, column) + (output + c.first_channel) * bytes;
+    return nhwc_codes(s.out_codes) + at(c.out, image, row, column) + (output + c.first_channel) * nhwc_bytes(c.out);
   }
   const uint8_t* residual_at(int64_t image, int64_t row, int64_t column, int64_t output) const {
-    return nhwc_codes(s.residual) + at(c.residual, image, row, column) + output * bytes;
+    return nhwc_codes(s.residual) + at(c.residual, image, row, column) + output * nhwc_bytes(c.residual);
   }
 
   // Outputs `output`..`output + n` of a block from their sums.
@@ -378,7 +386,7 @@ struct NhwcConv {
   const rarefy_step& s;
   const rarefy_nhwc& c;
   int64_t features;
-  int64_t kind, bytes;  // of the images: nhwc_kind, nhwc_bytes
+  int64_t kind, bytes;  // of the inputs: nhwc_kind, nhwc_bytes
   bool direct;          // no sums are kept
   bool by_rows;         // each row of outputs is computed by itself
   int64_t out_width, out_height;

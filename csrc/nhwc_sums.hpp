@@ -11,6 +11,16 @@
 
 namespace {
 
+constexpr int OUTPUT_VECS = 4;  // vectors of outputs that are stored together
+constexpr int64_t OUTPUTS_TOGETHER = OUTPUT_VECS * SIMD_WIDTH;
+
+// The first n of OUTPUTS_TOGETHER outputs, already divided by the scale, as codes.
+inline void store_codes(f32_vec (&v)[OUTPUT_VECS], uint8_t* codes, int64_t n) {
+#pragma GCC unroll 4
+  for (f32_vec& x : v) x = min_of(x, f32_vec{} + 127.0f);
+  store_bytes(codes, round_to_codes(v), n);
+}
+
 inline f32_vec load_number(const uint8_t* p) {
   f32_vec v;
   std::memcpy(&v, p, sizeof v);

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 20 };
+enum { RAREFY_ABI_VERSION = 21 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -200,9 +200,9 @@ enum rarefy_op {
   RAREFY_OP_REARRANGE = 18,        // out = columns of x in another order, as `segments` says
   RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
   RAREFY_OP_GROUP_NORM = 20,       // out = x normalized over pixels and features of `groups` groups of each image
-  RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x, which are tiles, or with channels_first external;
-                                   // `out_codes` and x of NHWC_* are int8 codes, or fp32 numbers
-  RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of the codes x + bias + the codes residual)
+  RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x: tiles, with channels_first external, with nhwc->in
+                                   // NHWC of the other dtype; `out_codes` and x of NHWC_* are int8 codes, or fp32
+  RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of x + bias + residual, of the dtype of x)
   RAREFY_OP_NHWC_MAX_POOL = 23,    // out_codes = maximum over the kernel window of the codes x
   RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions
   // On fp32 NHWC images (nhwc_channels.hpp):

@@ -17,6 +17,7 @@ from rarefy.cli import onnx_files
 from rarefy.common.errors import DataError, RecipeError
 from rarefy.data.sources import Take
 from rarefy.evaluation.example_inputs import input_shapes, random_inputs
+from rarefy.model.layers import all_layers
 from rarefy.model.signature import ModelInput, Signature
 from rarefy.runtime import bindings
 
@@ -95,6 +96,21 @@ def test_scales_from_data(run, place, tmp_path):
     text_model(tmp_path)
     ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", "--data", "wiki", "--precision", "int8")
     assert ran.code == 2 and "--data has no effect: a decoder" in ran.err
+    ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", "--ignore", "lm_head", "--precision", "int8")
+    assert ran.code == 2 and "--ignore has no effect: all layers of a decoder" in ran.err
+
+
+def test_layers_that_stay_in_fp32(run, place, tmp_path):
+    words = ("compile", place / "net.onnx", "-o", tmp_path / "fast", "--precision", "int8", "-q")
+    names = [l.full_name for l in all_layers(rarefy.from_onnx(place / "net.onnx"))]
+    ran = run(*words, "--data", place / "images.npz", "--ignore", names[0])
+    assert ran.code == 0, ran.err
+    fast = rarefy.load(tmp_path / "fast")
+    assert [k.held[0].kind for k in fast.kernels.values()].count("fp32") == 1
+    ran = run("compile", place / "net.onnx", "-o", tmp_path / "more", "--ignore", names[0])
+    assert ran.code == 2 and "--ignore has no effect: it names layers that stay in fp32 beside" in ran.err
+    ran = run(*words, "--force", "--ignore", "no.such.layer")
+    assert ran.code == 2 and "ignore: 'no.such.layer' matches no layer" in ran.err
 
 
 def test_what_needs_a_language_model_says_so(run, place):

@@ -23,16 +23,17 @@ def grids_of(made):
 
 def rounded(made, x):
     """What the graph computes in fp32 with the weights and images that the codes stand for."""
-    kernels = {n: k for n, k in made.kernels.items() if k.input_grid is not None}
     values = dict(zip(made.exported.inputs, x if isinstance(x, list) else [x]))
     for node in made.exported.graph.nodes:
         if node.op == "placeholder":
             values.setdefault(node, made.constants.get(node.name))
         elif node.op == "call_function":
             args = [values[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
-            if node in kernels:
-                kernel = kernels[node]
-                args[0], args[1], args[2] = kernel.input_grid(args[0]), unpack(kernel.held[0]), kernel.held[1]
+            if node in made.kernels:
+                kernel = made.kernels[node]
+                args[1], args[2] = unpack(kernel.held[0]), kernel.held[1]
+                if kernel.input_grid is not None:
+                    args[0] = kernel.input_grid(args[0])
                 if kernel.residual_grid is not None:
                     args[3] = kernel.residual_grid(args[3])
             values[node] = node.target(*args, **node.kwargs)

@@ -224,6 +224,10 @@ def compile_(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")],
     precision: Precision = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer that stays in fp32, by name or glob; may be given several times. Not for decoders."),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size of the example input, by default 2. Not for decoders.")
     ] = None,
@@ -268,6 +272,8 @@ def compile_(
         raise RecipeError("--data has no effect: it gives the scales of --precision int8")
     if samples is not None and data is None:
         raise RecipeError("--samples has no effect without --data")
+    if ignore and precision is None:
+        raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
     source = shared.source(model)
     with shared.threads(threads):
         net, tokenizer = shared.load(source, input_shape, batch, tokens)
@@ -277,12 +283,14 @@ def compile_(
                 raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
             if data:
                 raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
+            if ignore:
+                raise RecipeError("--ignore has no effect: all layers of a decoder have the same precision")
             compiled: Any = decoder(net, precision=precision)
         else:
             example = example_input(net, tokens, batch, tokenizer)
             calibrate = None if data is None else _calibration(net, data, samples, tokens, tokenizer)
             example = example if calibrate is None else _of_data(example, calibrate[0])
-            compiled = compile(net, example, precision=precision, calibrate=calibrate)
+            compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
         files = shared.files_beside_engine(source)
         receipt = getattr(net, "rarefy_receipt", None)
         size = save(compiled, out, files=files, receipt=receipt, overwrite=force)

@@ -45,7 +45,7 @@ from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
-from rarefy.model.layers import Selector, all_layers, select_layers, unwrap
+from rarefy.model.layers import Selector, all_layers, match_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.model.nesting import input_names, output_names
 from rarefy.runtime.accelerate import check_plain
@@ -262,7 +262,7 @@ def _compile(
     if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
-            "the engine runs in 8 bits; leave it out for fp32"
+            f"the engine runs in 8 bits{', or ignore= names all of them' if ignored else ''}; leave it out for fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:
@@ -295,7 +295,7 @@ def _verify_all_tokens(
 
 def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
     """Return the names of the modules whose weights `ignore` selects."""
-    chosen = select_layers(model, ignore) if ignore else []
+    chosen = match_layers(all_layers(model), ignore, "ignore") if ignore else []
     return frozenset(name for layer in chosen for name, *_ in layer.owners)
 
 

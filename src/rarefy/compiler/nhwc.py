@@ -93,17 +93,16 @@ class Codes:
 
 
 def wanted_format(p: Program, node: Node, numbers: bool | None = None) -> Format | None:
-    """Return the grid on which operators read a node's value as NHWC codes, FP32 where they read NHWC numbers.
+    """Return how a node's value is written as an NHWC image: FP32 where an operator reads numbers, which others then
+    round, else the grid of the first one that reads codes.
 
     Returns:
-        What the first operator that reads it so wants; with `numbers` given, the first one that reads numbers, or
-        codes. None where there is none.
+        None where no operator reads such an image; with `numbers` given, where none reads numbers, or codes.
     """
-    for user in (u for u in node.users if u in p.nodes):
-        wanted = _wanted_by(p, node, user)
-        if wanted is not None and numbers in (None, wanted == FP32):
-            return wanted
-    return None
+    read = [_wanted_by(p, node, user) for user in node.users if user in p.nodes]
+    if FP32 in read and numbers is not False:
+        return FP32
+    return None if numbers else next((f for f in read if f not in (None, FP32)), None)
 
 
 def _wanted_by(p: Program, node: Node, user: Node) -> Format | None:
@@ -134,15 +133,19 @@ def _format_in(p: Program, node: Node, conv: Node) -> Format | None:
 
 
 def codes_of(p: Program, node: Node, wanted: Format) -> Codes:
-    """Return a node's value as an NHWC image, made once."""
+    """Return a node's value as an NHWC image, made once: out of one of the other kind where there is one."""
     if node in p.nodes and grid_of(node) == wanted:  # codes of a value that is rounded here are those before
         node = node.args[0]  # type: ignore[assignment]
     if (node, wanted) not in p.nhwc:
+        kinds = ((c, f) for (n, f), c in p.nhwc.items() if n is node and not c.first_channel)
+        other = next((c for c, f in kinds if (f == FP32) != (wanted == FP32)), None)
         codes = p.nhwc[node, wanted] = new_codes(p, node, wanted)
         step = Nhwc(out=codes.image)
         p.held.append(step)
         fields: dict[str, Any] = {"channels_first": 1}
-        if node in p.values:
+        if other is not None:
+            step.input, fields = other.image, {"x": p.use(other.value)}
+        elif node in p.values:
             fields = {"x": p.use(p.values[node])}
         else:  # read from the program's input as it is
             p.raw[node].append(len(p.steps))
@@ -195,7 +198,7 @@ def lower_conv(p: Program, node: Node) -> None:
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
         step.residual, operands["residual"] = added.image, added.value
-    out, read = p.make(node), wanted_format(p, node, numbers=wanted == FP32)
+    out, read = p.make(node), wanted_format(p, node)
     if read is not None and not separate:
         operands["out_codes"] = set_out(p, step, node, read)
     operands = {n: p.use(v) for n, v in {**operands, "out": out}.items()}
@@ -262,13 +265,19 @@ def _is_gate(node: Node, name: str, user: Node) -> bool:
 def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
     """Return whether an operator reads a value as an NHWC image, and not in tiles."""
     if p.runs_on_nhwc(user):
-        return _format_in(p, node, user) == wanted
+        return _converts(wanted, _format_in(p, node, user))
     name = p.operators[user.target].name if user in p.nodes else ""
     if name in MEANS:  # which reads what there is
         return wanted == FP32
     if name in POOLS or name in MAPS:
-        return not _is_gate(node, name, user) and output_format(p, user) == wanted
-    return user in p.nodes and grid_of(user) == wanted and all(_reads_image(p, user, u, wanted) for u in user.users)
+        return not _is_gate(node, name, user) and _converts(wanted, output_format(p, user))
+    grid = grid_of(user) if user in p.nodes else None
+    return _converts(wanted, grid) and all(_reads_image(p, user, u, grid) for u in user.users)  # type: ignore[arg-type]
+
+
+def _converts(written: Format, read: Format | None) -> bool:
+    """Return whether an image is read as it is written, or in the other kind: codes are not made out of other codes."""
+    return read is not None and (written == read or FP32 in (written, read))
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:

@@ -162,8 +162,8 @@ def select_layers(model: nn.Module, layers: Selector = None, ignore: Selector = 
     if layers is None:
         chosen = [l for l in all_of_model if not l.is_output_head and l.layout.kind != "embedding"]
     else:
-        chosen = _match_all(all_of_model, layers, "layers")
-    ignored = set(map(id, _match_all(all_of_model, ignore, "ignore"))) if ignore else set()
+        chosen = match_layers(all_of_model, layers, "layers")
+    ignored = set(map(id, match_layers(all_of_model, ignore, "ignore"))) if ignore else set()
     selected = [l for l in chosen if id(l) not in ignored]
     if not selected:
         names = ", ".join(l.full_name for l in all_of_model[:6])
@@ -198,7 +198,7 @@ def matches_selector(selector: str, layer: Layer) -> bool:
     return any(c.__name__ == selector for _, m, _ in layer.owners for c in _classes(m))
 
 
-def _match_all(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
+def match_layers(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
     matched: set[int] = set()
     if not isinstance(selectors, str | list | tuple):
         raise SelectorError(f"{argument}: expected a selector or a list of selectors, got {selectors!r}")

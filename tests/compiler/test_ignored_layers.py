@@ -1,0 +1,138 @@
+"""Layers that stay in fp32 beside others in 8 bits or bf16, against torch on the numbers that the codes stand for."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rarefy
+from helpers.compile_models import steps
+from rarefy.common.errors import ModelError, SelectorError
+from rarefy.model.compare import relative_distance
+from rarefy.runtime import bindings
+from test_nhwc import Residual, rounded
+
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+
+
+class Mobile(nn.Module):
+    """Inverted residuals with depthwise convolutions, padded on one side where they stride, and a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 13, 3, 2, 1)
+        self.expand, self.deep, self.project = nn.Conv2d(13, 70, 1), nn.Conv2d(70, 70, 3, 1, 1, 1, 70), nn.Conv2d(70, 13, 1)
+        self.expand2, self.deep2 = nn.Conv2d(13, 66, 1), nn.Conv2d(66, 66, 5, 2, 0, 1, 66)
+        self.project2, self.head = nn.Conv2d(66, 20, 1), nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = F.relu6(self.stem(x))
+        x = self.project(F.relu6(self.deep(F.relu6(self.expand(x))))) + x
+        x = F.silu(self.deep2(F.pad(F.silu(self.expand2(x)), (1, 2, 1, 2))))
+        return self.head(F.gelu(self.project2(x)).mean((2, 3)))
+
+
+def weighted(net):
+    return [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def kinds(made):
+    """The precision of each layer that has a kernel."""
+    return {made.exported.layers[n]: k.held[0].kind for n, k in made.kernels.items()}
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("make", [Mobile, Residual])
+def test_any_layers_stay_in_fp32(isa, make, seed):
+    torch.manual_seed(seed)
+    net, x = make().eval(), torch.randn(2, 3, 45, 53)
+    names = weighted(net)
+    ignored = random.Random(seed).sample(names, 1 + seed % (len(names) - 1))
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=ignored, tune=False)
+    for layer, kind in kinds(made).items():
+        assert kind == ("fp32" if layer in ignored or layer.startswith("deep") else "int8")
+    got = made(x)
+    assert not {"pack", "pad_planes", "conv"} & set(steps(made))
+    assert relative_distance(got, rounded(made, x)) < 1e-2  # codes may differ by one where a sum lies between two
+    assert relative_distance(got, net(x).detach()) < 0.1
+    assert relative_distance(made(x[1:]), got[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("ignored", [["0", "2"], ["1"], ["1", "2"]])
+def test_images_change_their_kind_on_the_way(isa, ignored):
+    """A convolution writes codes or numbers as the next one reads them: nothing but the input is converted."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 37, 3, 1, 1), nn.Conv2d(37, 70, 1), nn.Conv2d(70, 9, 3, 2, 1)).eval()
+    x = torch.randn(2, 3, 21, 30)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=ignored, tune=False)
+    assert relative_distance(made(x), rounded(made, x)) < 4e-3
+    assert steps(made) == ["nhwc_quantize", "nhwc_conv", "nhwc_conv", "nhwc_conv", "unpack"]
+
+
+def test_one_value_read_as_codes_and_as_numbers(isa):
+    """The second kind is made out of the first one."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 67, 3, 1, 1), nn.Conv2d(67, 8, 3, 1, 1), nn.Conv2d(67, 8, 1)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.a(x), self.b(x)
+
+    torch.manual_seed(0)
+    net, x = Two().eval(), torch.randn(3, 3, 17, 19)
+    for ignored in ("a", "b"):
+        made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=ignored, tune=False)
+        outputs = made(x)
+        assert sorted(steps(made)) == sorted(["nhwc_quantize"] * 2 + ["nhwc_conv"] * 3 + ["unpack"] * 2)
+        for got, want in zip(outputs, net(x)):
+            assert relative_distance(got, want.detach()) < 0.03
+        exact = dict(zip("ab", zip(outputs, net(x))))[ignored]
+        assert relative_distance(exact[0], exact[1].detach()) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_linear_layers(precision):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64), nn.Linear(64, 8)).eval()
+    net[2].weight.data[:, 3] *= 300  # one large input, which 8 bits for all of them lose
+    x = torch.randn(5, 64)
+    far = relative_distance(rarefy.compile(net, x, precision=precision, tune=False)(x), net(x).detach())
+    made = rarefy.compile(net, x, precision=precision, ignore="2", tune=False)
+    assert kinds(made) == {"0": precision, "2": "fp32", "4": precision}
+    assert relative_distance(made(x), net(x).detach()) < far
+    whole = rarefy.compile(net, x, tune=False)
+    both = rarefy.compile(net, x, precision=precision, ignore=["0", "2", "re:4"], tune=False) if precision == "bf16" else whole
+    assert torch.equal(both(x), whole(x))
+
+
+def test_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    net, x = Mobile().eval(), torch.randn(2, 3, 45, 53)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=["deep", "project2"], tune=False)
+    rarefy.save(made, tmp_path / "m")
+    assert torch.equal(rarefy.load(tmp_path / "m")(x), made(x))
+
+
+def test_embeddings_stay_in_fp32():
+    net = nn.Sequential(nn.Embedding(40_000, 64), nn.Linear(64, 32)).eval()
+    ids = torch.randint(0, 40_000, (2, 7))
+    made = rarefy.compile(net, ids, precision="int8", ignore="0", tune=False)
+    packed = rarefy.compile(net, ids, precision="int8", tune=False)
+    assert made.weight_bytes() > 3 * packed.weight_bytes()
+    with torch.no_grad():
+        assert relative_distance(made(ids), net(ids)) < 0.02
+
+
+def test_what_cannot_be_ignored():
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    with pytest.raises(ModelError, match=r"ignore= names layers that stay in fp32: pass precision='int8' or 'bf16'"):
+        rarefy.compile(net, x, ignore="0")
+    with pytest.raises(SelectorError, match="ignore: '7' matches no layer"):
+        rarefy.compile(net, x, precision="int8", ignore="7")
+    with pytest.raises(ModelError, match="has no effect: .*, or ignore= names all of them"):
+        rarefy.compile(net, x, precision="int8", ignore="*")
