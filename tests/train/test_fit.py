@@ -187,6 +187,18 @@ def test_accumulated_gradients_match_one_large_batch():
     torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
+def test_training_needs_no_gradients_outside():
+    """Who judges models without gradients trains the next one in the same block."""
+    torch.manual_seed(0)
+    one, other, batches = Noisy(), Noisy(), list(loader())
+    other.load_state_dict(one.state_dict())
+    fit_(one, batches, epochs=1, optimizer=ADAM, seed=3)
+    with torch.no_grad():
+        fit_(other, batches, epochs=1, optimizer=ADAM, seed=3)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
 def test_patience_stops_a_run():
     scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
     report = fit_(Net(), image_batches(), epochs=5, validate=lambda m: next(scores), patience=2)

@@ -179,7 +179,8 @@ def run_fit(
         settings |= {"seed": seed, "maximize": maximize, "at": sorted(at or {}), "also": also, "teach": distill}
         key = _key(model, data, moves, settings)
     modes = [(m, m.training) for m in model.modules()]
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), Loggers.open(log) as logs:
+    forked = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    with forked, torch.enable_grad(), Loggers.open(log) as logs:
         if seed is not None:
             torch.manual_seed(seed)
         events = {"calibrate": calibrate, "loss": loss, "seed": seed or 0, "at": at}
