@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from test_nhwc import Residual, rounded
 from torch import nn
 
 import rarefy
@@ -12,7 +13,6 @@ from helpers.compile_models import steps
 from rarefy.common.errors import ModelError, SelectorError
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
-from test_nhwc import Residual, rounded
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
@@ -23,7 +23,11 @@ class Mobile(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 13, 3, 2, 1)
-        self.expand, self.deep, self.project = nn.Conv2d(13, 70, 1), nn.Conv2d(70, 70, 3, 1, 1, 1, 70), nn.Conv2d(70, 13, 1)
+        self.expand, self.deep, self.project = (
+            nn.Conv2d(13, 70, 1),
+            nn.Conv2d(70, 70, 3, 1, 1, 1, 70),
+            nn.Conv2d(70, 13, 1),
+        )
         self.expand2, self.deep2 = nn.Conv2d(13, 66, 1), nn.Conv2d(66, 66, 5, 2, 0, 1, 66)
         self.project2, self.head = nn.Conv2d(66, 20, 1), nn.Linear(20, 5)
 
@@ -106,7 +110,11 @@ def test_linear_layers(precision):
     assert kinds(made) == {"0": precision, "2": "fp32", "4": precision}
     assert relative_distance(made(x), net(x).detach()) < far
     whole = rarefy.compile(net, x, tune=False)
-    both = rarefy.compile(net, x, precision=precision, ignore=["0", "2", "re:4"], tune=False) if precision == "bf16" else whole
+    both = (
+        rarefy.compile(net, x, precision=precision, ignore=["0", "2", "re:4"], tune=False)
+        if precision == "bf16"
+        else whole
+    )
     assert torch.equal(both(x), whole(x))
 
 

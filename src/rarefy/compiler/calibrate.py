@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,19 @@ def round_input(exported: ExportedGraph, node: Node, grid: ActivationQuant) -> N
     node.args = (same, *node.args[1:])
 
 
+def calibration_batches(batches: Any) -> list[Any]:
+    """Return batches as a list, which is read several times; DataError where there are none."""
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping | Tensor):
+        raise DataError(
+            f"calibrate: expected batches, each like the example, such as a list of them; got {type(batches).__name__}"
+        )
+    if not (result := list(batches)):
+        raise DataError("calibrate: expected at least one batch, got none")
+    return result
+
+
 @torch.no_grad()
-def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]) -> dict[Node, ActivationQuant]:
+def input_grids(graph: Compiled, nodes: Collection[Node], batches: Sequence[Any]) -> dict[Node, ActivationQuant]:
     """Return {value: 8-bit grid} of the inputs of operators.
 
     Args:
@@ -52,29 +63,19 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Iterable[Any]
         batches: what the model is called with: dicts of keywords, tuples of arguments, or tensors.
 
     Raises:
-        DataError: if there is no batch, one does not fit the model, or inputs of an operator are not finite.
+        DataError: if one does not fit the model, or inputs of an operator are not finite.
     """
-    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping | Tensor):
-        raise DataError(
-            f"calibrate: expected batches, each like the example, such as a list of them; got {type(batches).__name__}"
-        )
     samples: dict[Node, list[Tensor]] = {v: [] for n in nodes for v in quantized_operands(n)}
     rng = torch.Generator().manual_seed(0)
-    count = 0
-    for batch in batches:
+    for count, batch in enumerate(batches, 1):
         try:
             leaves = graph.leaves(*split_example(batch))
         except DataError as error:
-            raise DataError(f"calibrate: batch {count + 1} does not fit the model: {error}") from error
+            raise DataError(f"calibrate: batch {count} does not fit the model: {error}") from error
         for value, x in _inputs(graph, leaves, nodes):
             if not bool(torch.isfinite(x).all()):
-                raise DataError(
-                    f"calibrate: batch {count + 1} gives NaN or inf at {value.name}: it has no finite range"
-                )
+                raise DataError(f"calibrate: batch {count} gives NaN or inf at {value.name}: it has no finite range")
             samples[value].append(sample_values(x, rng))
-        count += 1
-    if not count:
-        raise DataError("calibrate: expected at least one batch, got none")
     grids = {value: static_grid(torch.cat(sampled), OBSERVER) for value, sampled in samples.items()}
     return {value: grids[_before_pools(value, grids)] for value in grids}
 
@@ -91,14 +92,20 @@ def _before_pools(value: Node, grids: Collection[Node]) -> Node:
 
 def _inputs(graph: Compiled, leaves: list[Any], nodes: Collection[Node]) -> Iterator[tuple[Node, Tensor]]:
     """Yield the inputs of operators in a call, each once."""
-    values: dict[Node, Any] = dict(zip(graph.exported.inputs, leaves))
     wanted = {v for n in nodes for v in quantized_operands(n)}
+    for call, lookup in calls_of(graph, leaves):
+        for value in quantized_operands(call) if call in nodes else ():
+            if value in wanted:
+                wanted.remove(value)
+                yield value, lookup(value)
+
+
+def calls_of(graph: Compiled, leaves: list[Any]) -> Iterator[tuple[Node, Callable[[Node], Any]]]:
+    """Yield the calls of a run in torch, each before it runs, with what returns its inputs."""
+    values: dict[Node, Any] = dict(zip(graph.exported.inputs, leaves))
 
     def lookup(node: Node) -> Any:
         return values[node] if node in values else graph.constants[node.name]
 
     for call in graph.walk(values, lookup):
-        for value in quantized_operands(call) if call in nodes else ():
-            if value in wanted:
-                wanted.remove(value)
-                yield value, lookup(value)
+        yield call, lookup

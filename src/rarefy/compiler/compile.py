@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
-from rarefy.compiler.calibrate import input_grids, quantized_operands, reads_static_codes, round_input
+from rarefy.compiler.calibrate import (
+    calibration_batches,
+    input_grids,
+    quantized_operands,
+    reads_static_codes,
+    round_input,
+)
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
@@ -42,6 +49,7 @@ from rarefy.compiler.passes import (
     tokens,
 )
 from rarefy.compiler.program import is_depthwise
+from rarefy.compiler.rounding import rounded_weights
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
@@ -256,7 +264,10 @@ def _compile(
     def precision_of(node: Node) -> str | None:
         return None if exported.layers.get(node) in ignored else precision
 
-    kernels = select_kernels(exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of)
+    select = partial(
+        select_kernels, exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of
+    )
+    kernels = select()
     rounded = [n for n in exported.graph.nodes if n not in kernels and _is_depthwise(exported, n) and precision_of(n)]
     depthwise = calibrate is not None and bool(rounded)
     if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
@@ -266,7 +277,7 @@ def _compile(
         )
     weights = dict(exported.constants)
     if calibrate is not None:
-        _set_input_grids(exported, specs, kernels, rounded, calibrate)
+        kernels = _calibrated(exported, specs, kernels, rounded, calibration_batches(calibrate), select)
     compiled = Compiled(exported, kernels, specs)
     allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
@@ -369,20 +380,30 @@ def passes_for(precision: str | None, static: bool = False) -> tuple[Pass, ...]:
     return tuple(p for p in PASSES if p not in others)
 
 
-def _set_input_grids(
-    exported: ExportedGraph, specs: Sequence[Any], kernels: Mapping[Node, Any], depthwise: Sequence[Node], batches: Any
-) -> None:
-    """Give kernels static scales of their inputs where these are faster than those found in each call, and round the
-    inputs of depthwise convolutions, which have no kernels."""
+def _calibrated(
+    exported: ExportedGraph,
+    specs: Sequence[Any],
+    kernels: Mapping[Node, Any],
+    depthwise: Sequence[Node],
+    batches: Sequence[Any],
+    select: Callable[..., dict[Node, Any]],
+) -> dict[Node, Any]:
+    """Return kernels on static scales of their inputs where these are faster than those found in each call, with
+    weights rounded for the data; round the inputs of depthwise convolutions, which have no kernels."""
     nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
-    nodes = [n for n in nodes if reads_static_codes(n) and kernels[n].input_grid is None]
-    grids = input_grids(in_torch(exported, specs), [*nodes, *depthwise], batches)
-    for node in nodes:
+    nodes = [n for n in nodes if kernels[n].input_grid is None]
+    static = [n for n in nodes if reads_static_codes(n)]
+    grids = input_grids(in_torch(exported, specs), [*static, *depthwise], batches)
+    for node in depthwise:
+        round_input(exported, node, grids[node.args[0]])
+    weights = rounded_weights(in_torch(exported, specs), nodes, grids, batches)
+    exported.constants.update({name: weight for name, (weight, _) in weights.items()})
+    kernels = select(grids={name: grid for name, (_, grid) in weights.items()})
+    for node in static:
         value, *residual = quantized_operands(node)
         kernels[node].input_grid = grids[value]
         kernels[node].residual_grid = grids[residual[0]] if residual else None
-    for node in depthwise:
-        round_input(exported, node, grids[node.args[0]])
+    return kernels
 
 
 def _is_depthwise(exported: ExportedGraph, node: Node) -> bool:

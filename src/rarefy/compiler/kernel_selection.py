@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def select_kernels(
     exported: ExportedGraph,
     pack: Callable[[Tensor, Node, Grid | None], Any],
     precision_of: Callable[[Node], str | None] = lambda _: None,
+    grids: Mapping[str, Grid] = MappingProxyType({}),
 ) -> dict[Node, Any]:
     """Return the kernels of all linear layers, convolutions and tied embeddings; {} where there is no native library.
 
@@ -76,6 +78,7 @@ def select_kernels(
         pack: packs a linear layer's weight; it is given the weight, the layer's node, and its int8 grid where it has
             one and the model rounds the inputs to 8 bits too.
         precision_of: of the node of a convolution, an embedding or attention: None for fp32, "bf16" or "int8".
+        grids: of weights in 8 bits that are already rounded, by their placeholders.
     """
     if bindings.missing() is not None:
         return {}
@@ -88,7 +91,7 @@ def select_kernels(
             continue
         x, w, bias, _, act, *_ = node.args
         inputs, weight = fake_quantize.grid_of(x), exported.constants[w.name]
-        grid = None if inputs is None else int8_grid(weight)
+        grid = grids.get(w.name) or (None if inputs is None else int8_grid(weight))
         key = w.name, grid is not None
         if node.target is ops.conv2d:
             form = pack_conv_node(exported, node, precision_of(node), grid)
