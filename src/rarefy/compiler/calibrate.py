@@ -42,6 +42,11 @@ def round_input(exported: ExportedGraph, node: Node, grid: ActivationQuant) -> N
     node.args = (same, *node.args[1:])
 
 
+def in_torch(exported: ExportedGraph, input_specs: Sequence[Any]) -> Compiled:
+    """Return the graph as a callable without kernels: torch runs the reference of each operator."""
+    return Compiled(exported, {}, input_specs, lambda *_: None)
+
+
 def calibration_batches(batches: Any) -> list[Any]:
     """Return batches as a list, which is read several times; DataError where there are none."""
     if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping | Tensor):

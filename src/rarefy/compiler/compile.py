@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -16,13 +16,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
-from rarefy.compiler.calibrate import (
-    calibration_batches,
-    input_grids,
-    quantized_operands,
-    reads_static_codes,
-    round_input,
-)
+from rarefy.compiler.calibrate import calibration_batches, in_torch
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
@@ -49,7 +43,7 @@ from rarefy.compiler.passes import (
     tokens,
 )
 from rarefy.compiler.program import is_depthwise
-from rarefy.compiler.rounding import rounded_weights
+from rarefy.compiler.static_kernels import calibrated_kernels
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
@@ -131,6 +125,7 @@ PASSES = (
     flat_images.linear_to_conv,
 )
 
+SOLVERS = ("obs", "rtn")
 CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of few detections are far off and still useful
 FAR_CALIBRATED = 0.1  # relative distance of outputs in calibrated 8 bits on the example, usually below 0.03
 
@@ -156,6 +151,7 @@ def compile(
     precision: str | None = None,
     ignore: Selector = None,
     calibrate: Iterable[Any] | None = None,
+    solver: str = "obs",
     tune: bool = True,
 ) -> Compiled:
     """Return a faster callable that returns what the model returns.
@@ -182,6 +178,8 @@ def compile(
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
             where the layer before them finds it on the way.
+        solver: with calibrate, how weights are rounded: "obs" makes up for each rounding error by the other weights
+            of an output (GPTQ, Frantar 2023), "rtn" rounds each to the nearest, which is quicker and loses more.
         tune: time each native call against torch on the example, and the compiled model against the model. What torch
             runs faster runs in torch, and zeros are skipped where that is faster; `print(compiled)` says so. Choices
             are remembered, see `runtime/tuning_cache.py`. False, or RAREFY_TUNE=0 in the environment: everything that
@@ -199,9 +197,11 @@ def compile(
         DataError: if the example has no tensor, or the model cannot be called with it.
 
     Cost: a few seconds for the export, and at most about 6 seconds for timing; where weights have zeros, 6 seconds or
-    20 calls more. Memory: the packed weights (with zeros left out in sparse formats) beside the model's own, which may
-    be deleted afterwards; while a model in bf16 or fp16 is compiled, its copy in fp32; while layers with zeros are
-    timed, both their formats; working memory grows with the activations of the largest call.
+    20 calls more. Calibration takes two calls a batch in torch; rounding by obs O(outputs inputs^2 + inputs^3) a layer:
+    about 10 seconds for EfficientNet-Lite0, a minute for ResNet-50. Memory: the packed weights (with zeros left out in
+    sparse formats) beside the model's own, which may be deleted afterwards; while a model in bf16 or fp16 is compiled,
+    its copy in fp32; while layers with zeros are timed, both their formats; while weights are rounded, 0.5 GB and a
+    copy; working memory grows with the activations of the largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -211,6 +211,8 @@ def compile(
         True
     """
     check_precision(precision)
+    if solver not in SOLVERS:
+        raise ModelError(unknown("solver", str(solver), SOLVERS))
     if calibrate is not None and precision != "int8":
         raise ModelError("calibrate= finds the scales of int8: pass precision='int8' with it")
     check_module(model)
@@ -224,11 +226,11 @@ def compile(
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     if dtype == torch.float32:
-        return _named(_compile(model, args, kwargs, precision, ignored, calibrate, tune, notes), model)
+        return _named(_compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes), model)
     if calibrate is not None:
         calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
     model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, tune, notes)
+    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, solver, tune, notes)
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
@@ -249,6 +251,7 @@ def _compile(
     precision: str | None,
     ignored: frozenset[str],
     calibrate: Iterable[Any] | None,
+    solver: str,
     tune: bool,
     notes: tuple[str, ...],
 ) -> Compiled:
@@ -277,7 +280,7 @@ def _compile(
         )
     weights = dict(exported.constants)
     if calibrate is not None:
-        kernels = _calibrated(exported, specs, kernels, rounded, calibration_batches(calibrate), select)
+        kernels = calibrated_kernels(exported, specs, kernels, rounded, calibration_batches(calibrate), solver, select)
     compiled = Compiled(exported, kernels, specs)
     allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
@@ -380,32 +383,6 @@ def passes_for(precision: str | None, static: bool = False) -> tuple[Pass, ...]:
     return tuple(p for p in PASSES if p not in others)
 
 
-def _calibrated(
-    exported: ExportedGraph,
-    specs: Sequence[Any],
-    kernels: Mapping[Node, Any],
-    depthwise: Sequence[Node],
-    batches: Sequence[Any],
-    select: Callable[..., dict[Node, Any]],
-) -> dict[Node, Any]:
-    """Return kernels on static scales of their inputs where these are faster than those found in each call, with
-    weights rounded for the data; round the inputs of depthwise convolutions, which have no kernels."""
-    nodes = [n for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d) and k.held[0].kind == "int8"]
-    nodes = [n for n in nodes if kernels[n].input_grid is None]
-    static = [n for n in nodes if reads_static_codes(n)]
-    grids = input_grids(in_torch(exported, specs), [*static, *depthwise], batches)
-    for node in depthwise:
-        round_input(exported, node, grids[node.args[0]])
-    weights = rounded_weights(in_torch(exported, specs), nodes, grids, batches)
-    exported.constants.update({name: weight for name, (weight, _) in weights.items()})
-    kernels = select(grids={name: grid for name, (_, grid) in weights.items()})
-    for node in static:
-        value, *residual = quantized_operands(node)
-        kernels[node].input_grid = grids[value]
-        kernels[node].residual_grid = grids[residual[0]] if residual else None
-    return kernels
-
-
 def _is_depthwise(exported: ExportedGraph, node: Node) -> bool:
     return node.target is ops.conv2d and is_depthwise(node, exported.constants)
 
@@ -487,8 +464,3 @@ def check_ready(model: nn.Module) -> torch.dtype:
     if wrong is not None:
         raise ModelError(f"{wrong} has NaN: outputs could not be compared")
     return model_dtype(model)
-
-
-def in_torch(exported: ExportedGraph, input_specs: Sequence[Any]) -> Compiled:
-    """Return the graph as a callable without kernels: torch runs the reference of each operator."""
-    return Compiled(exported, {}, input_specs, lambda *_: None)

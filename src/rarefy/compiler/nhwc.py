@@ -33,7 +33,7 @@ MAX_TAP = 32767  # the largest code of a depthwise weight
 MAX_SUM = 2**31 - 1  # of codes times codes of inputs
 MAX_OVERREAD = 32 << 20  # bytes after images that are read as pixels, which kernels may read
 MAX_OFFSET = 1 << 31  # of a block, in bytes
-FP32 = "fp32"  # in place of a grid: numbers
+FP32: Literal["fp32"] = "fp32"  # in place of a grid: numbers
 
 POOLS = ("max_pool2d", "max_pool2d_ceil")
 MEANS = ("global_avg_pool", "image_mean")
@@ -102,7 +102,7 @@ def wanted_format(p: Program, node: Node, numbers: bool | None = None) -> Format
     read = [_wanted_by(p, node, user) for user in node.users if user in p.nodes]
     if FP32 in read and numbers is not False:
         return FP32
-    return None if numbers else next((f for f in read if f not in (None, FP32)), None)
+    return None if numbers else next((f for f in read if isinstance(f, ActivationQuant)), None)
 
 
 def _wanted_by(p: Program, node: Node, user: Node) -> Format | None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.renamed import renamed_parameters
+from rarefy.compiler.calibrate import in_torch
 from rarefy.compiler.compile import (
     PASSES,
     check_module,
     check_precision,
     check_ready,
     fold_copy,
-    in_torch,
     tolerance,
 )
 from rarefy.compiler.executor import Compiled, input_spec

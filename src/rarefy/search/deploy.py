@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,12 +35,17 @@ Deployed = Compiled | EngineModule
 
 
 def deploy(
-    model: nn.Module, example: Any, precision: str | None, calibration: Sequence[Any], ignore: Sequence[str] = ()
+    model: nn.Module,
+    example: Any,
+    precision: str | None,
+    calibration: Sequence[Any],
+    ignore: Sequence[str] = (),
+    solver: str = "obs",
 ) -> Deployed:
     """Return a model on the engine: a decoder for causal language models, else compiled.
 
     Convolutions in 8 bits get static scales from the calibration batches. Layers named in `ignore` stay in fp32, as far
-    as the model has them; of a factorized layer, both factors.
+    as the model has them; of a factorized layer, both factors. `solver` "rtn" is for models that are only timed.
     """
     with evaluating(model):
         if hf.is_causal_lm(model):
@@ -49,7 +54,8 @@ def deploy(
         calibrate = [without_targets(b) for b in calibration] if static else None
         names = {l.name for l in all_layers(model)} if ignore else set[str]()
         stay = sorted(n for n in names if any(n == i or n.startswith(f"{i}.") for i in ignore))
-        return compile(model, without_targets(example), precision=precision, ignore=stay or None, calibrate=calibrate)
+        options: dict[str, Any] = {"precision": precision, "ignore": stay or None, "calibrate": calibrate}
+        return compile(model, without_targets(example), **options, solver=solver)
 
 
 def has_static_scales(model: nn.Module, calibration: Sequence[Any]) -> bool:
@@ -129,11 +135,24 @@ def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A precision of the engine, and whether large inputs are smoothed for it (SmoothQuant) by a last stage."""
+    """A precision of the engine, and whether large inputs are smoothed for it (SmoothQuant) by a last stage.
+
+    Layers in `ignore` stay in fp32.
+    """
 
     name: str
     precision: str | None
     smooth: bool = False
+    ignore: tuple[str, ...] = ()
+
+    def with_fp32(self, layers: Sequence[str]) -> Variant:
+        """Return this precision with layers that stay in fp32.
+
+        >>> Variant("int8", "int8").with_fp32(["stem", "head"]).name
+        'int8 but 2 layers'
+        """
+        count = f"{len(layers)} layers" if len(layers) > 1 else layers[0]
+        return replace(self, name=f"{self.name} but {count}", ignore=tuple(layers))
 
     def stages(self, ignore: Sequence[str]) -> list[dict[str, Any]]:
         """Return the recipe's last stages; layers in `ignore` keep their own bits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from torch import nn
 
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import track
+from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
 from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
 from rarefy.model.forward import call, without_targets
-from rarefy.model.layers import Layer, all_layers, select_layers
+from rarefy.model.layers import Layer, all_layers
 from rarefy.pipeline.sensitivity import replaced_weight
 from rarefy.pipeline.speed import resize_batch
 from rarefy.quantization.activation_observers import matmul_modules
@@ -31,29 +32,31 @@ LEAST = 1e-3  # of a call's time: below it a profile says nothing
 
 def eight_bit_parts(
     dense: nn.Module,
+    names: Collection[str],
     few: Sequence[Any],
     savings: Mapping[str, Mapping[str, float]],
     journal: Journal,
-    has_time: Callable[[], bool],
+    fits: Callable[[str], bool],
     progress: bool,
 ) -> list[Part]:
-    """Return a part for each layer that can run in 8 bits; none where the model's layers cannot be rounded.
+    """Return a part for each layer that runs in 8 bits; none where the model's layers cannot be rounded.
 
     A loss is the squared relative distance of the outputs where this layer alone is rounded, with its inputs.
 
     Args:
         dense: the model.
+        names: of the layers, from `layers_in_8_bits`.
         few: a few batches.
         savings: of each layer by name of what is timed, from `savings_of_layers`.
         journal: keeps what was measured.
-        has_time: whether there is time for another measurement; layers that are not measured take the mean of others.
+        fits: whether a step of a kind fits into the time; layers that are not measured take the mean of others.
         progress: show a progress bar.
     """
-    layers = [l for l in select_layers(dense, "*") if matmul_modules(l)]
+    layers = [l for l in all_layers(dense) if l.name in names and matmul_modules(l)]
     static = has_static_scales(dense, few)
-    options = QuantizeOptions(
-        weights="int8", activations="int8-static" if static else "int8", layers=tuple(l.full_name for l in layers)
-    )
+    kind, solver = ("int8-static", "obs") if static else ("int8", "rtn")
+    names = tuple(l.full_name for l in layers)
+    options = QuantizeOptions(weights="int8", activations=kind, solver=solver, layers=names)
     rounded = copy.deepcopy(dense)
     try:
         run_quantize(rounded, options, few if static else None)
@@ -64,7 +67,7 @@ def eight_bit_parts(
     for layer in track(layers, f"losses of {EIGHT_BITS}", progress, len(layers)):
         name = layer.full_name
         key = f"loss of {EIGHT_BITS} {name}"
-        if key in journal.values or has_time():
+        if key in journal.values or fits(f"loss of {EIGHT_BITS}"):
             with rounded_alone(layer, in_8_bits[name]):
                 measured[name] = journal.get(key, partial(distance, dense, wanted, few))
     losses = filled(measured, [l.full_name for l in layers])
@@ -78,12 +81,21 @@ def eight_bit_parts(
     ]  # fmt: skip
 
 
+def layers_in_8_bits(compiled: Compiled) -> list[str]:
+    """Return the layers of a compiled model that run in 8 bits."""
+    layers, nodes = compiled.exported.layers, compiled.exported.graph.nodes
+    rounded = [n for n, k in compiled.kernels.items() if n.target is not ops.embedding and k.held[0].kind == "int8"]
+    depthwise = [u for n in nodes if n.target is ops.fake_quantize for u in n.users if u.target is ops.conv2d]
+    return sorted({layers[n] for n in (*rounded, *depthwise) if n in layers})
+
+
 @contextmanager
 def rounded_alone(layer: Layer, rounded: Layer) -> Iterator[None]:
     """Give a layer the weight of a rounded copy of it, and round its inputs as the copy's, for a while."""
     modules = [m for m in matmul_modules(layer) if get_activation_quant(m) is None]
     inputs = get_activation_quant(rounded.module)
-    with replaced_weight(layer, rounded.weight.detach()):
+    in_16_bits = getattr(layer.module, "groups", 1) > 1  # weights of depthwise convolutions
+    with replaced_weight(layer, (layer if in_16_bits else rounded).weight.detach()):
         try:
             for module in modules:
                 set_activation_quant_(module, inputs)

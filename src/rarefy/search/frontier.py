@@ -35,6 +35,7 @@ class Point:
             points.
         recipe: the stages, as a recipe's dict.
         precision: of the engine: None for fp32, "bf16" or "int8".
+        ignore: layers that stay in fp32 whatever the precision, as for `compile`.
         layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
         seconds: what making and measuring it took.
         error: why it could not be made; "" where it was.
@@ -53,6 +54,7 @@ class Point:
     layers: tuple[Mapping[str, Any], ...] = ()
     seconds: float = 0.0
     error: str = ""
+    ignore: tuple[str, ...] = ()
 
     @property
     def slowest(self) -> float:
@@ -197,11 +199,15 @@ def pareto(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(reversed(best))
 
 
+def _point(data: Mapping[str, Any]) -> Point:
+    return Point(**{**data, **{name: tuple(data.get(name, ())) for name in ("layers", "ignore")}})
+
+
 def frontier_from_dict(data: Any) -> Frontier:
     """Return a frontier from what `Frontier.to_dict` wrote; ContainerError for anything else."""
     check_frontier(data, SCHEMA)
     values = {name: data[name] for name in SAVED if name in data}
-    points = tuple(Point(**{**p, "layers": tuple(p.get("layers", ()))}) for p in data["points"])
-    dense = Point(**{**data["dense"], "layers": tuple(data["dense"].get("layers", ()))})
+    points = tuple(map(_point, data["points"]))
+    dense = _point(data["dense"])
     lists = {n: tuple(values[n]) for n in ("batches", "peers", "notes") if n in values}
     return Frontier(**{**values, **lists, "dense": dense, "points": points})

@@ -130,6 +130,7 @@ POINT: dict[str, tuple[Check, str]] = {
     "layers?": (_list_of(_is_mapping), "a list of objects"),
     "seconds?": (_is_number, "a number"),
     "error?": (_is_text, "text"),
+    "ignore?": (_list_of(_is_text), "a list of texts"),
 }
 FRONTIER: dict[str, tuple[Check, str]] = {
     "metric": (_is_metric, "an object with name and higher_is_better"),

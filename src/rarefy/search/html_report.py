@@ -73,18 +73,21 @@ def _best_sections(frontier: Any, best: Any) -> list[Html]:
         element("p", "Save this as recipe.yaml:"),
         element("div", element("pre", write_yaml(plain(best.recipe))), class_="copyable"),
         element("p", "Then run:" if frontier.model else "Then run in Python:"),
-        element("div", element("pre", _commands(frontier.model, best.precision)), class_="copyable"),
+        element("div", element("pre", _commands(frontier.model, best)), class_="copyable"),
     ]
     layers = [section(f"Layers of the best model: {best.name}", layers_table(best.layers))] if best.layers else []
     return [*layers, section("Make the best model again", *recipe)]
 
 
-def _commands(model: str, precision: str | None) -> str:
+def _commands(model: str, best: Any) -> str:
     """Return what makes a model by its recipe, and compiles it in its precision."""
+    precision = best.precision
     if not model:
-        compiled = f"fast = rarefy.compile(model, example, precision={precision!r})"
+        ignored = f", ignore={list(best.ignore)!r}" if best.ignore else ""
+        compiled = f"fast = rarefy.compile(model, example, precision={precision!r}{ignored})"
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
     option = "" if precision is None else f" --precision {shlex.quote(precision)}"
+    option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)
     return (
         f"rarefy compress {shlex.quote(model)} --recipe recipe.yaml --out torch/\n"
         f"rarefy compile torch/{option} --out fast/"

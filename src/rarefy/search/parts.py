@@ -18,7 +18,7 @@ from rarefy.model import hf
 from rarefy.model.layers import Layer, Selector, all_layers
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
-from rarefy.search.deploy import Deployed, deploy, outputs_of, times_of
+from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
 from rarefy.search.solve import line, mean_savings
 from rarefy.search.space import BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
@@ -37,7 +37,7 @@ class PartMeasurer:
         dense: the model.
         example: what it can be called with.
         data: calibration batches; may be empty.
-        precision: of the engine.
+        variant: the precision.
         names: what is timed (`deploy.timed_names`).
         journal: keeps what was measured.
         layers: selectors of layers; by default all but embeddings and head.
@@ -52,7 +52,7 @@ class PartMeasurer:
         dense: nn.Module,
         example: Any,
         data: Sequence[Any],
-        precision: str | None,
+        variant: Variant,
         names: Sequence[str],
         journal: Journal,
         layers: Selector,
@@ -60,11 +60,10 @@ class PartMeasurer:
         fits: Callable[..., bool],
         progress: bool,
     ):
-        self.dense, self.example, self.data, self.precision, self.names = dense, example, data, precision, names
+        self.dense, self.example, self.data, self.variant, self.names = dense, example, data, variant, names
         self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
         self.progress = progress
-        weights = sum(p.numel() for p in dense.parameters())
-        self.few = space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
+        self.few = few_batches(dense, data, example)
         self.wanted: list[Any] = []
         self.stats: dict[str, LayerStats] = {}
         self.scores: dict[str, Tensor] = {}  # of the units of groups, by name
@@ -287,7 +286,7 @@ class PartMeasurer:
     def _saved(self, method: str, smaller: Callable[[], nn.Module], level: float | None = None) -> dict[str, float]:
         """Return the part of a call's time that a smaller model saves: 0 for one that cannot be made, nothing where
         there is no time to measure it."""
-        key = " ".join(map(str, ("time of", method, *([] if level is None else [level]), self.precision)))
+        key = " ".join(map(str, ("time of", method, *([] if level is None else [level]), self.variant.name)))
         if not self._fits(key, f"time of {method}", "time of", "point"):
             return {}
         saved = self.journal.get(key, partial(_unless_refused, lambda: self._saved_by(smaller())))
@@ -305,13 +304,23 @@ class PartMeasurer:
             self.wanted = outputs_of(self.dense, self.few)
         return self.wanted
 
+    def _deploy(self, model: nn.Module) -> Deployed:
+        """Return a model as it is deployed, to time it."""
+        return deploy(model, self.example, self.variant.precision, self.few, self.variant.ignore, "rtn")
+
     def _saved_by(self, smaller: nn.Module) -> dict[str, float]:
         """Return the part of a call's time that a smaller model saves, in turns with the dense one."""
         if self.deployed is None:
-            self.deployed = deploy(self.dense, self.example, self.precision, self.few)
-        models = {"dense": self.deployed, "smaller": deploy(smaller, self.example, self.precision, self.few)}
+            self.deployed = self._deploy(self.dense)
+        models = {"dense": self.deployed, "smaller": self._deploy(smaller)}
         times = times_of(models, self.example, self.names)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
+
+
+def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any]:
+    """Return the batches that losses of parts are measured on: fewer for larger models, the example without data."""
+    weights = sum(p.numel() for p in dense.parameters())
+    return space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
 
 
 def _unless_refused(measure: Callable[[], Any]) -> Any:

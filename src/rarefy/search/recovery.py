@@ -76,19 +76,20 @@ def can_train(point: Point) -> bool:
 
 
 def candidate(
-    points: Sequence[Point], bases: Mapping[str | None, Point], targets: Targets, remains: float
+    points: Sequence[Point], bases: Mapping[tuple[str | None, tuple[str, ...]], Point], targets: Targets, remains: float
 ) -> int | None:
     """Return the number of the point that is expected to be the best one after training; None where none is.
 
     Args:
         points: all points.
-        bases: the dense model by precision: what it loses stays.
+        bases: the dense model by precision and layers in fp32: what it loses stays.
         targets: the limits.
         remains: the part of the rest that stays.
     """
     expected = []
     for point in points:
-        base = bases[point.precision].loss if point.precision in bases else None
+        how = point.precision, point.ignore
+        base = bases[how].loss if how in bases else None
         if can_train(point) and point.loss is not None and base is not None:
             point = replace(point, loss=base + remains * max(point.loss - base, 0.0))
         expected.append(point)

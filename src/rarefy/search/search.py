@@ -8,32 +8,22 @@ tried at the same speed, as long as that helps.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import torch
-from torch import nn
-
 from rarefy.common.errors import RarefyError
-from rarefy.common.progress import say
-from rarefy.model.batches import count_samples
-from rarefy.model.masks import fold_
-from rarefy.pipeline.compress import run_stages
-from rarefy.pipeline.run_data import RunContext, RunData
-from rarefy.recipe.schema import Recipe, TrainStage
+from rarefy.compiler.executor import Compiled
 from rarefy.search import solve
-from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
+from rarefy.search.deploy import DECODE, Variant, deploy, variants_of
 from rarefy.search.describe import describe, rows_of
+from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
 from rarefy.search.frontier import Point
-from rarefy.search.journal import Journal
-from rarefy.search.line_search import correction, first_choice, next_choice, predicted_sums
-from rarefy.search.parts import PartMeasurer
+from rarefy.search.line_search import NEAR, correction, first_choice, next_choice, predicted_sums
+from rarefy.search.parts import PartMeasurer, few_batches
+from rarefy.search.points import MAX_POINTS, RESERVED, Measured, OutOfTime, digest_of, runs_in
 from rarefy.search.recovery import (
     REMAINS,
     SHARES,
@@ -45,224 +35,21 @@ from rarefy.search.recovery import (
     with_training,
 )
 from rarefy.search.solve import Choice
-from rarefy.search.space import BLOCK, CUTS, Amounts, Part
-from rarefy.search.stages import stages_of
-from rarefy.search.targets import check_dense, mean_speedup
-from rarefy.search.task import Task
+from rarefy.search.space import BLOCK, Part
+from rarefy.search.targets import mean_speedup
 
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
 UNIFORM = (1.0, 0.5, 0.0)  # how far the losses of parts are taken as equal, see `solve.shrunk`
-RESERVED = 0.03  # of the time, for saving the result
-MAX_POINTS = 200
 
 
-class OutOfTime(Exception):
-    """Raised where another measurement does not fit into the time."""
-
-
-class Search:
-    """One search: what it has measured so far, and the best model of it."""
-
-    def __init__(self, task: Task, journal: Journal):
-        """Begin to count the time.
-
-        Args:
-            task: what is searched.
-            journal: keeps what was measured, and has the clock.
-        """
-        self.task, self.journal = task, journal
-        self.began = journal.clock() - journal.seconds
-        self.seconds = task.seconds  # until when measurements begin
-        self.names = timed_names(task.dense, task.batches)
-        self.points: list[Point] = []
-        self.dense_fast: Deployed | None = None
-        self.reference: Point | None = None
-        self.bases: dict[Variant, Point] = {}  # the dense model in each precision
-        self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
-        self.skipped = False  # whether a step did not fit into the time
-        self.trouble = ""  # why training ended early
-        self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
-
-    # ---- time --------------------------------------------------------------------------------------------------
-
-    def elapsed(self) -> float:
-        """Return the seconds since the start, with those of earlier processes."""
-        return self.journal.clock() - self.began
-
-    def left(self) -> float:
-        """Return the seconds that are left for measurements."""
-        index, _ = self.task.targets.best(self.points)
-        in_memory = self.best_models is not None and self.best_models[0] == index
-        make_again = 0.0 if index is None or in_memory else self.points[index].seconds
-        return self.seconds * (1 - RESERVED) - self.elapsed() - make_again
-
-    def fits(self, *kinds: str, more: float = 0.0, until: float = math.inf) -> bool:
-        """Return whether a step fits into the time.
-
-        Args:
-            kinds: kinds of steps, the nearest first: the last one of them says what the step takes.
-            more: seconds that it takes in addition.
-            until: when it has to have ended, in seconds since the start.
-        """
-        seconds = (self.journal.seconds_of(*kinds) or 0.0) + more
-        fitting = seconds <= self.left()
-        self.skipped = self.skipped or not fitting
-        return fitting and seconds <= until - self.elapsed()
-
-    def _need_time(self, key: str, kind: str, methods: Iterable[str]) -> None:
-        """Raise OutOfTime where a point that is not in the journal would take too long.
-
-        The first one of a kind takes as long as the last other point, and as measuring its parts; the first one after
-        the dense model twice as long as that, which was timed alone.
-        """
-        if key in self.journal.values or self.reference is None:
-            return
-        more = 0.0
-        if self.journal.seconds_of(kind) is None:
-            measured = tuple(f"{step} of {m}" for m in methods for step in ("errors", "loss"))
-            more = sum(seconds for k, seconds in self.journal.costs.items() if k.startswith(measured))
-            more += self.reference.seconds if len(self.points) == 1 else 0.0
-        if not self.fits(kind, "point", more=more):
-            raise OutOfTime
-
-    # ---- points ------------------------------------------------------------------------------------------------
-
-    def measure_dense(self) -> Point:
-        """Measure the dense model, compiled in fp32."""
-        task = self.task
-        self.dense_fast = deploy(task.dense, task.example, None, task.data)
-        plain = variants_of(task.dense, False)[0]
-        dense = self._point("dense, fp32", None, self._stages({}, (), plain))
-        if dense.quality is not None:
-            self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
-        self.reference = self.bases[plain] = self.add(dense)
-        return self.reference
-
-    def _point(
-        self,
-        name: str,
-        precision: str | None,
-        stages: list[Any],
-        predicted: Mapping[str, Any] | None = None,
-        rows: Sequence[Mapping[str, Any]] = (),
-        methods: Iterable[str] = (),
-    ) -> Point:
-        """Return a point, from the journal or measured. `methods` are those of its parts."""
-        recipe = self._recipe(name, precision, stages)
-        kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {precision}:"
-        key = f"{kind} {_digest(recipe, precision)}"
-        self._need_time(key, kind, methods)
-        if self.task.progress and key not in self.journal.values:
-            say([f"{self.elapsed() / 60:5.1f} min  {name}"])
-        measured = self.journal.get(
-            key, lambda: self._measured(name, recipe, precision), keep=lambda values: not values["error"]
-        )
-        return Point(**{**measured, "recipe": recipe, "predicted": predicted or {}, "layers": tuple(rows)})
-
-    def _measured(self, name: str, recipe: Mapping[str, Any], precision: str | None) -> dict[str, Any]:
-        """Make a model and measure it."""
-        began = self.journal.clock()
-        try:
-            model = self.make(recipe)
-            deployed = deploy(model, self.task.example, precision, self.task.data)
-            with torch.no_grad():
-                quality = self.task.metric.measure(deployed)
-            times = self._times(deployed)
-            sizes = sizes_of(deployed)
-        except RarefyError as error:
-            seconds = self.journal.clock() - began
-            return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
-        loss = 0.0 if self.reference is None else self._loss(quality)
-        point = Point(
-            name, quality, loss, {n: t["model"] for n, t in times.items()},
-            {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
-            sizes["disk"], sizes["memory"], recipe, precision, seconds=self.journal.clock() - began,
-        )  # fmt: skip
-        self._keep(point, model, deployed)
-        return asdict(point)
-
-    def _loss(self, quality: float) -> float:
-        """Return how much worse a quality is than the dense model's."""
-        assert self.reference is not None and self.reference.quality is not None
-        return self.task.targets.loss(self.reference.quality, quality, self.task.metric.higher_is_better)
-
-    def _times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
-        """Return the times of a model and of the dense one, in turns."""
-        assert self.dense_fast is not None
-        models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
-        times = times_of(models, self.task.example, self.names)
-        return {n: {"dense": t["model"], **t} for n, t in times.items()}
-
-    def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
-        """Keep the model itself while it is the best one."""
-        index, _ = self.task.targets.best([*self.points, point])
-        if index is not None and index == len(self.points):
-            self.best_models = (index, model, deployed)
-
-    def models_of(self, index: int) -> tuple[nn.Module, Deployed]:
-        """Return the model of a point and how it is deployed; one that is not kept any more is made again."""
-        if self.best_models is not None and self.best_models[0] == index:
-            return self.best_models[1:]
-        point = self.points[index]
-        model = self.make(point.recipe)
-        return model, deploy(model, self.task.example, point.precision, self.task.data)
-
-    def add(self, point: Point) -> Point:
-        """Add a point to those that were tried, unless the same model is among them."""
-        for other in self.points:
-            if (other.recipe["stages"], other.precision) == (point.recipe["stages"], point.precision):
-                return other
-        names = {p.name for p in self.points}
-        free = (f"{point.name} ({n})" for n in range(2, MAX_POINTS + 3))
-        self.points.append(
-            point if point.name not in names else replace(point, name=next(n for n in free if n not in names))
-        )
-        return self.points[-1]
-
-    def make(self, recipe: Mapping[str, Any]) -> nn.Module:
-        """Return the dense model after the stages of a recipe."""
-        parsed = Recipe(**recipe)
-        model = copy.deepcopy(self.task.dense)
-        trains = any(isinstance(s, TrainStage) for s in parsed.stages)
-        folder = self.journal.folder_of(f"training {_digest(recipe, None)}") if trains else None
-        context = RunContext(RunData(parsed, self.data_of(recipe)), progress=self.task.progress and trains)
-        run_stages(model, parsed, context, folder)
-        fold_(model)
-        return model.eval()
-
-    def data_of(self, recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Return the batches that a recipe reads, as `compress_` takes them."""
-        data = {"calibrate": list(self.task.data)} if self.task.data else {}
-        trains = any("train" in stage for stage in recipe["stages"])
-        return data | ({"train": self._training_data()} if trains else {})
-
-    def _recipe(self, name: str, precision: str | None, stages: list[Any]) -> dict[str, Any]:
-        about = f"Found by rarefy optimize; compile with precision={precision!r}."
-        data: dict[str, Any] = {}
-        if (options := self.task.data_options) is not None:
-            trained = any("train" in stage for stage in stages)
-            samples = sum(map(count_samples, self._training_data())) if trained else None
-            changes = {"train_samples": samples} if trained else {"train": None, "train_samples": None}
-            data = {"data": options.model_copy(update=changes).model_dump(mode="json", exclude_none=True)}
-        return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
-
-    def _training_data(self) -> list[Any]:
-        """Return the batches that models are trained on: as many as the time allows to read once."""
-        assert self.task.recovery is not None
-        return list(self.task.recovery.data[: self.journal.values["training batches"]])
-
-    def _stages(self, amounts: Amounts, parts: Sequence[Part], variant: Variant) -> list[dict[str, Any]]:
-        """Return the stages of a choice."""
-        scores = {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
-        return stages_of(amounts, parts, variant, scores, bool(self.task.data))
-
-    # ---- the search --------------------------------------------------------------------------------------------
+class Search(Measured):
+    """One search: which models it measures."""
 
     def run(self) -> str:
         """Search until nothing is left to try or the time is over; return why it ended."""
         try:
             variant = self._variants()
-            parts = self._parts(variant.precision)
+            parts = self._parts(variant)
             if parts:
                 self._search(variant, parts)
         except OutOfTime:
@@ -280,14 +67,59 @@ class Search:
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
         for variant in variants_of(self.task.dense, bool(self.task.data))[1:]:
-            stages = self._stages({}, (), variant)
-            self.bases[variant] = self.add(self._point(f"dense, {variant.name}", variant.precision, stages))
+            stages = self.stages({}, (), variant)
+            self.bases[variant] = self.add(self.point(f"dense, {variant.name}", variant, stages))
+        self._mix_precisions()
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         limit = self.task.targets.max_loss
         within = {v: p for v, p in measured.items() if limit is None or p.loss <= limit} or measured  # type: ignore[operator]
         return max(within, key=lambda v: mean_speedup(within[v].speedup))
 
-    def _parts(self, precision: str | None) -> list[Part]:
+    def _mix_precisions(self) -> None:
+        """Measure the dense model with some layers in fp32 and the others in 8 bits, where 8 bits lose too much."""
+        plain = next(iter(self.bases))
+        variant = next((v for v in self.bases if v.precision == "int8" and not v.smooth), None)
+        whole = None if variant is None else self.bases[variant]
+        if variant is None or whole is None or whole.loss is None or self.names == DECODE:
+            return
+        others = [p for v, p in self.bases.items() if v != variant and p.loss is not None and self._goes_on(p)]
+        fastest = max((mean_speedup(p.speedup) for p in others), default=1.0)
+        if self._goes_on(whole) or mean_speedup(whole.speedup) < (1 + 2 * NEAR) * fastest:
+            return
+        parts = self._eight_bit_parts(variant)
+        choices = solve.front(parts)
+
+        def measure(choice: Choice) -> Point:
+            mixed = variant.with_fp32([p.name for p in parts if p.key not in choice.amounts])
+            point = self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed))
+            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, plain, self.bases[plain])))
+            return self.bases[mixed]
+
+        if len(choices) > 2:
+            self._bisect(self.bases[plain], choices, measure, last=whole)
+
+    def _eight_bit_parts(self, variant: Variant) -> list[Part]:
+        """Return what each layer saves and loses in 8 bits; the losses may take a quarter of the time that is left."""
+        task, until = self.task, self.elapsed() + self.left() / 4
+        few = few_batches(task.dense, task.data, task.example)
+        whole = {n: 1 - 1 / s for n, s in self.bases[variant].speedup.items()}
+        key = f"savings of layers in {variant.name}"
+        if key not in self.journal.values and not self.fits(key, "point"):
+            return []
+
+        def measured() -> Any:
+            assert isinstance(self.dense_fast, Compiled)
+            in_8_bits = deploy(task.dense, task.example, variant.precision, few, solver="rtn")
+            savings = savings_of_layers(self.dense_fast, in_8_bits, task.example, whole)  # type: ignore[arg-type]
+            return {"layers": layers_in_8_bits(in_8_bits), "savings": savings}  # type: ignore[arg-type]
+
+        known = self.journal.get(key, measured)
+        return eight_bit_parts(
+            task.dense, known["layers"], few, known["savings"], self.journal,
+            lambda kind: self.fits(kind, "loss of", until=until), task.progress,
+        )  # fmt: skip
+
+    def _parts(self, variant: Variant) -> list[Part]:
         """Return the parts of the model; their losses may take a third of the time that is left."""
         task, until = self.task, self.elapsed() + self.left() / 3
 
@@ -298,7 +130,7 @@ class Search:
         if not begun and not fits("point"):
             return []
         measurer = PartMeasurer(
-            task.dense, task.example, task.data, precision, self.names, self.journal, task.layers, task.ignore, fits,
+            task.dense, task.example, task.data, variant, self.names, self.journal, task.layers, task.ignore, fits,
             task.progress,
         )  # fmt: skip
         return measurer.measure()
@@ -331,10 +163,10 @@ class Search:
         """Train the models that are expected to be the best ones after it, one after the other."""
         began = self.journal.get("training began", self.elapsed)
         self.seconds = (began + recovery.seconds) / (1 - RESERVED)
-        bases: dict[str | None, Point] = {}
+        bases: dict[tuple[str | None, tuple[str, ...]], Point] = {}
         for variant, base in self.bases.items():
             if base.loss is not None:
-                bases.setdefault(variant.precision, base)
+                bases.setdefault(runs_in(variant), base)
         remains = REMAINS
         for share in SHARES:
             index = candidate(self.points, bases, self.task.targets, remains)
@@ -345,8 +177,8 @@ class Search:
             if train is None:
                 return
             stages = with_training(point.recipe["stages"], train)
-            trained = self.add(self._point(f"{point.name}, trained", point.precision, stages, rows=point.layers))
-            lost = bases[point.precision].loss
+            trained = self.add(self.point(f"{point.name}, trained", _variant(point), stages, rows=point.layers))
+            lost = bases[runs_in(point)].loss
             if trained.loss is not None and point.loss is not None and lost is not None and point.loss > lost:
                 remains = min(max((trained.loss - lost) / (point.loss - lost), 0.1), 0.9)
 
@@ -368,7 +200,7 @@ class Search:
                 self.journal.get("training batches", lambda: batches)
             return count if known in (None, batches) else 0
 
-        key = f"epochs of {_digest(point.recipe, point.precision)}"
+        key = f"epochs of {digest_of(point.recipe, point)}"
         count = self.journal.get(key, epochs, keep=lambda epochs: epochs > 0)
         return train_stage(task.dense, task.example, task.metric.name, count) if count else None
 
@@ -379,19 +211,38 @@ class Search:
     def _along(
         self, variant: Variant, parts: list[Part], choices: list[Choice], start: Point | None = None
     ) -> Point | None:
-        """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better.
+        """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better."""
+        return self._bisect(self.bases[variant], choices, lambda c: self.add(self._choice(variant, parts, c)), start)
 
-        The line goes from the dense model to the fastest. What has to be kept on the way is kept before some choice
-        (the loss) or after some choice (time, bytes).
+    def _bisect(
+        self,
+        base: Point,
+        choices: list[Choice],
+        measure: Callable[[Choice], Point],
+        start: Point | None = None,
+        last: Point | None = None,
+    ) -> Point | None:
+        """Find the best choice along a line from the dense model to the fastest.
+
+        What has to be kept on the way is kept before some choice (the loss) or after some choice (time, bytes).
+
+        Args:
+            base: the point of the first choice.
+            choices: the line.
+            measure: returns the point of a choice.
+            start: the best point of another line: this one is left where its neighbourhood is not better.
+            last: the point of the last choice, where that is known not to keep the loss.
         """
-        base = self.bases[variant]
-        seen: dict[int, Point] = {0: base}
-        low, high = 0, len(choices)  # the last one known to keep the loss, the first one known not to
-        index = first_choice(choices, base, start, self.task.targets)
+        end = len(choices) - 1
+        seen: dict[int, Point] = {0: base} if last is None else {0: base, end: last}
+        low, high = 0, len(choices) if last is None else end  # the last known to keep the loss, the first known not to
+        if last is None:
+            index = first_choice(choices, base, start, self.task.targets)
+        else:
+            index = next_choice(choices, seen, low, high, self.task.targets)
         best: Point | None = None
         while index not in seen and len(self.points) < MAX_POINTS:
-            point = self.add(self._choice(variant, parts, choices[index]))
-            seen[index] = point
+            point = seen[index] = measure(choices[index])
             if point.loss is None:
                 choices = choices[:index]
                 high = min(high, index)
@@ -425,8 +276,8 @@ class Search:
         loss, savings = predicted_sums(choice, parts, self.names)
         predicted = self._predicted(self.bases[variant], loss, savings)
         rows = rows_of(choice, parts, variant, self.bases[variant])
-        stages, methods = self._stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
-        point = self._point(name, variant.precision, stages, predicted, rows, methods)
+        stages, methods = self.stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
+        point = self.point(name, variant, stages, predicted, rows, methods)
         if point.loss is not None:
             self.observed.append((loss, savings, point))
         return point
@@ -443,7 +294,5 @@ class Search:
         return {"milliseconds": milliseconds, **expected}
 
 
-def _digest(recipe: Mapping[str, Any], precision: str | None) -> str:
-    """Return a name for what a recipe does, whatever its own name."""
-    same = json.dumps([recipe["stages"], recipe["seed"], precision], sort_keys=True)
-    return hashlib.sha256(same.encode()).hexdigest()[:16]
+def _variant(point: Point) -> Variant:
+    return Variant(point.precision or "fp32", point.precision, ignore=point.ignore)

@@ -1,0 +1,250 @@
+"""The points of a search: models that are made, deployed and measured, within its time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.common.errors import RarefyError
+from rarefy.common.progress import say
+from rarefy.model.batches import count_samples
+from rarefy.model.masks import fold_
+from rarefy.pipeline.compress import run_stages
+from rarefy.pipeline.run_data import RunContext, RunData
+from rarefy.recipe.schema import Recipe, TrainStage
+from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
+from rarefy.search.frontier import Point
+from rarefy.search.journal import Journal
+from rarefy.search.space import CUTS, Amounts, Part
+from rarefy.search.stages import stages_of
+from rarefy.search.targets import check_dense
+from rarefy.search.task import Task
+
+RESERVED = 0.03  # of the time, for saving the result
+MAX_POINTS = 200
+
+
+class OutOfTime(Exception):
+    """Raised where another measurement does not fit into the time."""
+
+
+class Measured:
+    """The points of a search: what was measured so far, and the best model of them."""
+
+    def __init__(self, task: Task, journal: Journal):
+        """Begin to count the time.
+
+        Args:
+            task: what is searched.
+            journal: keeps what was measured, and has the clock.
+        """
+        self.task, self.journal = task, journal
+        self.began = journal.clock() - journal.seconds
+        self.seconds = task.seconds  # until when measurements begin
+        self.names = timed_names(task.dense, task.batches)
+        self.points: list[Point] = []
+        self.dense_fast: Deployed | None = None
+        self.reference: Point | None = None
+        self.bases: dict[Variant, Point] = {}  # the dense model in each precision
+        self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
+        self.skipped = False  # whether a step did not fit into the time
+        self.trouble = ""  # why training ended early
+        self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start, with those of earlier processes."""
+        return self.journal.clock() - self.began
+
+    def left(self) -> float:
+        """Return the seconds that are left for measurements."""
+        index, _ = self.task.targets.best(self.points)
+        in_memory = self.best_models is not None and self.best_models[0] == index
+        make_again = 0.0 if index is None or in_memory else self.points[index].seconds
+        return self.seconds * (1 - RESERVED) - self.elapsed() - make_again
+
+    def fits(self, *kinds: str, more: float = 0.0, until: float = math.inf) -> bool:
+        """Return whether a step fits into the time.
+
+        Args:
+            kinds: kinds of steps, the nearest first: the last one of them says what the step takes.
+            more: seconds that it takes in addition.
+            until: when it has to have ended, in seconds since the start.
+        """
+        seconds = (self.journal.seconds_of(*kinds) or 0.0) + more
+        fitting = seconds <= self.left()
+        self.skipped = self.skipped or not fitting
+        return fitting and seconds <= until - self.elapsed()
+
+    def _need_time(self, key: str, kind: str, methods: Iterable[str]) -> None:
+        """Raise OutOfTime where a point that is not in the journal would take too long.
+
+        The first one of a kind takes as long as the last other point, and as measuring its parts; the first one after
+        the dense model twice as long as that, which was timed alone.
+        """
+        if key in self.journal.values or self.reference is None:
+            return
+        more = 0.0
+        if self.journal.seconds_of(kind) is None:
+            measured = tuple(f"{step} of {m}" for m in methods for step in ("errors", "loss"))
+            more = sum(seconds for k, seconds in self.journal.costs.items() if k.startswith(measured))
+            more += self.reference.seconds if len(self.points) == 1 else 0.0
+        if not self.fits(kind, "point", more=more):
+            raise OutOfTime
+
+    # ---- points ------------------------------------------------------------------------------------------------
+
+    def measure_dense(self) -> Point:
+        """Measure the dense model, compiled in fp32."""
+        task = self.task
+        self.dense_fast = deploy(task.dense, task.example, None, task.data)
+        plain = variants_of(task.dense, False)[0]
+        dense = self.point("dense, fp32", plain, self.stages({}, (), plain))
+        if dense.quality is not None:
+            self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
+        self.reference = self.bases[plain] = self.add(dense)
+        return self.reference
+
+    def point(
+        self,
+        name: str,
+        variant: Variant,
+        stages: list[Any],
+        predicted: Mapping[str, Any] | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
+        methods: Iterable[str] = (),
+    ) -> Point:
+        """Return a point, from the journal or measured. `methods` are those of its parts."""
+        recipe = self._recipe(name, variant, stages)
+        kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {variant.precision}:"
+        key = f"{kind} {digest_of(recipe, variant)}"
+        self._need_time(key, kind, methods)
+        if self.task.progress and key not in self.journal.values:
+            say([f"{self.elapsed() / 60:5.1f} min  {name}"])
+        measured = self.journal.get(
+            key, lambda: self._measured(name, recipe, variant), keep=lambda values: not values["error"]
+        )
+        more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
+        return Point(**{**measured, "recipe": recipe, **more})
+
+    def _measured(self, name: str, recipe: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+        """Make a model and measure it."""
+        began, precision = self.journal.clock(), variant.precision
+        try:
+            model = self.make(recipe)
+            deployed = self._deploy(model, variant)
+            with torch.no_grad():
+                quality = self.task.metric.measure(deployed)
+            times = self._times(deployed)
+            sizes = sizes_of(deployed)
+        except RarefyError as error:
+            seconds = self.journal.clock() - began
+            return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
+        loss = 0.0 if self.reference is None else self._loss(quality)
+        point = Point(
+            name, quality, loss, {n: t["model"] for n, t in times.items()},
+            {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
+            sizes["disk"], sizes["memory"], recipe, precision, seconds=self.journal.clock() - began,
+        )  # fmt: skip
+        self._keep(point, model, deployed)
+        return asdict(point)
+
+    def _loss(self, quality: float) -> float:
+        """Return how much worse a quality is than the dense model's."""
+        assert self.reference is not None and self.reference.quality is not None
+        return self.task.targets.loss(self.reference.quality, quality, self.task.metric.higher_is_better)
+
+    def _times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the times of a model and of the dense one, in turns."""
+        assert self.dense_fast is not None
+        models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
+        times = times_of(models, self.task.example, self.names)
+        return {n: {"dense": t["model"], **t} for n, t in times.items()}
+
+    def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
+        """Keep the model itself while it is the best one."""
+        index, _ = self.task.targets.best([*self.points, point])
+        if index is not None and index == len(self.points):
+            self.best_models = (index, model, deployed)
+
+    def models_of(self, index: int) -> tuple[nn.Module, Deployed]:
+        """Return the model of a point and how it is deployed; one that is not kept any more is made again."""
+        if self.best_models is not None and self.best_models[0] == index:
+            return self.best_models[1:]
+        point = self.points[index]
+        model = self.make(point.recipe)
+        return model, self._deploy(model, point)
+
+    def _deploy(self, model: nn.Module, how: Variant | Point) -> Deployed:
+        """Return a model as it is deployed in a precision."""
+        return deploy(model, self.task.example, how.precision, self.task.data, how.ignore)
+
+    def add(self, point: Point) -> Point:
+        """Add a point to those that were tried, unless the same model is among them."""
+        for other in self.points:
+            if (other.recipe["stages"], runs_in(other)) == (point.recipe["stages"], runs_in(point)):
+                return other
+        names = {p.name for p in self.points}
+        free = (f"{point.name} ({n})" for n in range(2, MAX_POINTS + 3))
+        self.points.append(
+            point if point.name not in names else replace(point, name=next(n for n in free if n not in names))
+        )
+        return self.points[-1]
+
+    def make(self, recipe: Mapping[str, Any]) -> nn.Module:
+        """Return the dense model after the stages of a recipe."""
+        parsed = Recipe(**recipe)
+        model = copy.deepcopy(self.task.dense)
+        trains = any(isinstance(s, TrainStage) for s in parsed.stages)
+        folder = self.journal.folder_of(f"training {digest_of(recipe)}") if trains else None
+        context = RunContext(RunData(parsed, self.data_of(recipe)), progress=self.task.progress and trains)
+        run_stages(model, parsed, context, folder)
+        fold_(model)
+        return model.eval()
+
+    def data_of(self, recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Return the batches that a recipe reads, as `compress_` takes them."""
+        data = {"calibrate": list(self.task.data)} if self.task.data else {}
+        trains = any("train" in stage for stage in recipe["stages"])
+        return data | ({"train": self.training_data()} if trains else {})
+
+    def _recipe(self, name: str, variant: Variant | Point, stages: list[Any]) -> dict[str, Any]:
+        ignore = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
+        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{ignore}."
+        data: dict[str, Any] = {}
+        if (options := self.task.data_options) is not None:
+            trained = any("train" in stage for stage in stages)
+            samples = sum(map(count_samples, self.training_data())) if trained else None
+            changes = {"train_samples": samples} if trained else {"train": None, "train_samples": None}
+            data = {"data": options.model_copy(update=changes).model_dump(mode="json", exclude_none=True)}
+        return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
+
+    def training_data(self) -> list[Any]:
+        """Return the batches that models are trained on: as many as the time allows to read once."""
+        assert self.task.recovery is not None
+        return list(self.task.recovery.data[: self.journal.values["training batches"]])
+
+    def stages(self, amounts: Amounts, parts: Sequence[Part], variant: Variant) -> list[dict[str, Any]]:
+        """Return the stages of a choice."""
+        scores = {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
+        return stages_of(amounts, parts, variant, scores, bool(self.task.data))
+
+
+def runs_in(how: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
+    """Return the precision that a model runs in, and the layers that do not."""
+    return how.precision, how.ignore
+
+
+def digest_of(recipe: Mapping[str, Any], how: Variant | Point | None = None) -> str:
+    """Return a name for what a recipe does, whatever its own name."""
+    same = json.dumps([recipe["stages"], recipe["seed"], *(() if how is None else runs_in(how))], sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]

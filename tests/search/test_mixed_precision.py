@@ -1,0 +1,103 @@
+"""Layers that stay in fp32 where 8 bits lose too much: which ones a search chooses, and what it says of them."""
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy.model.layers import all_layers
+from rarefy.runtime import bindings
+from rarefy.search.deploy import deploy, distance, outputs_of
+from rarefy.search.eight_bits import layers_in_8_bits, rounded_alone, savings_of_layers
+from rarefy.search.frontier import frontier_from_dict
+from rarefy.search.html_report import frontier_page
+
+pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+
+
+class Net(nn.Module):
+    """A convolution with an input that is 300 times smaller and counts 300 times as much, which 8 bits lose."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 24, 3, 1, 1), nn.Conv2d(24, 48, 3, 1, 1), nn.Conv2d(48, 48, 3, 1, 1)
+        self.d, self.out = nn.Conv2d(48, 48, 3, 1, 1, 1, 48), nn.Linear(48, 10)
+        with torch.no_grad():
+            self.b.weight[:, 5] *= 300
+            self.a.weight[5] /= 300
+            self.a.bias[5] /= 300
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        return self.out(self.d(x).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.manual_seed(1)
+    return [torch.randn(8, 3, 24, 24) for _ in range(4)]
+
+
+def test_the_layer_that_loses_most_stays(net, data):
+    frontier = rarefy.optimize(
+        net, data[0], data, "similarity", max_loss="0.0000001 points", minutes=9, layers="out", batch=(1, 8)
+    )
+    mixed = [p for p in frontier.points if p.ignore and p.loss is not None]
+    whole = next(p for p in frontier.points if p.name == "dense, int8")
+    assert all(p.loss <= whole.loss for p in mixed)
+    least = next(p for p in mixed if "b" in p.ignore)
+    rows = {row["layer"]: row for row in least.layers}
+    assert rows["b"]["bits"] == 32 and rows["b"]["choice"] == "as it is"
+    assert {r["bits"] for r in rows.values()} == {8, 32}
+    again = frontier_from_dict(frontier.to_dict())
+    assert [p.ignore for p in again.points] == [p.ignore for p in frontier.points]
+
+
+def test_the_best_model_is_compiled_so_again(net, data):
+    frontier = rarefy.optimize(
+        net, data[0], data, lambda m: -float((m(data[0]) - net(data[0])).square().sum()), eval_data=None,
+        max_loss="0.0000001 points", minutes=9, layers="out",
+    )  # fmt: skip
+    point = next(p for p in frontier.points if p.ignore and p.precision == "int8")
+    assert f"ignore={list(point.ignore)!r}" in point.recipe["about"]
+    model = rarefy.compile(net, data[0], precision="int8", calibrate=data, ignore=list(point.ignore))
+    kinds = {model.exported.layers[n]: k.held[0].kind for n, k in model.kernels.items()}
+    assert all(kind == "fp32" for layer, kind in kinds.items() if layer in point.ignore)
+    page = frontier_page(
+        rarefy.search.frontier.Frontier(**{**vars(frontier), "best_index": frontier.points.index(point)})
+    )
+    assert f"ignore={list(point.ignore)!r}".replace("'", "&#x27;") in page
+
+
+def test_what_runs_in_8_bits(net, data):
+    compiled = deploy(net, data[0], "int8", data)
+    assert layers_in_8_bits(compiled) == ["a", "b", "c", "d", "out"]
+    some = deploy(net, data[0], "int8", data, ["a", "d"])
+    assert layers_in_8_bits(some) == ["b", "c", "out"]
+
+
+def test_savings_add_up_to_the_whole(net, data):
+    plain, in_8_bits = deploy(net, data[0], None, data), deploy(net, data[0], "int8", data, solver="rtn")
+    savings = savings_of_layers(plain, in_8_bits, data[0], {"1": 0.3, "8": 0.5})
+    assert sum(savings["1"].values()) == pytest.approx(0.3) and sum(savings["8"].values()) == pytest.approx(0.5)
+    assert {"a", "b", "c", "d", "out"} <= set(savings["8"])
+
+
+def test_a_layer_rounded_alone_comes_back(net, data):
+    rounded = Net().eval()
+    rounded.load_state_dict(net.state_dict())
+    rarefy.quantize_(rounded, "int8", activations="int8-static", layers="*", data=data)
+    wanted, before = outputs_of(net, data), {n: p.clone() for n, p in net.named_parameters()}
+    copies = {l.full_name: l for l in all_layers(rounded)}
+    losses = {}
+    for layer in all_layers(net):
+        with rounded_alone(layer, copies[layer.full_name]):
+            losses[layer.full_name] = distance(net, wanted, data)
+    assert distance(net, wanted, data) == 0 and all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert max(losses, key=losses.get) == "b" and all(value > 0 for value in losses.values())
