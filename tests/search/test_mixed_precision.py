@@ -54,7 +54,8 @@ def test_the_layer_that_loses_most_stays(net, data):
     least = next(p for p in mixed if "b" in p.ignore)
     rows = {row["layer"]: row for row in least.layers}
     assert rows["b"]["bits"] == 32 and rows["b"]["choice"] == "as it is"
-    assert {r["bits"] for r in rows.values()} == {8, 32}
+    assert {r["bits"] for p in mixed for r in p.layers} == {8, 32}
+    assert all({r["layer"] for r in p.layers if r["bits"] == 32} == set(p.ignore) for p in mixed)
     again = frontier_from_dict(frontier.to_dict())
     assert [p.ignore for p in again.points] == [p.ignore for p in frontier.points]
 

@@ -9,8 +9,9 @@ from rarefy.search import solve
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
 from rarefy.search.solve import Choice
-from rarefy.search.space import BITS, BLOCK, CUTS, PATTERNS, RANK, Part
+from rarefy.search.space import BITS, BLOCK, CUTS, EIGHT_BITS, PATTERNS, RANK, Part
 
+CHOSEN_BITS = {BITS: 4, EIGHT_BITS: 8}
 BITS_OF = {None: 32, "bf16": 16, "int8": 8}  # by precision of the engine
 
 
@@ -23,6 +24,13 @@ def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:
         if share:
             words.append(f"{100 * share:.0f} % {_noun(method)}")
     return ", ".join(words)
+
+
+def _bits(part: Part, chosen: bool, variant: Variant) -> int:
+    """Return the bits of a part's weights."""
+    if chosen and part.method in CHOSEN_BITS:
+        return CHOSEN_BITS[part.method]
+    return 32 if part.name in variant.ignore else BITS_OF[variant.precision]
 
 
 def _noun(method: str) -> str:
@@ -54,7 +62,7 @@ def rows_of(choice: Choice, parts: Sequence[Part], variant: Variant, base: Point
             "layer": part.name, "choice": part.method if at is not None else "as it is",
             "sparsity": amount if pruned else 0.0,
             "pattern": part.method if pruned else "",
-            "bits": 4 if part.method == BITS and at is not None else BITS_OF[variant.precision],
+            "bits": _bits(part, at is not None, variant),
             "kept": f"{part.units_left(amount)} of {part.size}" if part.method in (*CUTS, BLOCK) else "",
             "milliseconds": 0.0 if at is None else whole * means[at],
             "loss": 0.0 if at is None else part.losses[at],
