@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ import rarefy
 import recover
 import tables
 import texts
+import vision
 import vision_net
 from rarefy.data import builtin, sources
 from rarefy.data.text_pairs import text_pairs
@@ -157,7 +158,9 @@ def fashion(seed: int) -> Task:
         return Metric("accuracy", True, right, "%")
 
     data, middle = frontier_images.TASKS["fashion"].calibration(seed), len(x) // 2
-    return images("fashion", data, accuracy(slice(middle)), accuracy(slice(middle, None)), "1%", 15, seed)
+    metric, judge = accuracy(slice(middle)), accuracy(slice(middle, None))
+    train = lambda: [b for epoch in range(4) for b in vision.data_of(vision_net.load(), seed)["train"](epoch)]  # noqa: E731
+    return replace(images("fashion", data, metric, judge, "1%", 15, seed), train=train)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
@@ -215,8 +218,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
     models = {
         "dense, fp32": make(task.model, precision=None),
         "dense, int8": make(task.model, precision="int8"),
-        **{n: make(m, precision=untrained.precision) for n, m in others.items()},
-        "found": make(found.best.compressed, precision=point.precision),
+        **{n: make(m, precision=untrained.precision, ignore=untrained.ignore) for n, m in others.items()},
+        "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
     }
     compared: dict[str, Any] = {n: {"quality": task.judge.measure(m)} for n, m in models.items()}
     if found.batches == DECODE:
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--train", type=float, default=0.0, help="minutes of training after the search (MiniLM)")
+    parser.add_argument("--train", type=float, default=0.0, help="minutes of training after the search (MiniLM, fashion)")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()

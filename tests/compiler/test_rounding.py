@@ -59,7 +59,9 @@ def test_the_error_on_the_data_is_smaller_and_zeros_stay(shape):
     weight[:, ::5] = 0
     weight[3] = 0
     x = related(4000, weight[0].numel())
-    rounded, grid = _round(weight, x.T @ x)
+    solved = _round(weight, x.T @ x)
+    assert solved is not None
+    rounded, grid = solved
     W = weight.flatten(1)
     assert torch.equal(grid.snap(rounded.flatten(1)), rounded.flatten(1))
     assert torch.equal(rounded == 0, (rounded == 0) | (weight == 0)) and bool((rounded[weight == 0] == 0).all())
