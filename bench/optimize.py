@@ -4,6 +4,7 @@
     python optimize.py smollm2          at most 3 % of perplexity lost; 45 minutes
     python optimize.py efficientnet fashion
     python optimize.py minilm --minutes 15 --train 20
+    python optimize.py fashion --minutes 3 --train 4
     python optimize.py minilm --minutes 10 --seeds 1 2
     python optimize.py --table          only print what was measured last
 
@@ -195,8 +196,7 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
 @torch.no_grad()
 def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterator[dict[str, Any]]:
     """Yield one record: what the search found, and what stands beside it, measured in turns."""
-    with torch.enable_grad():
-        task = TASKS[name](seed)  # may train its dense model
+    task = TASKS[name](seed)
     training = {"train_minutes": train, "train_data": task.train()} if train and task.train else {}
     with torch.enable_grad():
         found = rarefy.optimize(
@@ -222,10 +222,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
     }
     compared: dict[str, Any] = {n: {"quality": task.judge.measure(m)} for n, m in models.items()}
-    if found.batches == DECODE:
-        times = times_of(models, task.example, DECODE, task.model)
-    else:
-        times = _beside_peers(task, models, compared)
+    decodes = found.batches == DECODE
+    times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, compared)
     for label, entry in compared.items():
         entry["milliseconds"] = {b: t[label] for b, t in times.items()}
     yield {
@@ -264,7 +262,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--train", type=float, default=0.0, help="minutes of training after the search (MiniLM, fashion)")
+    parser.add_argument("--train", type=float, default=0.0, help="minutes of training afterwards (MiniLM, fashion)")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()

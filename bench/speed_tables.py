@@ -250,7 +250,7 @@ def optimize() -> str:
     return "\n\n".join(sections)
 
 
-README_MACHINE, IMAGES_MACHINE = "AMD EPYC, AVX-512 VNNI", "Intel Xeon, AMX"
+README_MACHINE = "AMD EPYC, AVX-512 VNNI"
 README_ENGINES = {
     "onnxruntime int8": "ONNX Runtime, 8 bits",
     "openvino int8": "OpenVINO, 8 bits",
@@ -271,7 +271,7 @@ def readme_minilm() -> str:
         if key in row["quality"]
     ]
     head = [f"MiniLM on {README_MACHINE}", "R@1 articles, %", "R@1 Brown, %", *(f"{size} tokens, ms" for size in best)]
-    return f"{table(head, cells)}\n\n{_readme_images(IMAGES_MACHINE)}"
+    return f"{table(head, cells)}\n\n{_readme_images(README_MACHINE)}"
 
 
 def _readme_images(label: str) -> str:

@@ -393,10 +393,11 @@ void nhwc_to_codes(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t
                    int32_t zero, uint8_t* out, int64_t out_stride) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride)
     for (int64_t c = 0; c < channels; c += OUTPUTS_TOGETHER) {
-      f32_vec v[OUTPUT_VECS];
+      f32_vec v[OUTPUT_VECS] = {};
 #pragma GCC unroll 4
       for (int i = 0; i < OUTPUT_VECS; ++i)
-        v[i] = load_number(x + (c + i * SIMD_WIDTH) * 4) * inverse_scale + float(zero);
+        if (c + i * SIMD_WIDTH < channels)
+          v[i] = load_number(x + (c + i * SIMD_WIDTH) * 4) * inverse_scale + float(zero);
       store_codes(v, out + c, std::min(channels - c, OUTPUTS_TOGETHER));
     }
 }

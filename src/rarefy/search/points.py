@@ -184,9 +184,9 @@ class Measured:
         model = self.make(point.recipe)
         return model, self._deploy(model, point)
 
-    def _deploy(self, model: nn.Module, how: Variant | Point) -> Deployed:
+    def _deploy(self, model: nn.Module, runs: Variant | Point) -> Deployed:
         """Return a model as it is deployed in a precision."""
-        return deploy(model, self.task.example, how.precision, self.task.data, how.ignore)
+        return deploy(model, self.task.example, runs.precision, self.task.data, runs.ignore)
 
     def add(self, point: Point) -> Point:
         """Add a point to those that were tried, unless the same model is among them."""
@@ -239,12 +239,12 @@ class Measured:
         return stages_of(amounts, parts, variant, scores, bool(self.task.data))
 
 
-def runs_in(how: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
+def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
     """Return the precision that a model runs in, and the layers that do not."""
-    return how.precision, how.ignore
+    return runs.precision, runs.ignore
 
 
-def digest_of(recipe: Mapping[str, Any], how: Variant | Point | None = None) -> str:
+def digest_of(recipe: Mapping[str, Any], runs: Variant | Point | None = None) -> str:
     """Return a name for what a recipe does, whatever its own name."""
-    same = json.dumps([recipe["stages"], recipe["seed"], *(() if how is None else runs_in(how))], sort_keys=True)
+    same = json.dumps([recipe["stages"], recipe["seed"], *(() if runs is None else runs_in(runs))], sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()[:16]

@@ -88,8 +88,8 @@ def candidate(
     """
     expected = []
     for point in points:
-        how = point.precision, point.ignore
-        base = bases[how].loss if how in bases else None
+        known = bases.get((point.precision, point.ignore))
+        base = None if known is None else known.loss
         if can_train(point) and point.loss is not None and base is not None:
             point = replace(point, loss=base + remains * max(point.loss - base, 0.0))
         expected.append(point)
