@@ -96,7 +96,6 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .nhwc_store = {nhwc_store_f32, nhwc_store},
       .nhwc_quantize = nhwc_quantize,
       .nhwc_pack_f32 = nhwc_pack_f32,
-      .nhwc_to_numbers = nhwc_to_numbers,
       .nhwc_to_codes = nhwc_to_codes,
       .nhwc_max = {nhwc_max_f32, nhwc_max},
       .nhwc_unpack = nhwc_unpack,

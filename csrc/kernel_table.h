@@ -226,9 +226,7 @@ struct rarefy_kernel_table {
                         int32_t zero, uint8_t* codes, int64_t pixel_bytes);
   void (*nhwc_pack_f32)(const float* x, int64_t stride, int64_t channels, int64_t pixels, uint8_t* out,
                         int64_t pixel_bytes);
-  // Numbers of pixels out of codes, and codes out of numbers; strides are in bytes. Read whole vectors.
-  void (*nhwc_to_numbers)(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float scale,
-                          int32_t zero, uint8_t* out, int64_t out_stride);
+  // Codes of pixels out of numbers; strides are in bytes. Reads whole vectors.
   void (*nhwc_to_codes)(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float inverse_scale,
                         int32_t zero, uint8_t* out, int64_t out_stride);
   void (*nhwc_max[2])(const uint8_t* x, int64_t channels, uint8_t* max);

@@ -379,16 +379,6 @@ void nhwc_quantize(const float* x, int64_t stride, int64_t channels, int64_t pix
     }
 }
 
-void nhwc_to_numbers(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float scale, int32_t zero,
-                     uint8_t* out, int64_t out_stride) {
-  const f32_vec offset = f32_vec{} + float(zero + INPUT_ZERO_POINT);
-  for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride)
-    for (int64_t c = 0; c < channels; c += SIMD_WIDTH) {
-      const f32_vec codes = __builtin_convertvector(i32_vec(load_codes(x + c)), f32_vec);
-      store_partial(reinterpret_cast<float*>(out) + c, (codes - offset) * scale, channels - c);
-    }
-}
-
 void nhwc_to_codes(const uint8_t* x, int64_t x_stride, int64_t channels, int64_t pixels, float inverse_scale,
                    int32_t zero, uint8_t* out, int64_t out_stride) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, out += out_stride)

@@ -53,7 +53,7 @@ inline void fill_border(const rarefy_kernel_table& t, const rarefy_nhwc_image& i
   }
 }
 
-// One row of an image out of column tiles, out of an external image, or out of an image of the other kind.
+// One row of an image out of column tiles, out of an external image, or codes out of an image of numbers.
 inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const rarefy_nhwc_image &in = s.nhwc->in, &out = s.nhwc->out;
   const int64_t image = part / out.height, row = part % out.height, first = row * out.width;
@@ -66,11 +66,8 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
     codes += pixels * out.pixel_bytes;
   };
   if (in.channels) {
-    const uint8_t* x = nhwc_codes(s.x) + nhwc_at(in, image, row, 0);
-    if (nhwc_kind(out))
-      t.nhwc_to_codes(x, in.pixel_bytes, out.channels, out.width, 1.0f / out.scale, out.zero, codes, out.pixel_bytes);
-    else
-      t.nhwc_to_numbers(x, in.pixel_bytes, out.channels, out.width, in.scale, in.zero, codes, out.pixel_bytes);
+    t.nhwc_to_codes(nhwc_codes(s.x) + nhwc_at(in, image, row, 0), in.pixel_bytes, out.channels, out.width,
+                    1.0f / out.scale, out.zero, codes, out.pixel_bytes);
   } else if (s.channels_first) {
     write(s.x.data + image * out.channels * s.tokens + first, s.tokens, out.width);
   } else {

@@ -201,7 +201,7 @@ enum rarefy_op {
   RAREFY_OP_FAKE_QUANTIZE = 19,    // out = x rounded to int8 codes with one scale for all, dequantized
   RAREFY_OP_GROUP_NORM = 20,       // out = x normalized over pixels and features of `groups` groups of each image
   RAREFY_OP_NHWC_QUANTIZE = 21,    // out_codes = the images x: tiles, with channels_first external, with nhwc->in
-                                   // NHWC of the other dtype; `out_codes` and x of NHWC_* are int8 codes, or fp32
+                                   // NHWC of numbers; `out_codes` and x of NHWC_* are int8 codes, or fp32 numbers
   RAREFY_OP_NHWC_CONV = 22,        // out, out_codes = act(convolution of x + bias + residual, of the dtype of x)
   RAREFY_OP_NHWC_MAX_POOL = 23,    // out_codes = maximum over the kernel window of the codes x
   RAREFY_OP_NHWC_DEPTHWISE = 24,   // as NHWC_CONV, for depthwise convolutions

@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from helpers.compile_models import steps
 from rarefy.common.errors import ModelError, SelectorError
+from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
 
@@ -97,6 +98,44 @@ def test_one_value_read_as_codes_and_as_numbers(isa):
             assert relative_distance(got, want.detach()) < 0.03
         exact = dict(zip("ab", zip(outputs, net(x))))[ignored]
         assert relative_distance(exact[0], exact[1].detach()) < 0.02
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_inputs_of_the_model_are_read_as_they_are(isa, groups):
+    """A layer in fp32 reads numbers, not the codes of a layer in 8 bits that reads the same image."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 32, 3), nn.Conv2d(16, 32, 3, groups=groups)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    torch.manual_seed(0)
+    net, x = Two().eval(), torch.randn(2, 16, 12, 14)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore="b", tune=False)
+    for y in (x, 5 * x):  # larger values than those of the calibration saturate as codes
+        assert relative_distance(made(y)[1], net(y)[1].detach()) < 1e-5
+
+
+@pytest.mark.parametrize("ignored", ["a", "b"])
+def test_a_rounded_value_behind_a_pool_read_in_both_kinds(isa, ignored):
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 9, 1), nn.Conv2d(8, 9, 3)
+            self.grid = ActivationQuant(8, 0.02, 3)
+
+        def forward(self, x):
+            x = self.grid(F.max_pool2d(self.stem(x).relu(), 2))
+            return self.a(x), self.b(x)
+
+    torch.manual_seed(0)
+    net, x = Rounded().eval(), torch.randn(2, 3, 16, 18)
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=ignored, tune=False)
+    for got, want in zip(made(x), net(x)):
+        assert relative_distance(got, want.detach()) < 0.05
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])

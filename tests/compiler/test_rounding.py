@@ -37,9 +37,11 @@ def test_rows_are_those_of_unfold(stride, padding, dilation):
     torch.manual_seed(0)
     x, kernel = torch.randn(3, 5, 11, 9), (3, 2)
     node = Call(ops.conv2d, None, None, None, None, None, stride, padding, dilation, 1)
-    rows = _rows(node, x, kernel, 6000, torch.Generator().manual_seed(1))
     every = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2).reshape(-1, 30)
-    assert rows.shape == (6000, 30)
+    whole = torch.cat([*_rows(node, x, kernel, 6000, torch.Generator())])
+    assert torch.equal(whole, every)  # each once
+    rows = torch.cat([*_rows(node, x.repeat(30, 1, 1, 1), kernel, 20 * len(every), torch.Generator().manual_seed(1))])
+    assert rows.shape == (20 * len(every), 30)
     distances = torch.cdist(rows.double(), every.double())
     assert float(distances.min(1).values.max()) < 1e-5
     assert len(distances.argmin(1).unique()) == len(every)  # from everywhere
@@ -48,8 +50,9 @@ def test_rows_are_those_of_unfold(stride, padding, dilation):
 def test_rows_of_linear_layers():
     x = torch.randn(2, 7, 4)
     node = Call(ops.linear, None, None, None, None, None)
-    assert torch.equal(_rows(node, x, (), 99, torch.Generator()), x.view(14, 4))
-    assert _rows(node, x, (), 6, torch.Generator()).shape == (6, 4)
+    assert torch.equal(*_rows(node, x, (), 99, torch.Generator()), x.view(14, 4))
+    [some] = _rows(node, x, (), 6, torch.Generator())
+    assert some.shape == (6, 4)
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (24, 16, 3, 3)], ids=str)
@@ -116,10 +119,29 @@ def test_a_generator_is_calibrated_on():
 
 def test_inputs_that_are_all_zero_and_very_wide_layers():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(MAX_INPUTS + 1, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-    for x in (torch.randn(3, MAX_INPUTS + 1), torch.zeros(3, MAX_INPUTS + 1)):
-        made = rarefy.compile(net, x, precision="int8", calibrate=[x], tune=False)
-        assert far(net, made, x) < 0.05
+    for wide in (MAX_INPUTS + 1, 64):
+        net = nn.Sequential(nn.Linear(wide, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        for x in (torch.randn(3, wide), torch.zeros(3, wide)):
+            made = rarefy.compile(net, x, precision="int8", calibrate=[x], tune=False)
+            assert far(net, made, x) < 0.05
+
+
+def test_a_weight_that_an_embedding_reads_too_stays():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.mix, self.head = nn.Embedding(500, 64), nn.Linear(64, 64), nn.Linear(64, 500, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids):
+            x = self.words(ids)
+            return x, self.head(self.mix(x).relu())
+
+    torch.manual_seed(0)
+    net, ids = Tied().eval(), torch.randint(0, 500, (4, 9))
+    options = {"precision": "int8", "calibrate": [ids], "tune": False}
+    second, nearest = (rarefy.compile(net, ids, **options, solver=s)(ids) for s in ("obs", "rtn"))
+    assert torch.equal(second[0], nearest[0])
 
 
 def test_wrong_solver():

@@ -66,14 +66,14 @@ def test_the_best_model_is_compiled_so_again(net, data):
         max_loss="0.0000001 points", minutes=9, layers="out",
     )  # fmt: skip
     point = next(p for p in frontier.points if p.ignore and p.precision == "int8")
-    assert f"ignore={list(point.ignore)!r}" in point.recipe["about"]
+    assert f"precision='int8', ignore={list(point.ignore)!r}, calibrate=data." in point.recipe["about"]
     model = rarefy.compile(net, data[0], precision="int8", calibrate=data, ignore=list(point.ignore))
     kinds = {model.exported.layers[n]: k.held[0].kind for n, k in model.kernels.items()}
     assert all(kind == "fp32" for layer, kind in kinds.items() if layer in point.ignore)
     page = frontier_page(
         rarefy.search.frontier.Frontier(**{**vars(frontier), "best_index": frontier.points.index(point)})
     )
-    assert f"ignore={list(point.ignore)!r}".replace("'", "&#x27;") in page
+    assert f"ignore={list(point.ignore)!r}, calibrate=data".replace("'", "&#x27;") in page
 
 
 def test_what_runs_in_8_bits(net, data):

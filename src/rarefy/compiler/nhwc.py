@@ -133,18 +133,17 @@ def _format_in(p: Program, node: Node, conv: Node) -> Format | None:
 
 
 def codes_of(p: Program, node: Node, wanted: Format) -> Codes:
-    """Return a node's value as an NHWC image, made once: out of one of the other kind where there is one."""
+    """Return a node's value as an NHWC image, made once: codes out of numbers where these are there."""
     if node in p.nodes and grid_of(node) == wanted:  # codes of a value that is rounded here are those before
         node = node.args[0]  # type: ignore[assignment]
     if (node, wanted) not in p.nhwc:
-        kinds = ((c, f) for (n, f), c in p.nhwc.items() if n is node and not c.first_channel)
-        other = next((c for c, f in kinds if (f == FP32) != (wanted == FP32)), None)
+        numbers = None if wanted == FP32 else p.nhwc.get((node, FP32))
         codes = p.nhwc[node, wanted] = new_codes(p, node, wanted)
         step = Nhwc(out=codes.image)
         p.held.append(step)
         fields: dict[str, Any] = {"channels_first": 1}
-        if other is not None:
-            step.input, fields = other.image, {"x": p.use(other.value)}
+        if numbers is not None and not numbers.first_channel:
+            step.input, fields = numbers.image, {"x": p.use(numbers.value)}
         elif node in p.values:
             fields = {"x": p.use(p.values[node])}
         else:  # read from the program's input as it is
@@ -276,8 +275,8 @@ def _reads_image(p: Program, node: Node, user: Node, wanted: Format) -> bool:
 
 
 def _converts(written: Format, read: Format | None) -> bool:
-    """Return whether an image is read as it is written, or in the other kind: codes are not made out of other codes."""
-    return read is not None and (written == read or FP32 in (written, read))
+    """Return whether an image can be read so: as it is written, or as codes that are made of its numbers."""
+    return read is not None and written in (read, FP32)
 
 
 def lower_max_pool(p: Program, node: Node) -> bool:

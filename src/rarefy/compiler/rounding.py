@@ -25,9 +25,10 @@ from rarefy.model.quant_grid import Grid
 from rarefy.prune import solvers
 
 DAMPING = 0.01  # of the mean diagonal of a Gram matrix
-MAX_INPUTS = 8192  # of an output: a Gram matrix of 256 MB; layers with more are rounded to the nearest
+MAX_INPUTS = 5120  # of an output: a Gram matrix of 100 MB; layers with more are rounded to the nearest
 MAX_GRAM_BYTES = 1 << 29  # of the Gram matrices of one pass through the data
-ROWS, ROWS_PER_INPUT = 4096, 8  # inputs of so many outputs are read, or so many times a row's length
+ROWS, ROWS_PER_INPUT = 4096, 3  # inputs of so many outputs are read, or so many times a row's length
+CHUNK = 2048  # of these rows at once
 BLOCK = 128  # columns that are rounded together
 
 
@@ -53,7 +54,8 @@ def rounded_weights(
     """Return {placeholder: (weight on its grid, grid)} of linear layers and convolutions of one group.
 
     A scale for each output comes from its largest weight. Zeros stay zeros; a weight that lies on a grid already stays.
-    Costs a pass through the data for each 512 MB of Gram matrices, and O(outputs inputs^2 + inputs^3) a layer.
+    Left out are weights that other operators read too, very wide ones, and those with NaN or inf. Costs a pass through
+    the data for each 512 MB of Gram matrices, and O(outputs inputs^2 + inputs^3) a layer.
 
     Args:
         graph: the graph without kernels.
@@ -61,9 +63,10 @@ def rounded_weights(
         grids: of values whose inputs are rounded too.
         batches: what the model is called with.
     """
-    readers: dict[str, list[Node]] = {}
-    for node in nodes:
-        readers.setdefault(node.args[1].name, []).append(node)
+    nodes, readers = set(nodes), dict[str, list[Node]]()
+    for node in (n for n in graph.exported.graph.nodes if n in nodes):
+        if all(user in nodes for user in node.args[1].users):
+            readers.setdefault(node.args[1].name, []).append(node)
     weights = {name: graph.exported.constants[name].float() for name in readers}
     result = {name: (w, grid) for name, w in weights.items() if (grid := int8_grid(w)) is not None}
     todo = [n for n, w in weights.items() if n not in result and w[0].numel() <= MAX_INPUTS and w.isfinite().all()]
@@ -101,26 +104,36 @@ def _gram_matrices(
             x, grid = lookup(node.args[0]), grids.get(node.args[0])
             n = graph.exported.constants[name][0].numel()
             wanted = -(-max(ROWS, ROWS_PER_INPUT * n) // len(batches))
-            rows = _rows(node, x if grid is None else grid(x), graph.exported.constants[name].shape[2:], wanted, random)
-            H.setdefault(name, torch.zeros(n, n)).addmm_(rows.T, rows)
+            x, kernel = x if grid is None else grid(x), graph.exported.constants[name].shape[2:]
+            gram = H.setdefault(name, torch.zeros(n, n))
+            for rows in _rows(node, x, kernel, wanted, random):
+                gram.addmm_(rows.T, rows)
     return H
 
 
-def _rows(node: Node, x: Tensor, kernel: Sequence[int], wanted: int, random: torch.Generator) -> Tensor:
-    """Return the inputs of at most so many outputs, in the order of a flattened weight."""
+def _rows(node: Node, x: Tensor, kernel: Sequence[int], wanted: int, random: torch.Generator) -> Iterator[Tensor]:
+    """Yield the inputs of at most so many outputs, in the order of a flattened weight, some at a time."""
     if node.target is ops.linear:
         rows = x.reshape(-1, x.shape[-1]).float()
-        return rows[torch.randint(len(rows), (wanted,), generator=random)] if len(rows) > wanted else rows
+        for drawn in _draw(len(rows), wanted, random):
+            yield rows[drawn]
+        return
     stride, padding, dilation = node.args[5:8]
     x = F.pad(x.float(), (padding[1], padding[1], padding[0], padding[0]))
     reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
-    sizes = [len(x), *((n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride))]
-    drawn = torch.randint(max(sizes[0] * sizes[1] * sizes[2], 1), (wanted,), generator=random)
-    image, at = drawn // (sizes[1] * sizes[2]), drawn % (sizes[1] * sizes[2])
-    starts = at // sizes[2] * stride[0], at % sizes[2] * stride[1]
-    down, across = (s[:, None] + d * torch.arange(k) for s, d, k in zip(starts, dilation, kernel))
-    patches = x[image[:, None, None], :, down[:, :, None], across[:, None, :]]  # [rows, kernel, channels]
-    return patches.permute(0, 3, 1, 2).flatten(1)
+    height, width = ((n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride))
+    for drawn in _draw(len(x) * height * width, wanted, random):
+        image, at = drawn // (height * width), drawn % (height * width)
+        starts = at // width * stride[0], at % width * stride[1]
+        down, across = (s[:, None] + d * torch.arange(k) for s, d, k in zip(starts, dilation, kernel))
+        patches = x[image[:, None, None], :, down[:, :, None], across[:, None, :]]  # [rows, kernel, channels]
+        yield patches.permute(0, 3, 1, 2).flatten(1)
+
+
+def _draw(total: int, wanted: int, random: torch.Generator) -> tuple[Tensor, ...]:
+    """Return numbers below `total`, each once where so many are wanted, in chunks."""
+    every = torch.arange(total) if total <= wanted else torch.randint(total, (wanted,), generator=random)
+    return every.split(CHUNK)
 
 
 def _round(weight: Tensor, H: Tensor) -> tuple[Tensor, Grid] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rarefy.compiler import ops
@@ -14,7 +14,7 @@ from rarefy.compiler.rounding import rounded_weights
 def calibrated_kernels(
     exported: ExportedGraph,
     specs: Sequence[Any],
-    kernels: Mapping[Node, Any],
+    kernels: dict[Node, Any],
     depthwise: Sequence[Node],
     batches: Sequence[Any],
     solver: str,
@@ -26,7 +26,7 @@ def calibrated_kernels(
     Args:
         exported: the graph; rounded weights replace its constants.
         specs: of its inputs.
-        kernels: those with scales found in each call.
+        kernels: those with scales found in each call; they are taken apart.
         depthwise: depthwise convolutions in 8 bits.
         batches: calibration data.
         solver: "obs" or "rtn", see `compile`.
@@ -40,7 +40,9 @@ def calibrated_kernels(
         round_input(exported, node, grids[node.args[0]])
     weights = rounded_weights(in_torch(exported, specs), nodes, grids, batches) if solver == "obs" else {}
     exported.constants.update({name: weight for name, (weight, _) in weights.items()})
-    kernels = select(grids={name: grid for name, (_, grid) in weights.items()})
+    if weights:
+        kernels.clear()  # the memory of weights that are packed again
+        kernels = select(grids={name: grid for name, (_, grid) in weights.items()})
     for node in static:
         value, *residual = quantized_operands(node)
         kernels[node].input_grid = grids[value]

@@ -20,7 +20,16 @@ from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
 from rarefy.recipe.schema import Recipe, TrainStage
-from rarefy.search.deploy import Deployed, Variant, deploy, sizes_of, timed_names, times_of, variants_of
+from rarefy.search.deploy import (
+    Deployed,
+    Variant,
+    deploy,
+    has_static_scales,
+    sizes_of,
+    timed_names,
+    times_of,
+    variants_of,
+)
 from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.space import CUTS, Amounts, Part
@@ -218,8 +227,10 @@ class Measured:
         return data | ({"train": self.training_data()} if trains else {})
 
     def _recipe(self, name: str, variant: Variant | Point, stages: list[Any]) -> dict[str, Any]:
-        ignore = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
-        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{ignore}."
+        options = f"precision={variant.precision!r}"
+        options += f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
+        static = variant.precision == "int8" and has_static_scales(self.task.dense, self.task.data)
+        about = f"Found by rarefy optimize; compile with {options}{', calibrate=data' if static else ''}."
         data: dict[str, Any] = {}
         if (options := self.task.data_options) is not None:
             trained = any("train" in stage for stage in stages)

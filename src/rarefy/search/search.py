@@ -35,7 +35,7 @@ from rarefy.search.recovery import (
     with_training,
 )
 from rarefy.search.solve import Choice
-from rarefy.search.space import BLOCK, Part
+from rarefy.search.space import BLOCK, RANK, Part
 from rarefy.search.targets import mean_speedup
 
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
@@ -133,7 +133,10 @@ class Search(Measured):
             task.dense, task.example, task.data, variant, self.names, self.journal, task.layers, task.ignore, fits,
             task.progress,
         )  # fmt: skip
-        return measurer.measure()
+        parts = measurer.measure()
+        if variant.ignore:  # layers in fp32 keep their names
+            parts = [p for p in parts if p.method != BLOCK and (p.method != RANK or p.name not in variant.ignore)]
+        return parts
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit for one balance after the other: between parts, then between methods."""
