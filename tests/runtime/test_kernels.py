@@ -614,7 +614,7 @@ def run_with_kernels(tmp_path, option, *words, **env):
     for call in (["-S", root, "-B", tmp_path, f"-D{option}=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
         ran = subprocess.run(["cmake", *map(str, call)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
-    compiler = ("conv", "nhwc", "int8_attention", "half_precision", "padding")
+    compiler = ("conv", "nhwc", "ignored_layers", "int8_attention", "half_precision", "padding")
     names = ("runtime/test_kernels.py", "runtime/test_winograd.py", *(f"compiler/test_{n}.py" for n in compiler))
     files = [str(tests / n) for n in names]
     code = f"""
