@@ -272,8 +272,8 @@ def _compile(
         select_kernels, exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of
     )
     kernels = select()
-    rounded = [n for n in exported.graph.nodes if n not in kernels and _is_depthwise(exported, n) and precision_of(n)]
-    depthwise = calibrate is not None and bool(rounded)
+    others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels and precision_of(n)]
+    depthwise = [n for n in others if _is_depthwise(exported, n)]
     if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
@@ -281,7 +281,9 @@ def _compile(
         )
     weights = dict(exported.constants)
     if calibrate is not None:
-        kernels = calibrated_kernels(exported, specs, kernels, rounded, calibration_batches(calibrate), solver, select)
+        kernels = calibrated_kernels(
+            exported, specs, kernels, depthwise, calibration_batches(calibrate), solver, select
+        )
     compiled = Compiled(exported, kernels, specs)
     allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
 from rarefy.compiler.operators import fake_quantize
-from rarefy.compiler.weight_grids import int8_grid
+from rarefy.compiler.weight_grids import grid_of_largest, int8_grid
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import HugePageBuffer
@@ -125,9 +125,7 @@ def _pack_embedding(weight: Tensor, memory: HugePageBuffer) -> QuantizedPanels |
     """Return a large embedding's weight in int8, with a scale for each row; None for others."""
     if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING or not weight.isfinite().all():
         return None
-    scale = weight.float().abs().amax(1, keepdim=True) / 127
-    grid = Grid(8, torch.where(scale > 0, scale, 1.0))
-    return memory.hold(pack_quantized(weight.float(), grid, fp32_inputs=False))
+    return memory.hold(pack_quantized(weight.float(), grid_of_largest(weight), fp32_inputs=False))
 
 
 def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:

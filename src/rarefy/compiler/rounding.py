@@ -18,7 +18,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.calibrate import calls_of
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import Node
-from rarefy.compiler.weight_grids import MAX_CODE, int8_grid
+from rarefy.compiler.weight_grids import grid_of_largest, int8_grid
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.forward import split_example
 from rarefy.model.quant_grid import Grid
@@ -33,18 +33,19 @@ BLOCK = 128  # columns that are rounded together
 
 
 class ColumnGrid:
-    """Rounds columns [1, outputs] of a weight with a scale for each output; see `prune.solvers.ColumnQuantizer`."""
+    """Rounds columns [1, outputs] of a weight to a grid; see `prune.solvers.ColumnQuantizer`."""
 
     group = 0
 
-    def __init__(self, scale: Tensor):
-        self.scale = scale.T
+    def __init__(self, grid: Grid):
+        self.grid = grid  # with a scale for each output
 
     def begin(self, W: Tensor, mask: Tensor, first: int) -> None:
         """Scales are fixed."""
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
-        return (w / self.scale).round().clamp(-MAX_CODE, MAX_CODE) * self.scale
+        """Return a column on the grid."""
+        return self.grid.snap(w.T).T
 
 
 @torch.no_grad()
@@ -139,13 +140,12 @@ def _draw(total: int, wanted: int, random: torch.Generator) -> tuple[Tensor, ...
 def _round(weight: Tensor, H: Tensor) -> tuple[Tensor, Grid] | None:
     """Return a weight on the grid of its largest weights, and the grid; None where the inputs allow no solution."""
     W = weight.flatten(1)
-    largest = W.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / MAX_CODE, 1.0)
+    grid = grid_of_largest(W)
     keep = (W != 0)[None]
     try:
         U, _ = solvers.inverse_factor(H[None], DAMPING)
     except ArithmeticError:
         return None
     edges = [*range(0, W.shape[1], BLOCK), W.shape[1]]
-    rounded, _ = solvers.obs(W[None], U, lambda _, a, b: keep[..., a:b], edges, ColumnGrid(scale))
-    return rounded[0].view_as(weight), Grid(8, scale)
+    rounded, _ = solvers.obs(W[None], U, lambda _, a, b: keep[..., a:b], edges, ColumnGrid(grid))
+    return rounded[0].view_as(weight), grid

@@ -39,6 +39,16 @@ def int8_grid(weight: Tensor) -> Grid | None:
     return Grid(8, scale[:, None]) if bool((scale > 0).all()) else None
 
 
+def grid_of_largest(weight: Tensor) -> Grid:
+    """Return an int8 grid for a weight [outputs, inputs] on which the largest weight of each output has the code 127.
+
+    >>> grid_of_largest(torch.tensor([[0.5, -63.5], [0.0, 0.0]])).scale.tolist()
+    [[0.5], [1.0]]
+    """
+    scale = weight.float().abs().amax(1, keepdim=True) / MAX_CODE
+    return Grid(8, torch.where(scale > 0, scale, 1.0))
+
+
 def _on_grid(W: Tensor, step: Tensor) -> Tensor:
     """Return for each row whether all weights are whole multiples of its step."""
     codes = W / step[:, None]

@@ -199,6 +199,7 @@ def matches_selector(selector: str, layer: Layer) -> bool:
 
 
 def match_layers(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
+    """Return the layers that any selector matches; SelectorError, which names the argument, for one without match."""
     matched: set[int] = set()
     if not isinstance(selectors, str | list | tuple):
         raise SelectorError(f"{argument}: expected a selector or a list of selectors, got {selectors!r}")

@@ -50,7 +50,7 @@ def deploy(
     with evaluating(model):
         if hf.is_causal_lm(model):
             return EngineModule(decoder(model, precision=precision))
-        static = precision == "int8" and has_static_scales(model, calibration)
+        static = has_static_scales(model, precision, calibration)
         calibrate = [without_targets(b) for b in calibration] if static else None
         names = {l.name for l in all_layers(model)} if ignore else set[str]()
         stay = sorted(n for n in names if any(n == i or n.startswith(f"{i}.") for i in ignore))
@@ -58,9 +58,10 @@ def deploy(
         return compile(model, without_targets(example), **options, solver=solver)
 
 
-def has_static_scales(model: nn.Module, calibration: Sequence[Any]) -> bool:
-    """Return whether a model in 8 bits gets static scales: it has convolutions, and there are calibration data."""
-    return bool(calibration) and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+def has_static_scales(model: nn.Module, precision: str | None, calibration: Sequence[Any]) -> bool:
+    """Return whether a model gets static scales: in 8 bits, if it has convolutions and there are calibration data."""
+    convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    return precision == "int8" and bool(calibration) and convolutions
 
 
 def engine_in(deployed: Deployed) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from rarefy.common.errors import RarefyError
-from rarefy.common.progress import track
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
 from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
@@ -24,6 +23,7 @@ from rarefy.quantization.config import QuantizeOptions
 from rarefy.quantization.quantize import run_quantize
 from rarefy.search.deploy import distance, has_static_scales, outputs_of
 from rarefy.search.journal import Journal
+from rarefy.search.parts import measured_losses
 from rarefy.search.space import EIGHT_BITS, Part, filled
 
 REPEATS, WARMUP = 15, 3  # of profiled calls
@@ -53,24 +53,17 @@ def eight_bit_parts(
         progress: show a progress bar.
     """
     layers = [l for l in all_layers(dense) if l.name in names and matmul_modules(l)]
-    static = has_static_scales(dense, few)
-    kind, solver = ("int8-static", "obs") if static else ("int8", "rtn")
-    names = tuple(l.full_name for l in layers)
-    options = QuantizeOptions(weights="int8", activations=kind, solver=solver, layers=names)
-    rounded = copy.deepcopy(dense)
-    try:
-        run_quantize(rounded, options, few if static else None)
-    except RarefyError:
-        return []
-    in_8_bits = {l.full_name: l for l in all_layers(rounded)}
-    wanted, measured = outputs_of(dense, few), dict[str, float | None]()
-    for layer in track(layers, f"losses of {EIGHT_BITS}", progress, len(layers)):
-        name = layer.full_name
-        key = f"loss of {EIGHT_BITS} {name}"
-        if key in journal.values or fits(f"loss of {EIGHT_BITS}"):
-            with rounded_alone(layer, in_8_bits[name]):
-                measured[name] = journal.get(key, partial(distance, dense, wanted, few))
-    losses = filled(measured, [l.full_name for l in layers])
+    in_8_bits = cache(lambda: _rounded(dense, layers, few))  # where losses are not known from the journal
+    wanted = cache(lambda: outputs_of(dense, few))
+
+    def loss(layer: Layer) -> float | None:
+        if layer.full_name not in in_8_bits():
+            return None
+        with rounded_alone(layer, in_8_bits()[layer.full_name]):
+            return distance(dense, wanted(), few)
+
+    measures = {l.full_name: partial(loss, l) for l in layers}
+    losses = filled(measured_losses(EIGHT_BITS, measures, journal, fits, progress), list(measures))
     return [
         Part(
             EIGHT_BITS, l.full_name, l.weight.numel(), (1.0,), (losses[l.full_name],),
@@ -79,6 +72,20 @@ def eight_bit_parts(
         for l in layers
         if l.full_name in losses
     ]  # fmt: skip
+
+
+def _rounded(dense: nn.Module, layers: Sequence[Layer], few: Sequence[Any]) -> dict[str, Layer]:
+    """Return the layers of a copy of the model in which these are rounded, by name; {} where they cannot be."""
+    static = has_static_scales(dense, "int8", few)
+    kind, solver = ("int8-static", "obs") if static else ("int8", "rtn")
+    names = tuple(l.full_name for l in layers)
+    options = QuantizeOptions(weights="int8", activations=kind, solver=solver, layers=names)
+    rounded = copy.deepcopy(dense)
+    try:
+        run_quantize(rounded, options, few if static else None)
+    except RarefyError:
+        return {}
+    return {l.full_name: l for l in all_layers(rounded)}
 
 
 def layers_in_8_bits(compiled: Compiled) -> list[str]:

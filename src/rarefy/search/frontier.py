@@ -36,6 +36,7 @@ class Point:
         recipe: the stages, as a recipe's dict.
         precision: of the engine: None for fp32, "bf16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.
+        calibrated: whether scales in 8 bits are static, found on the calibration data.
         layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
         seconds: what making and measuring it took.
         error: why it could not be made; "" where it was.
@@ -55,6 +56,7 @@ class Point:
     seconds: float = 0.0
     error: str = ""
     ignore: tuple[str, ...] = ()
+    calibrated: bool = False
 
     @property
     def slowest(self) -> float:

@@ -81,15 +81,15 @@ def _best_sections(frontier: Any, best: Any) -> list[Html]:
 
 def _commands(model: str, best: Any) -> str:
     """Return what makes a model by its recipe, and compiles it in its precision."""
-    precision, calibrated = best.precision, "calibrate=data" in best.recipe.get("about", "")
+    precision = best.precision
     if not model:
         options = f", ignore={list(best.ignore)!r}" if best.ignore else ""
-        options += ", calibrate=data" if calibrated else ""
+        options += ", calibrate=data" if best.calibrated else ""
         compiled = f"fast = rarefy.compile(model, example, precision={precision!r}{options})"
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
     option = "" if precision is None else f" --precision {shlex.quote(precision)}"
     option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)
-    option += " --data DATA" if calibrated else ""
+    option += " --data DATA" if best.calibrated else ""
     return (
         f"rarefy compress {shlex.quote(model)} --recipe recipe.yaml --out torch/\n"
         f"rarefy compile torch/{option} --out fast/"

@@ -276,12 +276,8 @@ class PartMeasurer:
 
     def _losses(self, what: str, measures: Mapping[str, Callable[[], float | None]]) -> dict[str, float | None]:
         """Return the loss of each part that there is time for; None for one that cannot be used."""
-        losses: dict[str, float | None] = {}
-        for name in track(measures, f"losses of {what}", self.progress and len(measures) > 1, len(measures)):
-            key = f"loss of {what} {name}"
-            if self._fits(key, f"loss of {what}", "loss of", "point"):
-                losses[name] = self.journal.get(key, partial(_unless_refused, measures[name]))
-        return losses
+        fits = lambda kind: self.fits(kind, "loss of", "point")  # noqa: E731
+        return measured_losses(what, measures, self.journal, fits, self.progress and len(measures) > 1)
 
     def _saved(self, method: str, smaller: Callable[[], nn.Module], level: float | None = None) -> dict[str, float]:
         """Return the part of a call's time that a smaller model saves: 0 for one that cannot be made, nothing where
@@ -315,6 +311,30 @@ class PartMeasurer:
         models = {"dense": self.deployed, "smaller": self._deploy(smaller)}
         times = times_of(models, self.example, self.names)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
+
+
+def measured_losses(
+    what: str,
+    measures: Mapping[str, Callable[[], float | None]],
+    journal: Journal,
+    fits: Callable[[str], bool],
+    progress: bool,
+) -> dict[str, float | None]:
+    """Return the loss of each part that there is time for; None for one that cannot be used.
+
+    Args:
+        what: is done to the parts.
+        measures: by name of the part, what measures it.
+        journal: keeps what was measured.
+        fits: whether a step of a kind fits into the time.
+        progress: show a progress bar.
+    """
+    losses: dict[str, float | None] = {}
+    for name in track(measures, f"losses of {what}", progress, len(measures)):
+        key = f"loss of {what} {name}"
+        if key in journal.values or fits(f"loss of {what}"):
+            losses[name] = journal.get(key, partial(_unless_refused, measures[name]))
+    return losses
 
 
 def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any]:

@@ -143,7 +143,7 @@ class Measured:
             key, lambda: self._measured(name, recipe, variant), keep=lambda values: not values["error"]
         )
         more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
-        return Point(**{**measured, "recipe": recipe, **more})
+        return Point(**{**measured, "recipe": recipe, **more, "calibrated": self._is_calibrated(variant)})
 
     def _measured(self, name: str, recipe: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
         """Make a model and measure it."""
@@ -226,11 +226,10 @@ class Measured:
         trains = any("train" in stage for stage in recipe["stages"])
         return data | ({"train": self.training_data()} if trains else {})
 
-    def _recipe(self, name: str, variant: Variant | Point, stages: list[Any]) -> dict[str, Any]:
-        options = f"precision={variant.precision!r}"
-        options += f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
-        static = variant.precision == "int8" and has_static_scales(self.task.dense, self.task.data)
-        about = f"Found by rarefy optimize; compile with {options}{', calibrate=data' if static else ''}."
+    def _recipe(self, name: str, variant: Variant, stages: list[Any]) -> dict[str, Any]:
+        ignore = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
+        calibrate = ", calibrate=data" if self._is_calibrated(variant) else ""
+        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{ignore}{calibrate}."
         data: dict[str, Any] = {}
         if (options := self.task.data_options) is not None:
             trained = any("train" in stage for stage in stages)
@@ -238,6 +237,9 @@ class Measured:
             changes = {"train_samples": samples} if trained else {"train": None, "train_samples": None}
             data = {"data": options.model_copy(update=changes).model_dump(mode="json", exclude_none=True)}
         return {"name": name, "about": about, "stages": stages, **data, "seed": self.task.seed}
+
+    def _is_calibrated(self, variant: Variant) -> bool:
+        return has_static_scales(self.task.dense, variant.precision, self.task.data)
 
     def training_data(self) -> list[Any]:
         """Return the batches that models are trained on: as many as the time allows to read once."""
