@@ -45,10 +45,12 @@ class Packing:
 
     @property
     def columns(self) -> int:
+        """Return the number of columns, one for each token that is no padding."""
         return len(self.rows)
 
     @property
     def tiles(self) -> int:
+        """Return the number of tiles of `NT` columns."""
         return -(-self.columns // NT)
 
 

@@ -69,7 +69,7 @@ class ProfileRow:
 
     @property
     def gbytes(self) -> float:
-        """Bytes per second, in billions."""
+        """Return the bytes read and written per second, in billions."""
         return self.bytes_moved / self.milliseconds / 1e6 if self.milliseconds else 0.0
 
     @property

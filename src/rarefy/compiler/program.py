@@ -48,10 +48,12 @@ class Tokens:
 
     @property
     def columns(self) -> int:
+        """Return the number of columns, those between sequences included."""
         return self.batch * self.seq_stride
 
     @property
     def tiles(self) -> int:
+        """Return the number of tiles of `NT` columns."""
         return -(-self.columns // NT)
 
 
@@ -78,7 +80,7 @@ class Value:
 
     @property
     def stride(self) -> int:
-        """Floats of a tile, or of a row."""
+        """Return the number of floats of a tile, or of a row."""
         return -(-self.features // 16) * 16 if self.decode else -(-self.features // 4) * 4 * NT
 
     @property
@@ -99,7 +101,7 @@ class Part(Value):
 
     @property
     def stride(self) -> int:
-        """Floats of a tile of the whole value."""
+        """Return the number of floats of a tile of the whole value."""
         return self.whole.stride
 
     @property

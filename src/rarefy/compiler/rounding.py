@@ -41,7 +41,7 @@ class ColumnGrid:
         self.grid = grid  # with a scale for each output
 
     def begin(self, W: Tensor, mask: Tensor, first: int) -> None:
-        """Scales are fixed."""
+        """Do nothing: scales are fixed."""
 
     def __call__(self, w: Tensor, column: int) -> Tensor:
         """Return a column on the grid."""

@@ -56,6 +56,7 @@ class Group:
 
     @property
     def size(self) -> int:
+        """Return the number of units."""
         return self.axis.size
 
 

@@ -267,13 +267,13 @@ def attention(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def scatter(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Values are written at indices of a tensor: both keep their units."""
+    """Join a tensor and the values that are written at its indices: both keep their units."""
     all_fixed(t, func, [x for x in args if isinstance(x, Tensor)], ())
     if not any(out is a for a in tensors_in([list(args)])):
         t.set_dims(out, [fixed(n) for n in out.shape])
 
 
 def scalar(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Scalars leave the graph; dimensions of tensors do not change."""
+    """Leave scalars out of the graph; dimensions of tensors do not change."""
     for y in tensors_in([out]):
         t.set_dims(y, [fixed(n) for n in y.shape])

@@ -242,7 +242,7 @@ def pad(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def order_dependent(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Units change positions or depend on their order: those dimensions are locked."""
+    """Lock the dimensions whose units change positions or depend on their order."""
     dims = arg(func, args, kwargs, "dims", None)
     dims = arg(func, args, kwargs, "dim", None) if dims is None else dims
     for d in range(out.dim()) if dims in (None, []) else [dims] if isinstance(dims, int) else dims:
@@ -254,7 +254,7 @@ def order_dependent(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
 
 
 def reduction(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Dimensions are reduced.
+    """Drop the dimensions that are reduced.
 
     A sum does not change when zeros are removed. A mean counts them, and a maximum may be one of them.
     """

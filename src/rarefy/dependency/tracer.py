@@ -44,6 +44,7 @@ class Trace(TorchDispatchMode):
 
     @property
     def module_name(self) -> str:
+        """Return the name of the module that is running."""
         return self.stack[-1] or "the model itself"
 
     def dims(self, t: Tensor) -> list[Expr]:

@@ -57,6 +57,7 @@ class Layer:
 
     @property
     def module(self) -> nn.Module:
+        """Return the first module that owns the weight."""
         return self.owners[0][1]
 
     @property

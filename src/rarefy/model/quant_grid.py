@@ -190,6 +190,7 @@ class GridParametrization(nn.Module):
 
     @property
     def grid(self) -> Grid:
+        """Return the grid that weights are rounded to."""
         return Grid(self.bits, self.scale, self.zero)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -252,8 +252,9 @@ def _keep_largest(score: Tensor, size: Tensor | None, sparsity: float) -> Tensor
 
 
 def _keep_rows(u: _Units, sparsity: float) -> Tensor:
-    """As `_keep_largest` with the same share in every output row; what rounding leaves is pruned where it costs
-    least.
+    """Return a mask as `_keep_largest` does, with the same share in every output row.
+
+    What rounding leaves is pruned where it costs least.
     """
     G, K, rows, n = u.score.shape
     if not u.score.numel():

@@ -204,7 +204,7 @@ def dequantize(graph: Graph, name: str, codes: np.ndarray, scale: np.ndarray, ze
 
 
 def _expand(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales or zero points of blocks, repeated to the shape of the weight."""
+    """Return scales or zero points of blocks, repeated to the shape of the weight."""
     for d, (n, full) in enumerate(zip(array.shape, shape)):
         if n not in (1, full):
             array = np.repeat(array, full // n, d)
@@ -239,7 +239,7 @@ def fake_quantize_activations(graph: Graph) -> Iterable[Any]:
 
 
 def _code_paths(graph: Graph) -> tuple[dict[str, tuple[str, ActivationQuant]], set[str]]:
-    """Values that are codes, each with the QuantizeLinear it comes from and how that quantizes; and those of the
+    """Return the values that are codes, each with the QuantizeLinear it comes from and how that quantizes; and those of the
     QuantizeLinear whose codes are all dequantized as they were quantized."""
     codes: dict[str, tuple[str, ActivationQuant]] = {}
     others: set[str] = set()

@@ -66,6 +66,7 @@ def single(x: Any) -> Any:
 
 
 def product(a: Any, b: Any) -> Any:
+    """Return a b, rounded as `single`."""
     return single(a * b)
 
 

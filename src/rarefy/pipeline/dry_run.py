@@ -228,13 +228,13 @@ def _not_counted(recipe: Recipe) -> Iterator[str]:
 
 
 def _scale_bytes(config: QuantizeConfig, layer: Layer) -> int:
-    """Bytes of a layer's scales and codes of zero."""
+    """Return the bytes of a layer's scales and codes of zero."""
     width = (2 if isinstance(config.group, int) else 4) + (not config.symmetric)
     return math.prod(scale_shape(layer, config.group)) * width
 
 
 def _table_bytes(bits: int, group: str | None, layer: Layer) -> int:
-    """Bytes of a layer's codebook."""
+    """Return the bytes of a layer's codebook."""
     return math.prod(scale_shape(layer, group)) * 4 << bits
 
 
@@ -251,7 +251,7 @@ def _factors(stage: FactorizeStage, layer: Layer) -> int:
 
 
 def _expected(size: int, pattern: Pattern | None, sparsity: float, bits: int, format: str) -> int:
-    """Bytes of one weight in the recipe's format, or in the smallest that fits its pattern."""
+    """Return the bytes of one weight in the recipe's format, or in the smallest that fits its pattern."""
     nonzeros = math.ceil(size * (1 - sparsity))
     values, mask = math.ceil(nonzeros * bits / 8), math.ceil(size / 8)
     formats = {

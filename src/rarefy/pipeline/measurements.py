@@ -101,6 +101,7 @@ def receipt_of(
     engine: EngineModule | None = None,
     samples: tuple[Mapping[str, Any], ...] = (),
 ) -> Receipt:
+    """Return the receipt of a run: bytes, quality, zeros and speed before and after, and a row for each layer."""
     disk = packed_bytes(model, recipe.save.format)
     dense, packed, formats = (disk[k] for k in ("dense", "packed", "formats"))
     rows = [row for row in rows if _name_of(row["layer"], packed)]

@@ -50,6 +50,7 @@ class RunData:
         return purpose in self._batches or self._named(purpose)[0] is not None
 
     def batches(self, purpose: str) -> Any:
+        """Return the batches for a purpose, loaded when they are first asked for; DataError where there are none."""
         if purpose not in self._batches:
             source, settings = self._named(purpose)
             if source is None:

@@ -23,12 +23,12 @@ def magnitude(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def l2(W: Tensor, stats: LayerStats) -> Tensor:
-    """w^2: ranks single weights as magnitude does; the squared L2 norm of blocks, rows and columns."""
+    """Return w^2, which ranks single weights as magnitude does; the squared L2 norm of blocks, rows and columns."""
     return W.square()
 
 
 def lamp(W: Tensor, stats: LayerStats) -> Tensor:
-    """w_i^2 / sum of w_j^2 over all weights of the layer with |w_j| >= |w_i| (Lee 2021, LAMP, eq. 3). O(n log n).
+    """Return w_i^2 / sum of w_j^2 over all weights of the layer with |w_j| >= |w_i| (Lee 2021, LAMP, eq. 3). O(n log n).
 
     The relative error of a layer that has already lost its smaller weights; comparable between layers.
     """
@@ -54,7 +54,7 @@ def taylor(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def fisher(W: Tensor, stats: LayerStats) -> Tensor:
-    """w^2 E[g^2] (Theis 2018, eq. 7; Optimal Brain Damage with the diagonal of the empirical Fisher matrix)."""
+    """Return w^2 E[g^2] (Theis 2018, eq. 7; Optimal Brain Damage with the diagonal of the empirical Fisher matrix)."""
     return W.square() * stats.fisher
 
 

@@ -42,12 +42,12 @@ class Ceilings:
 
     @property
     def cache(self) -> float:
-        """Bytes read per second from the L2 caches."""
+        """Return the bytes read per second from the L2 caches."""
         return self.reads[0][1]
 
     @property
     def memory(self) -> float:
-        """Bytes read per second from memory."""
+        """Return the bytes read per second from memory."""
         return self.reads[-1][1]
 
     def read_rate(self, nbytes: int) -> float:

@@ -217,7 +217,7 @@ class GroupedKernels:
 
 
 def _fp32_rows(x: Tensor, inputs: int) -> tuple[Tensor, int]:
-    """Inputs in fp32 with contiguous rows, and the number of floats from one row to the next."""
+    """Return inputs in fp32 with contiguous rows, and the number of floats from one row to the next."""
     C = x.shape[-1]
     if inputs != C:
         raise FormatError(f"the weight has {inputs} inputs, x has {C}")

@@ -106,7 +106,7 @@ def _shape_columns(same: Sequence[Layer]) -> dict[str, Any]:
 def _times(
     dense: Any, cases: Sequence[tuple[Pattern, float]], inputs: Mapping[int, torch.Tensor], tuner: Autotuner
 ) -> list[dict[str, Any]]:
-    """Rows of one layer: dense once for each batch, and each kernel for each pattern and sparsity."""
+    """Return the rows of one layer: dense once for each batch, and each kernel for each pattern and sparsity."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for pattern, sparsity in cases:
         module = copy.deepcopy(dense)

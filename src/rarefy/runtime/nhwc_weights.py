@@ -45,7 +45,7 @@ class NhwcWeight:
 
     @property
     def segment_stride(self) -> int:
-        """Bytes from one run to the next where they are copied together."""
+        """Return the bytes from one run to the next where they are copied together."""
         return self.segment_bytes if self.tight else -(-self.segment_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
     def block_lanes(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from threading import get_ident
@@ -106,9 +107,9 @@ class Sparse(nn.Module):
         spec = {"shape": self.shape, "formats": formats, "like": like, "activation": self.activation}
         return json.dumps({**spec, "int8_inputs": self.int8_inputs})
 
+    @abstractmethod
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what the dense layer would."""
-        raise NotImplementedError
+        """Return the outputs of the dense layer with this weight."""
 
     def run(self, x: Tensor, batch: int) -> Tensor:
         """Return what the dense layer would, by the weight that serves this batch."""
@@ -128,7 +129,7 @@ class Sparse(nn.Module):
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def _run_dense(self, x: Tensor, weight: Any, bias: Any = ...) -> Tensor:
-        """act(dense(x)); without `bias` the layer's, and the weight, in the dtype of x."""
+        """Return act(dense(x)); without `bias` the layer's, and the weight, in the dtype of x."""
         if bias is ...:
             layer_bias = self._buffers["bias"]
             weight, bias = weight.to(x.dtype), None if layer_bias is None else layer_bias.to(x.dtype)
@@ -203,6 +204,7 @@ class SparseLinear(Sparse):
         self.out_features, self.in_features = self.shape
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b."""
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -314,6 +316,7 @@ class SparseConv(Sparse):
         return super().weight.reshape(self.out_channels, -1, *self.kernel_size)
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the convolution of x with this weight."""
         return F.conv2d(x, weight, bias, *geometry(self).values()).contiguous()  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

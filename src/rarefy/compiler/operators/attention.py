@@ -181,7 +181,7 @@ def _rope_fits(call: Call) -> bool:
 
 
 def _cached_attention_fits(call: Call) -> bool:
-    """Keys and values have as many features as their slots of the cache."""
+    """Raise unless keys and values have as many features as their slots of the cache."""
     (keys_at, values_at), heads, kv_heads = call.node.args[4:7]
     q, k, v = call.shapes
     features = values_at - keys_at

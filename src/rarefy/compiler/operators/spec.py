@@ -106,6 +106,7 @@ class OpSpec:
 
     @property
     def name(self) -> str:
+        """Return the name of the operator."""
         return self.reference.__name__
 
     def index(self, kind: str) -> int | None:

@@ -62,6 +62,7 @@ def convert_moves(exported: ExportedGraph, node: Node) -> None:
 
 
 def in_programs(node: Any) -> bool:
+    """Return whether a node becomes a step of a native program."""
     return is_node(node) and node.target in BY_TARGET and BY_TARGET[node.target].lower is not None
 
 

@@ -55,7 +55,7 @@ def attention(
 
 
 def _masked(bias: Tensor) -> Tensor:
-    """Rows that may read nothing."""
+    """Return the rows that may read nothing."""
     return torch.isneginf(bias.amax(-1, keepdim=True))
 
 

@@ -17,7 +17,7 @@ AVERAGE_POOL: tuple[Any, ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 def _sides(x: Tensor, kernel: Any, strides: Any, dilations: Any, pads: Any, auto_pad: str, ceil: int) -> Any:
-    """Pads of each axis, and how much more a last window that is cut off reaches beyond them."""
+    """Return the pads of each axis, and how much more a last window that is cut off reaches beyond them."""
     sides = window_pads(x.shape[2:], kernel, strides, dilations, pads, auto_pad)
     beyond = []
     for size, k, s, d, (a, b) in zip(x.shape[2:], kernel, strides, dilations, sides):
@@ -68,7 +68,7 @@ def max_pool(
 
 
 def _places(places: Tensor, padded_sizes: list[int], shape: list[int], before: list[int], storage_order: int) -> Tensor:
-    """Indices into a whole tensor, from those into each padded channel."""
+    """Return indices into a whole tensor, from those into each padded channel."""
     coordinates, rest = [], places
     for size in reversed(padded_sizes):
         coordinates.insert(0, rest % size)

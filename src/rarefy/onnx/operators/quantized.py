@@ -68,7 +68,7 @@ def dynamic_quantize_linear(x: Tensor, *, outputs: int = 3) -> tuple[Tensor, Ten
 
 
 def _shifted(x: Tensor, zero_point: Tensor | None, rows: bool) -> Tensor:
-    """Codes less their zero point, exact in float64; a zero point for each row or column is one of a vector."""
+    """Return codes less their zero point, exact in float64; a zero point for each row or column is one of a vector."""
     value = x.to(torch.float64)
     if zero_point is None:
         return value

@@ -200,7 +200,7 @@ def _taps(places: np.ndarray, size: int, scale: float, method: Interpolation) ->
 
 
 def _nearest(ratio: np.ndarray, mode: str) -> np.ndarray:
-    """Weights of the left and the right element; at the right one itself the ratio is 1."""
+    """Return the weights of the left and the right element; at the right one itself the ratio is 1."""
     right = {
         "round_prefer_floor": ratio > 0.5,
         "round_prefer_ceil": ratio >= 0.5,

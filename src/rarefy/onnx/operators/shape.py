@@ -180,7 +180,7 @@ def pad(
 
 
 def _flat(sides: Any) -> list[int]:
-    """Pads in torch's order: from the last dimension, without those that pad nothing."""
+    """Return pads in torch's order: from the last dimension, without those that pad nothing."""
     sides = list(sides)
     while len(sides) > 1 and isinstance(sides[0][0], int) and sides[0] == (0, 0):
         sides.pop(0)

@@ -28,7 +28,7 @@ def non_max_suppression(
 
 
 def _corners(boxes: Tensor, centered: bool) -> Tensor:
-    """Boxes as [..., (y or x of the low corner, of the high corner)]."""
+    """Return boxes as [..., (y or x of the low corner, of the high corner)]."""
     a, b, c, d = boxes.unbind(-1)
     if centered:
         return torch.stack([b - d / 2, a - c / 2, b + d / 2, a + c / 2], -1)
