@@ -239,8 +239,10 @@ def fake_quantize_activations(graph: Graph) -> Iterable[Any]:
 
 
 def _code_paths(graph: Graph) -> tuple[dict[str, tuple[str, ActivationQuant]], set[str]]:
-    """Return the values that are codes, each with the QuantizeLinear it comes from and how that quantizes; and those of the
-    QuantizeLinear whose codes are all dequantized as they were quantized."""
+    """Return the values that are codes, and the QuantizeLinear whose codes are all dequantized as they were quantized.
+
+    Each value comes with the QuantizeLinear it comes from, and how that quantizes.
+    """
     codes: dict[str, tuple[str, ActivationQuant]] = {}
     others: set[str] = set()
     dequantized: set[str] = set()

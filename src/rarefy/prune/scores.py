@@ -28,9 +28,9 @@ def l2(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def lamp(W: Tensor, stats: LayerStats) -> Tensor:
-    """Return w_i^2 / sum of w_j^2 over all weights of the layer with |w_j| >= |w_i| (Lee 2021, LAMP, eq. 3). O(n log n).
+    """Return w_i^2 / sum of w_j^2 over all weights of the layer with |w_j| >= |w_i| (LAMP, Lee 2021, eq. 3).
 
-    The relative error of a layer that has already lost its smaller weights; comparable between layers.
+    O(n log n). The relative error of a layer that has already lost its smaller weights; comparable between layers.
     """
     order = W.abs().flatten().argsort(stable=True)
     squared = W.double().square().flatten()[order]
