@@ -47,43 +47,18 @@ PROMPT, NEW, READ = 32, 128, 512  # tokens: prompt before decoding, decoded, pro
 
 
 def gguf_files(folder: Path = FILES) -> dict[str, Path]:
-    """Return SmolLM2-135M as GGUF files by number format, converted once into `folder` from the packaged file.
+    """Return SmolLM2-135M as GGUF files by number format, written once into `folder`; AS_SHIPPED is the packaged file.
 
-    They hold the same weights as the Hugging Face folder of `rarefy.data.builtin`. In the 4-bit file the embedding,
-    which is also the output head, has 8 bits; llama.cpp's own quantizer keeps more bits of it too.
+    In the 4-bit file the embedding, which is also the output head, has 8 bits; llama.cpp's own quantizer keeps more
+    bits of it too.
     """
     source = builtin.find("smollm2-135m")
     folder.mkdir(parents=True, exist_ok=True)
     files = {kind: folder / f"smollm2-135m.{kind}.gguf" for kind in KINDS if kind != AS_SHIPPED}
     for kind, file in files.items():
         if not file.exists():
-            write_gguf(source, file, kind)
+            rarefy.export(builtin.model_folder("smollm2-135m"), file, to="gguf", type=kind.lower())
     return {kind: files.get(kind, source) for kind in KINDS}
-
-
-def write_gguf(source: Path, file: Path, kind: str) -> None:
-    """Copy a GGUF file with all matrices in another number format."""
-    import gguf
-
-    reader, partial = gguf.GGUFReader(source), file.with_suffix(".partial")
-    about = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF.")}
-    writer = gguf.GGUFWriter(partial, about.pop("general.architecture").contents())
-    about.pop("general.file_type")
-    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
-    for name, field in about.items():
-        inner = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(name, field.contents(), field.types[0], inner)
-    for tensor in reader.tensors:
-        to = gguf.GGMLQuantizationType[kind if len(tensor.shape) > 1 else "F32"]
-        if tensor.name == "token_embd.weight" and kind == "Q4_0":
-            to = gguf.GGMLQuantizationType.Q8_0
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, gguf.quants.quantize(values, to), raw_dtype=to)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.rename(file)
 
 
 def libraries() -> dict[str, Path]:

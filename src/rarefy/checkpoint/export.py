@@ -8,38 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
-from rarefy.checkpoint import compiled_model, compressed_tensors
+from rarefy.checkpoint import compiled_model, compressed_tensors, gguf_export
 from rarefy.checkpoint.load import load
 from rarefy.checkpoint.tensor_slots import trusted_shape
-from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors
+from rarefy.common.atomic_io import INDEX, atomic_folder, check_output_folder, container_errors
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.version import __version__
 from rarefy.formats import container
 from rarefy.lowrank import layer_tying
 from rarefy.model import hf, lowrank_modules
 
-EXPORTS = ("hf", "safetensors", "compressed-tensors")
+EXPORTS = ("hf", "safetensors", "compressed-tensors", "gguf")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 
 
-def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool = False) -> Path:
+def export(
+    path: str | Path | nn.Module,
+    out: str | Path,
+    *,
+    to: str = "hf",
+    type: str | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a saved folder as a checkpoint that needs no Rarefy.
 
     Args:
-        path: the saved folder.
-        out: the folder to write; it appears whole or not at all.
-        to: "hf" (a dense folder that transformers loads), "safetensors" (one dense file, tensors by name) or
-            "compressed-tensors" (a quantized folder that transformers loads with that package). Dense checkpoints do
-            not quantize activations.
+        path: the saved folder. For "gguf" also a Hugging Face folder, or a model.
+        out: the folder to write, for "gguf" the file; it appears whole or not at all.
+        to: "hf" (a dense folder that transformers loads), "safetensors" (one dense file, tensors by name),
+            "compressed-tensors" (a quantized folder that transformers loads with that package) or "gguf" (a file that
+            llama.cpp loads). Dense checkpoints do not quantize activations.
+        type: for "gguf", the type of matrices: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1". None: quantized layers
+            in the smallest type that holds their codes, others in f16.
+        tokenizer: for "gguf" of a model: its tokenizer, of transformers. A folder's own is written by itself.
         overwrite: replace an earlier export.
 
     Returns:
-        The folder.
+        The folder or file.
 
     Raises:
-        ContainerError: an unknown `to`, the folder exists, or the model has a structure that the target cannot express.
-        ModelError: the folder holds no Hugging Face model, or a compiled one.
+        ContainerError: an unknown `to` or `type`, the output exists, or the model has a structure that the target
+            cannot express.
+        ModelError: the folder holds no Hugging Face model, or a compiled one, or GGUF files cannot hold the model.
 
     Example:
         >>> import tempfile, torch
@@ -51,6 +64,10 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
     """
     if to not in EXPORTS:
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
+    if to == "gguf":
+        return _export_gguf(path, out, type, tokenizer, overwrite)
+    if isinstance(path, nn.Module) or type is not None or tokenizer is not None:
+        raise ContainerError(f"a model, type= and tokenizer= are for to='gguf': to={to!r} takes the path of a folder")
     if os.path.realpath(out) == os.path.realpath(path):
         raise ContainerError(f"{out} is the folder to export from; give another name")
     check_output_folder(out, overwrite, EXPORTED)
@@ -69,6 +86,21 @@ def export(path: str | Path, out: str | Path, *, to: str = "hf", overwrite: bool
                 (partial / name).write_bytes(content)
         (partial / EXPORTED).write_text(json.dumps({"from": str(path), "rarefy": __version__}))
     return Path(out)
+
+
+def _export_gguf(
+    source: str | Path | nn.Module, out: str | Path, type: str | None, tokenizer: Any, overwrite: bool
+) -> Path:
+    """Write a model, or that of a folder with its tokenizer, as a GGUF file."""
+    if isinstance(source, nn.Module):
+        return gguf_export.write(source, out, type=type, tokenizer=tokenizer, overwrite=overwrite)
+    if tokenizer is not None:
+        raise ContainerError("tokenizer= is for a model: the tokenizer of a folder is written by itself")
+    saved = (Path(source) / INDEX).is_file() or not hf.is_folder(source)
+    model = load(source) if saved else hf.load_folder(source)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{source} holds a decoder or compiled model: export what it was made from")
+    return gguf_export.write(model, out, type=type, tokenizer=hf.load_tokenizer(source), overwrite=overwrite)
 
 
 def _check_exportable(model: Any, path: str | Path, to: str) -> None:

@@ -243,15 +243,25 @@ app.command()(report_command.report)
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="A folder written by Rarefy.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A folder written by Rarefy; for gguf also a Hugging Face folder or a built-in name."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for gguf, the file.")],
     to: Annotated[
         str,
         typer.Option(
             help="hf: a dense folder that transformers loads; safetensors: one dense file; compressed-tensors: a "
-            "quantized folder that transformers loads with that package."
+            "quantized folder that transformers loads with that package; gguf: a file that llama.cpp loads."
         ),
     ] = "hf",
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="For gguf: f32, f16, bf16, q8_0, q4_0 or q4_1. Default: quantized layers as they are, others f16.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -262,7 +272,9 @@ def export(
     from rarefy.evaluation.profiling import folder_bytes
     from rarefy.model import hf
 
-    if str(path) in builtin.MODELS and not path.exists():
+    if to == "gguf":
+        path = shared.source(str(path))
+    elif str(path) in builtin.MODELS and not path.exists():
         raise ModelError(
             f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
         )
@@ -270,10 +282,9 @@ def export(
         raise RecipeError("ONNX files are written in Python: rarefy.export_onnx(model, example, 'model.onnx')")
     if to != "safetensors":
         hf.no_bars()
-    export(path, out, to=to, overwrite=force)
-    shared.show(
-        Report(f"exported to {out}", (), {"format": to, "bytes": folder_bytes(out, (".safetensors",))}), as_json, False
-    )
+    export(path, out, to=to, type=kind, overwrite=force)
+    num_bytes = out.stat().st_size if to == "gguf" else folder_bytes(out, (".safetensors",))
+    shared.show(Report(f"exported to {out}", (), {"format": to, "bytes": num_bytes}), as_json, False)
 
 
 @app.command("recipes")

@@ -1,0 +1,134 @@
+"""Tokenizers of transformers as metadata of GGUF files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rarefy.common.errors import ModelError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {  # how a tokenizer splits text -> `tokenizer.ggml.pre`
+    ("bytes",): "gpt-2",
+    ("digits", "bytes"): "smollm",
+    (LLAMA3,): "llama-bpe",
+    (QWEN2,): "qwen2",
+    (TEKKEN,): "tekken",
+}
+SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+
+
+def metadata(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """Return the keys of a GGUF file for a tokenizer, after "tokenizer.".
+
+    Args:
+        tokenizer: a fast tokenizer of transformers with a BPE model: of bytes, as GPT-2's, or of characters with bytes
+            for the others, as Llama 2's.
+        vocab_size: rows of the model's embedding; tokens are filled up to it.
+
+    Raises:
+        ModelError: llama.cpp has no such tokenizer.
+    """
+    spec = _specification(tokenizer)
+    model, added = spec["model"], {t["id"]: t for t in spec.get("added_tokens", [])}
+    by_id = {i: text for text, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    if max(by_id) >= vocab_size:
+        raise ModelError(f"the tokenizer has {max(by_id) + 1:,} tokens, the model's embedding {vocab_size:,} rows")
+    of_bytes = not model.get("byte_fallback")
+    kinds = [_kind(by_id.get(i), added.get(i), i == tokenizer.unk_token_id, of_bytes) for i in range(vocab_size)]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    keys: dict[str, Any] = {
+        "ggml.model": "gpt2" if of_bytes else "llama",
+        "ggml.pre": _pre_tokenizer(spec) if of_bytes else "default",
+        "ggml.tokens": [by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)],
+        "ggml.token_type": kinds,
+    }
+    if of_bytes:
+        keys["ggml.merges"] = merges
+    else:
+        keys["ggml.scores"] = _scores(keys["ggml.tokens"], merges)
+        keys["ggml.add_space_prefix"] = _adds_space(spec)
+    ids = {n: getattr(tokenizer, attribute) for n, attribute in SPECIAL.items()}
+    keys |= {f"ggml.{n}_token_id": i for n, i in ids.items() if i is not None and i < vocab_size}
+    encoded = tokenizer("a")["input_ids"]
+    keys["ggml.add_bos_token"] = ids["bos"] is not None and encoded[0] == ids["bos"]
+    keys["ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1] == ids["eos"]
+    template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, dict) else template
+    return keys | ({"chat_template": template} if template else {})
+
+
+def _specification(tokenizer: Any) -> dict[str, Any]:
+    """Return the contents of the tokenizer's tokenizer.json."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = {} if backend is None else json.loads(backend.to_str())
+    kind = spec.get("model", {}).get("type")
+    if kind != "BPE":
+        raise ModelError(
+            f"GGUF files hold tokenizers with a BPE model, not {kind or type(tokenizer).__name__}: pass "
+            "tokenizer=None for a file without one"
+        )
+    return spec
+
+
+def _kind(text: str | None, added: dict[str, Any] | None, unknown: bool, of_bytes: bool) -> int:
+    if text is None:
+        return UNUSED
+    if unknown and not of_bytes:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added["special"] else USER_DEFINED
+    is_byte = not of_bytes and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return BYTE if is_byte else NORMAL
+
+
+def _pre_tokenizer(spec: dict[str, Any]) -> str:
+    """Return llama.cpp's name for how a tokenizer splits text before its merges."""
+    steps = spec.get("pre_tokenizer") or {}
+    split = tuple(_step(s) for s in steps.get("pretokenizers", [steps]))
+    split = tuple(s for s in split if s)
+    if split not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"the tokenizer splits text in a way that has no known name in llama.cpp ({', '.join(split)[:200]}): pass "
+            "tokenizer=None for a file without one"
+        )
+    return PRE_TOKENIZERS[split]
+
+
+def _step(step: dict[str, Any]) -> str:
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return "bytes" if step.get("use_regex") else ""  # without, only a change of letters
+    if kind == "Digits" and step.get("individual_digits"):
+        return "digits"
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return step["pattern"].get("Regex") or str(step["pattern"])
+    return str(kind)
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Return scores with which llama.cpp merges in the order of the merges: the sooner, the higher."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", "", 1), rank)
+    return [float(-ranks.get(t, len(merges)) if len(t) > 1 else 0) for t in tokens]
+
+
+def _adds_space(spec: dict[str, Any]) -> bool:
+    """Return whether a tokenizer puts a blank before the text."""
+    normalizer, pre = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    return any(
+        s.get("type") == "Prepend" or (s.get("type") == "Metaspace" and s.get("prepend_scheme") != "never")
+        for s in steps
+    )
