@@ -207,3 +207,51 @@ def held_out_cases() -> dict[str, Case]:
         x = torch.cat([video, video], 3).repeat(1, 1, 1, 1, 2) if large else video
         found[name] = (lambda n=name: lively(models.get_model(n, weights=None)), x)
     return found
+
+
+BREAKS = " with graph breaks"
+DYNAMO = [  # models for torch.compile(backend="rarefy")
+    "bert",
+    "roberta",
+    "distilbert" + BREAKS,
+    "vit" + BREAKS,
+    "deit",
+    "swin",
+    "clip",
+    "gpt2",
+    "opt",
+    "llama",
+    "qwen3" + BREAKS,
+    "gemma",
+    "t5",
+    "whisper",
+    "resnet18",
+    "squeezenet1_1" + BREAKS,
+    "shufflenet_v2_x0_5",
+    "mobilenet_v2",
+    "timm.convnext_atto" + BREAKS,
+    "timm.vit_tiny_patch16_224",
+]
+
+
+def dynamo_cases() -> dict[str, Case]:
+    """The models of `DYNAMO`. Those with graph breaks have one behind each child of their longest lists of blocks."""
+    cases = transformers_cases() | torchvision_cases() | timm_cases()
+
+    def make(name: str) -> nn.Module:
+        model = cases[name.removesuffix(BREAKS)][0]()
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+        for block in max(lists, key=len) if name.endswith(BREAKS) else ():
+            block.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        return model
+
+    return {n: (lambda n=n: make(n), example_without_cache(n, cases)) for n in DYNAMO}
+
+
+def example_without_cache(name: str, cases: dict[str, Case]) -> Any:
+    """Return the example of a case; language models return no keys and values."""
+    x = cases[name.removesuffix(BREAKS)][1]
+    return {**x, "use_cache": False} if name.removesuffix(BREAKS) in CACHING else x
+
+
+CACHING = ("gpt2", "opt", "llama", "qwen3", "gemma", "t5", "whisper")

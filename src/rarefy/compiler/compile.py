@@ -153,6 +153,7 @@ def compile(
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
+    dynamic: bool = True,
 ) -> Compiled:
     """Return a faster callable that returns what the model returns.
 
@@ -184,6 +185,7 @@ def compile(
             runs faster runs in torch, and zeros are skipped where that is faster; `print(compiled)` says so. Choices
             are remembered, see `runtime/tuning_cache.py`. False, or RAREFY_TUNE=0 in the environment: everything that
             the engine has runs natively.
+        dynamic: False fixes all sizes to the example's, and compiles in a part of the time.
 
     Returns:
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
@@ -227,11 +229,13 @@ def compile(
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     if dtype == torch.float32:
-        return _named(_compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes), model)
+        compiled = _compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes, dynamic)
+        return _named(compiled, model)
     if calibrate is not None:
         calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
     model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-    compiled = _compile(model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, solver, tune, notes)
+    args, kwargs = in_fp32(args), in_fp32(kwargs)
+    compiled = _compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes, dynamic)
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
@@ -255,11 +259,12 @@ def _compile(
     solver: str,
     tune: bool,
     notes: tuple[str, ...],
+    dynamic: bool,
 ) -> Compiled:
     """Return a model in fp32 compiled, but for modules in `ignored` in a precision; see `compile`."""
-    exported = export_graph(model, args, kwargs, passes_for(precision, calibrate is not None))
+    exported = export_graph(model, args, kwargs, passes_for(precision, calibrate is not None), dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
-    more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
+    more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
     if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
@@ -293,7 +298,7 @@ def _compile(
         example = _runnable(compiled, (args, kwargs), more)
         if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
-        compiled = _not_slower(model, compiled, weights, example, notes)
+        compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
         if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
             compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
@@ -347,6 +352,7 @@ def _not_slower(
     weights: Mapping[str, Tensor],
     example: tuple[Any, Any],
     notes: tuple[str, ...],
+    dynamic: bool,
 ) -> Compiled:
     """Return a compiled model that runs in torch what torch runs faster, all of it if need be.
 
@@ -356,6 +362,7 @@ def _not_slower(
         weights: dense weights by the names of their placeholders.
         example: arguments and keywords.
         notes: sentences about the model for `print`.
+        dynamic: whether sizes stay open.
     """
     args, kwargs = example
     slow = tuning.slow_nodes(compiled, weights, compiled.leaves(args, kwargs))
@@ -364,8 +371,8 @@ def _not_slower(
     ours, eager = tuning.seconds_of_calls(compiled, model, args, kwargs)
     if ours <= CLEARLY_FASTER * eager:
         return compiled
-    exported = export_graph(model, args, kwargs, TORCH_PASSES)
-    more = (args, kwargs) if exported.notes else two_samples(args, kwargs)
+    exported = export_graph(model, args, kwargs, TORCH_PASSES, dynamic=dynamic)
+    more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
     exported.torch_nodes.update(n for n in exported.graph.nodes if n.target in BY_TARGET)
     unchanged = Compiled(exported, {}, [input_spec(n.meta.get("val")) for n in exported.inputs])
     verify(model, unchanged, *more, tolerance(compiled.exported))

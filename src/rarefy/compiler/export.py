@@ -37,6 +37,7 @@ def export_graph(
     kwargs: Mapping[str, Any],
     passes: Sequence[Pass],
     name: str | None = None,
+    dynamic: bool = True,
 ) -> ExportedGraph:
     """Return a model's graph after all passes, with every size open that can be.
 
@@ -46,13 +47,14 @@ def export_graph(
         kwargs: its keywords.
         passes: run in order, each on every node.
         name: what messages call the model, by default its class.
+        dynamic: False: all sizes are fixed to those of the arguments, which takes less time.
 
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
     """
-    two = two_samples(args, kwargs)
+    two = two_samples(args, kwargs) if dynamic else (args, kwargs)
     try:
-        return run_passes(_export(model, *two), passes)
+        return run_passes(_export(model, *two, dynamic), passes)
     except ModelError:
         raise
     except Exception as error:  # torch.export raises its own classes, and those of whatever the model calls
@@ -62,7 +64,7 @@ def export_graph(
         if two[0] is args:
             raise ModelError(reason) from error
     try:
-        exported = run_passes(_export(model, args, kwargs), passes)
+        exported = run_passes(_export(model, args, kwargs, dynamic), passes)
     except ModelError:
         raise
     except Exception:
@@ -91,11 +93,11 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), (args, dict(kwargs)))
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any) -> Any:
+def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> Any:
     """Return torch's exported program without operators that change their inputs."""
     args, kwargs = distinct_tensors((args, dict(kwargs)))
     arguments = named_arguments(model, args, kwargs)
-    shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) else None, arguments)
+    shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) and dynamic else None, arguments)
     with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(FAKE_QUANTIZE):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
