@@ -65,7 +65,7 @@ def measure(make: Any, example: Any, precision: str | None, log: Lines) -> dict[
     log.lines.clear()
     model = make()
     args, kwargs = split_example(example)
-    fast = torch.compile(model, backend=dynamo.backend, options={"precision": precision})
+    fast = torch.compile(model, backend=dynamo.backend, options={} if precision is None else {"precision": precision})
     with torch.no_grad():
         want = tensors(model(*args, **kwargs))
         began = time.perf_counter()

@@ -65,7 +65,7 @@ def shared_memory(outputs: Sequence[Any], others: Sequence[Tensor]) -> list[tupl
     places: list[tuple[int, int] | None] = []
     for i, t in enumerate(outputs, len(others)):
         owner = owners.setdefault(_address(t), i) if isinstance(t, Tensor) and t.numel() else i
-        places.append(None if owner == i else (owner, t.storage_offset()))
+        places.append(None if owner == i else (owner, int(t.storage_offset())))
     return places
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,4 +66,5 @@ def _entries(t: Tensor) -> memoryview:
     count = min(span, max(1, PROBE_BYTES // t.element_size()))
     with torch.inference_mode(False), torch.no_grad():
         entries = t.detach().as_strided((count,), (1,), t.storage_offset() + (span - count) // 2)
-        return memoryview(entries.view(torch.uint8).numpy())
+        array: Any = entries.view(torch.uint8).numpy()
+        return memoryview(array)
