@@ -10,6 +10,7 @@ Public names load on first use (PEP 562), so `import rarefy` does not import tor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rarefy.common.after_import import after_import
 from rarefy.common.version import __version__
 
 if TYPE_CHECKING:
@@ -161,6 +162,13 @@ __all__ = [
     "stream",
     "tie_layers_",
 ]
+
+
+def _register_quantizer() -> None:
+    import_module("rarefy.integrations.hf_quantizer").register()
+
+
+after_import("transformers.quantizers.auto", _register_quantizer)  # so that AutoModel reads folders of `save`
 
 
 def __getattr__(name: str) -> Any:

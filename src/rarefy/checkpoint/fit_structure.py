@@ -26,6 +26,20 @@ def restore_structure_(saved: container.Container, model: nn.Module, structure: 
     Raises:
         ContainerError: the tensors of the folder do not fit the model.
     """
+    restore_records_(saved, model, structure, path)
+    _check_names(saved, model, path)
+    slots = tensor_slots(model)
+    for name, (module, leaf) in slots.items():
+        _check_tensor(saved, name, getattr(module, leaf), path)
+    return slots
+
+
+def restore_records_(saved: container.Container, model: nn.Module, structure: dict[str, Any], path: Any) -> None:
+    """Cut, tie and factorize a model as the records of a folder say.
+
+    Raises:
+        ContainerError: a record does not fit the model.
+    """
     if saved.meta.get("cut") is not None:
         check_record(saved.meta["cut"], path)
         if _is_cut_already(saved, model):
@@ -38,11 +52,6 @@ def restore_structure_(saved: container.Container, model: nn.Module, structure: 
     if factors != lowrank_modules.factor_records(model):
         lowrank_modules.restore_factors_(model, factors, path)
     activation_quant.restore_activation_quants_(model, saved.meta.get("inputs", {}), path)
-    _check_names(saved, model, path)
-    slots = tensor_slots(model)
-    for name, (module, leaf) in slots.items():
-        _check_tensor(saved, name, getattr(module, leaf), path)
-    return slots
 
 
 def skeleton(model: nn.Module) -> nn.Module:

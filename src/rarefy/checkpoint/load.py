@@ -80,7 +80,7 @@ def load(
         restore_structure_(saved, skeleton(model), structure, path)
     slots = restore_structure_(saved, model, structure, path)
     _load_tensors_(saved, model, slots, options, path)
-    _attach_receipt_(model, Path(path) / "receipt.json", saved.meta.get("recipe"))
+    attach_receipt_(model, Path(path) / "receipt.json", saved.meta.get("recipe"))
     return model
 
 
@@ -180,7 +180,7 @@ def _set_tensor_(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, tensor)
 
 
-def _attach_receipt_(model: nn.Module, file: Path, recipe: Any) -> None:
+def attach_receipt_(model: nn.Module, file: Path, recipe: Any) -> None:
     """Attach the receipt of a folder and its recipe to the model. A receipt that cannot be read is ignored: it is a
     record, not a part of the model."""
     if not file.is_file() or file.is_symlink() or file.stat().st_size >= MAX_RECEIPT_BYTES:

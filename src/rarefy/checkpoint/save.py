@@ -91,12 +91,29 @@ def save(
     recipe = recipe or getattr(model, "rarefy_recipe", None)
     structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
     meta = {"structure": structure, "recipe": recipe, "rarefy": __version__, **_structure_records(model)}
-    extra = {"config.json": json.dumps(structure["config"], indent=1).encode()} if structure["library"] else {}
+    extra = {"config.json": hf_config(structure, getattr(model, "rarefy_cut", None))} if structure["library"] else {}
     extra |= {**(files or {}), **(receipt.files() if receipt is not None else {})}
     state, tied = dict(folded_state(model)), aliases(model)
     packed = ((name, p) for name, p in pack(model, state, format, compress) if name not in tied)
     container.write(path, packed, aliases=tied, meta=meta, files=extra, overwrite=overwrite, compress=compress)
     return folder_bytes(os.path.realpath(path), WEIGHT_FILES)
+
+
+def hf_config(structure: Mapping[str, Any], cut: Mapping[str, Any] | None = None) -> bytes:
+    """Return the config.json of a saved Hugging Face model.
+
+    It names Rarefy as the quantization method, so that transformers hands the folder to
+    `rarefy.integrations.hf_quantizer`, and is refused where Rarefy is not installed. After a cut that no config can
+    express it is the config before the cut.
+    """
+    config = cut["base"] if cut and cut["base"] and not cut["config"] else structure["config"]
+    stamps = {"dtype": structure["dtype"], "architectures": [structure["class"]]}
+    return name_rarefy({**config, **stamps})
+
+
+def name_rarefy(config: Mapping[str, Any]) -> bytes:
+    """Return a config.json that names Rarefy as the quantization method."""
+    return json.dumps({**config, "quantization_config": {"quant_method": "rarefy"}}, indent=1).encode()
 
 
 def _save_compiled(

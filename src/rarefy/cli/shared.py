@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -146,12 +147,15 @@ def in_fp32(model: Any) -> Any:
 def files_beside_engine(source: Path) -> dict[str, bytes]:
     """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer."""
     from rarefy.checkpoint.export import side_files
+    from rarefy.checkpoint.save import name_rarefy
 
     if source.is_file():
         files = side_files(source.parent)
         return files_beside_engine(source.parent) if "tokenizer.json" in files else {}
     config = source / "config.json"  # transformers needs it to find the tokenizer class
-    return side_files(source) | ({config.name: config.read_bytes()} if config.is_file() else {})
+    if not config.is_file():
+        return side_files(source)
+    return side_files(source) | {config.name: name_rarefy(json.loads(config.read_text(encoding="utf-8")))}
 
 
 def show(result: Any, as_json: bool, quiet: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rarefy.common.errors import ContainerError, ModelError, RecipeError
-from rarefy.integrations import refuse_rewind
+from rarefy.integrations.rewind import refuse_rewind
 from rarefy.model.layers import unwrap
 from rarefy.model.masks import fold_
 from rarefy.pipeline.train_stage import Sparsifier

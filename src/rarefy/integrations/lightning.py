@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from rarefy.common.errors import RecipeError
-from rarefy.integrations import refuse_rewind
+from rarefy.integrations.rewind import refuse_rewind
 from rarefy.model.masks import fold_
 from rarefy.pipeline.train_stage import Sparsifier
 

@@ -133,6 +133,11 @@ def restore_(model: nn.Module, record: Any, path: Any) -> None:
     model.__dict__[NOTE] = {n: [list(g) for g in groups] for n, groups in record.items()}
 
 
+def forget_(model: nn.Module) -> None:
+    """Drop the note of which blocks share weights; the weights stay as they are."""
+    model.__dict__.pop(NOTE, None)
+
+
 def _groups(blocks: Any, every: int) -> list[list[int]]:
     """Return runs of `every` equal neighbours; a rest of two or more at the end is a group too."""
     groups: list[list[int]] = []

@@ -1,0 +1,301 @@
+"""Pipelines of transformers on the engine, against the same pipelines with the dense model."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import rarefy
+from rarefy.common.errors import DataError, ModelError
+
+transformers = pytest.importorskip("transformers")
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from rarefy.integrations.transformers import compile, pipeline
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = [*SPECIAL, *(f"w{i}" for i in range(59))]
+TEXTS = ["w1 w2 w3 w4 w5", "w6", "w7 w8 unknown w9 w10 w11 w12", "w13 w2 w14"]
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DISTIL = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+LABELS = {0: "entailment", 1: "neutral", 2: "contradiction"}
+NAMED = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+LLAMA = {**SIZES, "max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+
+
+def tokenizer_of():
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, [("[CLS]", 2), ("[SEP]", 3)])
+    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep", "mask")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names, model_max_length=128)
+
+
+def make(kind, config, seed=0):
+    """A model whose random weights are large enough to tell inputs apart."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    return model
+
+
+def same(a, b, within=1e-4):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], within) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y, within) for x, y in zip(a, b))
+    if isinstance(a, float | np.floating):
+        return math.isclose(a, b, rel_tol=0, abs_tol=within)
+    return a == b
+
+
+BERT = transformers.BertConfig(**SIZES, **NAMED)
+CASES = {
+    "feature-extraction": ("BertModel", BERT, {}),
+    "text-classification": ("BertForSequenceClassification", BERT, {"top_k": None}),
+    "token-classification": ("BertForTokenClassification", BERT, {}),
+    "ner": ("RobertaForTokenClassification", transformers.RobertaConfig(**SIZES, **NAMED), {"aggregation_strategy": "simple"}),
+    "fill-mask": ("BertForMaskedLM", BERT, {}),
+    "sentiment-analysis": ("DistilBertForSequenceClassification", transformers.DistilBertConfig(**DISTIL, **NAMED), {}),
+    "zero-shot-classification": ("BertForSequenceClassification", BERT, {"candidate_labels": ["w1 w2", "w3", "w40"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_texts(task):
+    kind, config, options = CASES[task]
+    model, tokenizer = make(kind, config), tokenizer_of()
+    fast = pipeline(task, model, tokenizer=tokenizer)
+    dense = transformers.pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+    texts = [f"{t} [MASK]" for t in TEXTS] if task == "fill-mask" else TEXTS
+    assert same(fast(texts[0], **options), dense(texts[0], **options))
+    assert same(fast(texts, **options), dense(texts, **options))
+    if task != "feature-extraction":  # whose outputs at padding are zeros
+        assert same(fast(texts, batch_size=3, **options), dense(texts, batch_size=3, **options))
+    assert isinstance(fast.model, type(model)) and type(fast.model).__name__ == kind
+    assert model.dtype == fast.model.dtype == torch.float32 and fast.model.device.type == "cpu"
+    with torch.no_grad():
+        a, b = (m(**tokenizer("w1 w2", return_tensors="pt")) for m in (fast.model, model))
+    assert type(a) is type(b) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+def test_images(name, tmp_path):
+    vit = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "ViT": {**vit, "image_size": 32, "patch_size": 8},
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes[name], **NAMED)
+    model = make(f"{name}ForImageClassification", config)
+    reader = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)) for i in range(3)]
+    dense = transformers.pipeline("image-classification", model=model, image_processor=reader, device="cpu")
+    fast = pipeline("image-classification", model, image_processor=reader)
+    assert same(fast(images, top_k=3), dense(images, top_k=3)) and same(fast(images[0]), dense(images[0]))
+    fast.save_pretrained(tmp_path / "out")
+    again = pipeline("image-classification", tmp_path / "out")
+    assert same(again(images, batch_size=2), dense(images, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForQuestionAnswering", "BertForMultipleChoice", "LlamaForSequenceClassification"]
+)
+def test_heads_without_a_pipeline(kind):
+    config = transformers.LlamaConfig(**LLAMA) if kind.startswith("Llama") else transformers.BertConfig(**SIZES)
+    model, tokenizer = make(kind, config), tokenizer_of()
+    batch = dict(tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt"))
+    other = dict(tokenizer(["w5 w6 w7 w8 w9"] * 3, return_tensors="pt"))
+    batch, other = ({k: v for k, v in b.items() if kind[0] == "B" or k != "token_type_ids"} for b in (batch, other))
+    if kind == "BertForMultipleChoice":
+        batch, other = ({k: v[:, None].repeat(1, 2, 1) for k, v in b.items()} for b in (batch, other))
+    use_cache = model.config.use_cache if hasattr(model.config, "use_cache") else None
+    fast = compile(model, batch)
+    assert getattr(model.config, "use_cache", None) == use_cache
+    for b in (batch, other):
+        with torch.no_grad():
+            a, b = fast(**b), model(**b)
+        shared = [n for n in a if isinstance(a[n], torch.Tensor)]
+        assert type(a) is type(b) and shared
+        assert all(torch.allclose(a[n], b[n], atol=1e-4, rtol=1e-4) for n in shared)
+
+
+def test_calls_are_those_of_the_model():
+    model, tokenizer = make("BertForSequenceClassification", BERT), tokenizer_of()
+    fast = compile(model, tokenizer=tokenizer)
+    ids = torch.tensor([[2, 7, 8, 3]])
+    with torch.no_grad():
+        want = model(ids).logits
+    assert torch.allclose(fast(ids).logits, want, atol=1e-4)  # the mask and token types are filled in
+    assert torch.allclose(fast(input_ids=ids, return_dict=False)[0], want, atol=1e-4)
+    assert fast.eval() is fast and fast.to("cpu") is fast and fast.num_parameters() == model.num_parameters()
+    for call, message in (
+        (lambda: fast(ids, labels=torch.tensor([0])), "computes no loss"),
+        (lambda: fast(ids, output_attentions=True), "compiled without output_attentions"),
+        (lambda: fast(ids, position_ids=ids), "compiled without position_ids: pass an example="),
+        (lambda: fast.train(), "cannot be trained"),
+        (lambda: fast.half(), "stays on the CPU in its precision"),
+        (lambda: fast.to("cuda"), "stays on the CPU"),
+        (lambda: fast.to(torch.float16), "stays on the CPU"),
+        (lambda: fast.state_dict(), "has no state_dict"),
+        (lambda: fast.generate(ids), "generates no text"),
+        (lambda: compile(fast), "is compiled already"),
+        (lambda: compile(torch.nn.Linear(2, 2)), "use rarefy.compile"),
+    ):
+        with pytest.raises((ModelError, DataError), match=message):
+            call()
+    only_ids = compile(model, {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 3, 4]])})
+    assert torch.allclose(only_ids(ids, attention_mask=torch.ones_like(ids)).logits, want, atol=1e-4)
+    with pytest.raises(DataError, match="compiled without attention_mask"):
+        only_ids(ids, attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    deep = copy.deepcopy(model)
+    deep.config.output_hidden_states = True
+    out = compile(deep, tokenizer=tokenizer)(ids, output_hidden_states=True)
+    with torch.no_grad():
+        assert torch.allclose(out.hidden_states[1], deep(ids).hidden_states[1], atol=1e-4)
+
+
+def test_precision_and_compiled_folders(tmp_path):
+    model, tokenizer = make("BertForSequenceClassification", BERT), tokenizer_of()
+    fast = pipeline("text-classification", model, tokenizer=tokenizer, precision="int8")
+    dense = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    assert [r["label"] for r in fast(TEXTS)] == [r["label"] for r in dense(TEXTS)]
+    fast.save_pretrained(tmp_path / "out")
+    again = pipeline("text-classification", tmp_path / "out")
+    plain = transformers.pipeline("text-classification", str(tmp_path / "out"), device="cpu")  # transformers' own
+    assert again(TEXTS) == plain(TEXTS) == fast(TEXTS)
+    assert again.model.config.id2label == LABELS and next(again.model.parameters()).is_meta
+    with pytest.raises(ModelError, match="is compiled already: leave out precision"):
+        pipeline("text-classification", tmp_path / "out", precision="int8")
+    with pytest.raises(ModelError, match="holds a compiled BertForSequenceClassification: load it as that class"):
+        pipeline("feature-extraction", tmp_path / "out")
+
+
+def test_folders_of_each_kind_run_in_pipelines(tmp_path):
+    tokenizer = tokenizer_of()
+    for name, change in {
+        "sparse": lambda m: rarefy.prune_(m, "2:4", layers="*layer.*"),
+        "low rank": lambda m: rarefy.factorize_(m, rank=8, layers="*layer.*"),
+    }.items():
+        model = make("BertForTokenClassification", BERT)
+        change(model)
+        rarefy.save(model, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        dense = transformers.pipeline("ner", str(tmp_path / name), device="cpu")
+        assert same(pipeline("ner", tmp_path / name)(TEXTS), dense(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def writers():
+    model, tokenizer = make("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA)), tokenizer_of()
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast = pipeline("text-generation", model, tokenizer=tokenizer)
+    return fast, transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False, "max_new_tokens": 9},
+        {"do_sample": False, "max_new_tokens": 9, "return_full_text": False, "batch_size": 2},
+        {"do_sample": False, "max_length": 15},
+        {"do_sample": False, "max_new_tokens": 6, "repetition_penalty": 1.5},
+        {"do_sample": True, "max_new_tokens": 9, "temperature": 0.7, "top_k": 5},
+        {"do_sample": True, "max_new_tokens": 9, "top_p": 0.6, "num_return_sequences": 3},
+        {"do_sample": False, "max_new_tokens": 5, "eos_token_id": 9, "return_tensors": True},
+        {"generation_config": transformers.GenerationConfig(max_new_tokens=4, do_sample=False)},
+    ],
+    ids=str,
+)
+def test_text_generation(writers, options):
+    texts = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
+    results = []
+    for write in writers:
+        torch.manual_seed(1)
+        results.append(write(texts, **options))
+    assert results[0] == results[1]
+
+
+def test_text_generation_of_chats_and_streams(writers):
+    fast, dense = writers
+    chat = [{"role": "user", "content": "w1 w2"}]
+    assert fast(chat, max_new_tokens=4, do_sample=False) == dense(chat, max_new_tokens=4, do_sample=False)
+
+    class Collect:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    ids, streams = torch.tensor([[2, 7, 8]]), []
+    for write in writers:
+        streams.append(Collect())
+        write.model.generate(ids, max_new_tokens=4, do_sample=False, streamer=streams[-1])
+    assert streams[0].tokens == streams[1].tokens
+    with torch.no_grad():
+        assert torch.allclose(fast.model(ids).logits, dense.model(ids).logits, atol=1e-4)
+        ids, mask = torch.tensor([[0, 0, 7, 8], [2, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        a, b = (
+            m(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
+            for m in (fast.model, dense.model)
+        )
+        assert torch.allclose(a[mask.bool()], b[mask.bool()], atol=1e-4)
+        assert torch.equal(fast.model(ids, logits_to_keep=2).logits, fast.model(ids).logits[:, -2:])
+    for options, message in (
+        ({"num_beams": 4}, "generate on the engine has no num_beams"),
+        ({"num_return_sequences": 2, "do_sample": False}, "do not support `num_return_sequences`"),
+        ({"prefix_allowed_tokens_fn": print}, "has no prefix_allowed_tokens_fn"),
+        ({"max_length": 2}, "pass max_new_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fast.model.generate(torch.tensor([[2, 7, 8]]), **options)
+    with pytest.raises(DataError, match="needs a prompt"):
+        fast.model.generate()
+
+
+def test_language_models_in_folders(writers, tmp_path):
+    fast, dense = writers
+    fast.save_pretrained(tmp_path / "decoder")
+    again = transformers.pipeline("text-generation", str(tmp_path / "decoder"), device="cpu")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert again("w1 w2", **options) == dense("w1 w2", **options)
+    assert again.model.generation_config.eos_token_id == 3
+    with pytest.raises(ModelError, match="example= has no effect on a language model"):
+        compile(dense.model, {"input_ids": torch.ones(1, 2, dtype=torch.int64)})
+
+
+def test_wrong_arguments(tmp_path):
+    model, tokenizer = make("BertModel", BERT), tokenizer_of()
+    for call, message in (
+        (
+            lambda: pipeline("text-clasification", model),
+            "no task 'text-clasification': did you mean 'text-classification'?",
+        ),
+        (lambda: pipeline("question-answering", model), "has no task 'question-answering'"),
+        (lambda: pipeline("fill-mask", tmp_path / "none"), "none does not exist: expected a model folder, or one of"),
+        (lambda: pipeline("fill-mask", tmp_path), "has no config.json"),
+        (lambda: pipeline("fill-mask", 3), "expected a folder or a model of transformers, got int"),
+        (lambda: pipeline("feature-extraction", model), "needs a tokenizer or an image processor"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            call()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ModelError, match="has no weights for text-classification: classifier.bias, classifier.weight are missing"
+    ):
+        pipeline("text-classification", tmp_path / "base")
+    with pytest.raises(ModelError, match="image-classification: transformers has no such model for a bert config"):
+        pipeline("image-classification", tmp_path / "base")
