@@ -184,8 +184,8 @@ def _load(folder: Path, classes: tuple[Any, ...], task: str) -> Any:
     except (OSError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}") from None
     if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:2])
-        raise ModelError(f"{folder} has no weights for {task}: {some} are missing; give a folder of such a model")
+        missing = ", ".join(sorted(info["missing_keys"])[:2])
+        raise ModelError(f"{folder} has no weights for {task}: {missing} are missing; give a folder of such a model")
     return model.eval()
 
 
