@@ -64,7 +64,7 @@ def test_the_recipe_gives_the_same_weights_from_the_data_of_the_result(data):
 
 
 def test_a_trained_model_is_made_again_from_the_data_of_the_result():
-    found = optimize(NET, X[:4], BATCHES, "agreement", train_minutes=0.05, max_loss=0.2, minutes=0.2, batch=64)
+    found = optimize(NET, X[:4], BATCHES, "agreement", train_minutes=0.3, **{**FAST, "minutes": 5})
     index = next(i for i, p in enumerate(found.points) if "trained" in p.name)
     point, again = found.points[index], copy.deepcopy(NET)
     trained = sum(len(x) for x, _ in BATCHES[:-1])

@@ -57,7 +57,7 @@ def language_model():
 
 @pytest.fixture(scope="module")
 def searched(language_model):
-    return optimize(language_model, TEXTS[0], TEXTS, minutes=0.15)
+    return optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers="model.layers.0.self_attn.q_proj")
 
 
 def test_a_language_model_is_judged_by_its_perplexity(language_model, searched):

@@ -37,6 +37,8 @@ class Point:
         precision: of the engine: None for fp32, "bf16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.
         calibrated: whether scales in 8 bits are static, found on the calibration data.
+        checked_loss: the loss on evaluation data that the search has not used, in the unit of `loss`; None for points
+            that were not measured there.
         layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
         seconds: what making and measuring it took.
         error: why it could not be made; "" where it was.
@@ -57,6 +59,7 @@ class Point:
     error: str = ""
     ignore: tuple[str, ...] = ()
     calibrated: bool = False
+    checked_loss: float | None = None
 
     @property
     def slowest(self) -> float:

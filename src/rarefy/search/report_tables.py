@@ -31,6 +31,7 @@ def points_table(frontier: Any) -> Html:
         Column("model", lambda r: _name(frontier, *r), lambda r: r[0]),
         Column("quality", lambda r: quality_text(frontier, r[1].quality), lambda r: r[1].quality, numeric=True),
         Column(f"loss, {unit}", lambda r: loss_text(frontier, r[1].loss), lambda r: r[1].loss, numeric=True),
+        *([_checked(frontier, unit)] if any(p.checked_loss is not None for p in frontier.points) else []),
         *(_time(batch) for batch in frontier.batches),
         Column("MB on disk", lambda r: size_text(r[1].disk_bytes), lambda r: r[1].disk_bytes or None, numeric=True),
         Column("MB in memory", lambda r: size_text(r[1].memory_bytes), lambda r: r[1].memory_bytes or None, True),
@@ -64,6 +65,12 @@ def peers_table(frontier: Any) -> Html:
         *(time(batch) for batch in frontier.batches),
     ]
     return table("Other engines, timed in the same run", columns, frontier.peers)
+
+
+def _checked(frontier: Any, unit: str) -> Column:
+    """Return the column of losses on data that the search has not used."""
+    text = f"loss on data held back, {unit}"
+    return Column(text, lambda r: loss_text(frontier, r[1].checked_loss), lambda r: r[1].checked_loss, numeric=True)
 
 
 def _or_dash(value: float | None) -> str:

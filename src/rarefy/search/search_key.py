@@ -36,6 +36,7 @@ def search_key(task: Task, evaluate: Any, eval_data: Any) -> dict[str, Any]:
         eval_data=digest(eval_data),
         evaluate=function_key(evaluate),
         metric=task.metric.name,
+        held_back=task.check is not None,
         higher_is_better=task.metric.higher_is_better,
         batches=list(task.batches),
         targets=task.targets.to_dict(),

@@ -34,6 +34,7 @@ class Task:
         seed: of all random choices.
         progress: whether to say what is measured.
         other_engines: whether the dense model is measured in ONNX Runtime and OpenVINO too.
+        check: the metric on data held back, by which the best models are measured once more; None without such data.
     """
 
     dense: nn.Module
@@ -50,3 +51,4 @@ class Task:
     seed: int = 0
     progress: bool = False
     other_engines: bool = False
+    check: Metric | None = None
