@@ -53,7 +53,6 @@ class Tokens:
 
     @property
     def tiles(self) -> int:
-        """Return the number of tiles of `NT` columns."""
         return -(-self.columns // NT)
 
 
