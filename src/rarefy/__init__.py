@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rarefy.checkpoint.save import save as save
     from rarefy.common.errors import RarefyError as RarefyError
     from rarefy.common.report import Report as Report
-    from rarefy.compiler.compile import compile as compile
     from rarefy.dependency.graph import groups as groups
     from rarefy.evaluation.receipt import Receipt as Receipt
+    from rarefy.generation.compile import compile as compile
     from rarefy.generation.decoder import decoder as decoder
     from rarefy.generation.sampling import generate as generate
     from rarefy.generation.sampling import stream as stream
@@ -83,7 +83,7 @@ _MODULES = {  # public name -> module that defines it
     "accelerate_": "rarefy.runtime.accelerate",
     "adopt_": "rarefy.model.masks",
     "cast_": "rarefy.pipeline.cast",
-    "compile": "rarefy.compiler.compile",
+    "compile": "rarefy.generation.compile",
     "compress_": "rarefy.pipeline.compress",
     "cut_": "rarefy.structured.cut",
     "decoder": "rarefy.generation.decoder",

@@ -14,7 +14,9 @@ from rarefy.compiler.subgraph import FusedSubgraph
 from rarefy.data import builtin
 from rarefy.generation import decoder
 from rarefy.generation.kv_cache import Cache
-from rarefy.generation.sampling import Sampling, choose
+from rarefy.generation.logits import process, processors
+from rarefy.generation.loop import pick
+from rarefy.generation.options import Options
 from rarefy.model import hf
 from rarefy.model.activation_quant import set_activation_quant_
 from rarefy.runtime import bindings
@@ -291,8 +293,15 @@ def test_choice_by_probability():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
     none = torch.zeros(20000, 0, dtype=torch.int64)
     p = logits[0].softmax(-1)
-    for how, kept in (({}, 4), ({"top_k": 2}, 2), ({"top_p": float(p[0]) + 0.01}, 2), ({"top_p": 0.3}, 1)):
-        drawn = choose(logits, none, Sampling(do_sample=True, **how), torch.Generator().manual_seed(0))
+    for how, kept in (
+        ({}, 4),
+        ({"top_k": 2}, 2),
+        ({"min_p": 0.2}, 2),
+        ({"top_p": float(p[0]) + 0.01}, 2),
+        ({"top_p": 0.3}, 1),
+    ):
+        scores = process(processors(Options(do_sample=True, **how), (), 0, None), none, logits)
+        drawn = pick(scores, True, torch.Generator().manual_seed(0))
         share = torch.bincount(drawn, minlength=4) / len(drawn)
         want = torch.where(torch.arange(4) < kept, p, 0.0)
         assert (share - want / want.sum()).abs().max() < 0.02
@@ -307,12 +316,12 @@ def test_choice_by_probability():
         ({"temperature": 0.5}, "temperature has no effect"),
         ({"seed": 1}, "seed has no effect"),
         ({"do_sample": True, "temperature": 0.0}, "above 0, got 0.0"),
-        ({"do_sample": True, "top_k": 0}, "top_k: expected a number of tokens"),
+        ({"do_sample": True, "top_k": -1}, "top_k: expected a whole number of at least 0"),
         ({"do_sample": True, "top_p": 1.5}, "top_p: expected a probability"),
         ({"repetition_penalty": -1.0}, "repetition_penalty: expected a number above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
         ({"max_new_tokens": 509}, "has 512 positions: a prompt of 4 tokens and 509 new ones exceed that"),
-        ({"num_beams": 4}, "unknown option 'num_beams'; choose from attention_mask, do_sample, max_new_tokens"),
+        ({"num_beam": 4}, "unknown option 'num_beam'; choose from assistant_model, attention_mask, details, do_sample"),
         ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
         ({"precision": "int8"}, "precision is fixed when the decoder is built"),
         ({"attention_mask": torch.ones(1, 3)}, "expected attention_mask of the shape of ids, [1, 4], got [1, 3]"),

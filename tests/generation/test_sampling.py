@@ -96,9 +96,7 @@ def test_several_prompts_are_a_batch(run, given, monkeypatch):
 
 
 def test_a_text_that_is_empty(run, given, monkeypatch):
-    monkeypatch.setattr(
-        "rarefy.generation.sampling.stream", lambda _, ids, **how: iter([torch.ones(len(ids), dtype=torch.int64)])
-    )
+    monkeypatch.setattr(Decoder, "__call__", lambda _, ids, *args, **how: torch.eye(64)[1].expand(len(ids), 1, 64))
     words = ("generate", given / "decoder", "-p", "w1 w2 w3", "--max-new-tokens", 6)
     ran = run(*words)
     note = "no text was generated: the model ended at once; --chat may help\n"
@@ -155,6 +153,19 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --prompt w1 --temperature 0", "--temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --temperature -1", "temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --top-p 1.5", "top_p: expected a probability"),
+        ("{decoder} --prompt w1 --min-p 2", "min_p: expected a probability from 0 to 1"),
+        ("{decoder} --prompt w1 --greedy --top-p 0.5", "--top-p has no effect on the most likely token: drop --greedy"),
+        ("{decoder} --prompt w1 --greedy --n 2", "--n would return the same text several times"),
+        ("{decoder} --prompt w1 --beams 2 --n 3", "a search of 2 beams returns at most 2 texts, got 3"),
+        ("{decoder} --prompt w1 --length-penalty 2", "length_penalty has no effect without a beam search"),
+        ("{decoder} --prompt w1 --system w2", "--system has no effect without --chat"),
+        ("{decoder} --prompt w1 --logprobs 2", "--logprobs has no effect without --json"),
+        ("{decoder} --prompt w1 --json-schema no.json", "--json-schema: no.json cannot be read"),
+        ("{decoder} --prompt w1 --grammar no.lark", "--grammar: no.lark cannot be read"),
+        ("{decoder} --prompt w1 --regex a --json-schema {{}}", "a text follows one constraint"),
+        ("{decoder} --prompt w1 --lookup 2 --draft {decoder}", "tokens are guessed one way"),
+        ("{decoder} --prompt w1 --prompt w2 --lookup 2", "works for one text at a time, got 2"),
+        ("{decoder} --prompt w1 --beams 2 --draft {decoder}", "assistant_model has no effect on a beam search"),
         ("{decoder} --prompt w1 --repetition-penalty 0", "repetition_penalty: expected a number above 0"),
         ("{decoder} --prompt w1 --max-new-tokens 128", "the model has 128 positions"),
         ("{wordless} --prompt w1", "has no tokenizer: add its files, such as tokenizer.json, or give --ids"),

@@ -18,6 +18,7 @@ EXTRAS = {
     "tokenizers": "hf",
     "gguf": "hf",
     "accelerate": "hf",
+    "llguidance": "json",
     "torchvision": "vision",
     "pillow": "vision",
     "onnx": "onnx",

@@ -20,7 +20,16 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli import bench_command, inference_commands, migrate_command, optimize, profile, sensitivity, shared
+from rarefy.cli import (
+    bench_command,
+    generate_command,
+    inference_commands,
+    migrate_command,
+    optimize,
+    profile,
+    sensitivity,
+    shared,
+)
 from rarefy.cli import report as report_command
 from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
@@ -233,7 +242,7 @@ def inspect(
 
 
 app.command()(optimize.optimize)
-app.command()(inference_commands.generate)
+app.command()(generate_command.generate)
 app.command("compile")(inference_commands.compile_)
 app.command()(bench_command.bench)
 app.command()(profile.profile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.program import MAX_DECODE_TOKENS
-from rarefy.generation.kv_cache import TILE, Cache
+from rarefy.generation.kv_cache import TILE, Cache, slots_of
+from rarefy.generation.options import checked_defaults, model_defaults
+from rarefy.generation.request import check_ids, generate_ids, stream_steps
 from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
@@ -100,7 +102,7 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
         exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__)
     if not exported.cache_features:
         raise ModelError(f"{type(model).__name__} has no attention that can use a KV cache")
-    exported.notes += notes
+    exported.notes += (*notes, *model_defaults(getattr(model, "generation_config", None))[1])
     exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     numbers = _token_numbers(model)
@@ -134,6 +136,7 @@ def _token_numbers(model: Any) -> dict[str, Any]:
         "max_tokens": getattr(config, "max_position_embeddings", None),
         "eos_tokens": eos,
         "pad_token": pad if 0 <= pad < vocab_size else (*eos, 0)[0],
+        "generation_defaults": model_defaults(getattr(model, "generation_config", None))[0],
     }
 
 
@@ -161,16 +164,6 @@ class _Step(nn.Module):
         return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
 
 
-def check_ids(ids: Any) -> None:
-    """Raise DataError unless ids are int64 [batch, tokens] with a token."""
-    if not isinstance(ids, Tensor):
-        raise DataError(f"expected ids as an int64 tensor [batch, tokens], got {type(ids).__name__}")
-    if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise DataError(f"expected ids as int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
-    if not ids.numel():
-        raise DataError(f"the prompt is empty: ids are {list(ids.shape)}")
-
-
 class Decoder:
     """A language model's decoding step with a KV cache; made by `decoder`, or by `load` from a folder.
 
@@ -180,6 +173,7 @@ class Decoder:
         max_tokens: tokens that a text may have, by the model's positions; None where there is no limit.
         eos_tokens: tokens that end a text.
         pad_token: follows a text that has ended.
+        generation_defaults: options of `generate` that the model's `generation_config` sets.
     """
 
     def __init__(
@@ -189,9 +183,11 @@ class Decoder:
         max_tokens: int | None,
         eos_tokens: tuple[int, ...],
         pad_token: int,
+        generation_defaults: Mapping[str, Any] | None = None,
     ):
         self.compiled, self.vocab_size, self.max_tokens = compiled, vocab_size, max_tokens
         self.eos_tokens, self.pad_token = eos_tokens, pad_token
+        self.generation_defaults = checked_defaults(generation_defaults or {})
 
     def eval(self) -> Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
@@ -220,7 +216,8 @@ class Decoder:
             if int(starts.max()) == mask.shape[1]:
                 raise DataError("a prompt is empty: its attention_mask has no one")
         padded = starts is not None and bool(starts.any())
-        return Cache(self.compiled.exported.cache_features, batch, capacity, starts if padded else None)
+        exported = self.compiled.exported
+        return Cache(exported.cache_features, batch, capacity, starts if padded else None, slots_of(exported.graph))
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits of the next tokens, and append these to the cache.
@@ -300,32 +297,13 @@ class Decoder:
                 "many: make it larger, decoder.cache(batch, capacity)"
             )
 
-    def stream(
-        self, ids: Tensor, max_new_tokens: int, choose: Callable[[Tensor, Tensor], Tensor], mask: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """Yield the next token [batch] of each sequence until all have ended.
+    def generate(self, ids: Tensor, **options: Any) -> Any:
+        """Return prompts with the text that follows, as `rarefy.generate(decoder, ids, **options)` does."""
+        return generate_ids(self, ids, **options)
 
-        Args:
-            ids: the prompts, int64 [batch, tokens].
-            max_new_tokens: most tokens to yield.
-            choose: returns the next token [batch] for logits [batch, vocab_size] and the ids so far [batch, tokens].
-            mask: as for `cache`.
-        """
-        batch, tokens = ids.shape
-        cache = self.cache(batch, tokens + max_new_tokens, mask)
-        ended = torch.zeros(batch, dtype=torch.bool)
-        eos = torch.tensor(self.eos_tokens, dtype=torch.int64)
-        so_far = ids if mask is None else torch.where(mask == 0, ids[:, -1:], ids)  # padding is no text
-        new = ids
-        for _ in range(max_new_tokens):
-            logits = self(new, cache, last=True)[:, -1]
-            token = torch.where(ended, self.pad_token, choose(logits, so_far))
-            yield token
-            ended = ended | torch.isin(token, eos)
-            if ended.all():
-                return
-            new = token[:, None]
-            so_far = torch.cat([so_far, new], 1)
+    def stream(self, ids: Tensor, **options: Any) -> Iterator[Tensor]:
+        """Yield the next token of each text, as `rarefy.stream(decoder, ids, **options)` does."""
+        return (step.tokens for step in stream_steps(self, ids, **options))
 
     def __repr__(self) -> str:
         features = self.compiled.exported.cache_features

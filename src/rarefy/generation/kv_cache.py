@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,16 @@ from rarefy.common.errors import DataError
 from rarefy.runtime.huge_pages import allocate
 
 TILE = 64  # tokens
+
+
+def slots_of(graph: Any) -> list[tuple[int, int]]:
+    """Return where a graph's cached attention keeps the keys and values of each layer, and their features."""
+    slots: list[tuple[int, int]] = []
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", "") == "cached_attention":
+            keys, values = node.args[4]
+            slots += [(keys, values - keys), (values, values - keys)]
+    return slots
 
 
 class Cache:
@@ -24,9 +37,18 @@ class Cache:
         capacity: max_tokens rounded up to whole tiles.
         past: tokens that it holds.
         starts: first token of each sequence that is no padding, [batch]; None without padding.
+        slots: where the keys and values of each layer begin, and their features.
     """
 
-    def __init__(self, features: int, batch: int, capacity: int, starts: Tensor | None = None):
+    def __init__(
+        self,
+        features: int,
+        batch: int,
+        capacity: int,
+        starts: Tensor | None = None,
+        slots: Sequence[tuple[int, int]] = (),
+    ):
+        self.slots = tuple(slots)
         for name, n in (("batch", batch), ("capacity", capacity)):
             check_int(name, n, 1, DataError)
         self.features, self.batch, self.max_tokens, self.past = features, batch, capacity, 0
@@ -44,6 +66,25 @@ class Cache:
         tokens = self.batch * self.capacity
         part = self.memory[slot * tokens : (slot + features) * tokens]
         return part.view(self.batch, -1, features, TILE).transpose(2, 3)
+
+    def repeated(self, count: int) -> Cache:
+        """Return a cache with each sequence `count` times, one after the other. O(tokens that it holds)."""
+        starts = None if self.starts is None else self.starts.repeat_interleave(count, 0)
+        other = Cache(self.features, self.batch * count, self.max_tokens, starts, self.slots)
+        other.past, tiles = self.past, -(-self.past // TILE)
+        for slot, features in self.slots:
+            source = self._view(slot, features)[:, :tiles]
+            other._view(slot, features)[:, :tiles] = source.repeat_interleave(count, 0)
+        return other
+
+    def select_(self, rows: Tensor) -> None:
+        """Replace the sequences by those of other rows [batch], as a beam search goes on. O(tokens that it holds)."""
+        if torch.equal(rows, torch.arange(self.batch)):
+            return
+        tiles = -(-self.past // TILE)
+        for slot, features in self.slots:
+            view = self._view(slot, features)[:, :tiles]
+            view.copy_(view[rows])
 
     def append(self, slot: int, new: Tensor) -> Tensor:
         """Write keys or values behind `past`, which stays; torch runs this where there are no kernels.

@@ -1,89 +1,17 @@
-"""`generate` and `stream`: text from a language model on the engine, with the sampling options of transformers."""
+"""`generate` and `stream`: text from a language model on the engine, with the options of transformers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rarefy.common.checks import check_int
-from rarefy.common.errors import DataError, unknown
+from rarefy.common.errors import DataError
 from rarefy.common.renamed import renamed_parameters
-from rarefy.generation.decoder import Decoder, check_ids, decoder
-
-OPTIONS = ("max_new_tokens", "attention_mask", "seed", "precision")  # of `stream`, besides those of `Sampling`
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; names and meanings are those of transformers.
-
-    Attributes:
-        do_sample: draw by probability; False takes the most likely token.
-        temperature: scores are divided by it, above 0.
-        top_k: draw among the k most likely tokens; None for all.
-        top_p: draw among the most likely tokens that together have this probability, above 0, at most 1; None for all.
-        repetition_penalty: positive scores of tokens that occurred are divided by it, negative ones multiplied.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        changed = {
-            "temperature": self.temperature != 1.0,
-            "top_k": self.top_k is not None,
-            "top_p": self.top_p is not None,
-        }
-        unused = [n for n, is_changed in changed.items() if is_changed]
-        if unused and not self.do_sample:
-            raise DataError(f"{unused[0]} has no effect on the most likely token: pass do_sample=True")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise DataError(
-                f"temperature: expected a number above 0, got {self.temperature}; "
-                "do_sample=False takes the most likely token"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise DataError(f"top_k: expected a number of tokens from 1 up, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise DataError(f"top_p: expected a probability above 0, at most 1, got {self.top_p}")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise DataError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}")
-
-
-def choose(logits: Tensor, so_far: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Return the next token [batch]. O(vocab_size), with top_p O(vocab_size log vocab_size).
-
-    Args:
-        logits: [batch, vocab_size].
-        so_far: the ids before, [batch, tokens].
-        sampling: how to choose.
-        generator: draws random numbers; None for torch's own.
-    """
-    scores = logits.float()
-    if sampling.repetition_penalty != 1.0:
-        occurred, penalty = scores.gather(1, so_far), sampling.repetition_penalty
-        scores = scores.scatter(1, so_far, torch.where(occurred < 0, occurred * penalty, occurred / penalty))
-    if not sampling.do_sample:
-        return scores.argmax(-1)
-    scores = scores / sampling.temperature
-    if sampling.top_k is not None:
-        threshold = scores.topk(min(sampling.top_k, scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < threshold, -math.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ascending, order = scores.sort()
-        unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        unlikely[:, -1] = False
-        scores = scores.masked_fill(unlikely.scatter(1, order, unlikely), -math.inf)
-    return scores.softmax(-1).multinomial(1, generator=generator)[:, 0]
+from rarefy.generation.decoder import Decoder, decoder
+from rarefy.generation.options import model_defaults
+from rarefy.generation.request import check_ids, check_options, generate_ids, stream_steps
 
 
 @renamed_parameters(values="precision")
@@ -91,25 +19,21 @@ def stream(
     model: nn.Module | Decoder,
     ids: Tensor,
     *,
-    max_new_tokens: int = 128,
     attention_mask: Tensor | None = None,
-    seed: int | None = None,
     precision: str | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence as soon as it is computed, until all sequences have ended.
 
     Args:
         model: a `Decoder`, or a language model, from which `decoder` makes one first (seconds to minutes).
         ids: the prompts, int64 [batch, tokens].
-        max_new_tokens: most tokens to yield.
         attention_mask: [batch, tokens], 0 for padding, which must be on the left, else 1; None without padding.
-        seed: makes sampling repeatable; needs do_sample=True.
         precision: of a model: "int8", as for `decoder`.
-        **sampling: do_sample, temperature, top_k, top_p, repetition_penalty, as in transformers.
+        **options: those of `generate` but for `num_beams`.
 
     Yields:
-        int64 [batch]; the padding token for sequences that have ended.
+        int64 [texts]; the padding token for sequences that have ended.
 
     Raises:
         DataError: for an unknown option, options that contradict each other or have no effect, and more tokens than the
@@ -122,33 +46,21 @@ def stream(
         >>> [token.shape for token in stream(model, torch.tensor([[3, 1, 4]]), max_new_tokens=2)]
         [torch.Size([1]), torch.Size([1])]
     """
-    known = [f.name for f in fields(Sampling)]
-    unknown_options = [n for n in sampling if n not in known]
-    if unknown_options:
-        raise DataError(unknown("option", unknown_options[0], [*OPTIONS, *known]))
-    options = Sampling(**sampling)
-    check_int("max_new_tokens", max_new_tokens, 1, DataError)
-    if seed is not None and not options.do_sample:
-        raise DataError("seed has no effect on the most likely token: pass do_sample=True")
-    if isinstance(model, Decoder) and precision is not None:
-        raise DataError("precision is fixed when the decoder is built: pass it to rarefy.decoder")
-    check_ids(ids)
-    step = model if isinstance(model, Decoder) else decoder(model, precision=precision)
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        raise DataError(
-            f"expected attention_mask of the shape of ids, {list(ids.shape)}, got {list(attention_mask.shape)}"
-        )
-    if step.max_tokens is not None and ids.shape[1] + max_new_tokens > step.max_tokens:
-        raise DataError(
-            f"the model has {step.max_tokens} positions: a prompt of {ids.shape[1]} tokens and {max_new_tokens} new "
-            "ones exceed that"
-        )
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    yield from step.stream(ids, max_new_tokens, partial(choose, sampling=options, generator=generator), attention_mask)
+    step = _decoder(model, ids, precision, options)
+    for each in stream_steps(step, ids, attention_mask=attention_mask, **options):
+        yield each.tokens
 
 
 @renamed_parameters(values="precision")
-def generate(model: nn.Module | Decoder, ids: Tensor, *, streamer: Any = None, **options: Any) -> Tensor:
+def generate(
+    model: nn.Module | Decoder,
+    ids: Tensor,
+    *,
+    streamer: Any = None,
+    details: bool = False,
+    precision: str | None = None,
+    **options: Any,
+) -> Any:
     """Return prompts with the text that a language model writes after them.
 
     Args:
@@ -157,18 +69,26 @@ def generate(model: nn.Module | Decoder, ids: Tensor, *, streamer: Any = None, *
         ids: the prompts, int64 [batch, tokens].
         streamer: an object whose put(ids) is called with the prompt and with each new token [batch], and whose end() is
             called at the end, as in transformers.
-        **options: those of `stream`: max_new_tokens (128), attention_mask, seed, precision, do_sample, temperature,
-            top_k, top_p, repetition_penalty.
+        details: return a `Generation` with log probabilities and more.
+        precision: of a model: "int8", as for `decoder`.
+        **options: `attention_mask` as for `stream`, and the options of `Options`, by the names of
+            transformers. What is left out is what the model's `generation_config` says; `max_new_tokens` is 128 where
+            it says nothing. Further:
+            `generation_config`: one of transformers, in place of the model's.
+            `tokenizer`: finds `stop_strings` and follows constraints.
+            `logits_processor`, `stopping_criteria`: of transformers, or functions of ids and scores; lists of them too.
+            `assistant_model`: a decoder with the same vocabulary that guesses tokens, such as a pruned copy.
+            `json_schema`, `regex`, `grammar`: what each text must follow; needs llguidance, the extra `json`.
 
     Returns:
-        int64 [batch, tokens + new tokens]. A sequence ends with the model's end-of-text token; padding follows until
-        all have ended.
+        int64 [texts, tokens + new tokens], texts of one prompt in a row. A sequence ends with the model's end-of-text
+        token; padding follows until all have ended. With `details` a `Generation`.
 
     Raises:
         DataError: as `stream` does.
 
-    Cost: a pass over all weights for each new token. Memory: the KV cache, 4 bytes for each key and value of each
-    token and layer.
+    Cost: a pass over all weights for each new token, or for several tokens that are guessed right. Memory: the KV
+    cache, 4 bytes for each key and value of each token and layer.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -177,14 +97,17 @@ def generate(model: nn.Module | Decoder, ids: Tensor, *, streamer: Any = None, *
         >>> generate(model, torch.tensor([[3, 1, 4]]), max_new_tokens=5).shape
         torch.Size([1, 8])
     """
-    steps = stream(model, ids, **options)
-    if streamer is not None:
-        streamer.put(ids)
-    tokens = [ids]
-    for token in steps:
-        tokens.append(token[:, None])
-        if streamer is not None:
-            streamer.put(token)
-    if streamer is not None:
-        streamer.end()
-    return torch.cat(tokens, 1)
+    step = _decoder(model, ids, precision, options)
+    return generate_ids(step, ids, streamer=streamer, details=details, **options)
+
+
+def _decoder(model: nn.Module | Decoder, ids: Any, precision: str | None, options: dict[str, Any]) -> Decoder:
+    """Return the decoder of a call, whose options are checked before a model becomes one."""
+    if isinstance(model, Decoder):
+        if precision is not None:
+            raise DataError("precision is fixed when the decoder is built: pass it to rarefy.compile")
+        return model
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    check_options({n: v for n, v in options.items() if n != "attention_mask"}, model_defaults(config)[0])
+    check_ids(ids)
+    return decoder(model, precision=precision)

@@ -44,16 +44,51 @@ class Text:
         return self._decode(self.ids[self.start :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return decode(self.tokenizer, ids)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
+class StopText:
+    """Text that ends before the first stop string.
+
+    What may be the beginning of a stop string is held back until it is clear.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        self.strings, self.held, self.stopped = tuple(strings), "", False
+
+    def add(self, piece: str) -> str:
+        """Return the text that may be shown after the next piece. O(length of the piece and of the stop strings)."""
+        if self.stopped:
+            return ""
+        text = self.held + piece
+        places = [i for s in self.strings if (i := text.find(s)) >= 0]
+        if places:
+            self.held, self.stopped = "", True
+            return text[: min(places)]
+        longest = max((n for s in self.strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        cut = len(text) - longest
+        self.held = text[cut:]
+        return text[:cut]
+
+    def rest(self) -> str:
+        """Return what was held back, at the end of the text."""
+        held, self.held = self.held, ""
+        return held
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of ids without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False, system: str | None = None) -> list[int]:
     """Return the ids of a prompt.
 
     Args:
         tokenizer: one of transformers.
         prompt: the text.
         chat: the prompt is a user's message: apply the tokenizer's chat template, up to where the answer begins.
+        system: with chat, the system's message before it.
 
     Raises:
         ModelError: if the tokenizer has no chat template, or fails.
@@ -65,7 +100,8 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
         )
     try:
         if chat:
-            messages = [{"role": "user", "content": prompt}]
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": prompt})
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     except Exception as error:  # a damaged tokenizer or template raises anything
