@@ -841,3 +841,13 @@ def test_threads_of_torch_that_disagree():
     finally:
         torch.set_num_threads(before)
     assert not wrong
+
+
+def test_fixed_sizes():
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval(), torch.randn(3, 8)
+    fast = rarefy.compile(net, x, dynamic=False)
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match=r"expected float32 \[3, 8\] on the CPU, got \[4, 8\]"):
+        fast(torch.randn(4, 8))
+    one = rarefy.compile(net, x[:1], dynamic=False)
+    torch.testing.assert_close(one(x[:1]), net(x[:1]), rtol=1e-4, atol=1e-5)

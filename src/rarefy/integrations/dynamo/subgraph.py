@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import DataError, ModelError, RarefyError, first_line
 from rarefy.compiler import tuning
-from rarefy.compiler.compile import TOLERANCE, compile
+from rarefy.compiler.compile import TOLERANCE, compile, tolerance
 from rarefy.compiler.executor import Compiled
 from rarefy.integrations.dynamo.graph import GraphInputs, freeze
 from rarefy.integrations.dynamo.outputs import Repair, clones, repairs
@@ -22,11 +22,13 @@ from rarefy.model.compare import relative_distance
 
 MAX_WEIGHT_SETS = 64  # modules of the same code, such as equal blocks, that each have an engine
 MAX_REBUILDS = 4  # of one engine after its weights have changed
+MAX_CHANGES = 32  # of weights that never stay, after which they are no longer watched
 CALLS_BEFORE_REBUILD = 16  # with the same weights
 MAX_FAILURES = 3  # on inputs such as those with NaN, after which a graph is not compiled
 MAX_SECONDS = 1.0  # of timing a graph against eager torch
 CLEARLY_FASTER = 0.97  # time over eager's, up to which the engine runs a graph
 MAX_SIZES = 64  # groups of similar sizes that are timed
+HALF = (torch.bfloat16, torch.float16)
 
 _building = Lock()  # torch.export is for one thread at a time
 
@@ -65,11 +67,13 @@ class Changed:
         guard: their state at the last change.
         rebuilds: how many times they have been compiled again.
         calls: how many calls have met them in this state.
+        changes: how many times they have changed without being compiled.
     """
 
     guard: WeightGuard
     rebuilds: int
     calls: int = 0
+    changes: int = 0
 
 
 class Subgraph:
@@ -102,11 +106,11 @@ class Subgraph:
         self.tune = tune and tuning.is_enabled()
         self.engines: dict[tuple[int, ...], Engine | Changed] = {}
         self.gave_up: str | None = None
-        self.failures = 0
+        self.failures = self.weight_sets = 0
 
     def run(self, *args: Any) -> Any:
         """Return the graph's outputs for its inputs."""
-        if self.gave_up is not None:
+        if self.gave_up is not None or torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
             return self.eager(*args)
         outputs = self._on_engine(args)
         return self.eager(*args) if outputs is None else outputs
@@ -136,23 +140,30 @@ class Subgraph:
 
     def _renew(self, key: tuple[int, ...], weights: list[Tensor], args: tuple[Any, ...]) -> Engine | None:
         """Return an engine for weights that have none or have changed, None where eager torch is to run."""
-        if not _building.acquire(blocking=False):
+        if (key not in self.engines and self.weight_sets >= MAX_WEIGHT_SETS) or not _building.acquire(blocking=False):
             return None
         try:
             current = self.engines.get(key)
             if isinstance(current, Engine) and current.guard.is_unchanged(weights):
                 return current  # another thread was faster
-            if current is None and len(self.engines) >= MAX_WEIGHT_SETS:
+            if current is None and any(t.is_inference() for t in weights):
+                self._give_up("its weights were made in inference mode, so changes of them cannot be seen")
                 return None
-            if current is not None and not self._has_settled(key, current, weights):
+            if not self._has_settled(key, current, weights):
                 return None
             with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return self._try_to_build(key, weights, args)
         finally:
             _building.release()
 
-    def _has_settled(self, key: tuple[int, ...], current: Engine | Changed, weights: list[Tensor]) -> bool:
-        """Return whether changed weights are compiled again: after some calls in which they stayed the same."""
+    def _has_settled(self, key: tuple[int, ...], current: Engine | Changed | None, weights: list[Tensor]) -> bool:
+        """Return whether weights are to be compiled: the first ones, others that are met again, and changed ones after
+        some calls in which they stayed the same. Tensors that are new in each call are not worth it."""
+        if current is None:
+            self.weight_sets += 1
+            if 1 < self.weight_sets <= MAX_WEIGHT_SETS:
+                self.engines[key] = Changed(self._guard(key, weights), -1, CALLS_BEFORE_REBUILD - 1)
+            return self.weight_sets == 1
         if current.rebuilds >= MAX_REBUILDS and isinstance(current, Changed):
             return False
         if isinstance(current, Changed) and current.guard.is_unchanged(weights):
@@ -164,7 +175,9 @@ class Subgraph:
                 f"for the {MAX_REBUILDS + 1}th time" if last else f"compiled again after {CALLS_BEFORE_REBUILD} calls"
             )
             self.report(f"eager torch: the weights have changed; {after}")
-        self.engines[key] = Changed(self._guard(key, weights), current.rebuilds)
+        changes = current.changes + 1 if isinstance(current, Changed) else 0
+        rebuilds = current.rebuilds if changes < MAX_CHANGES else MAX_REBUILDS
+        self.engines[key] = Changed(self._guard(key, weights), rebuilds, changes=changes)
         return False
 
     def _guard(self, key: tuple[int, ...], weights: list[Tensor]) -> WeightGuard:
@@ -184,9 +197,6 @@ class Subgraph:
 
     def _try_to_build(self, key: tuple[int, ...], weights: list[Tensor], args: tuple[Any, ...]) -> Engine | None:
         """Return an engine, None where there cannot be one."""
-        if any(t.is_inference() for t in weights):
-            self._give_up("its weights were made in inference mode, so changes of them cannot be seen")
-            return None
         guard = self._guard(key, weights)
         read, random_state = clones(args), torch.get_rng_state()
         versions = [t._version for t in read if isinstance(t, Tensor)]
@@ -257,17 +267,18 @@ class Subgraph:
         return faster
 
     def _is_faster(self, engine: Engine, sizes: Any, args: tuple[Any, ...]) -> bool:
-        allowed = TOLERANCE[self.precision]
+        allowed = tolerance(engine.compiled.exported, self.precision)
         tensors = tuple(args[i] for i in self.inputs.tensors)
-        pairs = zip(engine.run(tensors), self.eager(*args))
-        if not all(relative_distance(a, b) <= allowed for a, b in pairs if isinstance(b, Tensor)):
+        pairs = [(a, b) for a, b in zip(engine.run(tensors), self.eager(*args)) if isinstance(b, Tensor)]
+        if not all(relative_distance(a, b) <= (TOLERANCE["bf16"] if b.dtype in HALF else allowed) for a, b in pairs):
             return False
         engine.faster[sizes] = True
         ours, eager = tuning.alternate(lambda: self._on_engine(args), lambda: self.eager(*args), MAX_SECONDS)
         faster = ours <= CLEARLY_FASTER * eager
-        times = f"{1e3 * ours:.3g} ms, eager torch {1e3 * eager:.3g} ms"
-        where = "engine" if faster else "eager torch: it is faster"
-        self.report(f"{where}: engine {times}; {_summary(engine.compiled)}")
+        seconds = {"engine": ours, "eager torch": eager} if faster else {"eager torch": eager, "engine": ours}
+        (first, shorter), (second, longer) = seconds.items()
+        times = f"{1e3 * shorter:.3g} ms, {second} {1e3 * longer:.3g} ms"
+        self.report(f"{first}: {times}; {_summary(engine.compiled)}")
         if not faster and not self.inputs.dynamic:
             self.gave_up = "eager torch is faster"
             self.engines.clear()
