@@ -212,6 +212,8 @@ def writers():
         {"do_sample": True, "max_new_tokens": 9, "top_p": 0.6, "num_return_sequences": 3},
         {"do_sample": False, "max_new_tokens": 5, "eos_token_id": 9, "return_tensors": True},
         {"generation_config": transformers.GenerationConfig(max_new_tokens=4, do_sample=False)},
+        {"do_sample": False, "max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "max_new_tokens": 9, "min_p": 0.1, "no_repeat_ngram_size": 2},
     ],
     ids=str,
 )
@@ -254,7 +256,7 @@ def test_text_generation_of_chats_and_streams(writers):
         assert torch.allclose(a[mask.bool()], b[mask.bool()], atol=1e-4)
         assert torch.equal(fast.model(ids, logits_to_keep=2).logits, fast.model(ids).logits[:, -2:])
     for options, message in (
-        ({"num_beams": 4}, "generate on the engine has no num_beams"),
+        ({"typical_p": 0.5, "do_sample": True}, "generate on the engine has no typical_p"),
         ({"num_return_sequences": 2, "do_sample": False}, "do not support `num_return_sequences`"),
         ({"prefix_allowed_tokens_fn": print}, "has no prefix_allowed_tokens_fn"),
         ({"max_length": 2}, "pass max_new_tokens"),

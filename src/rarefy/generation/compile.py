@@ -16,7 +16,7 @@ from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
 from rarefy.model.layers import Selector
 
-DEFAULTS = {"ignore": None, "calibrate": None, "solver": "obs", "tune": True}
+DEFAULTS = {"ignore": None, "calibrate": None, "solver": "obs", "tune": True, "dynamic": True}
 
 
 @overload
@@ -33,6 +33,7 @@ def compile(
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
+    dynamic: bool = True,
 ) -> Compiled: ...
 
 
@@ -46,6 +47,7 @@ def compile(
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
+    dynamic: bool = True,
 ) -> Compiled | Decoder:
     """Return a faster callable that computes what the model does: with an example any model, without a language model.
 
@@ -64,6 +66,7 @@ def compile(
         calibrate: batches, each like the example, for static scales of int8 convolutions.
         solver: with calibrate, how weights are rounded: "obs" or "rtn".
         tune: time native calls against torch on the example, and run what is faster.
+        dynamic: False fixes all sizes to the example's, and compiles in a part of the time.
 
     Returns:
         A `Compiled`, to be called like the model; for a language model without an example a `Decoder`.
@@ -86,7 +89,7 @@ def compile(
         >>> compile(model).generate(torch.tensor([[3, 1, 4]]), max_new_tokens=5).shape
         torch.Size([1, 8])
     """
-    options = {"ignore": ignore, "calibrate": calibrate, "solver": solver, "tune": tune}
+    options = {"ignore": ignore, "calibrate": calibrate, "solver": solver, "tune": tune, "dynamic": dynamic}
     if example is not None:
         return compiler.compile(model, example, precision=precision, **options)
     check_module(model)

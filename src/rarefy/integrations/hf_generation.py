@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,16 +9,25 @@ from torch import Tensor
 
 from rarefy.common.errors import DataError
 from rarefy.generation.decoder import Decoder
-from rarefy.generation.sampling import Sampling, generate
+from rarefy.generation.options import MODEL_DEFAULTS, SAMPLING, Options
+from rarefy.generation.sampling import generate
 
-SAMPLING = tuple(f.name for f in fields(Sampling))
-NEUTRAL = {"top_k": (0, None), "top_p": (1.0, None)}  # values of transformers that choose nothing
-OURS = ("max_length", "max_new_tokens", "num_return_sequences", *SAMPLING)
+CHOICES = (*(n for n in MODEL_DEFAULTS if n != "max_new_tokens"), "num_beams", "length_penalty", "early_stopping")
+OURS = ("max_length", "max_new_tokens", "num_return_sequences", *CHOICES)
+OBJECTS = ("logits_processor", "stopping_criteria")
 IGNORED = (  # they change nothing here: tokens that the decoder has, how transformers stores its cache and its outputs
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation",
     "cache_config", "return_legacy_cache", "disable_compile", "compile_config", "transformers_version",
 )  # fmt: skip
-MODEL_INPUTS = ("input_ids", "attention_mask", "streamer", "token_type_ids", "tokenizer", "use_model_defaults")
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "streamer",
+    "token_type_ids",
+    "tokenizer",
+    "use_model_defaults",
+    *OBJECTS,
+)
 
 
 def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -39,7 +47,7 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
         DataError: for options that the engine does not have.
     """
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
-    unknown = [n for n, v in rest.items() if v is not None and n not in MODEL_INPUTS]
+    unknown = [n for n, v in rest.items() if v is not None and n not in (*MODEL_INPUTS, *OBJECTS)]
     unknown += [n for n, v in _changed(model, config).items() if n not in (*OURS, *IGNORED)]
     if unknown:
         raise DataError(
@@ -49,10 +57,8 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
     if ids is None:
         raise DataError("generate needs a prompt: input_ids, int64 [batch, tokens]")
     mask, copies = rest.get("attention_mask"), config.num_return_sequences or 1
-    if copies > 1 and not config.do_sample:
+    if copies > 1 and not config.do_sample and (config.num_beams or 1) == 1:
         raise DataError(f"num_return_sequences={copies} needs do_sample=True: the most likely text is one text")
-    if copies > 1:
-        ids, mask = ids.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
     length = config.max_new_tokens or config.max_length - ids.shape[1]
     if length < 1:
         raise DataError(
@@ -65,7 +71,9 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
             max_new_tokens=length,
             attention_mask=mask,
             streamer=rest.get("streamer"),
-            **_sampling(config),
+            num_return_sequences=copies,
+            **{n: rest[n] for n in OBJECTS if rest.get(n)},
+            **_choices(config),
         )
 
 
@@ -78,13 +86,11 @@ def _changed(model: Any, config: Any) -> dict[str, Any]:
     return {n: getattr(config, n) for n in names if getattr(config, n) not in (None, False, defaults.get(n))}
 
 
-def _sampling(config: Any) -> dict[str, Any]:
-    """Return the options of `Sampling` in a config; those of random choices only with do_sample."""
-    values = {n: getattr(config, n, None) for n in SAMPLING}
-    values = {n: v for n, v in values.items() if v is not None and v not in NEUTRAL.get(n, ())}
-    if config.do_sample:
-        return values
-    return {n: v for n, v in values.items() if n not in ("temperature", "top_k", "top_p", "min_p")}
+def _choices(config: Any) -> dict[str, Any]:
+    """Return the options of a config that say how tokens are chosen; those of random choices only with do_sample."""
+    values = {n: getattr(config, n, None) for n in CHOICES}
+    values = {n: v for n, v in values.items() if v is not None and v != getattr(Options, n)}
+    return values if config.do_sample else {n: v for n, v in values.items() if n not in SAMPLING}
 
 
 def _with_tokens(decoder: Decoder, config: Any) -> Decoder:
