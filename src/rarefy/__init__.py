@@ -15,6 +15,7 @@ from rarefy.common.version import __version__
 
 if TYPE_CHECKING:
     from rarefy.checkpoint.export import export as export
+    from rarefy.checkpoint.gguf_load import from_gguf as from_gguf
     from rarefy.checkpoint.inspect import inspect as inspect
     from rarefy.checkpoint.load import load as load
     from rarefy.checkpoint.save import save as save
@@ -93,6 +94,7 @@ _MODULES = {  # public name -> module that defines it
     "factorize_": "rarefy.lowrank.svd",
     "fit_": "rarefy.train.fit",
     "fold_": "rarefy.model.masks",
+    "from_gguf": "rarefy.checkpoint.gguf_load",
     "from_onnx": "rarefy.onnx.load",
     "generate": "rarefy.generation.sampling",
     "groups": "rarefy.dependency.graph",
@@ -144,6 +146,7 @@ __all__ = [
     "factorize_",
     "fit_",
     "fold_",
+    "from_gguf",
     "from_onnx",
     "generate",
     "groups",

@@ -68,7 +68,7 @@ MODELS = {
 
 def eager(model) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+        return model(torch.tensor([IDS]), use_cache=False).logits[0].float().numpy()
 
 
 def far(a: np.ndarray, b: np.ndarray) -> float:

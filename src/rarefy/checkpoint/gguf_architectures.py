@@ -20,6 +20,7 @@ class Architecture:
     Attributes:
         model_type: of the config of transformers.
         name: `general.architecture` of the file.
+        model_class: of transformers.
         activation: of the feed-forward layers; GGUF has no key for it.
         uneven: the GGUF architecture whose layers may have different sizes, if there is one.
         pairs: whether the rows of queries and keys are ordered in pairs: first row of the first half of a head, first
@@ -31,6 +32,7 @@ class Architecture:
 
     model_type: str
     name: str
+    model_class: str
     activation: str = "silu"
     uneven: str | None = None
     pairs: bool = False
@@ -42,14 +44,14 @@ class Architecture:
 GELU = "gelu_pytorch_tanh"
 GEMMA: dict[str, Any] = {"activation": GELU, "norm_offset": 1.0}
 ARCHITECTURES = (  # of those with one name, files are read as the first
-    Architecture("llama", "llama", uneven="deci", pairs=True),
-    Architecture("mistral", "llama", uneven="deci", pairs=True),
-    Architecture("qwen2", "qwen2"),
-    Architecture("qwen3", "qwen3"),
-    Architecture("gemma", "gemma", **GEMMA, always_tied=True),
-    Architecture("gemma2", "gemma2", **GEMMA, always_tied=True, scaled_by="query_pre_attn_scalar"),
-    Architecture("gemma3_text", "gemma3", **GEMMA, scaled_by="query_pre_attn_scalar"),
-    Architecture("phi3", "phi3"),
+    Architecture("llama", "llama", "LlamaForCausalLM", uneven="deci", pairs=True),
+    Architecture("mistral", "llama", "MistralForCausalLM", uneven="deci", pairs=True),
+    Architecture("qwen2", "qwen2", "Qwen2ForCausalLM"),
+    Architecture("qwen3", "qwen3", "Qwen3ForCausalLM"),
+    Architecture("gemma", "gemma", "GemmaForCausalLM", **GEMMA, always_tied=True),
+    Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", **GEMMA, always_tied=True, scaled_by="query_pre_attn_scalar"),
+    Architecture("gemma3_text", "gemma3", "Gemma3ForCausalLM", **GEMMA, scaled_by="query_pre_attn_scalar"),
+    Architecture("phi3", "phi3", "Phi3ForCausalLM"),
 )
 KEYS = {  # the key after the architecture's name -> value of the config
     "context_length": "max_position_embeddings",

@@ -1,11 +1,16 @@
-"""Tokenizers of transformers as metadata of GGUF files."""
+"""Tokenizers of transformers as metadata of GGUF files, and back."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from rarefy.common.errors import ModelError
+from rarefy.common.errors import ModelError, first_line
+from rarefy.formats import gguf_file
+from rarefy.model import hf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 LLAMA3 = (
@@ -24,6 +29,21 @@ PRE_TOKENIZERS = {  # how a tokenizer splits text -> `tokenizer.ggml.pre`
     (LLAMA3,): "llama-bpe",
     (QWEN2,): "qwen2",
     (TEKKEN,): "tekken",
+}
+MAX_TOKEN = 1024  # characters
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # digits one by one, then as GPT-2
+TRANSFORMERS_KEYS = {  # the file's key -> transformers' name for it
+    "model": "tokenizer_type",
+    "pre": "pre_tokenizer_type",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+    "add_space_prefix": "add_prefix_space",
 }
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 
@@ -132,3 +152,96 @@ def _adds_space(spec: dict[str, Any]) -> bool:
         s.get("type") == "Prepend" or (s.get("type") == "Metaspace" and s.get("prepend_scheme") != "never")
         for s in steps
     )
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def files(path: str | Path) -> dict[str, bytes]:
+    """Return the files of the tokenizer of a GGUF file, as transformers writes them; {} for files without one.
+
+    Raises:
+        ModelError: the tokenizer is damaged, or of a kind that transformers does not build.
+    """
+    file = gguf_file.read(path)
+    tokenizer = _tokenizer(file)
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name in hf.TOKENIZER_FILES}
+
+
+def load(path: str | Path) -> Any:
+    """Return the tokenizer of a GGUF file, of transformers, with its chat template; None for files without one."""
+    return _tokenizer(gguf_file.read(path))
+
+
+def _tokenizer(file: gguf_file.GgufFile) -> Any:
+    keys = {n.removeprefix("tokenizer.ggml."): v for n, v in file.metadata.items() if n.startswith("tokenizer.ggml.")}
+    if keys.get("model") in (None, "none", "no_vocab"):
+        return None
+    _check_tokenizer(file, keys)
+    values = {new: keys[old] for old, new in TRANSFORMERS_KEYS.items() if old in keys}
+    name = str(file.metadata.get("general.architecture"))
+    try:
+        from tokenizers import pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+        backend, _ = convert_gguf_tokenizer(name, values)
+        if keys["model"] == "gpt2" and keys.get("pre") in SINGLE_DIGITS:
+            plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])  # type: ignore[assignment]
+        tokens = keys["tokens"]
+        ids = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
+        ids |= {"pad_token": "padding_token_id"}
+        special = {n: tokens[keys[k]] for n, k in ids.items() if k in keys}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_with_ends(backend, keys, special), **special)
+        template = file.metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            tokenizer.chat_template = template
+        return tokenizer
+    except BaseException as error:  # a damaged vocabulary makes transformers and tokenizers raise anything
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{file.path}: the tokenizer cannot be built: {first_line(error)}") from None
+
+
+def _with_ends(backend: Any, keys: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+    """Return the tokenizer so that it adds the tokens at the ends of texts that the file asks for, and no others."""
+    from tokenizers import Tokenizer, processors
+
+    start = keys.get("add_bos_token", keys["model"] == "llama") and "bos_token" in special
+    end = keys.get("add_eos_token", False) and "eos_token" in special
+    used = [(special[f"{n}_token"], keys[f"{n}_token_id"]) for n, on in (("bos", start), ("eos", end)) if on]
+    parts = [*[special["bos_token"]] * bool(start), "$A", *[special["eos_token"]] * bool(end)]
+    backend = Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), "post_processor": None}))
+    if used:
+        backend.post_processor = processors.TemplateProcessing(single=" ".join(parts), special_tokens=used)
+    return backend
+
+
+def _check_tokenizer(file: gguf_file.GgufFile, keys: Mapping[str, Any]) -> None:
+    """Raise ModelError unless the arrays of a tokenizer fit each other."""
+    tokens, problems = keys.get("tokens"), []
+    texts = isinstance(tokens, list) and bool(tokens) and all(isinstance(t, str) for t in tokens)
+    count = len(tokens) if texts and isinstance(tokens, list) else 0
+    if not texts or len(set(tokens or ())) != count or max(map(len, tokens)) > MAX_TOKEN:  # type: ignore[arg-type]
+        problems.append(f"tokens must be different texts of at most {MAX_TOKEN} characters")
+    for name, kind in (("scores", float), ("token_type", int)):
+        values = keys.get(name)
+        if values is not None and (
+            not isinstance(values, list) or len(values) != count or any(type(v) is not kind for v in values)
+        ):
+            problems.append(f"{name} must be a list of {count} numbers")
+    merges = keys.get("merges")
+    if merges is not None and not (
+        isinstance(merges, list) and all(isinstance(m, str) and m.count(" ") == 1 for m in merges)
+    ):
+        problems.append("merges must be pairs of texts")
+    for name, value in keys.items():
+        if name.endswith("_token_id") and (type(value) is not int or not 0 <= value < count):
+            problems.append(f"{name} must be one of {count} tokens, got {str(value)[:40]}")
+    if problems:
+        raise ModelError(f"{file.path}: the tokenizer is damaged: {problems[0]}")

@@ -19,7 +19,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only: n
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; by default all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
 ModelPath = Annotated[
-    str, typer.Argument(help="A Hugging Face folder, a folder written by Rarefy, an ONNX file, or a built-in name.")
+    str,
+    typer.Argument(help="A Hugging Face folder, a folder written by Rarefy, an ONNX or GGUF file, or a built-in name."),
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -68,7 +69,7 @@ def source(name: str) -> Path:
 def load_any(
     folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the model, compiled model or decoder in a folder, or of an ONNX file, and its tokenizer or None.
+    """Return the model, compiled model or decoder in a folder, or of an ONNX or GGUF file, and its tokenizer or None.
 
     Args:
         folder: the folder, or the file.
@@ -80,12 +81,19 @@ def load_any(
         ModelError: if the folder holds none of them.
         RecipeError: for --input-shape with a folder.
     """
-    from rarefy.checkpoint import legacy_layouts
+    from rarefy.checkpoint import gguf_tokenizer, legacy_layouts
+    from rarefy.checkpoint.gguf_load import from_gguf
     from rarefy.checkpoint.load import load as load_folder
     from rarefy.cli import onnx_files
     from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES
+    from rarefy.formats import gguf_file
     from rarefy.model import hf
 
+    if gguf_file.is_file(folder):
+        if input_shape:
+            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
+        hf.no_bars()
+        return from_gguf(folder), gguf_tokenizer.load(folder)
     if onnx_files.is_file(folder):
         return onnx_files.load(folder, input_shape, batch, tokens), _tokenizer_beside(folder)
     if input_shape:
@@ -146,9 +154,13 @@ def in_fp32(model: Any) -> Any:
 
 def files_beside_engine(source: Path) -> dict[str, bytes]:
     """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer."""
+    from rarefy.checkpoint import gguf_tokenizer
     from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import name_rarefy
+    from rarefy.formats import gguf_file
 
+    if gguf_file.is_file(source):
+        return gguf_tokenizer.files(source)
     if source.is_file():
         files = side_files(source.parent)
         return files_beside_engine(source.parent) if "tokenizer.json" in files else {}

@@ -1,4 +1,4 @@
-"""Blocks of 32 weights as GGUF files store them: Q8_0, Q4_0 and Q4_1, from codes on a quantization grid.
+"""Blocks of 32 weights as GGUF files store them: Q8_0, Q4_0 and Q4_1, from codes on a quantization grid and back.
 
 Q8_0  fp16 scale, 32 codes of 8 bits;                     W = scale x code
 Q4_0  fp16 scale, 32 codes of 4 bits, low halves first;   W = scale x (code - 8)
@@ -13,6 +13,7 @@ from torch import Tensor
 from rarefy.model.quant_grid import Grid
 
 BLOCK = 32
+NEGATIVE = 7  # zero point of a grid whose codes are 15 - those of Q4_0, because scales of Q4_0 may be negative
 MIN_SCALE, MAX_SCALE = 2.0**-14, 65504.0  # scales that fp16 holds with all its bits
 
 
@@ -29,6 +30,8 @@ def holds(kind: str, grid: Grid, shape: tuple[int, ...]) -> bool:
         return False
     if kind == "Q4_1":
         return grid.bits <= 4
+    if kind == "Q4_0" and grid.zero is not None:
+        return grid.bits == 4 and bool(((grid.zero == 8) | (grid.zero == NEGATIVE)).all())
     return grid.zero is None and grid.bits <= (4 if kind == "Q4_0" else 8)
 
 
@@ -43,6 +46,9 @@ def from_grid(kind: str, weight: Tensor, grid: Grid) -> Tensor:
     groups = C // BLOCK
     codes = grid.codes(weight).reshape(O, groups, BLOCK)
     scale = _by_block(grid.scale.float(), O, groups)
+    if kind == "Q4_0" and grid.zero is not None:
+        sign = torch.where(_by_block(grid.zero, O, groups) == NEGATIVE, -1, 1)
+        scale, codes = scale * sign, codes * sign[..., None]
     head = scale.half()[..., None].view(torch.uint8)
     if kind == "Q8_0":
         return torch.cat([head, codes.to(torch.int8).view(torch.uint8)], -1).reshape(O, -1)
@@ -54,6 +60,24 @@ def from_grid(kind: str, weight: Tensor, grid: Grid) -> Tensor:
         codes = codes + 8
     codes = codes.to(torch.uint8)
     return torch.cat([head, codes[..., :16] | codes[..., 16:] << 4], -1).reshape(O, -1)
+
+
+def to_grid(kind: str, blocks: Tensor) -> Grid | None:
+    """Return the grid of a weight that is stored as blocks of Q8_0 or Q4_0 [O, bytes of a row].
+
+    None for other kinds, and for codes that the grid of 8 bits does not have. O(O C).
+
+    >>> to_grid("Q8_0", from_grid("Q8_0", torch.full((1, 32), -1.0), Grid(8, torch.tensor([[0.5]])))).scale
+    tensor([[0.5000]])
+    """
+    if kind not in ("Q8_0", "Q4_0"):
+        return None
+    parts = blocks.reshape(len(blocks), -1, 34 if kind == "Q8_0" else 18)
+    scale = parts[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
+    if kind == "Q8_0" and bool((parts[..., 2:].contiguous().view(torch.int8) == -128).any()):
+        return None
+    zero = torch.where(scale < 0, NEGATIVE, 8).to(torch.uint8) if kind == "Q4_0" and bool((scale < 0).any()) else None
+    return Grid(8 if kind == "Q8_0" else 4, torch.where(scale == 0, 1.0, scale.abs()), zero)
 
 
 def _by_block(small: Tensor, O: int, groups: int) -> Tensor:

@@ -114,8 +114,8 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     def pack(weight: Tensor, node: Any, _: Grid | None) -> Any:
         layer = exported.layers.get(node, "")
         grid = grids.get(layer)
-        if grid is not None and not grid.contains(weight):  # a part of a layer, such as its queries
-            grid = None
+        if grid is not None and not (_kernels_hold(grid, precision) and grid.contains(weight)):
+            grid = None  # also where this is a part of a layer, such as its queries
         return _pack(weight, "int8" if layer in rounded else precision, grid, layer in rounded)
 
     kernels = select_kernels(exported, pack)
@@ -314,6 +314,13 @@ def _grid_of(module: nn.Module) -> Grid | None:
     """Return the grid of a layer's weight [outputs, inputs], also of a layer that stores it the other way round."""
     grid = grid_of(module)
     return grid.map(Tensor.t) if grid is not None and is_hf_conv1d(module) else grid
+
+
+def _kernels_hold(grid: Grid, precision: str | None) -> bool:
+    """Return whether kernels hold a grid's scales of groups, in bf16, closely enough: exactly, or for 4 bits in "int8",
+    where bf16 adds little to the rounding that is there."""
+    exact = grid.scale.shape[1] == 1 or torch.equal(grid.scale.bfloat16().float(), grid.scale.float())
+    return exact or (precision == "int8" and grid.bits <= 4)
 
 
 def _pack(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
