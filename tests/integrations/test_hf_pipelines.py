@@ -211,15 +211,25 @@ def writers():
         {"do_sample": True, "max_new_tokens": 9, "temperature": 0.7, "top_k": 5},
         {"do_sample": True, "max_new_tokens": 9, "top_p": 0.6, "num_return_sequences": 3},
         {"do_sample": False, "max_new_tokens": 5, "eos_token_id": 9, "return_tensors": True},
+        {
+            "do_sample": False,
+            "max_new_tokens": 8,
+            "batch_size": 3,
+            "stopping_criteria": [lambda ids, _: ids[:, -1] > 40],
+        },
+        {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "suppress_tokens": [9, 20]},
         {"generation_config": transformers.GenerationConfig(max_new_tokens=4, do_sample=False)},
         {"do_sample": False, "max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "max_new_tokens": 9, "min_p": 0.1, "no_repeat_ngram_size": 2},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_text_generation(writers, options):
     texts = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
     results = []
+    if "stopping_criteria" in options:
+        criteria = transformers.StoppingCriteriaList(options["stopping_criteria"])
+        options = {**options, "stopping_criteria": criteria}
     for write in writers:
         torch.manual_seed(1)
         results.append(write(texts, **options))
@@ -301,3 +311,48 @@ def test_wrong_arguments(tmp_path):
         pipeline("text-classification", tmp_path / "base")
     with pytest.raises(ModelError, match="image-classification: transformers has no such model for a bert config"):
         pipeline("image-classification", tmp_path / "base")
+
+
+@pytest.mark.slow
+def test_labels_of_a_probe_in_8_bits():
+    """Topics of articles by MiniLM and a linear probe, whose margins are small: 200 articles it was not trained on."""
+    import json
+
+    from conftest import sample
+    from rarefy.data import builtin
+
+    sample("wiki"), sample("minilm")
+    rows = list(json.loads(builtin.find("wiki").read_text(encoding="utf-8")).values())
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [r for i in order if (r := rows[i])["topic"] and r["topic"] != "Uncategorized"][:800]
+    names = sorted({r["topic"] for r in rows})
+    folder = builtin.model_folder("minilm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=64)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(names), **labels
+    ).eval()
+    texts, truth = [r["extract"] for r in rows], torch.tensor([labels["label2id"][r["topic"]] for r in rows])
+    with torch.no_grad():
+        parts = [
+            tokenizer(texts[i : i + 20], padding=True, truncation=True, return_tensors="pt") for i in range(0, 600, 20)
+        ]
+        features = torch.cat([model.bert(**p).pooler_output for p in parts])
+    head = model.classifier
+    optimizer = torch.optim.Adam(head.parameters(), 0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features.detach()), truth[:600]).backward()
+        optimizer.step()
+    options = {"truncation": True, "batch_size": 20}
+    dense = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(
+        texts[600:], **options
+    )
+    fast = pipeline("text-classification", model, tokenizer=tokenizer, precision="int8")(texts[600:], **options)
+    exact = pipeline("text-classification", model, tokenizer=tokenizer)(texts[600:], **options)
+    assert same(exact, dense)
+    accuracy = sum(d["label"] == names[t] for d, t in zip(dense, truth[600:].tolist())) / 200
+    agreement = sum(a["label"] == b["label"] for a, b in zip(fast, dense)) / 200
+    print(f"accuracy {accuracy:.3f}, agreement in 8 bits {agreement:.3f}")
+    assert accuracy > 0.6 and agreement >= 0.9

@@ -129,23 +129,43 @@ def pipeline(
         >>> len(extract("The ship sails at noon.")[0])
         8
     """
+    prepared = {"tokenizer": tokenizer, "image_processor": image_processor}
+    fast, parts = load(
+        model, task=task, precision=precision, example=example, compile_options=compile_options, **prepared
+    )
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if not parts:
+        raise ModelError(f"{task} needs a tokenizer or an image processor: pass tokenizer=... or image_processor=...")
+    make: Any = transformers.pipeline
+    return make(task, model=fast, device="cpu", **parts, **options)
+
+
+def load(
+    model: Any,
+    *,
+    task: str,
+    precision: str | None = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    example: Mapping[str, Any] | None = None,
+    compile_options: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the compiled model for a task, and the tokenizer and image processor of its folder by name.
+
+    Arguments, errors and cost are those of `pipeline`.
+    """
     classes = _auto_classes(task)
     folder = None if isinstance(model, nn.Module) else _folder(model)
     if folder is not None:
         model = _load(folder, classes, task)
         tokenizer = hf.load_tokenizer(folder) if tokenizer is None else tokenizer
         image_processor = _load_image_processor(folder) if image_processor is None else image_processor
-    if not isinstance(model, OnEngine):
-        prepared = {"tokenizer": tokenizer, "image_processor": image_processor}
-        model = compile(model, example, precision=precision, **prepared, **(compile_options or {}))
-    elif precision is not None or example is not None or compile_options:
-        raise ModelError("the model is compiled already: leave out precision, example and compile_options")
-    if tokenizer is None and image_processor is None:
-        raise ModelError(f"{task} needs a tokenizer or an image processor: pass tokenizer=... or image_processor=...")
     parts = {"tokenizer": tokenizer, "image_processor": image_processor}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    make: Any = transformers.pipeline
-    return make(task, model=model, device="cpu", **parts, **options)
+    if isinstance(model, OnEngine):
+        if precision is not None or example is not None or compile_options:
+            raise ModelError("the model is compiled already: leave out precision, example and compile_options")
+        return model, parts
+    return compile(model, example, precision=precision, **parts, **(compile_options or {})), parts
 
 
 def _auto_classes(task: str) -> tuple[Any, ...]:

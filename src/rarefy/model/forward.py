@@ -115,6 +115,11 @@ def check_batches(data: Any, what: str = "data") -> None:
         raise DataError(
             f"{what}: expected an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader"
         )
+    if type(data).__module__.startswith("datasets."):  # of Hugging Face: its rows are no batches
+        raise DataError(
+            f"{what}: expected an iterable of batches, got the rows of a {type(data).__name__}: "
+            "rarefy.data.datasets.batches(dataset, tokenizer) makes batches"
+        )
     if not hasattr(data, "__iter__"):
         raise DataError(f"{what}: expected an iterable of batches, got {type(data).__name__}")
 
