@@ -163,6 +163,27 @@ def frontier() -> str:
     return tables + without_amx if read("frontier", run=limited) else tables
 
 
+def embeddings() -> str:
+    """`encode` of sentence-transformers with each engine: quality of the very model that was timed, and texts/s."""
+    rows = latest(read("embeddings"), "label") if (RESULTS / "embeddings.jsonl").is_file() else []
+
+    def make(rows: list[Row]) -> str:
+        row = rows[-1]
+        quality, times = row["quality"], row["milliseconds"]
+        best = "sentence-transformers, OpenVINO int8"
+        cells = []
+        for name, told in quality.items():
+            all_ms, one_ms = times["all"][name][1], times["one"][name][1]
+            faster = (times["all"][best][1] / all_ms, times["one"][best][1] / one_ms)
+            rate = f"{number(1000 * row['texts'] / all_ms)} ({faster[0]:.2f}x)"
+            cells.append(
+                [name, f"{told['cosine']:.4f}", f"{told['articles']:.1f}", rate, f"{number(one_ms)} ({faster[1]:.2f}x)"]
+            )
+        return table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
+
+    return per_machine(rows, make) if rows else "Not measured yet: `python bench/embeddings.py`."
+
+
 def frontier_images() -> str:
     """The same of image classifiers."""
     labels = {
@@ -429,6 +450,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conformance": conformance,
     "patterns": patterns,
     "demo": demo,
+    "embeddings": embeddings,
     "engine": engine,
     "frontier": frontier,
     "frontier-images": frontier_images,

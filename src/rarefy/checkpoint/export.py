@@ -19,6 +19,7 @@ from rarefy.common.version import __version__
 from rarefy.formats import container
 from rarefy.lowrank import layer_tying
 from rarefy.model import hf, lowrank_modules
+from rarefy.model.embedding_modules import module_files
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors", "gguf")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -73,7 +74,7 @@ def export(
     check_output_folder(out, overwrite, EXPORTED)
     model = None if to == "safetensors" else load(path)
     if model is not None:
-        _check_exportable(model, path, to)
+        check_exportable(model, path, to)
     with atomic_folder(out, overwrite=overwrite, marker=EXPORTED) as partial, container_errors(Path(out)):
         if model is None:
             _write_dense(path, partial / "model.safetensors")
@@ -83,6 +84,7 @@ def export(
             else:
                 compressed_tensors.write(model, partial)
             for name, content in side_files(path).items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(content)
         (partial / EXPORTED).write_text(json.dumps({"from": str(path), "rarefy": __version__}))
     return Path(out)
@@ -103,8 +105,8 @@ def _export_gguf(
     return gguf_export.write(model, out, type=type, tokenizer=hf.load_tokenizer(source), overwrite=overwrite)
 
 
-def _check_exportable(model: Any, path: str | Path, to: str) -> None:
-    """Raise unless transformers can build the model from its config."""
+def check_exportable(model: Any, path: str | Path, to: str) -> None:
+    """Raise ContainerError or ModelError unless transformers can build the model from its config."""
     name = type(model).__name__
     if not hf.is_model(model):
         raise ModelError(f"{path} holds a {name}: only Hugging Face models export to {to}")
@@ -131,5 +133,11 @@ def _write_dense(path: str | Path, file: Path) -> None:
 
 
 def side_files(path: str | Path) -> dict[str, bytes]:
-    """Return the tokenizer and generation files of a model folder by name."""
-    return {n: (Path(path) / n).read_bytes() for n in hf.TOKENIZER_FILES if (Path(path) / n).is_file()}
+    """Return the files of a model folder that stay with its weights, by name.
+
+    These are those of the tokenizer, of generation and, as "1_Pooling/config.json", of the modules that
+    sentence-transformers puts behind the model.
+    """
+    folder = Path(path)
+    files = {n: (folder / n).read_bytes() for n in hf.TOKENIZER_FILES if (folder / n).is_file()}
+    return files | module_files(folder)

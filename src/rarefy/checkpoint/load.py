@@ -17,7 +17,7 @@ from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.formats import container
-from rarefy.model import hf
+from rarefy.model import embedding_modules, hf
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import WeightGrid, record_grid_
 from rarefy.recipe import old_names
@@ -81,6 +81,9 @@ def load(
     slots = restore_structure_(saved, model, structure, path)
     _load_tensors_(saved, model, slots, options, path)
     attach_receipt_(model, Path(path) / "receipt.json", saved.meta.get("recipe"))
+    head = embedding_modules.head_of(Path(path)) if hf.is_model(model) else None
+    if head is not None:
+        setattr(model, embedding_modules.HEAD, head)
     return model
 
 

@@ -19,6 +19,7 @@ EXTRAS = {
     "gguf": "hf",
     "accelerate": "hf",
     "llguidance": "json",
+    "sentence-transformers": "embeddings",
     "torchvision": "vision",
     "pillow": "vision",
     "onnx": "onnx",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ TRAINING_FILE = "training.safetensors"
 SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
+MODULE_FOLDER = re.compile(r"[0-9]+_[A-Za-z]\w*|rarefy")  # of a sentence-transformers model, such as 1_Pooling
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -78,7 +80,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     """Raise ContainerError if an output folder cannot be created or replaced.
 
     With `overwrite`, an existing folder may be replaced if it is empty, or if it contains the file `marker` and no
-    subfolders.
+    subfolders but those of modules of sentence-transformers.
     """
     target = Path(os.path.realpath(path))
     if not target.exists():
@@ -86,12 +88,18 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     if not target.is_dir():
         raise ContainerError(f"{target} is a file; give the name of a folder")
     entries = sorted(target.iterdir())
-    ours = not entries or ((target / marker).is_file() and not any(entry.is_dir() for entry in entries))
+    foreign = [entry for entry in entries if entry.is_dir() and not _is_module_folder(entry)]
+    ours = not entries or ((target / marker).is_file() and not foreign)
     if not overwrite or not ours:
         what = "a Rarefy folder" if entries else "an empty folder"
-        what = what if ours else f"not only Rarefy's (it contains {entries[0].name})"
+        what = what if ours else f"not only Rarefy's (it contains {(foreign or entries)[0].name})"
         hint = "pass overwrite=True (shell: pass --force), or another name" if ours else "give another name"
         raise ContainerError(f"{target} exists and is {what}; {hint}")
+
+
+def _is_module_folder(entry: Path) -> bool:
+    """Return whether a folder is that of a module: by its name, with files alone in it."""
+    return MODULE_FOLDER.fullmatch(entry.name) is not None and not any(inner.is_dir() for inner in entry.iterdir())
 
 
 def _check_writable(target: Path) -> None:
@@ -124,7 +132,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False, mark
             partial.mkdir(parents=True)
         yield partial
         with container_errors(target):
-            for file in [*partial.iterdir(), partial]:
+            for file in [*partial.rglob("*"), partial]:
                 sync(file)
             _publish(partial, target)
     except BaseException:
@@ -248,6 +256,15 @@ def container_errors(target: Path, needed: int = 0) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Return what the system says, without the name of a temporary file."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

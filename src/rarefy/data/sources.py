@@ -1,6 +1,7 @@
 """Read batches from a path or a built-in name, as given on the command line or in a recipe.
 
-articles.txt, articles.jsonl    text, or one {"text": ...} per line, cut into token windows  -> {"input_ids"}
+articles.txt, articles.jsonl    text, or one {"text": ...} per line, cut into token windows  -> {"input_ids"};
+                                for encoders each begins and ends with the tokens that the tokenizer adds to a text
 images/                         one folder of images per class (needs the vision extra)      -> (images, classes)
 x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
 wiki, fashion-mnist             built-in data (`rarefy.data.builtin`); the suffix `-test` gives the held-out part
@@ -149,22 +150,39 @@ def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[B
     """Cut text into windows: documents in seeded order, joined by blank lines; a single text is shuffled."""
     check_tokenizer(tokenizer, what)
     order = torch.Generator().manual_seed(take.seed)
-    max_tokens = None if take.samples is None or len(documents) == 1 else take.samples * take.tokens
+    before, after = special_tokens(tokenizer)
+    if take.tokens <= len(before) + len(after):
+        before, after = [], []
+    size = take.tokens - len(before) - len(after)  # of text
+    max_tokens = None if take.samples is None or len(documents) == 1 else take.samples * size
     ids: list[int] = []
     for text in _encoded(documents, order, tokenizer):
         ids.extend(text)
         if max_tokens is not None and len(ids) >= max_tokens:
             break
-    count = len(ids) // take.tokens
+    count = len(ids) // size
     if not any(text.strip() for text in documents):
         raise DataError(f"{what} is empty: give a file with text")
     if count < ((take.need_all and take.samples) or 1):
         raise DataError(f"{what} {_too_short(len(ids), count, take)}")
-    windows = torch.tensor(ids[: count * take.tokens]).reshape(count, take.tokens)
+    windows = torch.tensor([[*before, *ids[i * size : (i + 1) * size], *after] for i in range(count)])
     if len(documents) == 1:
         windows = windows[torch.randperm(count, generator=order)]
     windows = windows[: take.samples]
     return [{"input_ids": part} for part in windows.split(take.batch)]
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that an encoder's tokenizer puts before and after a text, such as [CLS] and [SEP].
+
+    Returns:
+        Two lists; they are empty for tokenizers without a token for classification, as those of decoders.
+    """
+    if getattr(tokenizer, "cls_token_id", None) is None:
+        return [], []
+    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+    return ([], []) if not plain or not starts else (whole[: starts[0]], whole[starts[0] + len(plain) :])
 
 
 def _too_short(num_tokens: int, count: int, take: Take) -> str:

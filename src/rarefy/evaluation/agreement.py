@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
 from rarefy.evaluation.outputs import class_rows, outputs, value_rows, vectors
+from rarefy.model.embedding_modules import Head, head_of_model
 from rarefy.model.forward import Model
 
 MAX_CLASSES = 1024  # of which KL divergence keeps each probability; those of a vocabulary would not fit the memory
@@ -25,13 +26,13 @@ class Comparison:
     """One way to compare rows of outputs with those of the dense model.
 
     Args:
-        rows: (output, batch) -> tensors of rows, one after the other.
+        rows: (output, batch, head) -> tensors of rows, one after the other.
         keep: rows of the dense model -> what is kept of them.
         compare: (what is kept, rows) -> a value for each row; their mean is the result.
         same: the result for the dense model itself.
     """
 
-    rows: Callable[[Tensor, Any], Iterable[Tensor]]
+    rows: Callable[[Tensor, Any, Head | None], Iterable[Tensor]]
     keep: Callable[[Tensor], tuple[Tensor, ...]]
     compare: Callable[[tuple[Tensor, ...], Tensor], Tensor]
     same: float
@@ -75,8 +76,9 @@ class AgreementWith:
         return total / count
 
     def _rows(self, model: Model) -> Iterator[Tensor]:
+        head = head_of_model(self.dense)
         for batch, output in outputs(model, self.data, self.name, self.progress):
-            yield from self.comparison.rows(output, batch)
+            yield from self.comparison.rows(output, batch, head)
 
 
 def _check_width(expected: int, rows: Tensor) -> None:
@@ -141,11 +143,17 @@ def _rest(log_p: Tensor) -> Tensor:
     return (1 - log_p.double().exp().sum(-1, keepdim=True)).clamp_min(tiny).log().to(log_p.dtype)
 
 
+def _without_head(rows: Callable[[Tensor, Any], Iterable[Tensor]]) -> Callable[..., Iterable[Tensor]]:
+    return lambda output, batch, head: rows(output, batch)
+
+
 COMPARISONS = {
-    "similarity": Comparison(lambda output, batch: [vectors(output, batch)], lambda rows: (rows,), _cosine, 1.0),
-    "agreement": Comparison(class_rows, lambda rows: (rows.argmax(-1),), _same_class, 100.0),
-    "distance": Comparison(value_rows, lambda rows: (rows,), _distance, 0.0),
-    "kl": Comparison(class_rows, keep_probabilities, kl_divergence, 0.0),
+    "similarity": Comparison(
+        lambda output, batch, head: [vectors(output, batch, head)], lambda rows: (rows,), _cosine, 1.0
+    ),
+    "agreement": Comparison(_without_head(class_rows), lambda rows: (rows.argmax(-1),), _same_class, 100.0),
+    "distance": Comparison(_without_head(value_rows), lambda rows: (rows,), _distance, 0.0),
+    "kl": Comparison(_without_head(class_rows), keep_probabilities, kl_divergence, 0.0),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.model.batches import tensors_in
+from rarefy.model.embedding_modules import Head
 from rarefy.model.forward import (
     Model,
     call,
@@ -98,14 +99,19 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((hidden * mask[..., None]).sum(1), dim=-1)
 
 
-def vectors(output: Tensor, batch: Any) -> Tensor:
+def vectors(output: Tensor, batch: Any, head: Head | None = None) -> Tensor:
     """Return a normalized vector for each sample: tokens are pooled, other outputs flattened.
 
     A single number for each sample says nothing by its direction: all of a batch make one vector then.
+
+    Args:
+        output: a model's output.
+        batch: its inputs.
+        head: makes embeddings of hidden states and mask; by default `pool`.
     """
     mask = token_mask(batch, output)
     if mask is not None:
-        return pool(output.float(), mask)
+        return pool(output.float(), mask) if head is None else F.normalize(head(output, mask), dim=-1)
     flat = output.float().reshape(len(output), -1) if output.dim() else output.float().reshape(1, 1)
     return F.normalize(flat.T if flat.shape[1] == 1 else flat, dim=-1)
 

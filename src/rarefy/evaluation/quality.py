@@ -29,6 +29,7 @@ from rarefy.evaluation.metrics import BETTER, METRICS
 from rarefy.evaluation.outputs import named_output, output_tensor, token_mask
 from rarefy.evaluation.retrieval import retrieval
 from rarefy.model import hf
+from rarefy.model.embedding_modules import head_of_model
 from rarefy.model.forward import Model, call, check_batches, evaluating, on_device, without_targets
 
 RANKED = {"retrieval": ("R", 1), "ndcg": ("nDCG", 10)}  # what the number is called, and its k where none is given
@@ -128,7 +129,7 @@ def _built_in(name: str, dense: nn.Module, data: Iterable[Any], progress: bool) 
     elif ranked:
         label, k = RANKED[ranked[1]]
         k = int(ranked[2] or k)
-        measure = partial(retrieval, data=data, measure=ranked[1], k=k, progress=progress)
+        measure = partial(retrieval, data=data, measure=ranked[1], k=k, head=head_of_model(dense), progress=progress)
         title, scale = f"retrieval {label}@{k}", "%"
     else:
         raise DataError(unknown("metric", name, METRIC_NAMES))

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from rarefy.common.errors import DataError
 from rarefy.evaluation.outputs import outputs, vectors
+from rarefy.model.embedding_modules import Head
 from rarefy.model.forward import Model, check_batches, describe_batch
 
 
 @torch.no_grad()
-def embed(model: Model, batches: Iterable[Any], *, progress: bool = False) -> Tensor:
+def embed(model: Model, batches: Iterable[Any], *, head: Head | None = None, progress: bool = False) -> Tensor:
     """Return a normalized embedding of each sample: the mean of its hidden states without padding.
 
     Args:
         model: a module, or any callable that takes the batches; a 2-D output is taken as it is.
         batches: dicts of token ids and attention mask, or other inputs of the model.
+        head: what makes embeddings of hidden states [batch, tokens, width] and mask, in place of the mean.
         progress: show a progress bar.
 
     Returns:
@@ -28,7 +30,7 @@ def embed(model: Model, batches: Iterable[Any], *, progress: bool = False) -> Te
     Raises:
         DataError: if there are no batches.
     """
-    parts = [vectors(output, batch) for batch, output in outputs(model, batches, "embedding", progress)]
+    parts = [vectors(output, batch, head) for batch, output in outputs(model, batches, "embedding", progress)]
     if not parts:
         raise DataError("no samples to embed")
     return torch.cat(parts)
@@ -75,7 +77,13 @@ MEASURES = {"retrieval": recall, "ndcg": ndcg}
 
 
 def retrieval(
-    model: Model, data: Iterable[Any], *, measure: str = "retrieval", k: int = 1, progress: bool = False
+    model: Model,
+    data: Iterable[Any],
+    *,
+    measure: str = "retrieval",
+    k: int = 1,
+    head: Head | None = None,
+    progress: bool = False,
 ) -> float:
     """Return how well a model's embeddings find the text that answers a query, in percent.
 
@@ -84,6 +92,7 @@ def retrieval(
         data: pairs (queries, texts) of batches; row i of one answers row i of the other.
         measure: "retrieval" for R@k, "ndcg" for nDCG@k.
         k: how many nearest texts count.
+        head: as for `embed`.
         progress: show a progress bar.
 
     Raises:
@@ -95,7 +104,7 @@ def retrieval(
         _check_pair(pair)
     if not pairs:
         raise DataError("no pairs to evaluate: give at least one pair (queries, texts) of batches")
-    queries, texts = (embed(model, [pair[side] for pair in pairs], progress=progress) for side in (0, 1))
+    queries, texts = (embed(model, [pair[side] for pair in pairs], head=head, progress=progress) for side in (0, 1))
     if len(queries) != len(texts):
         raise DataError(f"retrieval needs a text for each query, got {len(queries)} queries and {len(texts)} texts")
     if len(queries) < 2 or k >= len(queries):

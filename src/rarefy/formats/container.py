@@ -30,7 +30,14 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, atomic_folder, check_output_folder, container_errors
+from rarefy.common.atomic_io import (
+    INDEX,
+    PICKLE_SUFFIXES,
+    atomic_folder,
+    check_output_folder,
+    container_errors,
+    sha256_of,
+)
 from rarefy.common.errors import ContainerError, FormatError, nearest
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
@@ -42,7 +49,7 @@ INDEX_BYTES = 64 * 2**20
 INDEX_XZ = "rarefy-index.json.xz"
 MAX_EXPANSION = 64  # decoded bytes per stored byte, unless the caller knows the shape
 TRIAL_BYTES = 1 << 24  # a larger tensor is not tried in several formats
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,99}/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # in a folder at most
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -144,6 +151,7 @@ def write(
         index_files = _compressed_index(text) if compress else {INDEX: text}
         with container_errors(target, sum(map(len, [*index_files.values(), *files.values()]))):
             for file, data in {**files, **index_files}.items():
+                (temp / file).parent.mkdir(exist_ok=True)
                 (temp / file).write_bytes(data)
     return index
 
@@ -185,7 +193,10 @@ def _check_files(files: Mapping[str, bytes]) -> None:
     for file, data in files.items():
         ours = isinstance(file, str) and (file in (INDEX, INDEX_XZ) or SHARD_NAME.fullmatch(file))
         if not isinstance(file, str) or not _FILE.fullmatch(file) or ours:
-            raise ContainerError(f"file name {short(file)} must be letters, digits, . _ - and not one of Rarefy's own")
+            raise ContainerError(
+                f"file name {short(file)} must be letters, digits, . _ -, in one folder at most, and not one of "
+                "Rarefy's own"
+            )
         if not isinstance(data, bytes):
             raise ContainerError(f"file {file!r} is {type(data).__name__}, must be bytes")
 
@@ -231,7 +242,7 @@ def _write_shard(temp: Path, target: Path, held: dict[str, Tensor], shards: dict
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(held, file, metadata={"format": "pt"})
         file.chmod(temp.stat().st_mode & 0o666)  # safetensors may make it readable to its owner only
-        shards[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+        shards[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
 
 
 def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
@@ -245,7 +256,7 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
             (temp / f"{file}.xz").write_bytes(compressed)
         (temp / file).unlink()
         del index["shards"][file]
-        hashed = {"sha256": _sha256(temp / f"{file}.xz"), "bytes": len(compressed), "raw": len(data)}
+        hashed = {"sha256": sha256_of(temp / f"{file}.xz"), "bytes": len(compressed), "raw": len(data)}
         index["shards"][f"{file}.xz"] = hashed
     for entry in index["tensors"].values():
         for location in entry["parts"].values():
@@ -364,16 +375,8 @@ def _check_file(file: Path, known: dict[str, Any], verify: bool) -> None:
         raise ContainerError(
             f"{file}: {file.stat().st_size} bytes, expected {short(known['bytes'])}; was it truncated?"
         )
-    if verify and _sha256(file) != known["sha256"]:
+    if verify and sha256_of(file) != known["sha256"]:
         raise ContainerError(f"{file}: its sha256 is not the one in the index; the file was altered")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

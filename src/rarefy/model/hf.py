@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError, first_line
+from rarefy.model import embedding_modules
 
 # in order of preference where an architecture is in several
 AUTO = (
@@ -108,7 +109,11 @@ def no_bars() -> None:
 
 
 def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
-    """Return the model of a local folder in evaluation mode; with `meta` its skeleton without weights."""
+    """Return the model of a local folder in evaluation mode; with `meta` its skeleton without weights.
+
+    In a folder of sentence-transformers its attribute `rarefy_head` makes embeddings of hidden states, unless that is
+    their mean.
+    """
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -135,6 +140,9 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     lost = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
     if lost:
         raise ModelError(f"{path}: {len(lost)} weights are missing or of another shape, such as {lost[0]}")
+    head = embedding_modules.head_of(Path(path))
+    if head is not None:
+        setattr(model, embedding_modules.HEAD, head)
     return model.eval()
 
 

@@ -1,0 +1,136 @@
+"""Folders of sentence-transformers models: where a name leads, what is in them, and the compiled model beside it.
+
+MODEL/                        what sentence-transformers writes: modules.json, 1_Pooling/, dense weights, tokenizer
+MODEL/rarefy/                 the compiled transformer, as `rarefy.save` writes it
+MODEL/rarefy/embedding.json   its precision, and the hashes of the dense weights that it was made from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, parse_json, sha256_of
+from rarefy.common.errors import ContainerError, ModelError, first_line, nearest
+from rarefy.common.version import __version__
+from rarefy.data import builtin
+from rarefy.integrations.compiled_transformer import DENSE_FILES
+from rarefy.model.embedding_modules import MODULES, check_modules, refuse_pickles
+
+ENGINE = "rarefy"  # folder of the compiled model
+NOTE = "embedding.json"
+MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
+SCHEMA = 1
+MAX_NOTE_BYTES = 1 << 20
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*/config.json", "*/model.safetensors")
+NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a compiled model.
+
+    Attributes:
+        precision: "fp32", "bf16" or "int8".
+        dense: sha256 of the files that it was made from, by name.
+    """
+
+    precision: str
+    dense: Mapping[str, str]
+
+
+def resolve(name: str | os.PathLike[str], organization: str | None, **hub: Any) -> Path:
+    """Return the folder of a model: a path, a built-in name, or a name of the hub, which is downloaded.
+
+    Args:
+        name: the path or name.
+        organization: whose model a name of the hub without a slash is.
+        **hub: arguments of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ModelError: if there is none; similar names are suggested.
+    """
+    if not isinstance(name, str | os.PathLike) or not str(name):
+        raise ModelError(f"expected the folder or the name of a model, got {name!r}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file: give the folder that it is in")
+    if str(name) in builtin.MODELS:
+        return builtin.model_folder(str(name))
+    siblings = [str(path.with_name(p.name)) for p in path.parent.glob("*") if p.is_dir()]
+    near = nearest(str(name), [*builtin.MODELS, *siblings])
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    missing = f"no model folder {str(name)!r} and no built-in model of that name ({', '.join(builtin.MODELS)})"
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1 or str(name).endswith("/"):
+        raise ModelError(missing + hint)
+    from huggingface_hub import snapshot_download
+
+    repository = str(name) if "/" in str(name) or organization is None else f"{organization}/{name}"
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(DOWNLOADED), **hub))
+    except Exception as error:  # the network makes the hub's client raise anything
+        raise ModelError(
+            f"{missing}, and the hub has no {repository!r} or is not reachable ({first_line(error, 120)}){hint}"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError for a folder that is no model, needs code of its own, or has pickled weights alone."""
+    if not (folder / "config.json").is_file() and not (folder / MODULES).is_file():
+        raise ModelError(
+            f"{folder} is no model of sentence-transformers or transformers: it has neither {MODULES} nor config.json"
+        )
+    for part in {"", *(entry["path"] for entry in check_modules(folder))}:
+        refuse_pickles(folder / part)
+
+
+def read_note(folder: Path) -> Note | None:
+    """Return the note of the compiled model in a folder, None where there is none.
+
+    Raises:
+        ContainerError: if it is damaged.
+    """
+    file = folder / ENGINE / NOTE
+    if not file.is_file():
+        return None
+    hint = f"delete {folder / ENGINE} to compile the model again"
+    if file.is_symlink() or file.stat().st_size > MAX_NOTE_BYTES:
+        raise ContainerError(f"{file}: expected a small file, no link; {hint}")
+    value = parse_json(file.read_text(encoding="utf-8"), str(file))
+    value = value if isinstance(value, dict) else {}
+    dense = value.get("dense")
+    valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int8")
+    if not valid or not isinstance(dense, dict) or not all(isinstance(v, str) for v in dense.values()):
+        raise ContainerError(f"{file}: expected schema {SCHEMA}, a precision and hashes of files; {hint}")
+    return Note(value["precision"], dense)
+
+
+def note_bytes(precision: str, folder: Path) -> bytes:
+    """Return the note of a model compiled from the dense weights in a folder. O(bytes of the weights)."""
+    value = {"schema": SCHEMA, "rarefy": __version__, "precision": precision, "dense": dense_hashes(folder)}
+    return json.dumps(value, indent=1).encode()
+
+
+def dense_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the dense weights and config of a folder by name."""
+    return {f.name: sha256_of(f) for f in sorted(f for pattern in DENSE_FILES for f in folder.glob(pattern))}
+
+
+def copy_missing(source: Path, target: Path) -> None:
+    """Copy the files of a model's folder that another one lacks, but for other forms of the weights.
+
+    Folders are copied if the target has them: those of its modules.
+    """
+    for file in sorted(source.iterdir()):
+        copy = target / file.name
+        if file.is_dir() and copy.is_dir() and file.name != ENGINE:
+            copy_missing(file, copy)
+        elif file.is_file() and not copy.exists() and file.suffix not in NOT_COPIED and file.name[0] != ".":
+            shutil.copyfile(file, copy)

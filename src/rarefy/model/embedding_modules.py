@@ -1,0 +1,171 @@
+"""The modules of sentence-transformers that follow the transformer in a folder: pooling, dense, normalize.
+
+Metrics of embeddings use them, so that a model that is read by its first token is judged by its first token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.common.atomic_io import PICKLE_SUFFIXES, parse_json
+from rarefy.common.errors import ContainerError, ModelError, first_line
+
+MODULES = "modules.json"
+ROOT_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
+HEADS = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")  # classes of modules that follow a transformer
+PREFIX = "sentence_transformers."  # where the classes of modules are; others would be code of the folder
+FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+HEAD = "rarefy_head"  # attribute of a model: the modules that follow it
+MAX_BYTES = 1 << 20  # of modules.json
+NEEDS = 'these modules need sentence-transformers: pip install "rarefy[embeddings]"'
+
+Head = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_modules(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of a folder's modules.json, [] where there is none.
+
+    Raises:
+        ContainerError: if it is no list of modules.
+        ModelError: for a module whose class is not one of sentence-transformers.
+    """
+    file = folder / MODULES
+    if not file.is_file():
+        return []
+    if file.stat().st_size > MAX_BYTES:
+        raise ContainerError(f"{file}: expected at most {MAX_BYTES:,} bytes")
+    entries = parse_json(file.read_text(encoding="utf-8"), str(file))
+    fields = ("path", "type", "name")
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and all(isinstance(e.get(f), str) for f in fields) for e in entries
+    ):
+        raise ContainerError(f"{file}: expected a list of modules with name, path and type")
+    for entry in entries:
+        if entry["path"] and not FOLDER.fullmatch(entry["path"]):
+            raise ContainerError(f"{file}: expected the name of a folder as path, got {entry['path'][:80]!r}")
+        if not entry["type"].startswith(PREFIX):
+            raise ModelError(
+                f"{file}: {entry['type'][:80]!r} is no module of sentence-transformers; code of a folder is never run"
+            )
+    return entries
+
+
+def module_files(folder: Path) -> dict[str, bytes]:
+    """Return the files that make a transformer a model of sentence-transformers, by name: {} for other folders.
+
+    Args:
+        folder: the model's folder.
+
+    Returns:
+        modules.json and the configs beside it, and the files in folders of modules, as "1_Pooling/config.json".
+
+    Raises:
+        ModelError: for a module whose weights are a pickle.
+    """
+    entries = check_modules(folder)
+    if not entries:
+        return {}
+    files = {p.name: p.read_bytes() for pattern in ROOT_FILES for p in sorted(folder.glob(pattern)) if p.is_file()}
+    for part in sorted({e["path"] for e in entries if e["path"]}):
+        refuse_pickles(folder / part)
+        paths = [p for p in sorted((folder / part).glob("*")) if p.is_file() and p.suffix not in PICKLE_SUFFIXES]
+        files |= {f"{part}/{p.name}": p.read_bytes() for p in paths}
+    return files
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise ModelError for a folder of weights that are a pickle and nothing else."""
+    names = sorted(p.name for p in folder.glob("*") if p.is_file())
+    pickled = next((n for n in names if n.endswith(PICKLE_SUFFIXES) and "model" in n), None)
+    if pickled is not None and not any(n.endswith(".safetensors") for n in names):
+        raise ModelError(
+            f"{folder / pickled} is a pickle, which is never opened: save the model again with a current "
+            "sentence-transformers, which writes safetensors"
+        )
+
+
+def head_of(folder: Path) -> Head | None:
+    """Return what makes an embedding of hidden states in a folder of sentence-transformers.
+
+    Args:
+        folder: the model's folder.
+
+    Returns:
+        A function of hidden states [batch, tokens, width] and mask [batch, tokens]; it loads its modules when it is
+        first called. None where there is no modules.json, and for the mean of all tokens, which is the default.
+    """
+    entries = check_modules(folder)
+    return None if not entries or _is_mean(folder, entries) else FolderHead(folder)
+
+
+def _is_mean(folder: Path, entries: list[dict[str, Any]]) -> bool:
+    """Return whether the modules after the transformer are the mean of all tokens, and a normalization at most."""
+    names = [e["type"].rpartition(".")[2] for e in entries]
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        return False
+    file = folder / entries[1]["path"] / "config.json"
+    config = parse_json(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise ContainerError(f"{file}: expected an object, {{...}}")
+    if "pooling_mode" in config:
+        return config["pooling_mode"] in ("mean", ["mean"])
+    modes = {n for n, value in config.items() if n.startswith("pooling_mode_") and value}
+    return modes <= {"pooling_mode_mean_tokens"}
+
+
+def head_of_model(model: Any) -> Head | None:
+    """Return the function that makes embeddings of a model's hidden states, None for the mean of all tokens."""
+    return getattr(model, HEAD, None)
+
+
+class FolderHead:
+    """The modules after the transformer of a folder, loaded by sentence-transformers at the first call.
+
+    It is no `nn.Module`, so that a model that has it as an attribute keeps its own parameters alone.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._modules: nn.Module | None = None
+
+    def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return the embeddings [batch, width] of hidden states [batch, tokens, width]."""
+        if self._modules is None:
+            self._modules = _load_modules(self.folder)
+        return apply_modules(self._modules, hidden, mask)
+
+    def __deepcopy__(self, memo: Any) -> FolderHead:
+        return self  # nothing of it ever changes
+
+
+@torch.no_grad()
+def apply_modules(modules: Any, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return what modules of sentence-transformers make of hidden states [batch, tokens, width]."""
+    features: dict[str, Any] = {"token_embeddings": hidden.float(), "attention_mask": mask.long()}
+    for module in modules:
+        features = module(features)
+    return features["sentence_embedding"]
+
+
+def _load_modules(folder: Path) -> nn.Module:
+    """Return the modules after the transformer, of classes that sentence-transformers has."""
+    try:
+        from sentence_transformers.sentence_transformer import modules as known
+    except ImportError:
+        raise ModelError(f"{folder / MODULES}: {NEEDS}") from None
+    parts = []
+    for entry in check_modules(folder)[1:]:
+        name = entry["type"].rpartition(".")[2]
+        if name not in HEADS:
+            raise ModelError(f"{folder / MODULES}: metrics cannot use {name!r}; they can use {', '.join(HEADS)}")
+        try:
+            parts.append(getattr(known, name).load(str(folder), subfolder=entry["path"], local_files_only=True))
+        except Exception as error:  # a damaged folder makes it raise anything
+            raise ModelError(f"{folder / entry['path']}: {name} does not load: {first_line(error, 300)}") from None
+    return nn.Sequential(*parts).eval()
