@@ -28,6 +28,11 @@ MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
 SCHEMA = 1
 MAX_NOTE_BYTES = 1 << 20
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*/config.json", "*/model.safetensors")
+OF_RAREFY = (INDEX, "rarefy-index.json.xz", "rarefy-export.json")  # in folders of `compress` and `export`
+    INDEX,
+    "rarefy-index.json.xz",
+    "rarefy-export.json",
+)  # of a folder that `rarefy compress` or `export` wrote
 NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
 
 
@@ -123,6 +128,10 @@ def dense_hashes(folder: Path) -> dict[str, str]:
     return {f.name: sha256_of(f) for f in sorted(f for pattern in DENSE_FILES for f in folder.glob(pattern))}
 
 
+def _is_other_form(file: Path) -> bool:
+    return file.suffix in NOT_COPIED or file.name in OF_RAREFY
+
+
 def copy_missing(source: Path, target: Path) -> None:
     """Copy the files of a model's folder that another one lacks, but for other forms of the weights.
 
@@ -132,5 +141,5 @@ def copy_missing(source: Path, target: Path) -> None:
         copy = target / file.name
         if file.is_dir() and copy.is_dir() and file.name != ENGINE:
             copy_missing(file, copy)
-        elif file.is_file() and not copy.exists() and file.suffix not in NOT_COPIED and file.name[0] != ".":
+        elif file.is_file() and not copy.exists() and file.name[0] != "." and not _is_other_form(file):
             shutil.copyfile(file, copy)

@@ -51,7 +51,8 @@ except ImportError as error:
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "int8": "int8"}  # as `rarefy.compile` calls them
 TASKS = ("feature-extraction", "sequence-classification")
-HUB = ("revision", "token", "local_files_only")  # arguments that say what is downloaded
+# arguments that say what is downloaded, and how the client of the hub calls them
+HUB = {"revision": "revision", "token": "token", "local_files_only": "local_files_only", "cache_folder": "cache_dir"}
 REFUSED = {
     "backend": "the engine is the backend",
     "trust_remote_code": "code of a model's folder is never run",
@@ -86,7 +87,7 @@ class _OnEngine:
         **options: Any,
     ):
         _check_options(precision, recipe, data, options)
-        hub = {name: options.pop(name) for name in HUB if name in options}
+        hub = {HUB[name]: options.pop(name) for name in HUB if options.get(name) is not None}
         folder = resolve(model_name_or_path, self.default_huggingface_organization, **hub)
         check_folder(folder)
         note = read_note(folder) if recipe is None else None
@@ -109,9 +110,9 @@ class _OnEngine:
             first: Any = next(iter(self.children()))  # type: ignore[attr-defined]
             first.__class__ = Transformer  # as it is saved
             del self._module_classes
-        for name, module in list(self.named_modules()):  # type: ignore[attr-defined]
+        for module in list(self.modules()):  # type: ignore[attr-defined]
             if isinstance(module, Transformer) and not isinstance(module.model, CompiledTransformer):
-                self._compile_(name, module, recipe, data, tune)
+                self._compile_(module, recipe, data, tune)
         if not any(isinstance(m, CompiledTransformer) for m in self.modules()):  # type: ignore[attr-defined]
             raise ModelError(f"{folder} has no transformer to compile: use sentence-transformers itself")
 
@@ -128,7 +129,7 @@ class _OnEngine:
             raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}") from error
         self.eval()  # type: ignore[attr-defined]
 
-    def _compile_(self, name: str, module: Transformer, recipe: Any, data: Any, tune: bool) -> None:
+    def _compile_(self, module: Transformer, recipe: Any, data: Any, tune: bool) -> None:
         """Compress a module's transformer by the recipe, and put the compiled one in its place."""
         dense: Any = module.model
         _check_transformer(module)
@@ -139,7 +140,8 @@ class _OnEngine:
             self.receipt = compress_(dense, recipe, batches, tokenizer=module.tokenizer)
             del dense.__dict__[HEAD]
         compiled = compile(dense, _example(module, self), precision=PRECISIONS[self.precision], tune=tune)
-        on_disk = recipe is None and name == "0" and not (self.source_folder / INDEX).is_file()
+        is_first = module is next(iter(self.children()))  # type: ignore[attr-defined]
+        on_disk = recipe is None and is_first and not (self.source_folder / INDEX).is_file()
         where = _module_folder(self.source_folder) if on_disk else None
         module.model = CompiledTransformer(  # type: ignore[assignment]
             compiled, dense.config, dense=None if on_disk else dense, dense_folder=where
