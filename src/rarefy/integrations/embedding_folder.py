@@ -27,12 +27,9 @@ NOTE = "embedding.json"
 MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
 SCHEMA = 1
 MAX_NOTE_BYTES = 1 << 20
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*/config.json", "*/model.safetensors")
 OF_RAREFY = (INDEX, "rarefy-index.json.xz", "rarefy-export.json")  # in folders of `compress` and `export`
-    INDEX,
-    "rarefy-index.json.xz",
-    "rarefy-export.json",
-)  # of a folder that `rarefy compress` or `export` wrote
 NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
 
 
@@ -92,8 +89,13 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} is no model of sentence-transformers or transformers: it has neither {MODULES} nor config.json"
         )
-    for part in {"", *(entry["path"] for entry in check_modules(folder))}:
+    entries = check_modules(folder)
+    for part in {"", *(entry["path"] for entry in entries)}:
         refuse_pickles(folder / part)
+    first = folder / entries[0]["path"] if entries else folder
+    tokenizes = not entries or entries[0]["type"].endswith(".Transformer")
+    if tokenizes and not any(file for pattern in TOKENIZERS for file in first.glob(pattern)):
+        raise ModelError(f"{first} has no tokenizer, such as tokenizer.json: copy the files of the original there")
 
 
 def read_note(folder: Path) -> Note | None:
