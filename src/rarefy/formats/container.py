@@ -194,7 +194,7 @@ def _check_files(files: Mapping[str, bytes]) -> None:
         ours = isinstance(file, str) and (file in (INDEX, INDEX_XZ) or SHARD_NAME.fullmatch(file))
         if not isinstance(file, str) or not _FILE.fullmatch(file) or ours:
             raise ContainerError(
-                f"file name {short(file)} must be letters, digits, . _ - and not one of Rarefy's own; one folder at most"
+                f"file name {short(file)} must be letters, digits, . _ - and not one of Rarefy's own, in one folder"
             )
         if not isinstance(data, bytes):
             raise ContainerError(f"file {file!r} is {type(data).__name__}, must be bytes")
