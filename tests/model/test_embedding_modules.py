@@ -135,7 +135,8 @@ def test_the_recipe_for_embeddings(tmp_path, run):
     settings = ["--set", "samples=8", "--set", "evaluate.samples=60"]
     words = ["compress", "minilm", "--recipe", "embeddings-fast", "--out", tmp_path / "out", "--json", *settings]
     receipt = json.loads(run(*words).out)
-    assert receipt["quality"]["metric"] == "retrieval R@1" and receipt["quality"]["after"] > 80
+    quality = receipt["quality"]
+    assert quality["metric"] == "retrieval" and quality["after"] > 0.9 * quality["before"]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
     assert rarefy.load(tmp_path / "out") is not None
 
