@@ -231,3 +231,36 @@ print(type(AutoModel.from_pretrained({str(tmp_path / "out")!r})).__name__)
     assert ran[0].stdout == "BertModel\n", ran[0].stderr
     # without Rarefy it is an error: weights are never drawn at random
     assert ran[1].returncode and "got rarefy" in ran[1].stderr and "no file named" in ran[1].stderr
+
+
+def test_compiled_folders_are_checked_too(tmp_path):
+    from rarefy.cli.shared import files_beside_engine
+
+    model = bert()
+    model.save_pretrained(tmp_path / "model")
+    fast = rarefy.compile(model, {**IDS, "attention_mask": torch.ones_like(IDS["input_ids"])})
+    out = tmp_path / "fast"
+    rarefy.save(fast, out, files=files_beside_engine(tmp_path / "model"))  # as `rarefy compile` does
+    loaded = transformers.AutoModel.from_pretrained(out)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results(loaded), results(model), strict=True))
+    assert all(p.is_meta for p in loaded.parameters()) and isinstance(loaded, transformers.BertModel)
+    graph = json.loads((out / "graph.json").read_text())
+    (out / "graph.json").write_text(json.dumps(graph).replace("aten", "os.system"))
+    with pytest.raises(ContainerError):
+        transformers.AutoModel.from_pretrained(out)
+    seal(out)
+    with pytest.raises(ContainerError):
+        transformers.AutoModel.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "extra"),
+    [("transformers", "transformers", "hf"), ("lm_eval.models.huggingface", "lm_eval", "lm-eval")],
+)
+def test_missing_libraries_are_named(missing, module, extra, monkeypatch):
+    import importlib
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"rarefy.integrations.{module}", raising=False)
+    with pytest.raises(ModelError, match=rf'pip install "rarefy\[{extra}\]"'):
+        importlib.import_module(f"rarefy.integrations.{module}")
