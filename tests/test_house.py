@@ -116,7 +116,8 @@ def test_no_code_from_files(path):
         calls |= {"import_module"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in calls, ast.unparse(node.func)
+            safe = ast.unparse(node.func) == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
+            assert safe or ast.unparse(node.func) not in calls, ast.unparse(node.func)
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert not {a.name for a in node.names} & banned
 

@@ -435,8 +435,8 @@ def test_names_with_an_equals_sign():
 def test_batches_fit_the_file():
     images = signature(("x", torch.float32, (4, 48, 48, 3)))
     take = onnx_files.fitting_take(images, Take(batch=8))
-    assert (take.batch, take.size) == (4, 48)
-    assert onnx_files.fitting_take(signature(("x", torch.float32, ("N", 3, 32, 64))), Take()).size == 224
+    assert (take.batch, take.images.size) == (4, 48)
+    assert onnx_files.fitting_take(signature(("x", torch.float32, ("N", 3, 32, 64))), Take()).images.size == 224
     x, y = torch.randn(4, 3, 48, 48), torch.arange(4)
     [(fitted, classes)] = onnx_files.fit_batches(
         images, [(x, y), (x[:1], y[:1])], "--data"

@@ -18,6 +18,7 @@ from rarefy.common.errors import DataError
 from rarefy.data import builtin
 from rarefy.data.sources import READERS, Take, batches
 from rarefy.model.batches import count_samples
+from rarefy.model.image_config import ImageConfig
 
 
 class Letters:
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, name: str, **settings) -> list[Any]:
-    return batches(name, Take(**settings), tokenizer=Letters(), base=folder)
+    return list(batches(name, Take(**settings), tokenizer=Letters(), base=folder))
 
 
 # text
@@ -134,6 +135,8 @@ def test_a_path_may_be_absolute_and_relative_ones_start_at_base(folder, monkeypa
 
 # images
 
+SMALL = ImageConfig(size=4, resize=4)
+
 
 def picture_folder(root: Path, counts: dict[str, int]) -> Path:
     Image = pytest.importorskip("PIL.Image")
@@ -147,7 +150,7 @@ def picture_folder(root: Path, counts: dict[str, int]) -> Path:
 def test_images_by_class_folder(tmp_path):
     pytest.importorskip("torchvision")
     picture_folder(tmp_path, {"cat": 3, "dog": 2})
-    found = read(tmp_path, "pics", batch=4, size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = read(tmp_path, "pics", batch=4, images=ImageConfig(8, 8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     x, y = (torch.cat(part) for part in zip(*found))
     assert x.shape == (5, 3, 8, 8) and [len(b[1]) for b in found] == [4, 1]
     assert sorted((round(255 * float(p[0, 0, 0])), int(c)) for p, c in zip(x, y)) == [
@@ -163,12 +166,11 @@ def test_images_by_class_folder(tmp_path):
 def test_images_are_normalized_and_seeded(tmp_path):
     pytest.importorskip("torchvision")
     picture_folder(tmp_path, {"cat": 6, "dog": 6})
-    [(x, y)] = read(tmp_path, "pics", samples=5, size=4)
-    take = Take()
-    green = (50 / 255 - take.mean[1]) / take.std[1]
+    [(x, y)] = read(tmp_path, "pics", samples=5, images=SMALL)
+    green = (50 / 255 - SMALL.mean[1]) / SMALL.std[1]
     torch.testing.assert_close(x[:, 1], torch.full((5, 4, 4), green))
-    [(again, _)] = read(tmp_path, "pics", samples=5, size=4)
-    [(other, _)] = read(tmp_path, "pics", samples=5, size=4, seed=1)
+    [(again, _)] = read(tmp_path, "pics", samples=5, images=SMALL)
+    [(other, _)] = read(tmp_path, "pics", samples=5, images=SMALL, seed=1)
     assert torch.equal(x, again) and not torch.equal(x, other) and len(y) == 5
 
 
@@ -178,7 +180,7 @@ def test_too_few_images(tmp_path):
     with pytest.raises(
         DataError, match=r"data .*pics is too short: 3 samples, 4 are needed: give more, or set samples to 3"
     ):
-        read(tmp_path, "pics", samples=4, size=4)
+        read(tmp_path, "pics", samples=4, images=SMALL)
 
 
 def test_a_folder_without_classes(tmp_path):
@@ -199,7 +201,7 @@ def test_a_damaged_image_is_named(tmp_path):
     picture_folder(tmp_path, {"cat": 2})
     (tmp_path / "pics" / "cat" / "1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"data: .*1\.png"):
-        read(tmp_path, "pics", size=4)
+        read(tmp_path, "pics", images=SMALL)
 
 
 def test_without_torchvision(tmp_path, monkeypatch):
@@ -212,7 +214,7 @@ def test_without_torchvision(tmp_path, monkeypatch):
 
     (tmp_path / "pics" / "cat").mkdir(parents=True)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"a folder of images needs torchvision: pip install '.\[vision\]'"):
+    with pytest.raises(DataError, match=r'data: images need torchvision: pip install "rarefy\[vision\]"'):
         read(tmp_path, "pics")
 
 
@@ -262,7 +264,7 @@ ERRORS = [
     ("fashion-minst", {}, r"did you mean fashion-mnist, fashion-mnist-test"),
     ("zzzzzz", {}, r"no built-in data of that name \([^)]*\)$"),
     ("no/such/folder.txt", {}, r"no file '.*no/such/folder.txt'"),
-    ("words.csv", {}, r"data: cannot read 'words.csv'; known are .txt, .jsonl, .npz, .safetensors and folders of images"),
+    ("words.csv", {}, r"data: cannot read 'words.csv'; known are .txt, .jsonl, .npz, .safetensors, .parquet and folders"),
     ("nosuffix", {}, r"data: cannot read 'nosuffix'; known are"),
     ("latin.txt", {}, r"data: .*latin.txt is not readable as .txt: .*utf-8"),
     ("cut.npz", {}, r"data: .*cut.npz is not readable as .npz: "),
@@ -402,7 +404,7 @@ def test_fewer_samples_are_the_first_of_more(folder, name):
         picture_folder(folder, {"cat": 6, "dog": 6})
 
     def samples(count):
-        found = read(folder, name, samples=count, tokens=8, batch=4, size=4)
+        found = read(folder, name, samples=count, tokens=8, batch=4, images=SMALL)
         parts = [b.values() if isinstance(b, dict) else b for b in found]
         return [torch.cat(tensors) for tensors in zip(*parts)]
 

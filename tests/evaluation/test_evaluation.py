@@ -610,7 +610,9 @@ def test_bench_of_an_encoder_and_of_a_vision_model():
 
 
 def test_bench_needs_a_config():
-    with pytest.raises(ModelError, match="bench needs a model with a Hugging Face config"):
+    with pytest.raises(
+        ModelError, match="Net does not say what it is called with: expected a Hugging Face model, an ONNX file, or"
+    ):
         bench_models({"model": Net()}, 8, 2, 1, 2, False)
 
 

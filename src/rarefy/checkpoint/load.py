@@ -17,7 +17,8 @@ from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.formats import container
-from rarefy.model import embedding_modules, hf
+from rarefy.model import embedding_modules, hf, vision
+from rarefy.model.image_config import image_config_from_dict, set_image_config_
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import WeightGrid, record_grid_
 from rarefy.recipe import old_names
@@ -41,7 +42,7 @@ def load(
     Args:
         path: a folder that `save` wrote, or a compressed-tensors folder.
         model: a module of the saved class, which receives the weights; not needed for Hugging Face models, which are
-            built from their config.
+            built from their config, and models of timm and torchvision by name.
         verify: check the hashes of all files; False saves one pass over them.
         accelerate: True, or arguments of `accelerate_` such as {"batch": (1, 128)}: each Linear layer gets its fastest
             kernel as soon as its weight is read, so the dense model is never in memory as a whole, unless it was
@@ -70,7 +71,10 @@ def load(
         return legacy_layouts.load(path)
     saved = container.read(path, verify=verify)
     if compiled_model.is_compiled(saved):
-        return compiled_model.load(saved, model=model, accelerate=options)
+        compiled = compiled_model.load(saved, model=model, accelerate=options)
+        if saved.meta.get("images") is not None:
+            set_image_config_(compiled, image_config_from_dict(saved.meta["images"]))
+        return compiled
     structure = saved.meta.get("structure")
     structure = structure if isinstance(structure, dict) else {}
     stream = options is not None and options.example is None
@@ -97,7 +101,10 @@ def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
 
 
 def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, empty: bool) -> nn.Module:
-    """The Hugging Face model of a config, with `empty` without memory for its weights."""
+    """The Hugging Face model of a config, with `empty` without memory for its weights; one of timm or torchvision by
+    its name."""
+    if structure.get("library") in vision.LIBRARIES:
+        return vision.build(structure)
     if structure.get("library") != "transformers":
         name = structure.get("class")
         if name == "OnnxModel":

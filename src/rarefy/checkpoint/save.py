@@ -21,7 +21,8 @@ from rarefy.evaluation.receipt import Receipt
 from rarefy.formats import container, quantized_encodings, sparse_encodings
 from rarefy.generation.decoder import Decoder
 from rarefy.lowrank import layer_tying
-from rarefy.model import activation_quant, hf, lowrank_modules
+from rarefy.model import activation_quant, hf, lowrank_modules, vision
+from rarefy.model.image_config import image_config_of
 from rarefy.model.layers import all_layers, check_is_module, unwrap
 from rarefy.model.masks import folded_state
 from rarefy.model.quant_grid import get_grid
@@ -89,9 +90,10 @@ def save(
         raise FormatError(unknown("format", format, ["smallest", *sparse_encodings.FORMATS]))
     receipt = receipt or getattr(model, "rarefy_receipt", None)
     recipe = recipe or getattr(model, "rarefy_recipe", None)
-    structure = hf.structure(model) if hf.is_model(model) else {"library": None, "class": type(model).__name__}
+    structure = hf.structure(model) if hf.is_model(model) else vision.structure(model)
+    structure = structure or {"library": None, "class": type(model).__name__}
     meta = {"structure": structure, "recipe": recipe, "rarefy": __version__, **_structure_records(model)}
-    extra = {"config.json": hf_config(structure, getattr(model, "rarefy_cut", None))} if structure["library"] else {}
+    extra = {"config.json": hf_config(structure, getattr(model, "rarefy_cut", None))} if "config" in structure else {}
     extra |= {**(files or {}), **(receipt.files() if receipt is not None else {})}
     state, tied = dict(folded_state(model)), aliases(model)
     packed = ((name, p) for name, p in pack(model, state, format, compress) if name not in tied)
@@ -132,6 +134,8 @@ def _save_compiled(
         )
     extra = {**(files or {}), **(receipt.files() if receipt else {})}
     meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": __version__}
+    images = image_config_of(model)
+    meta |= {} if images is None else {"images": images.to_dict()}
     compiled_model.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
     return folder_bytes(os.path.realpath(path), WEIGHT_FILES)
 

@@ -6,14 +6,17 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import InputShape, Json, Precision, Quiet, Threads
+from rarefy.cli.shared import Checkpoint, InputShape, Json, ModelPath, Offline, Precision, Quiet, RandomWeights, Threads
 from rarefy.common.errors import ModelError, RecipeError
 from rarefy.common.report import Report
+
+if TYPE_CHECKING:
+    from rarefy.cli.shared import Source
 
 TOKENS, REPEATS, NEW = 256, 5, 24  # defaults for models in folders
 STREAMS_A_CORE = 4  # at most
@@ -24,7 +27,7 @@ class _Bench:
     """One call of `rarefy bench`; None where an option was not given."""
 
     model: str
-    source: Path
+    source: Source
     against: str | None
     accelerate: bool
     engine: bool
@@ -42,10 +45,7 @@ class _Bench:
 
 
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(help="A Hugging Face folder, a folder of Rarefy, an ONNX file, or a built-in name."),
-    ],
+    model: ModelPath,
     against: Annotated[
         str | None,
         typer.Option(help="A second model, timed alternately with the first; of an ONNX file a compiled one."),
@@ -76,6 +76,9 @@ def bench(
         typer.Option(min=1, help="Batch size of forward calls (not for language models), by default 1."),
     ] = None,
     input_shape: InputShape = None,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     streams: Annotated[
         int | None,
         typer.Option(min=2, help="Of ONNX files: so many callers at once, which share the threads, for throughput."),
@@ -116,8 +119,9 @@ def bench(
     _check_bench_options(against, accelerate, engine, precision, table)
     if verbose and (not accelerate or as_json or quiet):
         raise RecipeError("--verbose has no effect without --accelerate, nor with --json or --quiet: leave it out")
+    source = shared.source(model, checkpoint, random_weights, offline, quiet)
     options = _Bench(
-        model, shared.source(model), against, accelerate, engine, precision, tokens, new, batch, input_shape, streams,
+        model, source, against, accelerate, engine, precision, tokens, new, batch, input_shape, streams,
         repeats, table, verbose, as_json, quiet,
     )  # fmt: skip
     with shared.threads(threads):
@@ -177,7 +181,7 @@ def _load_second(options: _Bench) -> Any:
     """Return the model of --against, which is no ONNX file."""
     from rarefy.cli import onnx_files
 
-    source = shared.source(str(options.against))
+    source = shared.source(str(options.against), quiet=options.quiet)
     if onnx_files.is_file(source):
         hint = f"give it first, rarefy bench {source} --against {options.model}"
         if onnx_files.is_file(options.source):
@@ -203,10 +207,10 @@ def _bench_file(options: _Bench) -> None:
     if against is not None and shared.kind_of(against[1]) != "compiled model":
         raise ModelError(f"{against[0]} holds a {shared.kind_of(against[1])}: give a folder of rarefy compile")
     net, _ = shared.load(options.source, options.input_shape, options.batch, options.tokens)
+    sizes, file = (options.tokens, options.batch), Path(str(options.source))
     report = bench_file(
-        net, options.source, options.precision, (options.tokens, options.batch), against, options.streams or 1,
-        options.repeats, not options.quiet,
-    )  # fmt: skip
+        net, file, options.precision, sizes, against, options.streams or 1, options.repeats, not options.quiet
+    )
     shared.show(report, options.as_json, options.quiet)
 
 

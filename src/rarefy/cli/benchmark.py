@@ -20,6 +20,8 @@ from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
+from rarefy.model.forward import split_example
+from rarefy.model.image_config import image_config_of
 from rarefy.pipeline import engine_evaluation
 from rarefy.pipeline.engine_evaluation import decode_step
 
@@ -101,9 +103,9 @@ def _calls(
         raise ModelError(f"{alone} generates text and {other} does not: they cannot be compared")
     fixed = next((s for s in subjects.values() if isinstance(s, Compiled)), None)
     first = next(iter(subjects.values()))
-    has_own_example = isinstance(first, nn.Module) and hf.is_model(first)
+    has_own_example = isinstance(first, nn.Module) and (hf.is_model(first) or image_config_of(first) is not None)
     args, kwargs = (
-        ((), example_of(first, tokens, batch))
+        split_example(example_of(first, tokens, batch))
         if has_own_example or fixed is None
         else example_for(fixed, tokens, batch)
     )

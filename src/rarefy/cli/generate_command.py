@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +14,17 @@ from rarefy.cli.generate_output import Run, Text, print_results, run_steps
 from rarefy.cli.shared import Json, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
+if TYPE_CHECKING:
+    from rarefy.cli.shared import Source
+
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that turn on sampling
 
 
 Model = Annotated[
     str,
-    typer.Argument(help="A Hugging Face folder, a folder of Rarefy (decoders too), or a built-in name."),
+    typer.Argument(
+        help="A Hugging Face folder, a folder of Rarefy (decoders too), a built-in name, or ORG/NAME of the hub."
+    ),
 ]
 Prompt = Annotated[
     list[str] | None,
@@ -266,7 +271,7 @@ def _decoder(name: str, precision: str | None, quiet: bool) -> tuple[Any, Any]:
     """Return the decoder of a folder or built-in model, built where the folder holds none, and its tokenizer."""
     from rarefy.generation.decoder import decoder
 
-    net, tokenizer = _load_language_model(shared.source(name), precision)
+    net, tokenizer = _load_language_model(shared.source(name, quiet=quiet), precision)
     if shared.kind_of(net) == "decoder":
         return net, tokenizer
     if not quiet and sys.stderr.isatty():
@@ -274,7 +279,7 @@ def _decoder(name: str, precision: str | None, quiet: bool) -> tuple[Any, Any]:
     return decoder(net.float(), precision=precision), tokenizer
 
 
-def _load_language_model(folder: Path, precision: str | None) -> tuple[Any, Any]:
+def _load_language_model(folder: Source, precision: str | None) -> tuple[Any, Any]:
     """Return the language model or decoder in a folder, and its tokenizer."""
     model, tokenizer = shared.load_any(folder)
     kind = shared.kind_of(model)

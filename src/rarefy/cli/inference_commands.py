@@ -8,19 +8,32 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import Force, InputShape, Json, ModelPath, Precision, Quiet, Threads
+from rarefy.cli.shared import (
+    Checkpoint,
+    Force,
+    InputShape,
+    Json,
+    ModelPath,
+    Offline,
+    Precision,
+    Quiet,
+    RandomWeights,
+    Threads,
+)
 from rarefy.common.errors import RecipeError
 from rarefy.common.report import Report
+
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="A layer that stays in fp32, by name or glob; may be given several times. Not for decoders."),
+]
 
 
 def compile_(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")],
     precision: Precision = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="A layer that stays in fp32, by name or glob; may be given several times. Not for decoders."),
-    ] = None,
+    ignore: Ignore = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size of the example input, by default 2. Not for decoders.")
     ] = None,
@@ -28,6 +41,9 @@ def compile_(
         int | None, typer.Option(min=1, help="Sequence length of the example input, by default 128. Not for decoders.")
     ] = None,
     input_shape: InputShape = None,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +83,7 @@ def compile_(
         raise RecipeError("--samples has no effect without --data")
     if ignore and precision is None:
         raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
-    source = shared.source(model)
+    source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
         net, tokenizer = shared.load(source, input_shape, batch, tokens)
         net = shared.in_fp32(net)
@@ -137,9 +153,9 @@ def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: An
         raise RecipeError(f"--tokens: expected at most {max_tokens}, the model's number of positions, got {tokens}")
     length = tokens or min(128, max_tokens if isinstance(max_tokens, int) else 128)
     example = example_of(net, length, batch or default_batch)
-    if tokens and "input_ids" not in example:
+    if tokens and (isinstance(example, torch.Tensor) or "input_ids" not in example):
         raise RecipeError("--tokens has no effect: the model reads images")
-    if "input_ids" in example:
+    if isinstance(example, dict) and "input_ids" in example:
         input_names = getattr(tokenizer, "model_input_names", ["attention_mask"])
         fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
         parameters = inspect.signature(net.forward).parameters

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,15 +24,20 @@ from rarefy.cli import (
     bench_command,
     generate_command,
     inference_commands,
+    inspect_command,
     migrate_command,
     optimize,
     profile,
+    push_command,
     sensitivity,
     shared,
 )
 from rarefy.cli import report as report_command
-from rarefy.cli.shared import Force, Json, ModelPath, Quiet, Threads
+from rarefy.cli.shared import Checkpoint, Force, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
+
+if TYPE_CHECKING:
+    from rarefy.cli.shared import Source
 
 app = typer.Typer(
     name="rarefy",
@@ -42,6 +47,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Log = Annotated[
+    list[str] | None,
+    typer.Option(help="Also write each epoch's metrics to a JSON lines file, tensorboard:FOLDER or wandb:PROJECT."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
 
 
@@ -84,6 +93,9 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the selected layers and the expected size; compute nothing.")
     ] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     force: Force = False,
     seed: Seed = None,
     threads: Threads = None,
@@ -94,10 +106,7 @@ def compress(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a killed run.")] = False,
-    log: Annotated[
-        list[str] | None,
-        typer.Option(help="Also write each epoch's metrics to a JSON lines file, tensorboard:FOLDER or wandb:PROJECT."),
-    ] = None,
+    log: Log = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print the receipt with its table of layers.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -118,7 +127,7 @@ def compress(
         raise RecipeError(
             f"--fresh has no effect: recipe {loaded_recipe.name} has no solver or training, so no state is saved"
         )
-    source = shared.source(model)
+    source = shared.source(model, checkpoint, random_weights, offline, quiet)
     base = Path(recipe).parent if Path(recipe).is_file() else None
     if out is not None:
         check_output_folder(out, force)
@@ -144,7 +153,7 @@ def compress(
 class _Run:
     """One call of `rarefy compress`, checked."""
 
-    source: Path
+    source: Source
     recipe: Any
     base: Path | None  # folder of relative paths in the recipe
     out: Path
@@ -160,7 +169,6 @@ def _compress_and_save(run: _Run) -> Any:
     from contextlib import nullcontext
 
     from rarefy.calibration import offload
-    from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import save
     from rarefy.common.atomic_io import resume_folder
     from rarefy.pipeline.compress import compress_
@@ -183,13 +191,13 @@ def _compress_and_save(run: _Run) -> Any:
             if rank != 0:
                 return None
             save_options = {"format": run.recipe.save.format, "compress": run.recipe.save.compress}
-            files = side_files(run.source)
+            files = shared.side_files(run.source)
             save(model, run.out, receipt=receipt, files=files, overwrite=run.force, **save_options)
             return receipt
 
 
 def _dry_run(
-    source: Path, recipe: Any, base: Path | None, memory_limit: int | None, as_json: bool, quiet: bool
+    source: Source, recipe: Any, base: Path | None, memory_limit: int | None, as_json: bool, quiet: bool
 ) -> None:
     """Check the data that the recipe names, and print what it would do."""
     from rarefy.data.sources import find
@@ -211,36 +219,7 @@ def _dry_run(
         shared.show(forecast(_load_without_weights(source), recipe, memory_limit), as_json, quiet)
 
 
-@app.command()
-def inspect(
-    path: Annotated[
-        str,
-        typer.Argument(
-            help="A folder of Rarefy, a Hugging Face folder, a .safetensors or .onnx file, or a built-in name."
-        ),
-    ],
-    groups: Annotated[
-        bool,
-        typer.Option("--groups", help="Show the groups of units that can only be removed together."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
-    from rarefy.checkpoint.inspect import inspect
-    from rarefy.cli import onnx_files
-
-    source = shared.source(path)
-    if not groups:
-        what = shared.load(source)[0] if onnx_files.is_file(source) else source
-        shared.show(replace(inspect(what), title=str(source)) if what is not source else inspect(what), as_json, False)
-        return
-    from rarefy.dependency import graph
-    from rarefy.evaluation.example_inputs import example_of
-
-    model, _ = shared.load(source)
-    shared.show(graph.groups(model, example_of(model, 32, 2)), as_json, False)
-
-
+app.command()(inspect_command.inspect)
 app.command()(optimize.optimize)
 app.command()(generate_command.generate)
 app.command("compile")(inference_commands.compile_)
@@ -282,7 +261,7 @@ def export(
     from rarefy.model import hf
 
     if to == "gguf":
-        path = shared.source(str(path))
+        path = Path(str(shared.source(str(path))))
     elif str(path) in builtin.MODELS and not path.exists():
         raise ModelError(
             f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
@@ -339,6 +318,7 @@ def _field_text(row: Mapping[str, str]) -> str:
 
 
 app.command()(migrate_command.migrate)
+app.command()(push_command.push)
 
 
 @app.command()
@@ -456,7 +436,7 @@ def _absolute(source: str) -> str:
 
 
 def _dry_run_with_cuts(
-    source: Path, recipe: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool
+    source: Source, recipe: Any, base: Path | None, memory: int | None, as_json: bool, quiet: bool
 ) -> None:
     """Print what cuts would remove, and the forecast of the other stages for the remaining model."""
     from rarefy.pipeline.dry_run import forecast
@@ -475,11 +455,11 @@ def _dry_run_with_cuts(
             print()
 
 
-def _load_without_weights(source: Path) -> Any:
+def _load_without_weights(source: Source) -> Any:
     from rarefy.cli import onnx_files
     from rarefy.model import hf
 
-    if onnx_files.is_file(source):
+    if not isinstance(source, Path) or onnx_files.is_file(source):
         return shared.load(source)[0]
     if not hf.is_folder(source):
         raise ModelError(f"{source}: a dry run needs the model's config.json")

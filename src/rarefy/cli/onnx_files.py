@@ -15,14 +15,15 @@ from rarefy.data.sources import Take, batches
 from rarefy.evaluation.example_inputs import as_example, input_shapes, random_inputs
 from rarefy.model.batches import count_samples
 from rarefy.model.forward import describe_batch
+from rarefy.model.image_config import image_config_of
 from rarefy.model.signature import ModelInput, Signature, get_signature
 
 BATCH, TOKENS = 2, 128  # of examples, where neither the file nor the user says otherwise
 
 
-def is_file(path: Path) -> bool:
-    """Return whether a path is that of an ONNX file."""
-    return path.suffix.lower() == ".onnx" and path.is_file()
+def is_file(source: Any) -> bool:
+    """Return whether a model is named by the path of an ONNX file."""
+    return isinstance(source, Path) and source.suffix.lower() == ".onnx" and source.is_file()
 
 
 def load(path: Path, input_shape: Sequence[str] | None, batch: int | None, tokens: int | None) -> nn.Module:
@@ -93,10 +94,11 @@ def example(signature: Signature, tokens: int | None, batch: int | None, default
     return as_example(signature, random_inputs(signature, tokens or TOKENS, batch or default_batch))
 
 
-def read_batches(net: Any, source: str, take: Take, tokenizer: Any, what: str) -> list[Any]:
+def read_batches(net: Any, source: str, take: Take, tokenizer: Any, what: str) -> Sequence[Any]:
     """Return the batches of a source as a model is called with them; see `rarefy.data.sources.batches`."""
     signature = get_signature(net)
     if signature is None:
+        take = replace(take, images=image_config_of(net) or take.images)
         return batches(source, take, tokenizer=tokenizer, what=what)
     read = batches(source, fitting_take(signature, take), tokenizer=tokenizer, what=what)
     return fit_batches(signature, read, what)
@@ -108,7 +110,8 @@ def fitting_take(signature: Signature, take: Take) -> Take:
     batch = first[0] if first and isinstance(first[0], int) else take.batch
     sizes = [n for n in first[1:3] if isinstance(n, int)] if signature.inputs[0].channels_last else list(first[2:4])
     square = signature.inputs[0].is_image and len(set(sizes)) == 1 and isinstance(sizes[0], int)
-    return replace(take, batch=batch, size=sizes[0] if square else take.size)
+    size = sizes[0] if square else take.images.size
+    return replace(take, batch=batch, images=replace(take.images, size=size, resize=size))
 
 
 def fit_batches(signature: Signature, data: Sequence[Any], what: str) -> list[Any]:

@@ -12,7 +12,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.inference_commands import example_input
-from rarefy.cli.shared import Force, InputShape, Json, ModelPath, Quiet, Threads
+from rarefy.cli.shared import Checkpoint, Force, InputShape, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
 from rarefy.common.errors import RecipeError
 
 Evaluated = Annotated[
@@ -29,6 +29,9 @@ EvalData = Annotated[
         help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
         "and text. By default the last quarter of --data, which is not calibrated on."
     ),
+]
+CalibrationData = Annotated[
+    str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
 ]
 TrainMinutes = Annotated[
     float,
@@ -47,9 +50,7 @@ RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
 def optimize(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write: the best model, its recipe, all points.")],
-    data: Annotated[
-        str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
-    ] = None,
+    data: CalibrationData = None,
     evaluate: Evaluated = None,
     eval_data: EvalData = None,
     max_loss: Annotated[
@@ -70,6 +71,9 @@ def optimize(
         int | None, typer.Option(min=1, help="Length of texts; by default 128, of language models 512.")
     ] = None,
     input_shape: InputShape = None,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128.")] = None,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
@@ -109,7 +113,7 @@ def optimize(
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     parse_targets(_limit(max_loss), objective_of(target, _limit(max_loss)), **limits)
     check_output_folder(out, force)
-    source = shared.source(model)
+    source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
         net, tokenizer = shared.load(source, input_shape, max(batch) if batch else None, tokens)
         net = shared.in_fp32(net).eval()

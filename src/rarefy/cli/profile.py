@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import InputShape, Json, ModelPath, Precision, Quiet, Threads
+from rarefy.cli.shared import (
+    Checkpoint,
+    InputShape,
+    Json,
+    ModelPath,
+    Offline,
+    Precision,
+    Quiet,
+    RandomWeights,
+    Threads,
+)
 from rarefy.common.errors import ModelError, RecipeError
 
 
@@ -22,6 +32,9 @@ def profile(
         typer.Option(min=1, help="Sequence length, by default 128; for language models the length of the prompt."),
     ] = None,
     input_shape: InputShape = None,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     rows: Annotated[
         int, typer.Option(min=0, help="Number of steps to print, the most expensive first. JSON has all of them.")
     ] = 15,
@@ -45,7 +58,9 @@ def profile(
     rarefy profile smollm2-135m --tokens 256 --rows 5
     """
     with shared.threads(threads):
-        net, tokenizer = shared.load_any(shared.source(model), input_shape, batch, tokens)
+        net, tokenizer = shared.load_any(
+            shared.source(model, checkpoint, random_weights, offline, quiet), input_shape, batch, tokens
+        )
         kind = shared.kind_of(net)
         if kind != "model" and precision is not None:
             raise RecipeError(f"--precision has no effect: {model} holds a {kind}, which is profiled as it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli import shared
-from rarefy.cli.shared import InputShape, Json, ModelPath, Quiet, Threads
+from rarefy.cli.shared import Checkpoint, InputShape, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
 from rarefy.common.errors import RecipeError
 
 RANDOM_INPUTS = "inputs were random and weights ranked by magnitude: give --data for losses on real inputs"
@@ -46,6 +47,9 @@ def sensitivity(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text, by default 128.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 8,
     input_shape: InputShape = None,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    offline: Offline = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples and of random scores.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also write a figure, an .svg file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a figure that exists.")] = False,
@@ -70,7 +74,9 @@ def sensitivity(
     _check_plot(plot, force)
     _check_needs(data, metric, score)
     with shared.threads(threads):
-        net, tokenizer = shared.load(shared.source(model), input_shape, None, tokens)
+        net, tokenizer = shared.load(
+            shared.source(model, checkpoint, random_weights, offline, quiet), input_shape, None, tokens
+        )
         report = measure(
             net,
             _batches(net, tokenizer, data, metric, samples, tokens, batch, seed),
@@ -117,7 +123,7 @@ def _check_plot(plot: Path | None, force: bool) -> None:
 
 def _batches(
     net: Any, tokenizer: Any, data: str | None, metric: str, samples: int, tokens: int | None, batch: int, seed: int
-) -> list[Any]:
+) -> Sequence[Any]:
     """Return the batches of the data, pairs of them for retrieval, or random ones where there are no data."""
     from rarefy.cli.inference_commands import example_input
     from rarefy.cli.onnx_files import read_batches

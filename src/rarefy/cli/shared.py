@@ -6,13 +6,19 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rarefy.common.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from rarefy.model.vision import VisionName
+
+    Source = Path | VisionName
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only: no progress bars and no report.")]
@@ -20,7 +26,20 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; by 
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
 ModelPath = Annotated[
     str,
-    typer.Argument(help="A Hugging Face folder, a folder written by Rarefy, an ONNX or GGUF file, or a built-in name."),
+    typer.Argument(
+        help="A Hugging Face folder, a folder written by Rarefy, an ONNX or GGUF file, a built-in name, timm/NAME, "
+        "torchvision/NAME, or a model of the hub, ORG/NAME."
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Weights of a model of timm or torchvision: a .safetensors or .pth file."),
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Build a model of timm or torchvision with random weights.")
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use no network: models of the hub come from the cache. HF_HUB_OFFLINE=1 too.")
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -44,35 +63,76 @@ class Ended(SystemExit):
     """Exit of a command that was stopped and has already reported its partial result."""
 
 
-def source(name: str) -> Path:
-    """Return the folder or ONNX file of a path, or the folder of a built-in name; ModelError with similar names if
-    there is none."""
+def source(
+    name: str,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    offline: bool = False,
+    quiet: bool = False,
+) -> Source:
+    """Return the folder or ONNX file of a path, the folder of a built-in name or of a model of the hub, or the name of
+    a model of timm or torchvision.
+
+    What exists here comes before names of the hub, and a path in a folder that exists is no such name.
+
+    Args:
+        name: the path or name.
+        checkpoint: the value of --checkpoint.
+        random_weights: whether --random-weights was given.
+        offline: whether --offline was given.
+        quiet: whether downloads show no progress bar.
+
+    Raises:
+        ModelError: there is none; the message has similar names.
+        RecipeError: --checkpoint or --random-weights with a model that is not of timm or torchvision.
+    """
+    from rarefy.data import builtin
+    from rarefy.model import hub
+    from rarefy.model.vision import parse_vision_name
+
+    vision = None if Path(name).exists() else parse_vision_name(name)
+    if vision is not None:
+        options: dict[str, Any] = {"checkpoint": checkpoint, "random": random_weights, "offline": offline}
+        return replace(vision, progress=not quiet, **options)
+    for option, value in (("--checkpoint", checkpoint), ("--random-weights", random_weights)):
+        if value:
+            raise RecipeError(
+                f"{option} has no effect: {name} is no model of timm or torchvision, such as timm/resnet50"
+            )
+    if Path(name).exists():
+        return Path(name)
+    if name in builtin.MODELS:
+        return builtin.model_folder(name)
+    hub_name = hub.parse_hub_name(name)
+    if hub_name is None or Path(name).parent.is_dir():
+        raise _no_such_model(name)
+    return hub.download(hub_name, offline=offline, progress=not quiet)
+
+
+def _no_such_model(name: str) -> ModelError:
+    """Return the error for a name that is none, with a similar one."""
     from rarefy.common.errors import nearest
     from rarefy.data import builtin
 
-    if name in builtin.MODELS and not Path(name).exists():
-        return builtin.model_folder(name)
-    if not Path(name).exists():
-        siblings = [
-            str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir() or p.suffix == ".onnx"
-        ]
-        near = nearest(name, [*builtin.MODELS, *siblings])
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        if name.endswith(".onnx"):
-            raise ModelError(f"no file {name!r}{hint}")
-        raise ModelError(
-            f"no model folder {name!r} and no built-in model of that name ({', '.join(builtin.MODELS)}){hint}"
-        )
-    return Path(name)
+    siblings = [
+        str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir() or p.suffix == ".onnx"
+    ]
+    near = nearest(name, [*builtin.MODELS, *siblings])
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if name.endswith(".onnx"):
+        return ModelError(f"no file {name!r}{hint}")
+    return ModelError(
+        f"no model folder {name!r} and no built-in model of that name ({', '.join(builtin.MODELS)}){hint}"
+    )
 
 
 def load_any(
-    folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
+    folder: Source, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the model, compiled model or decoder in a folder, or of an ONNX or GGUF file, and its tokenizer or None.
+    """Return the model, compiled model or decoder in a folder, of a file or of a name, and its tokenizer or None.
 
     Args:
-        folder: the folder, or the file.
+        folder: the folder, the file, or the name.
         input_shape: values of --input-shape.
         batch: the batch on which an ONNX file is compared with ONNX Runtime.
         tokens: the length of texts on which it is compared.
@@ -88,7 +148,12 @@ def load_any(
     from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES
     from rarefy.formats import gguf_file
     from rarefy.model import hf
+    from rarefy.model.vision import load_named
 
+    if not isinstance(folder, Path):
+        if input_shape:
+            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
+        return load_named(folder), None
     if gguf_file.is_file(folder):
         if input_shape:
             raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
@@ -124,9 +189,9 @@ def _tokenizer_beside(file: Path) -> Any:
 
 
 def load(
-    folder: Path, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
+    folder: Source, input_shape: list[str] | None = None, batch: int | None = None, tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the model in a folder, or of an ONNX file, and its tokenizer or None; see `load_any`.
+    """Return the model in a folder, of an ONNX file or of a name, and its tokenizer or None; see `load_any`.
 
     Raises ModelError if it is compiled or not a model.
     """
@@ -152,13 +217,23 @@ def in_fp32(model: Any) -> Any:
     return model.float() if get_signature(model) is None else model
 
 
-def files_beside_engine(source: Path) -> dict[str, bytes]:
-    """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer."""
+def side_files(source: Source) -> dict[str, bytes]:
+    """Return the files that are written beside a compressed model: of its tokenizer, and where it came from."""
+    from rarefy.checkpoint import export
+    from rarefy.checkpoint.origin import origin_files
+
+    return (export.side_files(source) if isinstance(source, Path) else {}) | origin_files(source)
+
+
+def files_beside_engine(source: Source) -> dict[str, bytes]:
+    """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer, and
+    where it came from."""
     from rarefy.checkpoint import gguf_tokenizer
-    from rarefy.checkpoint.export import side_files
     from rarefy.checkpoint.save import name_rarefy
     from rarefy.formats import gguf_file
 
+    if not isinstance(source, Path):
+        return side_files(source)
     if gguf_file.is_file(source):
         return gguf_tokenizer.files(source)
     if source.is_file():

@@ -47,6 +47,7 @@ from rarefy.compiler.static_kernels import calibrated_kernels
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.forward import calling, describe_batch, split_example
+from rarefy.model.image_config import image_config_of, set_image_config_
 from rarefy.model.layers import Selector, all_layers, match_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.model.nesting import input_names, output_names
@@ -242,8 +243,10 @@ def compile(
 
 
 def _named(compiled: Compiled, model: nn.Module) -> Compiled:
-    """Record in a compiled model the names of its inputs and outputs; return it."""
-    exported = compiled.exported
+    """Record in a compiled model the names of its inputs and outputs, and how images are prepared; return it."""
+    exported, images = compiled.exported, image_config_of(model)
+    if images is not None:
+        set_image_config_(compiled, images)
     exported.input_names = tuple(input_names(model, exported.in_spec))
     exported.output_names = tuple(output_names(model, exported.out_spec))
     return compiled

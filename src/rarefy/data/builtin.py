@@ -84,6 +84,14 @@ def model_folder(name: str) -> Path:
     return folder
 
 
+def folder_of(name: str) -> Path | None:
+    """Return the folder that `model_folder` returns for a name, without creating it; None if it is not installed."""
+    if name == "minilm":
+        file = _package(SOURCES[name].package, SOURCES[name].path)
+        return None if file is None else file.parent
+    return cache() / name
+
+
 def wiki(test: bool) -> list[str]:
     """Return encyclopedia articles as 'title, newline, text'; one in ten (by the title's hash) is held out for `test`.
 

@@ -3,6 +3,7 @@
 articles.txt, articles.jsonl    text, or one {"text": ...} per line, cut into token windows  -> {"input_ids"};
                                 for encoders each begins and ends with the tokens that the tokenizer adds to a text
 images/                         one folder of images per class (needs the vision extra)      -> (images, classes)
+saved/, images.parquet          images of the library datasets                               -> (images, classes)
 x.npz, x.safetensors            tensors with a common first dimension                        -> dict, or (x, y)
 wiki, fashion-mnist             built-in data (`rarefy.data.builtin`); the suffix `-test` gives the held-out part
 """
@@ -10,7 +11,7 @@ wiki, fashion-mnist             built-in data (`rarefy.data.builtin`); the suffi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from torch import Tensor
 
 from rarefy.common.errors import DataError, nearest
 from rarefy.data import builtin
+from rarefy.data.images import dataset_batches, folder_batches, is_dataset
+from rarefy.model.image_config import ImageConfig
 
+DEFAULT_IMAGES = ImageConfig()  # 224 pixels, statistics of ImageNet
 Batch = dict[str, Tensor] | tuple[Tensor, Tensor]
 
 
@@ -35,14 +39,12 @@ class Take:
     tokens: int = 512
     batch: int = 8
     seed: int = 0
-    size: int = 224  # of images
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    images: ImageConfig = DEFAULT_IMAGES
 
 
 def batches(
     source: str, take: Take, *, tokenizer: Any = None, base: Path | None = None, what: str = "data"
-) -> list[Batch]:
+) -> Sequence[Batch]:
     """Return the batches of a source; the same arguments always give the same batches, fewer samples the first of them.
 
     `base` is the folder of relative paths. Raises DataError if the path does not exist (similar names are suggested),
@@ -54,8 +56,8 @@ def batches(
         if name == "wiki":
             return _text(builtin.wiki(test), take, tokenizer, f"{what} {source}")
         return _tensors(dict(zip("xy", builtin.fashion_mnist(test))), take, f"{what} {source}")
-    if path.is_dir():
-        return _tensors(dict(zip("xy", _images(path, take, what))), take, f"{what} {path}", shuffled=True)
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        return _images(path, take, what)
     with read_errors(path, what):
         loaded = READERS[path.suffix.lower()](path)
     if isinstance(loaded, list):
@@ -76,10 +78,14 @@ def find(source: str, base: Path | None = None, what: str = "data") -> Path | No
         raise DataError(
             f"{what}: no file {str(path)!r} and no built-in data of that name ({', '.join(builtin.DATA)}){hint}"
         )
+    if is_dataset(path):
+        return path
     if path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()):
         raise DataError(f"{what}: the folder {str(path)!r} has no subfolders: expected one folder of images per class")
     if path.is_file() and path.suffix.lower() not in READERS:
-        raise DataError(f"{what}: cannot read {path.name!r}; known are {', '.join(READERS)} and folders of images")
+        raise DataError(
+            f"{what}: cannot read {path.name!r}; known are {', '.join(READERS)}, .parquet and folders of images"
+        )
     return path
 
 
@@ -206,8 +212,8 @@ def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> It
         yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _tensors(loaded: dict[str, Tensor], take: Take, what: str, shuffled: bool = False) -> list[Batch]:
-    """Return the first samples in seeded order; `shuffled` says that they are in it already."""
+def _tensors(loaded: dict[str, Tensor], take: Take, what: str) -> list[Batch]:
+    """Return the first samples in seeded order."""
     if not loaded:
         raise DataError(f"{what} holds no tensors")
     loaded = {n: _to_common_dtype(t) for n, t in loaded.items()}
@@ -216,11 +222,9 @@ def _tensors(loaded: dict[str, Tensor], take: Take, what: str, shuffled: bool = 
     if len(set(lengths.values())) > 1 or count == 0:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in loaded.items())
         raise DataError(f"{what}: tensors need the same first dimension, more than 0; got {shapes}")
-    if take.samples is not None and take.need_all and count < take.samples:
-        fewer = f": give more, or set samples to {count}" if count else ""
-        raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed{fewer}")
+    _check_count(count, take, what)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(take.seed))
-    parts = (torch.arange(count) if shuffled else order)[: take.samples].split(take.batch)
+    parts = order[: take.samples].split(take.batch)
     if set(loaded) == {"x", "y"}:
         return [(loaded["x"][p], loaded["y"][p]) for p in parts]
     return [{n: t[p] for n, t in loaded.items()} for p in parts]
@@ -233,28 +237,16 @@ def _to_common_dtype(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.bool else tensor.to(torch.int64)
 
 
-def _images(path: Path, take: Take, what: str) -> tuple[Tensor, Tensor]:
-    try:
-        from torchvision import datasets, transforms
-    except ImportError:
-        raise DataError(
-            f"{what}: a folder of images needs torchvision: pip install '.[vision]' in Rarefy's folder"
-        ) from None
-    steps = [
-        transforms.Resize(take.size),
-        transforms.CenterCrop(take.size),
-        transforms.ToTensor(),
-        transforms.Normalize(take.mean, take.std),
-    ]
-    try:
-        folder = datasets.ImageFolder(str(path), transforms.Compose(steps))
-    except FileNotFoundError as error:
-        raise DataError(f"{what}: {path} is no folder of class folders of images: {error}") from None
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(take.seed))[: take.samples]
-    pairs = []
-    for i in order.tolist():
-        try:
-            pairs.append(folder[i])
-        except (OSError, ValueError) as error:  # raised by Pillow for damaged images
-            raise DataError(f"{what}: cannot read the image {folder.samples[i][0]}: {error}") from None
-    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+def _check_count(count: int, take: Take, what: str) -> None:
+    """Raise DataError for fewer samples than are needed."""
+    if take.samples is not None and take.need_all and count < take.samples:
+        fewer = f": give more, or set samples to {count}" if count else ""
+        raise DataError(f"{what} is too short: {count:,} samples, {take.samples:,} are needed{fewer}")
+
+
+def _images(path: Path, take: Take, what: str) -> Sequence[Batch]:
+    """Return the batches of images in a folder or of a data set."""
+    options: dict[str, Any] = {"samples": take.samples, "batch": take.batch, "seed": take.seed, "what": what}
+    read = (dataset_batches if is_dataset(path) else folder_batches)(path, take.images, **options)
+    _check_count(len(read) * take.batch - take.batch + len(read[-1][0]), take, f"{what} {path}")
+    return read

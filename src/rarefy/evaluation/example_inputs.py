@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError
 from rarefy.model import hf
+from rarefy.model.image_config import image_config_of
 from rarefy.model.signature import ModelInput, Signature, get_signature
 
 IMAGE_SIZE = 224  # of images whose size is open
@@ -22,15 +23,21 @@ def generates(model: Any) -> bool:
 def example_of(model: nn.Module, tokens: int, batch: int) -> Any:
     """Return reproducible random inputs for a model with a Hugging Face config or of an ONNX file.
 
-    A dict; for a model of an ONNX file with one input that tensor alone.
+    A dict; for a model of an ONNX file with one input that tensor alone, for one of timm or torchvision images.
     """
     signature = get_signature(model)
     if signature is not None:
         return as_example(signature, random_inputs(signature, tokens, batch))
-    if not hf.is_model(model):
-        raise ModelError("bench needs a model with a Hugging Face config")
-    config: Any = model.config
     noise = torch.Generator().manual_seed(0)
+    images = image_config_of(model)
+    if images is not None and not hf.is_model(model):
+        return torch.randn(images.shape(batch), generator=noise)
+    if not hf.is_model(model):
+        raise ModelError(
+            f"{type(model).__name__} does not say what it is called with: expected a Hugging Face model, an ONNX file, "
+            "or a model of timm or torchvision by name"
+        )
+    config: Any = model.config
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = config.image_size
         shape = (batch, getattr(config, "num_channels", 3), size, size)

@@ -50,10 +50,16 @@ def perplexity(model: Model, data: Iterable[Any], *, progress: bool = False) -> 
     return math.exp(min(total / count, 700.0))
 
 
-@torch.no_grad()
 def accuracy(model: Model, data: Iterable[Any], *, progress: bool = False) -> float:
     """Return the fraction of (inputs, class) samples whose largest output is the class, between 0 and 1."""
-    right, count = 0, 0
+    return accuracies(model, data, progress=progress)["accuracy"]
+
+
+@torch.no_grad()
+def accuracies(model: Model, data: Iterable[Any], *, progress: bool = False) -> dict[str, float]:
+    """Return `accuracy`, and where there are more than five classes for a sample also `top-5 accuracy`: the fraction
+    of samples whose class is among the five largest outputs."""
+    right, among, count, has_five = 0, 0, 0, True
     for batch in _evaluation(model, data, "accuracy", progress):
         target = (
             batch.get("labels")
@@ -65,7 +71,8 @@ def accuracy(model: Model, data: Iterable[Any], *, progress: bool = False) -> fl
         if not isinstance(target, Tensor):
             raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe_batch(batch)}")
         out = call(model, batch if isinstance(model, nn.Module) else without_targets(batch))
-        best = getattr(out, "logits", out).argmax(-1)
+        logits = getattr(out, "logits", out)
+        best = logits.argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
             target = target[..., 0]
         if best.shape != target.shape:
@@ -73,9 +80,14 @@ def accuracy(model: Model, data: Iterable[Any], *, progress: bool = False) -> fl
         real = target != -100
         right += int((best == target)[real].sum())
         count += int(real.sum())
+        has_five &= logits.dim() == 2 and logits.shape[1] > FIRST
+        if has_five:
+            among += int((logits.topk(FIRST).indices == target[:, None])[real].any(-1).sum())
     if not count:
-        raise DataError("no samples to evaluate")
-    return right / count
+        raise DataError(
+            "no samples to evaluate: none has a class; name folders of images by the model's classes or their numbers"
+        )
+    return {"accuracy": right / count} | ({f"top-{FIRST} accuracy": among / count} if has_five else {})
 
 
 def _evaluation(model: Model, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:
@@ -84,5 +96,6 @@ def _evaluation(model: Model, data: Iterable[Any], text: str, progress: bool) ->
         yield from (on_device(model, batch) for batch in track(data, text, progress))
 
 
+FIRST = 5  # largest outputs that the second number of accuracies counts
 METRICS: dict[str, Callable[..., float]] = {"perplexity": perplexity, "accuracy": accuracy}
 BETTER = {"perplexity": min, "accuracy": max}

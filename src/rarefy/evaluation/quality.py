@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.evaluation.agreement import COMPARISONS, agreement
-from rarefy.evaluation.metrics import BETTER, METRICS
+from rarefy.evaluation.metrics import BETTER, METRICS, accuracies
 from rarefy.evaluation.outputs import named_output, output_tensor, token_mask
 from rarefy.evaluation.retrieval import retrieval
 from rarefy.model import hf
@@ -121,7 +121,8 @@ def _built_in(name: str, dense: nn.Module, data: Iterable[Any], progress: bool) 
     """Return the metric of a name, such as "retrieval@10"."""
     ranked = re.fullmatch(r"(retrieval|ndcg)(?:@([1-9]\d{0,5}))?", name)
     if name in METRICS:
-        measure: Callable[[Any], float] = partial(METRICS[name], data=data, progress=progress)
+        function = accuracies if name == "accuracy" else METRICS[name]
+        measure: Callable[[Any], Any] = partial(function, data=data, progress=progress)
         title, scale = name, ""
     elif name in COMPARISONS:
         measure = agreement(name, dense, data, progress=progress)
@@ -174,6 +175,10 @@ class _Checked:
     dense: nn.Module
 
     def __call__(self, model: Model) -> float:
+        return next(iter(self.numbers(model).values()))
+
+    def numbers(self, model: Model) -> dict[str, float]:
+        """Return the metric's number, and after it those that were measured beside it, by name."""
         which = "the dense model" if model is self.dense else f"the model ({type(model).__name__})"
         try:
             with torch.no_grad(), evaluating(model):
@@ -182,7 +187,20 @@ class _Checked:
             kind = DataError if isinstance(error, DataError) else ModelError
             raised = "" if isinstance(error, DataError | ModelError) else f"{type(error).__name__}: "
             raise kind(f"{self.name} failed on {which}: {raised}{first_line(error, 500)}") from error
-        return finite_number(value, f"{self.name} of {which}")
+        values = value if isinstance(value, dict) and self.name in value else {self.name: value}
+        return {name: finite_number(v, f"{name} of {which}") for name, v in values.items()}
+
+
+def measured(metric: Metric, model: Any) -> dict[str, float]:
+    """Return a metric's number for a model, and after it those that were measured in the same pass, by name.
+
+    Example:
+        >>> images = [(torch.eye(8), torch.arange(8))]
+        >>> measured(metric_of("accuracy", nn.Identity(), images), nn.Identity())
+        {'accuracy': 1.0, 'top-5 accuracy': 1.0}
+    """
+    checked = isinstance(metric.measure, _Checked)
+    return metric.measure.numbers(model) if checked else {metric.name: metric.measure(model)}
 
 
 def finite_number(value: Any, what: str) -> float:

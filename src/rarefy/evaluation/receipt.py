@@ -20,7 +20,8 @@ class Receipt:
 
     Args:
         name: name of the recipe.
-        quality: metric, before, after, change (relative), allowed (largest relative loss, or None), passed.
+        quality: metric, before, after, change (relative), allowed (largest relative loss, or None), passed; more:
+            before and after of what was measured beside it, by name.
         disk: before, after, same_precision (dense bytes at the precision of the result).
         memory: before, after (parameters and buffers), peak_rss of the process.
         sparsity: asked, achieved, weights, zeros, and layers with one row per layer.
@@ -110,7 +111,8 @@ class Receipt:
             return []
         verdict = "" if q.get("allowed") is None else f" ({'within' if q['passed'] else 'OVER'} {q['allowed']:.0%})"
         change = f"{q['change']:+.1%}{verdict}"
-        return [_row(q["metric"], f"{q['before']:.4g}", f"{q['after']:.4g}", change)]
+        more = [_row(n, f"{v['before']:.4g}", f"{v['after']:.4g}", "") for n, v in q.get("more", {}).items()]
+        return [_row(q["metric"], f"{q['before']:.4g}", f"{q['after']:.4g}", change), *more]
 
     def _units(self) -> list[dict[str, str]]:
         """What cuts left, by kind of unit."""

@@ -21,6 +21,7 @@ from rarefy.evaluation.quality import metric_of
 from rarefy.evaluation.receipt import Receipt
 from rarefy.model import distributed
 from rarefy.model.forward import evaluating
+from rarefy.model.image_config import image_config_of
 from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
 from rarefy.pipeline.dry_run import stage_in_errors, targets
@@ -88,7 +89,7 @@ def compress_(
     loaded = load(recipe, **overrides)
     memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
     _check_recipe(model, loaded, memory, resume_dir, log)
-    run_data = RunData(loaded, data, tokenizer, base)
+    run_data = RunData(loaded, data, tokenizer, base, image_config_of(model))
     _check_data(model, loaded, run_data)
     context = RunContext(run_data, loss, memory=memory, log=log, progress=progress)
     with offload.limiting_resident_weights(model, memory):

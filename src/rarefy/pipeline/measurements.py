@@ -13,14 +13,14 @@ from rarefy.checkpoint.save import pack
 from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
-from rarefy.evaluation.quality import Metric
+from rarefy.evaluation.quality import Metric, measured
 from rarefy.evaluation.receipt import Receipt
 from rarefy.formats.quantized_encodings import label
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import folded_state
 from rarefy.pipeline.engine_evaluation import EngineModule, resident_bytes, skips_zeros
-from rarefy.recipe.schema import Recipe
+from rarefy.recipe.schema import Evaluate, Recipe
 
 EXECUTED_DENSE = "stored sparse, executed dense: no speed-up is claimed for the zeros"
 ENGINE_DENSE = "the zeros make files smaller, not the engine faster: too few to skip, so the kernels run dense"
@@ -45,7 +45,8 @@ def state_of(
         "sparsity": _model_sparsity(model),
     }
     if metric is not None:
-        out["quality"], out["higher_is_better"] = metric.measure(engine or model), metric.higher_is_better
+        (_, out["quality"]), *out["more"] = measured(metric, engine or model).items()
+        out["higher_is_better"] = metric.higher_is_better
         out["batches"] = len(held_out) if hasattr(held_out, "__len__") else None
         example = on_device(model, next(iter(callable_batches(held_out))))
         with evaluating(model):
@@ -111,17 +112,7 @@ def receipt_of(
     first, now = before["dense_bytes"], sum(packed.values())
     e, quality, flops = recipe.evaluate, {}, {}
     if e:
-        worse = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
-        loss = -worse if after["higher_is_better"] else worse
-        passed = None if e.max_degradation is None else loss <= e.max_degradation
-        quality = {
-            "metric": e.metric,
-            "before": before["quality"],
-            "after": after["quality"],
-            "change": worse,
-            "allowed": e.max_degradation,
-            "passed": passed,
-        }
+        quality = _quality(e, before, after)
         flops = {"what": "one evaluation batch", "before": before["flops"], "after": after["flops"]}
     weights = sum(_entries(r["shape"]) for r in rows)
     zeros = weights - sum(r["kept"] for r in rows)
@@ -160,6 +151,22 @@ def receipt_of(
         },
         notes=tuple(notes),
     )
+
+
+def _quality(evaluate: Evaluate, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quality before and after as a receipt has it."""
+    change = (after["quality"] - before["quality"]) / max(abs(before["quality"]), 1e-12)
+    loss, allowed = -change if after["higher_is_better"] else change, evaluate.max_degradation
+    more = {name: {"before": value, "after": dict(after["more"])[name]} for name, value in before["more"]}
+    return {
+        "metric": evaluate.metric,
+        "before": before["quality"],
+        "after": after["quality"],
+        "change": change,
+        "allowed": allowed,
+        "passed": None if allowed is None else loss <= allowed,
+        **({"more": more} if more else {}),
+    }
 
 
 def _evaluation_notes(recipe: Recipe, before: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from rarefy.data import sources
 from rarefy.data.text_pairs import pair_batches
 from rarefy.model import hf
 from rarefy.model.forward import check_batches
+from rarefy.model.image_config import ImageConfig
 from rarefy.model.losses import Loss
 from rarefy.prune.allocation import NEEDS_DATA
 from rarefy.prune.scores import SCORES
@@ -28,8 +29,16 @@ PURPOSES = {"calibrate", "train", "validate", "evaluate"}
 class RunData:
     """Batches by purpose, from arguments or from the recipe; each source is read once."""
 
-    def __init__(self, recipe: Recipe, data: Any, tokenizer: Any = None, base: Path | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Any,
+        tokenizer: Any = None,
+        base: Path | None = None,
+        images: ImageConfig | None = None,
+    ):
         self.recipe, self.tokenizer, self.base = recipe, tokenizer, base
+        self.images = images or ImageConfig()
         if isinstance(data, Mapping):
             wrong = set(data) - PURPOSES
             if wrong:
@@ -62,7 +71,9 @@ class RunData:
             samples = getattr(
                 settings, {"train": "train_samples", "validate": "validate_samples"}.get(purpose, "samples")
             )
-            take = sources.Take(samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed)
+            take = sources.Take(
+                samples=samples, tokens=settings.tokens, batch=settings.batch, seed=seed, images=self.images
+            )
             read = pair_batches if purpose == "evaluate" and settings.metric == "retrieval" else sources.batches
             self._batches[purpose] = read(source, take, tokenizer=self.tokenizer, base=self.base, what=purpose)
         return self._batches[purpose]

@@ -15,6 +15,7 @@ from rarefy.evaluation.example_inputs import example_of
 from rarefy.lowrank.layer_tying import TieOptions, run_tie
 from rarefy.lowrank.svd import run_factorize
 from rarefy.model import hf
+from rarefy.model.image_config import image_config_of
 from rarefy.model.layers import select_layers
 from rarefy.model.sparsity_pattern import check_sparsity, parse_pattern
 from rarefy.pipeline.cast import run_cast
@@ -131,7 +132,7 @@ def one_example(model: nn.Module, data: RunData, caller: str) -> Any:
             batch = next(iter(batches(0) if callable(batches) else batches), None)  # type: ignore[call-overload]
             if batch is not None:
                 return resize_batch(batch, 2)
-    if hf.is_model(model):
+    if hf.is_model(model) or image_config_of(model) is not None:
         return example_of(model, 32, 2)
     raise DataError(
         f"{caller} runs the model once: give calibrate or evaluate data, or call it from Python with an example"
@@ -143,7 +144,7 @@ def rehearse_cuts_(
 ) -> list[Report]:
     """Do the cuts of a recipe in place, without repair and by a score that needs no data; return their reports."""
     reports = []
-    data = RunData(recipe, None, tokenizer, base)
+    data = RunData(recipe, None, tokenizer, base, image_config_of(model))
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, CutStage):
             continue

@@ -1,0 +1,206 @@
+"""Images with classes: folders, and data sets of the library datasets, prepared as a model's `ImageConfig` says.
+
+photos/cat/1.jpg, photos/dog/2.png   one folder per class
+saved/                               a split that `datasets.Dataset.save_to_disk` wrote
+images.parquet                       a table with images as bytes, as data sets of the hub have it
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.common.errors import DataError, first_line
+from rarefy.model.image_config import NO_CLASS, ImageConfig, class_ids
+
+IN_MEMORY = 1 << 30  # bytes of prepared images that are held; more are read again in each pass
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+DATASET_FILES = ("state.json", "dataset_info.json")  # of a split; of several splits DICT_FILE
+DICT_FILE = "dataset_dict.json"
+
+Pair = tuple[Tensor, int]
+
+
+@dataclass(frozen=True)
+class ImageBatches(Sequence[tuple[Tensor, Tensor]]):
+    """Batches (images [batch, channels, size, size] in fp32, classes [batch]) that are read when they are needed."""
+
+    read: Callable[[int], Pair]  # an image and its class
+    order: tuple[int, ...]
+    batch: int
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start = index % len(self) * self.batch
+        pairs = [self.read(i) for i in self.order[start : start + self.batch]]
+        return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+
+def transform_of(config: ImageConfig, what: str = "images") -> Callable[[Any], Tensor]:
+    """Return the function that prepares a picture of Pillow: [channels, size, size] in fp32.
+
+    It is what timm's `create_transform` and torchvision's presets do with the same numbers.
+
+    Raises:
+        DataError: torchvision is not installed.
+    """
+    try:
+        from torchvision import transforms
+    except ImportError:
+        raise DataError(f'{what}: images need torchvision: pip install "rarefy[vision]"') from None
+    mode = transforms.InterpolationMode(config.interpolation)
+    resize = (config.resize, config.resize) if config.squash else config.resize
+    steps = transforms.Compose(
+        [
+            transforms.Resize(resize, interpolation=mode),
+            transforms.CenterCrop(config.size),
+            transforms.ToTensor(),
+            transforms.Normalize(config.mean, config.std),
+        ]
+    )
+    color = {1: "L", 3: "RGB", 4: "RGBA"}.get(len(config.mean))
+    if color is None:
+        raise DataError(f"{what}: pictures have 1, 3 or 4 channels, the model {len(config.mean)}: give an .npz")
+    return lambda image: steps(image.convert(color))
+
+
+def folder_batches(
+    path: Path, config: ImageConfig, *, samples: int | None, batch: int, seed: int, what: str
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return batches of a folder that has one folder of images per class, in seeded order.
+
+    Raises:
+        DataError: a class without images, an image that cannot be read, classes that the model does not have.
+    """
+    transform = transform_of(config, what)
+    from torchvision import datasets
+
+    try:
+        folder = datasets.ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: {path} is no folder of class folders of images: {error}") from None
+    classes = class_ids(folder.classes, config, what)
+
+    def read(i: int) -> Pair:
+        file, label = folder.samples[i]
+        with open(file, "rb") as opened:
+            return _decoded(opened.read(), transform, f"{what}: cannot read the image {file}"), classes[label]
+
+    return _batches(read, len(folder), config, samples, batch, seed, f"{what} {path}")
+
+
+def is_dataset(path: Path) -> bool:
+    """Return whether a path is what `datasets.Dataset.save_to_disk` wrote, or a .parquet file."""
+    if path.is_file():
+        return path.suffix.lower() == ".parquet"
+    return (path / DICT_FILE).is_file() or all((path / name).is_file() for name in DATASET_FILES)
+
+
+def dataset_batches(
+    source: Any, config: ImageConfig | None = None, *, samples: int | None = None, batch: int = 8, seed: int = 0,
+    what: str = "data",
+) -> Sequence[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return batches of a data set of the library datasets that has a column of images.
+
+    Images are decoded here, from the bytes in the data set: no path or address in it is followed.
+
+    Args:
+        source: a `datasets.Dataset`, the folder of one, or a .parquet file.
+        config: how images are prepared; by default 224 pixels with ImageNet's statistics.
+        samples: how many, in seeded order; None: all.
+        batch: samples of a batch.
+        seed: of the order.
+        what: what messages call the data.
+
+    Returns:
+        Batches (images in fp32, classes); the class is -100 where there is none.
+
+    Raises:
+        DataError: datasets is not installed, no column of images, images that are stored by path.
+    """
+    config = config or ImageConfig()
+    datasets = _library(what)
+    data = _opened(source, datasets, what) if isinstance(source, str | Path) else source
+    images = [n for n, f in data.features.items() if isinstance(f, datasets.Image)]
+    if not images:
+        raise DataError(f"{what} {_name(source)} has no column of images; its columns are {', '.join(data.features)}")
+    data = data.cast_column(images[0], datasets.Image(decode=False))
+    kinds = {n: f for n, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    label = next(iter(kinds), next((n for n in LABEL_COLUMNS if n in data.features), None))
+    classes = class_ids(kinds[label].names, config, what) if label in kinds else None
+    transform = transform_of(config, what)
+
+    def read(i: int) -> Pair:
+        row = data[i]
+        content = (row[images[0]] or {}).get("bytes")
+        if not isinstance(content, bytes):
+            raise DataError(f"{what}: image {i} is stored by its path: save the data set with its images in it")
+        number = NO_CLASS if label is None or row[label] is None else int(row[label])
+        number = classes[number] if classes is not None and number >= 0 else number
+        return _decoded(content, transform, f"{what}: cannot read image {i}"), number
+
+    return _batches(read, len(data), config, samples, batch, seed, f"{what} {_name(source)}")
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else type(source).__name__
+
+
+def _library(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{what}: this data set needs the library datasets: pip install datasets") from None
+    return datasets
+
+
+def _opened(source: str | Path, datasets: Any, what: str) -> Any:
+    """Return the data set of a folder or a .parquet file."""
+    path = Path(source)
+    if (path / DICT_FILE).is_file():
+        splits = sorted(p.name for p in path.iterdir() if (p / DATASET_FILES[0]).is_file())
+        raise DataError(f"{what}: {path} holds the splits {', '.join(splits)}: give one of them, {path / splits[0]}")
+    try:
+        if path.is_file():
+            from pyarrow import parquet  # a dependency of datasets
+
+            return datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(path)))
+        return datasets.Dataset.load_from_disk(str(path))
+    except Exception as error:  # each library raises its own errors
+        raise DataError(f"{what}: {path} is not readable as a data set: {first_line(error)}") from None
+
+
+def _decoded(content: bytes, transform: Callable[[Any], Tensor], failed: str) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return transform(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged images
+        raise DataError(f"{failed}: {error}") from None
+
+
+def _batches(
+    read: Callable[[int], Pair], count: int, config: ImageConfig, samples: int | None, batch: int, seed: int, what: str
+) -> Sequence[tuple[Tensor, Tensor]]:
+    if not count:
+        raise DataError(f"{what} holds no images")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    lazy = ImageBatches(read, tuple(order), batch)
+    num_bytes = 4 * len(order) * torch.Size(config.shape(1)).numel()
+    return list(lazy) if num_bytes <= IN_MEMORY else lazy

@@ -1,0 +1,285 @@
+"""The hub: names, downloads and pushes over real HTTP to a server on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import rarefy
+from conftest import text_model
+from helpers.hub_server import serving
+from rarefy.checkpoint.model_card import model_card
+from rarefy.checkpoint.origin import card_fields, origin_files, read_origin
+from rarefy.checkpoint.push import push, write_card
+from rarefy.common.errors import ContainerError, ModelError
+from rarefy.model.hub import choose_files, download, parse_hub_name
+
+pytest.importorskip("huggingface_hub")
+CARD = b"---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\ntags: [x]\n---\n# A model\n"
+RECIPE = "name: half\nstages: [{prune: {score: random, sparsity: 0.5}}]\n"
+# runs commands one after the other in one process, because importing torch takes seconds
+COMMANDS = """
+import json, sys
+from rarefy.cli.main import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["rarefy", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    print("code", code, flush=True)
+    print("code", code, file=sys.stderr, flush=True)
+"""
+
+
+def run(url, home, *commands, **environment):
+    """Run commands against a hub; return (code, standard output, standard error) of each."""
+    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "RAREFY_CACHE": str(home / "rarefy")}
+    env |= {
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **environment,
+    }
+    words = json.dumps([list(map(str, c)) for c in commands])
+    ran = subprocess.run([sys.executable, "-c", COMMANDS, words], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    texts = [t.split("code ")[0:] for t in (ran.stdout, ran.stderr)]
+    outputs, errors = ([texts[k][0], *(t.split("\n", 1)[1] for t in texts[k][1:])] for k in (0, 1))
+    codes = [int(t.split("\n")[0]) for t in texts[0][1:]]
+    return list(zip(codes, outputs, errors))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The files of a tiny language model as a repository has them."""
+    folder = tmp_path_factory.mktemp("source")
+    text_model(folder)
+    files = {p.name: p.read_bytes() for p in (folder / "model").iterdir()}
+    return {
+        **files,
+        "README.md": CARD,
+        "LICENSE": b"MIT",
+        "pytorch_model.bin": b"pickle",
+        "modeling_x.py": b"raise SystemExit",
+    }
+
+
+def test_from_the_hub_and_back(source, tmp_path):
+    (tmp_path / "half.yaml").write_text(RECIPE)
+    out, recipe = tmp_path / "out", tmp_path / "half.yaml"
+    with serving() as hub:
+        commit = hub.add("org/tiny", source)
+        hub.add("org/tiny", source, "v1")
+        hub.add("org/pickle", {"config.json": b"{}", "pytorch_model.bin": b""})
+        results = run(
+            hub.url,
+            tmp_path,
+            ("compress", "org/tiny", "-r", recipe, "-o", out, "--quiet"),
+            ("inspect", "org/tiny@v1", "--json"),
+            ("inspect", "org/tiny", "--offline", "--json"),
+            ("inspect", "org/tiny@v2"),
+            ("inspect", "org/tinny"),
+            ("inspect", "org/pickle"),
+            ("push", out, "me/half", "--quiet"),  # nobody is logged in
+        )
+        codes = [code for code, _, _ in results]
+        assert codes == [0, 0, 0, 2, 2, 2, 2], results
+        assert results[1][1] == results[2][1] and json.loads(results[1][1])
+        for result, said in (
+            (results[3], f"rarefy: org/tiny@v2: the model has no revision 'v2' on {hub.url}\n"),
+            (
+                results[4],
+                f"rarefy: org/tinny: no such folder here, and no such model on {hub.url}; a private one needs",
+            ),
+            (
+                results[5],
+                "rarefy: org/pickle has no model.safetensors: it has pytorch_model.bin, a pickle, which is never",
+            ),
+            (results[6], "rarefy: me/half: the hub refused to write it (401): run hf auth login, or set HF_TOKEN\n"),
+        ):
+            assert said in result[2] and "Traceback" not in result[2]
+        asked = "\n".join(hub.requests)
+        assert "pytorch_model.bin" not in asked and "modeling_x.py" not in asked and "/LICENSE" in asked
+        assert read_origin(out) == {
+            "model": "org/tiny",
+            "revision": commit,
+            "licence": "mit",
+            "task": "text-generation",
+            "language": "en",
+        }
+        assert (out / "LICENSE").read_bytes() == b"MIT"
+
+        results = run(
+            hub.url,
+            tmp_path,
+            ("push", out, "me/half", "--json"),
+            ("inspect", "me/half", "--json"),
+            ("inspect", "me/half", "--offline", "--json"),
+            ("inspect", out, "--json"),
+            ("compress", "me/half", "-r", recipe, "-o", tmp_path / "again", "--quiet"),
+            HF_TOKEN="hf_x",
+        )  # fmt: skip
+        assert [code for code, _, _ in results] == [0] * 5, results
+        assert json.loads(results[0][1])["summary"]["commit"].startswith(f"{hub.url}/me/half/commit/")
+        rows = [json.loads(text)["rows"] for _, text, _ in results[1:4]]
+        assert rows[0] == rows[1] == rows[2]
+        files = hub.repositories["me/half"]["main"]
+        assert {n: c for n, c in files.items()} == {p.name: p.read_bytes() for p in out.iterdir()}
+        card = files["README.md"].decode()
+        for part in (
+            "license: mit",
+            "base_model: org/tiny",
+            "library_name: rarefy",
+            commit,
+            "score: random",
+            'download("me/half")',
+        ):
+            assert part in card
+        assert read_origin(tmp_path / "again") == read_origin(out)  # the first source
+
+
+def test_without_a_network(tmp_path):
+    with serving() as hub:
+        url = hub.url
+    [(code, _, error)] = run(url, tmp_path, ("inspect", "org/tiny"))
+    assert code == 2 and error.startswith(f"rarefy: org/tiny: {url} cannot be reached (")
+    assert (
+        error.split("code")[0].count("\n") == 1
+        and "give a local folder, or --offline for a model in the cache" in error
+    )
+
+
+def test_no_request_without_a_name_of_the_hub(tmp_path):
+    (tmp_path / "here").mkdir()
+    with serving() as hub:
+        results = run(
+            hub.url,
+            tmp_path,
+            ("inspect", "smolm2"),
+            ("inspect", tmp_path / "here" / "none"),
+            ("inspect", "./none/model"),
+            ("inspect", "a/b/c"),
+            ("inspect", "timm/resnet10t", "--random-weights", "--json"),
+            ("inspect", "org/tiny", "--offline"),
+        )
+        assert [code for code, _, _ in results] == [2, 2, 2, 2, 0, 2]
+        assert hub.requests == []
+    assert "rarefy: org/tiny is not in the cache, and the run is offline: download it once" in results[5][2]
+
+
+# names and files
+
+
+def test_names():
+    assert str(parse_hub_name("org/name.v-2@refs/pr/1")) == "org/name.v-2@refs/pr/1"
+    for text in (
+        "name",
+        "/org/name",
+        "org/name/",
+        "../name",
+        "org/..",
+        "org/a@",
+        "org/a@../x",
+        "~/x",
+        "",
+        "a b/c",
+        "-a/b",
+    ):
+        assert parse_hub_name(text) is None, text
+
+
+def test_files_that_are_fetched():
+    names = [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.model", "1_Pooling/config.json", "2_Dense/model.safetensors", "LICENSE.txt", "chat_template.jinja",
+    ]  # fmt: skip
+    others = [
+        "original/consolidated.safetensors", "onnx/model.onnx", "model.fp16.safetensors", "pytorch_model.bin", "x.py",
+        ".gitattributes", "../x.json", "openvino/config.json", "handler.py", "a/../../model.safetensors", "image.png",
+    ]  # fmt: skip
+    assert set(choose_files([*names, *others], "m")) == set(names)
+    rarefy_folder = ["rarefy.json", "weights-00001.safetensors", "receipt.json", "graph.json"]
+    assert set(choose_files([*rarefy_folder, "README.md", "x.bin"], "m")) == {*rarefy_folder, "README.md"}
+    with pytest.raises(ModelError, match="m has no model.safetensors: it holds no model"):
+        choose_files(["README.md"], "m")
+    with pytest.raises(ModelError, match="'a': expected ORG/NAME or ORG/NAME@REVISION"):
+        download("a")
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelError, match=r'org/x: models of the hub need huggingface_hub: pip install "rarefy\[hub\]"'):
+        download("org/x")
+    with pytest.raises(
+        ModelError, match=r'org/x: pushing to the hub needs huggingface_hub: pip install "rarefy\[hub\]"'
+    ):
+        push(tempfile.mkdtemp(), "org/x")
+
+
+# where a model came from
+
+
+def test_cards_and_sources(tmp_path):
+    file = tmp_path / "README.md"
+    for text, fields in (
+        ("---\nlicense: other\nlicense_name: llama3\nlicense_link: https://x.org/l\n---\n", {"licence": "other", "licence_name": "llama3", "licence_link": "https://x.org/l"}),
+        ("---\r\nlicense: [mit, apache-2.0]\r\n---\r\n", {"licence": ["mit", "apache-2.0"]}),
+        ("# no front matter", {}),
+        ("---\n- a\n---\n", {}),
+        ("---\nlicense: !!python/object:os.system {}\n---\n", {}),
+        ("---\nlicense: |\n  a\n  b\n---\n", {}),
+        ("---\nlicense: <script>\n---\n", {}),
+    ):  # fmt: skip
+        file.write_text(text, newline="")
+        assert card_fields(tmp_path) == fields, text
+    assert origin_files(tmp_path) == {}
+    for text in ('{"model": "a\\nb"}', '{"other": "x"}', "[]"):
+        (tmp_path / "source.json").write_text(text)
+        with pytest.raises(ContainerError, match="source.json: expected the fields model, revision"):
+            read_origin(tmp_path)
+
+
+# cards
+
+
+@pytest.fixture
+def saved(tmp_path):
+    rarefy.save(torch.nn.Linear(4, 4), tmp_path / "out", recipe={"stages": [{"prune": {"sparsity": 0.5}}]})
+    return tmp_path / "out"
+
+
+def test_what_is_wrong_with_a_push(saved, monkeypatch):
+    with pytest.raises(ModelError, match="the licence of the model is not known: pass licence='apache-2.0'"):
+        model_card(saved, "me/x")
+    for name in ("x", "me/x@main", "a/b/c"):
+        with pytest.raises(ModelError, match="expected the name of a repository, ORG/NAME"):
+            write_card(saved, name, "mit")
+    with pytest.raises(ContainerError, match="is not a Rarefy folder"):
+        write_card(saved.parent, "me/x", "mit")
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE forbids the network: unset it, or pass --dry-run"):
+        push(saved, "me/x", licence="mit")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    (saved / "x.bin").write_bytes(b"")
+    with pytest.raises(ContainerError, match="x.bin is a pickle, which is not published: remove it"):
+        push(saved, "me/x", licence="mit")
+
+
+def test_a_card_that_was_edited_stays(saved):
+    file = write_card(saved, "me/x", "mit")
+    text = file.read_text()
+    assert "license: mit" in text and "no receipt: neither quality nor speed" in text and "model=Linear(...)" in text
+    file.write_text("mine")
+    assert write_card(saved, "me/x").read_text() == "mine"
+    with pytest.raises(
+        ContainerError, match="README.md exists, so that the licence has no effect: pass overwrite=True"
+    ):
+        write_card(saved, "me/x", "mit")
+    assert write_card(saved, "me/x", "mit", overwrite=True).read_text() == text
+    assert rarefy.load(saved, torch.nn.Linear(4, 4)).weight.shape == (4, 4)
