@@ -403,12 +403,52 @@ def test_wrong_models():
     with pytest.raises(ModelError, match="unknown precision 'int3'; choose from bf16, int8.*; leave it out for fp32"):
         rarefy.decoder(small(), precision="int3")
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
-    with pytest.raises(ModelError, match="no attention that can use a KV cache"):
+    with pytest.raises(ModelError, match=r"BloomForCausalLM adds position biases \(ALiBi\) in attention of its own"):
         rarefy.decoder(transformers.AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(ModelError, match="softcap"):
         rarefy.decoder(
             transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**GATED, head_dim=16)).eval()
         )
+
+
+def test_recurrent_layers_are_refused_by_name():
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
+    with pytest.raises(ModelError, match="MambaForCausalLM has recurrent layers in place of attention"):
+        rarefy.decoder(transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes)).eval())
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
+        pytest.param("Mixtral", {"num_local_experts": 4}, marks=SLOW),
+        pytest.param("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 32}, marks=SLOW),
+        pytest.param("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, marks=SLOW),
+    ],
+)
+def test_mixtures_of_experts(family, sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**GATED, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    made, ids = rarefy.compile(model), torch.randint(3, V, (2, 30))
+    assert far(eager(model, ids), made(ids)) < 1e-5
+    assert far(eager(model, ids), in_pieces(made, ids, [20, 1, 4, 5])) < 1e-5
+
+
+def test_many_sequences_of_one_token(llama):
+    """They are read row by row: the logits of each alone, with padding too."""
+    model, made = llama
+    ids = torch.randint(3, V, (20, 12))
+    mask = torch.ones_like(ids)
+    mask[3, :5] = 0
+    got = in_pieces(made, ids, [9, 1, 1, 1], mask)
+    assert far(eager(model, ids, mask)[mask == 1], got[mask == 1]) < 1e-5
+    if bindings.missing() is None:
+        (first, *_) = [s for s in made.compiled.schedule if isinstance(s, FusedSubgraph)]
+        assert any(p.decode for programs in first.programs.values() for p in programs)
 
 
 def test_attention_is_given_back():

@@ -28,7 +28,8 @@ from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, ConvTiles, Dense,
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
-MAX_DECODE_TOKENS = 8  # tokens up to which values are stored row by row
+MAX_DECODE_TOKENS = 16  # tokens up to which values are stored row by row
+MAX_DECODE_SEQUENCES = 1024  # the same for sequences of one token each, which tiles pad to whole vectors
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 LANE_STRUCTS: dict[Any, Any] = {Dense: _Dense, Tiles: _Tiles, Sell: _Sell}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
@@ -36,6 +37,12 @@ MAX_TAPS = 256  # of a depthwise convolution on codes; more leave too few bits t
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
+
+
+def few_tokens(leading: Sequence[int]) -> bool:
+    """Return whether values of these leading dimensions, such as (batch, tokens), are stored row by row."""
+    single = len(leading) == 2 and leading[1] == 1 and leading[0] <= MAX_DECODE_SEQUENCES
+    return single or prod(leading) <= MAX_DECODE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -193,9 +200,8 @@ class Program:
     def _few_tokens(self, nodes: Sequence[Node], inputs: Sequence[Node]) -> bool:
         """Return whether there are few tokens, and every operator can read them row by row."""
         packed = [self.kernels[n].held[0] for n in nodes if n in self.kernels]
-        tokens = max((prod(self.shape(n)[:-1]) for n in inputs), default=0)
         return (
-            tokens <= MAX_DECODE_TOKENS
+            all(few_tokens(self.shape(n)[:-1]) for n in inputs)
             and not self.images
             and all(self.operators[n.target].few_tokens for n in nodes)
             and all(isinstance(w, DECODE_FORMATS) for w in packed)

@@ -24,7 +24,7 @@ from rarefy.compiler.export import export_graph
 from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
-from rarefy.compiler.program import MAX_DECODE_TOKENS
+from rarefy.compiler.program import few_tokens
 from rarefy.generation.kv_cache import TILE, Cache, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
@@ -36,6 +36,8 @@ from rarefy.model.quant_grid import Grid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
 from rarefy.runtime.packing import pack_bitmask, pack_quantized
 
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # types of models of transformers
+ALIBI = ("bloom", "mpt")
 EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many verify the decoder
 
 
@@ -101,7 +103,7 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     with hf.attending(model, _attend), torch.no_grad():
         exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__)
     if not exported.cache_features:
-        raise ModelError(f"{type(model).__name__} has no attention that can use a KV cache")
+        raise ModelError(_why_no_cache(model))
     exported.notes += (*notes, *model_defaults(getattr(model, "generation_config", None))[1])
     exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
@@ -120,6 +122,16 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
 
     kernels = select_kernels(exported, pack)
     return Decoder(Compiled(exported, kernels, specs), **numbers)
+
+
+def _why_no_cache(model: Any) -> str:
+    """Return why a model's graph has no cached attention."""
+    name, kind = type(model).__name__, getattr(model.config, "model_type", "")
+    if kind in RECURRENT:
+        return f"{name} has recurrent layers in place of attention, which decoders do not support"
+    if kind in ALIBI:
+        return f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support"
+    return f"{name} has no attention that can use a KV cache"
 
 
 def _token_numbers(model: Any) -> dict[str, Any]:
@@ -274,7 +286,7 @@ class Decoder:
         cache = self.cache(batch, tokens) if cache is None else cache
         self._check_cache(cache, batch, tokens)
         # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
-        padded = -(-tokens // TILE) * TILE if batch * tokens > MAX_DECODE_TOKENS else tokens
+        padded = tokens if few_tokens((batch, tokens)) else -(-tokens // TILE) * TILE
         padded = min(padded, cache.capacity - cache.past)
         # padding has the last token's position: a table of positions may end before the padding does
         positions = cache.past + torch.arange(padded).clamp(max=tokens - 1).expand(batch, -1)
