@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rarefy.checkpoint.inspect import inspect as inspect
     from rarefy.checkpoint.load import load as load
     from rarefy.checkpoint.save import save as save
+    from rarefy.checkpoint.streamed_decoder import decoder_from_files as decoder_from_files
     from rarefy.common.errors import RarefyError as RarefyError
     from rarefy.common.report import Report as Report
     from rarefy.dependency.graph import groups as groups
@@ -88,6 +89,7 @@ _MODULES = {  # public name -> module that defines it
     "compress_": "rarefy.pipeline.compress",
     "cut_": "rarefy.structured.cut",
     "decoder": "rarefy.generation.decoder",
+    "decoder_from_files": "rarefy.checkpoint.streamed_decoder",
     "drop_layers_": "rarefy.structured.layer_drop",
     "export": "rarefy.checkpoint.export",
     "export_onnx": "rarefy.onnx.export",
@@ -140,6 +142,7 @@ __all__ = [
     "compress_",
     "cut_",
     "decoder",
+    "decoder_from_files",
     "drop_layers_",
     "export",
     "export_onnx",

@@ -52,6 +52,11 @@ class GgufModel:
         kinds = {e.kind for e in self.file.tensors.values() if len(e.shape) > 1}
         return gguf_file.FLOATS[kinds.pop()] if len(kinds) == 1 and kinds <= set(gguf_file.FLOATS) else torch.float32
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether matrices are in other types than floating point."""
+        return any(e.kind not in gguf_file.FLOATS for e in self.file.tensors.values())
+
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:
         """Return a weight by its name in transformers, and the grid that it is on in the file."""
         stored = self.names[name]

@@ -36,7 +36,17 @@ from rarefy.runtime.packed_formats import (
     Tiles,
     skips_zeros,
 )
-from rarefy.runtime.packing import pack_conv, pack_dense, pack_quantized, pack_sell, pack_tiles, shared, unpack
+from rarefy.runtime.packing import (
+    PIECE,
+    join_rows,
+    pack_conv,
+    pack_dense,
+    pack_quantized,
+    pack_sell,
+    pack_tiles,
+    shared,
+    unpack,
+)
 
 # share of zero lanes (2 bf16 or 4 int8 inputs) from which skipping them is faster, without and with AMX
 MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int8": (0.15, 0.88)}
@@ -125,7 +135,8 @@ def _pack_embedding(weight: Tensor, memory: HugePageBuffer) -> QuantizedPanels |
     """Return a large embedding's weight in int8, with a scale for each row; None for others."""
     if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING or not weight.isfinite().all():
         return None
-    return memory.hold(pack_quantized(weight.float(), grid_of_largest(weight), fp32_inputs=False))
+    rows = weight.split(max(PIECE // weight.shape[1] // 4 * 4, 4))
+    return memory.hold(join_rows([pack_quantized(w.float(), grid_of_largest(w), fp32_inputs=False) for w in rows]))
 
 
 def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.renamed import renamed_parameters
+from rarefy.compiler import ops
 from rarefy.compiler.calibrate import in_torch
 from rarefy.compiler.compile import (
     PASSES,
@@ -21,6 +22,7 @@ from rarefy.compiler.compile import (
 )
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
+from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
@@ -88,7 +90,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     with suspended(model) as rounded:
         step = _build(model, precision, rounded, notes)
-        _verify(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
+        verify_decoder(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
     step.compiled.forget()
     return step
 
@@ -98,27 +100,21 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
 
     rounded are the names of layers whose inputs are rounded to 8 bits.
     """
-    tokens = EXAMPLE_TOKENS
-    example = torch.arange(2 * tokens).view(2, tokens), torch.arange(tokens).repeat(2, 1), torch.arange(3)
-    with hf.attending(model, _attend), torch.no_grad():
-        exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__)
-    if not exported.cache_features:
-        raise ModelError(_why_no_cache(model))
-    exported.notes += (*notes, *model_defaults(getattr(model, "generation_config", None))[1])
-    exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
+    exported = _export(model)
+    exported.notes += notes
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     numbers = _token_numbers(model)
     if precision or rounded:
-        _verify(model, Decoder(in_torch(exported, specs), **numbers), tolerance(exported))
+        verify_decoder(model, Decoder(in_torch(exported, specs), **numbers), tolerance(exported))
     weighted = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
     grids = {n: _grid_of(m) for n, m in weighted}
 
     def pack(weight: Tensor, node: Any, _: Grid | None) -> Any:
         layer = exported.layers.get(node, "")
         grid = grids.get(layer)
-        if grid is not None and not (_kernels_hold(grid, precision) and grid.contains(weight)):
-            grid = None  # also where this is a part of a layer, such as its queries
-        return _pack(weight, "int8" if layer in rounded else precision, grid, layer in rounded)
+        if grid is not None and not grid.contains(weight):  # a part of a layer, such as its queries
+            grid = None
+        return pack_weight(weight, "int8" if layer in rounded else precision, grid, layer in rounded)
 
     kernels = select_kernels(exported, pack)
     return Decoder(Compiled(exported, kernels, specs), **numbers)
@@ -132,6 +128,64 @@ def _why_no_cache(model: Any) -> str:
     if kind in ALIBI:
         return f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support"
     return f"{name} has no attention that can use a KV cache"
+
+
+class LazyWeights(Protocol):
+    """Weights that are read when they are packed; until then the model has placeholders in their place."""
+
+    def is_placeholder(self, t: Tensor) -> bool:
+        """Return whether a tensor is a placeholder, or a view of one."""
+        ...
+
+    def read(self, t: Tensor) -> tuple[Tensor, Grid | None]:
+        """Return the values of a placeholder or of its view, in fp32, and the grid that they are on."""
+        ...
+
+    def pack(self, t: Tensor) -> Any:
+        """Return the packed weight of a linear layer."""
+        ...
+
+
+def build_decoder(model: Any, precision: str | None, weights: LazyWeights) -> Decoder:
+    """Return the decoder of a model whose large weights are placeholders, not verified.
+
+    Each weight is read and packed before the next is read. In "int8" the embedding is packed too.
+
+    Raises:
+        ModelError: the engine cannot run the model.
+    """
+    exported = _export(model)
+    specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
+    constants = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.constants]
+    for node in constants if precision == "int8" else ():
+        if all(u.target is ops.embedding for u in node.users):
+            exported.constants[node.name] = _values(exported.constants[node.name], weights)
+    kernels = select_kernels(
+        exported,
+        lambda weight, node, grid: weights.pack(weight),
+        lambda node: "int8" if precision == "int8" and node.target is ops.embedding else None,
+    )
+    for node in constants:
+        if not all(u in kernels for u in node.users):
+            exported.constants[node.name] = _values(exported.constants[node.name], weights)
+    return Decoder(Compiled(exported, kernels, specs), **_token_numbers(model))
+
+
+def _values(t: Tensor, weights: LazyWeights) -> Tensor:
+    return weights.read(t)[0] if weights.is_placeholder(t) else t
+
+
+def _export(model: Any) -> ExportedGraph:
+    """Return the graph of a model's decoding step; ModelError if it cannot use a KV cache."""
+    tokens = EXAMPLE_TOKENS
+    example = torch.arange(2 * tokens).view(2, tokens), torch.arange(tokens).repeat(2, 1), torch.arange(3)
+    with hf.attending(model, _attend), torch.no_grad():
+        exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__)
+    if not exported.cache_features:
+        raise ModelError(_why_no_cache(model))
+    exported.notes += model_defaults(getattr(model, "generation_config", None))[1]
+    exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
+    return exported
 
 
 def _token_numbers(model: Any) -> dict[str, Any]:
@@ -335,11 +389,13 @@ def _kernels_hold(grid: Grid, precision: str | None) -> bool:
     return exact or (precision == "int8" and grid.bits <= 4)
 
 
-def _pack(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
+def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
     """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask.
 
     In 8 bits, inputs of panels have two terms, unless the model itself rounds them.
     """
+    if grid is not None and not _kernels_hold(grid, precision):
+        grid = None
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
@@ -353,7 +409,7 @@ def _pack(weight: Tensor, precision: str | None, grid: Grid | None, rounded: boo
     return pack_quantized(weight, Grid(8, scale), False, not rounded)
 
 
-def _verify(model: Any, step: Decoder, tolerance: float) -> None:
+def verify_decoder(model: Any, step: Decoder, tolerance: float) -> None:
     """Read a text at once, in pieces and token by token; ModelError unless all logits are the model's."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, step.vocab_size, (1, 3 * EXAMPLE_TOKENS), generator=generator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,14 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     if head is not None:
         setattr(model, embedding_modules.HEAD, head)
     return model.eval()
+
+
+def load_generation_config_(model: Any, path: str | Path) -> None:
+    """Set the generation settings of a model from the folder's file, where there is one that can be read."""
+    if not (Path(path) / "generation_config.json").is_file():
+        return
+    with suppress(Exception):  # settings only: a damaged file makes transformers raise anything
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from rarefy.runtime.packed_formats import (
     Sell,
     Tiles,
 )
+
+PIECE = 1 << 22  # weights of a large matrix that are packed at a time, to save memory
 
 
 def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
@@ -162,6 +165,19 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
         )
     kind, tensors = "int4" if nibbles else "int8", (values.contiguous(), row_sums, scales, zeros, row_scales)
     return QuantizedPanels((O, C), kind, fp32_inputs, scale_groups, *tensors, two_terms=two_terms)
+
+
+def join_rows(pieces: Sequence[QuantizedPanels]) -> QuantizedPanels:
+    """Return the packed weight of all rows from those of pieces, all but the last of a multiple of four rows. O(bytes).
+
+    >>> rows = pack_quantized(torch.ones(4, 2), Grid(8, torch.ones(4, 1)))
+    >>> join_rows([rows, rows]).shape
+    (8, 2)
+    """
+    first, shape = pieces[0], (sum(p.shape[0] for p in pieces), pieces[0].shape[1])
+    values = {f.name: [getattr(p, f.name) for p in pieces] for f in fields(first)}
+    joined = {n: torch.cat(parts) for n, parts in values.items() if isinstance(parts[0], Tensor)}
+    return replace(first, shape=shape, **joined)
 
 
 def _panel_cells(small: Tensor, col_blocks: int, rest: float) -> Tensor:

@@ -118,11 +118,14 @@ def split_linear_outputs(exported: ExportedGraph, node: Node) -> None:
     y, start, end = _output_slice(node)
     if y is None or y.target is not ops.linear or y.args[3] is not None:
         return
-    replace_uses(exported, node, linear_of_rows(exported, node, y, torch.arange(start, end)))
+    replace_uses(exported, node, linear_of_rows(exported, node, y, slice(start, end)))
 
 
-def linear_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor) -> Node:
-    """Return a linear layer with some rows of another one's weight and bias, of the same input, before a node."""
+def linear_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor | slice) -> Node:
+    """Return a linear layer with some rows of another one's weight and bias, of the same input, before a node.
+
+    A slice of the rows shares their memory.
+    """
     x, *weights, _, act = y.args
     w, bias = (
         None if n is None else add_constant(exported, f"{before.name}_{part}", exported.constants[n.name][rows])
@@ -130,7 +133,7 @@ def linear_of_rows(exported: ExportedGraph, before: Node, y: Node, rows: Tensor)
     )
     with exported.graph.inserting_before(before):
         new = exported.graph.call_function(ops.linear, (x, w, bias, None, act))
-    new.meta["val"] = y.meta["val"][..., : len(rows)]
+    new.meta["val"] = y.meta["val"][..., : len(exported.constants[w.name])]  # type: ignore[union-attr]
     return keep_layer(new, y)
 
 

@@ -1,0 +1,173 @@
+"""Decoders of models that are larger than memory: each weight is read, packed and released before the next."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.calibration.offload import trim_heap
+from rarefy.checkpoint.weight_files import WeightFiles, open_weights, parameter_names
+from rarefy.common.errors import ModelError, unknown
+from rarefy.compiler.compile import tolerance
+from rarefy.compiler.half_precision import PRECISIONS
+from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verify_decoder
+from rarefy.model import hf
+from rarefy.model.quant_grid import Grid
+from rarefy.quantization.config import QuantizeConfig
+from rarefy.quantization.grids import fit_grid
+from rarefy.runtime.packed_formats import QuantizedPanels
+from rarefy.runtime.packing import PIECE, join_rows
+
+CHOICES = ("fp32", "bf16", "int8", "int4")
+NORESERVE = 0x4000  # MAP_NORESERVE of Linux: addresses without memory behind them
+INT4 = QuantizeConfig(bits=4, group=32, symmetric=False)
+
+
+def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Decoder:
+    """Return the decoder of a model that need not fit in memory.
+
+    Weights are read one at a time, and only their packed form stays. The graph is exported from a model without
+    weights.
+
+    Args:
+        path: a Hugging Face folder with safetensors files, a folder that `save` wrote, or a GGUF file.
+        precision: None for that of the files: "bf16" for bf16, "fp32" for fp32 and fp16, "int8" for GGUF files with
+            quantized weights. "int4" rounds linear layers to 4 bits with a scale and a zero point for 32 inputs, the
+            embedding and the output head to 8 bits. Layers that are already on a grid of 4 bits keep it in "int8" and
+            "int4".
+
+    Returns:
+        A `Decoder`, as `decoder` returns it. The logits of a few tokens were compared with those of the model in torch,
+        whose weights are read once more for that, layer by layer.
+
+    Raises:
+        ModelError: no language model that the engine supports, or its logits differ.
+        ContainerError: the files are damaged.
+
+    Cost: the packed weights and less than 1.5 GB of memory; two passes over the files.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> folder = tempfile.mkdtemp()
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder)
+        >>> decoder_from_files(folder, precision="int8")(torch.tensor([[3, 1, 4]])).shape
+        torch.Size([1, 3, 32])
+    """
+    if precision is not None and precision not in CHOICES:
+        raise ModelError(unknown("precision", precision, CHOICES))
+    files = open_weights(path)
+    if not hf.is_causal_lm(files.model):
+        raise ModelError(f"{path} holds a {type(files.model).__name__}, which is no causal language model")
+    weights = _Weights(files, precision or _own_precision(files))
+    step = build_decoder(files.model, weights.precision, weights)
+    with weights.reading():
+        verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
+    step.compiled.forget()
+    trim_heap()
+    return step
+
+
+def _own_precision(files: WeightFiles) -> str | None:
+    quantized = getattr(files, "is_quantized", False)
+    return "int8" if quantized else PRECISIONS.get(files.dtype)
+
+
+class _Weights:
+    """The weights of a model whose parameters are addresses without memory, found again by these addresses."""
+
+    def __init__(self, files: WeightFiles, precision: str | None):
+        self.files, self.int4 = files, precision == "int4"
+        self.precision = "int8" if self.int4 else None if precision == "fp32" else precision
+        model = files.model
+        self.names: dict[int, str] = {}  # of placeholders, by their address
+        self.mappings: list[mmap.mmap] = []
+        ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        self.ends = {n for i, names in parameter_names(model).items() if i in ends for n in names}
+        tied = model.config.tie_word_embeddings
+        for name, old in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            if tied and name == "lm_head.weight":
+                continue
+            large = old.dim() > 1
+            value = self._placeholder(name, old.shape) if large else files.weight(name)[0].float()
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        model.tie_weights()
+        absent = next((n for n, b in model.named_buffers() if b.is_meta), None)
+        if absent is not None:
+            raise ModelError(f"{type(model).__name__} has the buffer {absent}, which cannot be built without weights")
+
+    def _placeholder(self, name: str, shape: torch.Size) -> Tensor:
+        """Return a tensor at addresses that have no memory; it is never read."""
+        memory = mmap.mmap(-1, max(4 * shape.numel(), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+        self.mappings.append(memory)
+        t = torch.frombuffer(memory, dtype=torch.float32).view(shape)
+        self.names[t.untyped_storage().data_ptr()] = name
+        return t
+
+    def is_placeholder(self, t: Tensor) -> bool:
+        """Return whether a tensor is a view of a weight that is not read yet."""
+        return t.untyped_storage().data_ptr() in self.names
+
+    def read(self, t: Tensor) -> tuple[Tensor, Grid | None]:
+        """Return the values of a placeholder or of a view of one, in fp32, and the grid that they are on."""
+        name = self.names[t.untyped_storage().data_ptr()]
+        weight, grid = self._rounded(name)
+        if t.dim() == weight.dim() == 2 and t.stride() == weight.stride() and t.shape[1] == weight.shape[1]:
+            start = int(t.storage_offset()) // t.shape[1]
+            rows = slice(start, start + len(t))
+            return weight[rows], grid if grid is None or len(grid.scale) == 1 else grid.map(lambda s: s[rows])
+        return weight.as_strided(t.shape, t.stride(), t.storage_offset()).contiguous(), None
+
+    def _rounded(self, name: str) -> tuple[Tensor, Grid | None]:
+        weight, grid = self.files.weight(name)
+        weight = weight.float().contiguous()
+        if self.int4 and grid is None and name not in self.ends and weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            grid = fit_grid(weight, (len(weight), weight.shape[1] // 32), INT4)
+            weight = grid.snap(weight)
+        return weight, grid
+
+    def pack(self, t: Tensor) -> Any:
+        """Return the packed form of a weight, made piece by piece of its rows."""
+        weight, grid = self.read(t) if self.is_placeholder(t) else (t, None)
+        if self.precision != "int8":
+            return pack_weight(weight, self.precision, grid, False)
+        rows = max(PIECE // weight.shape[1] // 64 * 64, 64)
+        pieces = [self._pack_rows(weight, grid, start, rows) for start in range(0, len(weight), rows)]
+        if len(pieces) > 1 and not all(isinstance(p, QuantizedPanels) for p in pieces):  # zeros are left out of some
+            return pack_weight(weight, self.precision, grid, False)
+        return pieces[0] if len(pieces) == 1 else join_rows(pieces)
+
+    def _pack_rows(self, weight: Tensor, grid: Grid | None, start: int, rows: int) -> Any:
+        part = grid if grid is None or len(grid.scale) == 1 else grid.map(lambda s: s[start : start + rows])
+        return pack_weight(weight[start : start + rows], self.precision, part, False)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Have each module of the model read its weights when it runs, and release them afterwards."""
+        hooks = []
+
+        def load(module: nn.Module, _: Any) -> None:
+            for p in module.parameters(recurse=False):
+                if self.is_placeholder(p.data):
+                    module._placeholders = [*getattr(module, "_placeholders", []), (p, p.data)]  # type: ignore[assignment]
+                    p.data = self.read(p.data)[0]
+
+        def release(module: nn.Module, *_: Any) -> None:
+            for p, data in module.__dict__.pop("_placeholders", []):
+                p.data = data
+
+        for module in self.files.model.modules():
+            hooks += [module.register_forward_pre_hook(load), module.register_forward_hook(release)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

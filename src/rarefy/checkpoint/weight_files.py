@@ -1,0 +1,164 @@
+"""Weights that are read one at a time: of a Hugging Face folder, a folder that Rarefy wrote, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_build
+from rarefy.checkpoint.gguf_load import GgufModel
+from rarefy.checkpoint.tensor_slots import aliases
+from rarefy.common.atomic_io import INDEX, parse_json
+from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.formats import container, gguf_file
+from rarefy.model import hf
+from rarefy.model.quant_grid import Grid
+
+SHARDS = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 1 << 26
+UNSUPPORTED = {"factors": "is factorized", "tied": "has blocks that share weights", "inputs": "rounds inputs"}
+
+
+class WeightFiles(Protocol):
+    """A model without weights, and its weights by name.
+
+    Attributes:
+        model: of transformers; its parameters are on the meta device.
+        dtype: of the weights in the files; fp32 where there are several.
+    """
+
+    model: Any
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def weight(self, name: str) -> tuple[Tensor, Grid | None]:
+        """Return a weight and the quantization grid that it is on."""
+        ...
+
+
+def open_weights(path: str | Path) -> WeightFiles:
+    """Return the weights of a folder or GGUF file without reading them; ContainerError or ModelError where there are
+    none that can be read one at a time."""
+    if gguf_file.is_file(path):
+        return GgufModel(path)
+    if (Path(path) / INDEX).is_file():
+        return RarefyFolder(path)
+    if hf.is_folder(path):
+        return HuggingFaceFolder(path)
+    raise ModelError(f"{path} is no folder of a model (no config.json or {INDEX}), and no .gguf file")
+
+
+class HuggingFaceFolder:
+    """The safetensors files of a Hugging Face folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        config = _json_file(self.path / "config.json")
+        if config.get("quantization_config"):
+            raise ModelError(f"{path} is quantized by another tool: load it with rarefy.load, and pass the model")
+        architecture = (config.get("architectures") or [None])[0]
+        self.model: Any = hf.build({"config": config, "class": architecture, "dtype": "float32"}, empty=True)
+        hf.load_generation_config_(self.model, self.path)
+        self.files = self._files()
+        absent = [n for n in self.model.state_dict() if n not in self.files and n not in aliases(self.model)]
+        tied = bool(self.model.config.tie_word_embeddings) and absent == ["lm_head.weight"]
+        if absent and not tied:
+            raise ModelError(
+                f"{path} has no tensor {absent[0]!r} ({len(absent)} are missing): load it with transformers, and pass "
+                "the model"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first matrix; fp32 where another has another."""
+        names = [n for n, p in self.model.named_parameters() if p.dim() > 1 and n in self.files]
+        dtypes = {self._dtype(n) for n in (names[0], names[-1])}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def weight(self, name: str) -> tuple[Tensor, Grid | None]:
+        """Return a weight of the files."""
+        with _opened(self.files[name]) as file:
+            return file.get_tensor(name), None
+
+    def _dtype(self, name: str) -> torch.dtype:
+        with _opened(self.files[name]) as file:
+            return file.get_slice(name)[:0].dtype
+
+    def _files(self) -> dict[str, Path]:
+        """Return {tensor name: file}."""
+        index = self.path / SHARDS
+        if index.is_file():
+            value = _json_file(index).get("weight_map")
+            if not isinstance(value, dict) or not all(isinstance(f, str) and Path(f).name == f for f in value.values()):
+                raise ContainerError(f"{index}: expected weight_map as names of files by names of tensors")
+            names = sorted(set(value.values()))
+        else:
+            names = ["model.safetensors"]
+        files: dict[str, Path] = {}
+        for name in names:
+            with _opened(self.path / name) as file:
+                files |= dict.fromkeys(file.keys(), self.path / name)
+        return files
+
+
+class RarefyFolder:
+    """A folder that `save` wrote."""
+
+    def __init__(self, path: str | Path):
+        self.saved = container.read(path, verify=False)
+        structure = self.saved.meta.get("structure")
+        structure = structure if isinstance(structure, dict) else {}
+        if structure.get("library") != "transformers":
+            raise ModelError(f"{path} holds no language model of transformers")
+        for record, what in UNSUPPORTED.items():
+            if self.saved.meta.get(record):
+                raise ModelError(f"{path}: the model {what}: load it with rarefy.load, and pass the model")
+        self.model: Any = hf.build({**structure_to_build(self.saved, structure, path), "dtype": "float32"}, empty=True)
+        restore_structure_(self.saved, self.model, structure, path)
+        hf.load_generation_config_(self.model, Path(path))
+        self.stated = str(structure.get("dtype"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the folder states."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.stated, torch.float32)
+
+    def weight(self, name: str) -> tuple[Tensor, Grid | None]:
+        """Return a weight and its grid."""
+        shape = tuple(self.model.state_dict()[name].shape)
+        weight, grid = self.saved.weight(self.saved.aliases.get(name, name), shape)
+        return weight, grid if isinstance(grid, Grid) else None
+
+
+def parameter_names(model: nn.Module) -> Mapping[int, list[str]]:
+    """Return the names of each parameter and buffer of a model's state by its id."""
+    names: dict[int, list[str]] = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(t), []).append(name)
+    return names
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # safetensors raises several kinds
+        raise ContainerError(f"{file}: not a valid safetensors file: {first_line(error)}") from None
+
+
+def _json_file(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_INDEX_BYTES:
+            raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {MAX_INDEX_BYTES:,} are read")
+        value = parse_json(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ContainerError(f"{file} cannot be read: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ContainerError(f"{file}: expected a JSON object")
+    return value
