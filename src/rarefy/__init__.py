@@ -7,6 +7,7 @@ model = rarefy.load("out/")
 Public names load on first use (PEP 562), so `import rarefy` does not import torch.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,8 @@ __all__ = [
 
 
 def _register_quantizer() -> None:
-    import_module("rarefy.integrations.hf_quantizer").register()
+    with suppress(ImportError, AttributeError):  # of a transformers that is too old: it must still be importable
+        import_module("rarefy.integrations.hf_quantizer").register()
 
 
 after_import("transformers.quantizers.auto", _register_quantizer)  # so that AutoModel reads folders of `save`

@@ -1,6 +1,7 @@
 """Pipelines of transformers on the engine, against the same pipelines with the dense model."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -288,6 +289,33 @@ def test_language_models_in_folders(writers, tmp_path):
         compile(dense.model, {"input_ids": torch.ones(1, 2, dtype=torch.int64)})
 
 
+def test_calls_of_a_decoder_never_ignore_what_changes_the_result(writers):
+    fast, dense = writers
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        want = dense.model(ids).logits
+    counted = torch.arange(4).expand(2, 4)
+    right = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    left = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for mask, positions in ((None, counted), (right, counted), (left, (left.cumsum(1) - 1).clamp(min=0))):
+        got = fast.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, output_attentions=False)
+        with torch.no_grad():
+            want = dense.model(ids, attention_mask=mask, position_ids=positions).logits
+        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        assert torch.allclose(got.logits[real], want[real], atol=1e-3)
+    for options, message in (
+        ({"past_key_values": transformers.DynamicCache()}, "takes no past_key_values"),
+        ({"output_hidden_states": True}, "takes no output_hidden_states"),
+        ({"position_ids": counted + 3}, "counts the tokens from 0 itself"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}, "padded on the left"),
+        ({"attention_mask": torch.zeros(2, 4)}, "a prompt is empty"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, "expected the shape of input_ids"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fast.model(ids, **options)
+    assert fast.model.to("cpu", non_blocking=True) is fast.model.cpu() is fast.model
+
+
 def test_wrong_arguments(tmp_path):
     model, tokenizer = make("BertModel", BERT), tokenizer_of()
     for call, message in (
@@ -300,6 +328,7 @@ def test_wrong_arguments(tmp_path):
         (lambda: pipeline("fill-mask", tmp_path), "has no config.json"),
         (lambda: pipeline("fill-mask", 3), "expected a folder or a model of transformers, got int"),
         (lambda: pipeline("feature-extraction", model), "needs a tokenizer or an image processor"),
+        (lambda: pipeline("feature-extraction", model, device="cuda:0"), "runs on the CPU, got the device 'cuda:0'"),
     ):
         with pytest.raises(ModelError, match=message):
             call()
@@ -311,6 +340,16 @@ def test_wrong_arguments(tmp_path):
         pipeline("text-classification", tmp_path / "base")
     with pytest.raises(ModelError, match="image-classification: transformers has no such model for a bert config"):
         pipeline("image-classification", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    values = json.loads(config.read_text())
+    for changes, message in (
+        ({"attn_implementation": "evil/kernel"}, "requests custom attention code .evil/kernel.; remove attn"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the model does not load"),
+        ({"model_type": "none"}, "the config is not usable"),
+    ):
+        config.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(ModelError, match=message):
+            pipeline("feature-extraction", tmp_path / "base")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Models of sentence-transformers on the engine against sentence-transformers itself: embeddings, scores, folders."""
 
+import json
 import shutil
 
 import numpy as np
@@ -377,3 +378,65 @@ def test_a_recipe_compresses_first_and_its_weights_are_saved(tmp_path):
     assert np.abs(dense.encode(TEXTS) - fast.encode(TEXTS)).max() < 1e-5
     assert (dense[0].model.encoder.layer[0].output.dense.weight == 0).float().mean() > 0.45
     refused("got one text", folder, recipe=recipe, data="a text", kind=DataError)
+
+
+def test_the_compiled_model_is_never_saved_beside_other_weights(tmp_path, monkeypatch):
+    folder = model_of(tmp_path, Pooling(64, "mean"))
+    monkeypatch.chdir(folder.parent)
+    fast = ours.SentenceTransformer(folder.name, "fp32", **TUNE)
+    monkeypatch.chdir("/")  # the folder was named by a relative path
+    (tmp_path / "out").mkdir()
+    fast.save(tmp_path / "out")  # an empty folder, as push_to_hub passes
+    assert (tmp_path / "out" / "rarefy" / "embedding.json").is_file()
+    again = ours.SentenceTransformer(tmp_path / "out")
+    for _ in range(2):  # into the folder that it was loaded from
+        again.save(tmp_path / "out", overwrite=True)
+    other = model_of(tmp_path / "other", Pooling(64, "mean"), config={"initializer_range": 0.1})
+    shutil.copy(other / "model.safetensors", folder)
+    with pytest.raises(ContainerError, match="the weights have changed since the model was loaded: load it again"):
+        fast.save_pretrained(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+    with pytest.raises(ContainerError, match="expected the path of a folder, got None"):
+        fast.save(None)
+
+
+def test_overwriting_spares_folders_that_are_not_ours(tmp_path):
+    fast = ours.SentenceTransformer(model_of(tmp_path, Pooling(64, "mean")), "fp32", **TUNE)
+    fast.save(tmp_path / "out")
+    (tmp_path / "out" / "2026_results").mkdir()
+    (tmp_path / "out" / "2026_results" / "table.csv").write_text("1,2")
+    with pytest.raises(ContainerError, match=r"not only Rarefy's \(it contains 2026_results\)"):
+        fast.save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "2026_results" / "table.csv").read_text() == "1,2"
+
+
+def test_options_that_make_another_model_count_in_compiled_folders(rerankers):
+    folder, fast = rerankers
+    shutil.rmtree(folder / "labels", ignore_errors=True)
+    fast.save(folder / "labels")
+    pairs = list(zip(TEXTS[:4], TEXTS[4:8]))
+    want = fast.predict(pairs)
+    assert np.array_equal(ours.CrossEncoder(folder / "labels", num_labels=1).predict(pairs), want)
+    shallow = {"config_kwargs": {"num_hidden_layers": 1}}
+    dense = st.CrossEncoder(str(folder / "labels"), device="cpu", local_files_only=True, **shallow).predict(pairs)
+    assert np.abs(ours.CrossEncoder(folder / "labels", **TUNE, **shallow).predict(pairs) - dense).max() < 1e-5
+    assert np.abs(dense - want).max() > 1e-4
+    refused("the model does not load", folder / "labels", num_labels=3, cls=ours.CrossEncoder, **TUNE)
+
+
+def test_configs_by_which_libraries_would_run_code_are_refused(minilm, tmp_path):
+    folder = model_of(tmp_path, Pooling(64, "mean"), Dense(64, 8))
+
+    def changed(part, **values):
+        file, text = folder / part, (folder / part).read_text()
+        file.write_text(json.dumps({**json.loads(text), **values}))
+        refused("requests custom attention code|expected a class of torch.nn, got", folder, kind=ModelError)
+        file.write_text(text)
+
+    changed("config.json", attn_implementation="evil/kernel")
+    changed("config.json", text_config={"_attn_implementation": {"": "evil/kernel"}})
+    changed("config.json", sentence_transformers={"activation_fn": "torch.hub.list"})
+    changed("2_Dense/config.json", activation_function="torch._C._crash_if_csrc_asan")
+    (folder / "modules.json").write_bytes(b"\xff\xfe")
+    refused("modules.json: not JSON: expected text in UTF-8", folder, kind=ContainerError)
+    refused("unknown precision", folder, ["int8"], kind=ModelError)

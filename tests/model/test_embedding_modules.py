@@ -86,6 +86,14 @@ def test_metrics_use_the_modules_of_the_folder(folders):
         assert metric_of("similarity", model, [side for pair in data for side in pair]).measure(model) == 1.0
 
 
+def test_a_reranker_has_no_modules_for_metrics(folders, tmp_path):
+    shutil.copytree(folders / "cls", tmp_path / "alone")
+    entries = json.loads((tmp_path / "alone" / "modules.json").read_text())
+    (tmp_path / "alone" / "modules.json").write_text(json.dumps(entries[:1]))
+    assert embedding_modules.head_of(tmp_path / "alone") is None
+    assert embedding_modules.head_of(folders / "cls") is not None
+
+
 def test_heads_that_cannot_be_loaded(folders, tmp_path, monkeypatch):
     folder = tmp_path / "cls"
     shutil.copytree(folders / "cls", folder)

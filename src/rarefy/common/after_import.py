@@ -29,25 +29,34 @@ def after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as Python does, and adds an action to the end of its import. It serves once."""
+    """Finds one module as Python does, and adds an action to the end of its import. It stays until it is imported:
+    programs also ask for the specs of modules that they do not import."""
 
     def __init__(self, name: str, action: Callable[[], None]):
         self.name, self.action = name, action
+        self.is_asking = False  # for the module's spec; the import system lets one thread at a time import a module
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of the module, whose loader also calls the action; None for other modules."""
-        if fullname != self.name:
+        if fullname != self.name or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_asking = False
         if spec is None or spec.loader is None:
             return spec
-        run_module = spec.loader.exec_module
+        loader: Any = spec.loader
+        run_module = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             """Run the module, then the action."""
+            loader.exec_module = run_module
             run_module(module)
-            self.action()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        loader.exec_module = exec_module
         return spec

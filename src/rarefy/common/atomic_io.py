@@ -28,7 +28,7 @@ TRAINING_FILE = "training.safetensors"
 SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
-MODULE_FOLDER = re.compile(r"[0-9]+_[A-Za-z]\w*|rarefy")  # of a sentence-transformers model, such as 1_Pooling
+MODULES = "modules.json"  # of a sentence-transformers model: names the folders of its modules, such as 1_Pooling
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,7 +88,8 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     if not target.is_dir():
         raise ContainerError(f"{target} is a file; give the name of a folder")
     entries = sorted(target.iterdir())
-    foreign = [entry for entry in entries if entry.is_dir() and not _is_module_folder(entry)]
+    modules = _module_folders(target)
+    foreign = [entry for entry in entries if entry.is_dir() and not _is_module_folder(entry, modules)]
     ours = not entries or ((target / marker).is_file() and not foreign)
     if not overwrite or not ours:
         what = "a Rarefy folder" if entries else "an empty folder"
@@ -97,9 +98,20 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
         raise ContainerError(f"{target} exists and is {what}; {hint}")
 
 
-def _is_module_folder(entry: Path) -> bool:
-    """Return whether a folder is that of a module: by its name, with files alone in it."""
-    return MODULE_FOLDER.fullmatch(entry.name) is not None and not any(inner.is_dir() for inner in entry.iterdir())
+def _module_folders(target: Path) -> set[str]:
+    """Return the names of folders in an output folder that modules.json names; none if it is damaged."""
+    try:
+        value = json.loads((target / MODULES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    entries = value if isinstance(value, list) else []
+    return {e["path"] for e in entries if isinstance(e, dict) and isinstance(e.get("path"), str)}
+
+
+def _is_module_folder(entry: Path, modules: set[str]) -> bool:
+    """Return whether a folder is that of a module or of a compiled model, with files alone in it."""
+    ours = entry.name in modules or (entry.name == "rarefy" and (entry / INDEX).is_file())
+    return ours and not entry.is_symlink() and not any(inner.is_dir() for inner in entry.iterdir())
 
 
 def _check_writable(target: Path) -> None:

@@ -99,7 +99,9 @@ class CompiledTransformer(nn.Module):
         if not any(f.suffix == ".safetensors" for f in files):
             raise ContainerError(f"{self.dense_folder} has no weights any more: they cannot be saved with the model")
         for file in files:
-            shutil.copyfile(file, Path(folder) / file.name)
+            copy = Path(folder) / file.name
+            shutil.copyfile(file, copy)
+            os.utime(copy, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # as in `dense_stamps`
 
     def __reduce__(self) -> Any:
         """Return how another process makes this module: from its folder, without the dense model."""

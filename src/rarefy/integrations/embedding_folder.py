@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, parse_json, sha256_of
+from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, sha256_of
 from rarefy.common.errors import ContainerError, ModelError, first_line, nearest
 from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.integrations.compiled_transformer import DENSE_FILES
-from rarefy.model.embedding_modules import MODULES, check_modules, refuse_pickles
+from rarefy.model.embedding_modules import MAX_BYTES, MODULES, check_config, check_modules, read_json, refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
 NOTE = "embedding.json"
 MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
 SCHEMA = 1
-MAX_NOTE_BYTES = 1 << 20
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*/config.json", "*/model.safetensors")
 OF_RAREFY = (INDEX, "rarefy-index.json.xz", "rarefy-export.json")  # in folders of `compress` and `export`
+CONFIGS = ("config*.json", "*/config.json", "*/*/config.json")  # those of modules in a router are two folders deep
 NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
 
 
@@ -92,6 +92,9 @@ def check_folder(folder: Path) -> None:
     entries = check_modules(folder)
     for part in {"", *(entry["path"] for entry in entries)}:
         refuse_pickles(folder / part)
+    for pattern in CONFIGS:
+        for file in folder.glob(pattern):
+            check_config(file)
     first = folder / entries[0]["path"] if entries else folder
     tokenizes = not entries or entries[0]["type"].endswith(".Transformer")
     if tokenizes and not any(file for pattern in TOKENIZERS for file in first.glob(pattern)):
@@ -108,9 +111,9 @@ def read_note(folder: Path) -> Note | None:
     if not file.is_file():
         return None
     hint = f"delete {folder / ENGINE} to compile the model again"
-    if file.is_symlink() or file.stat().st_size > MAX_NOTE_BYTES:
+    if file.is_symlink() or file.stat().st_size > MAX_BYTES:
         raise ContainerError(f"{file}: expected a small file, no link; {hint}")
-    value = parse_json(file.read_text(encoding="utf-8"), str(file))
+    value = read_json(file)
     value = value if isinstance(value, dict) else {}
     dense = value.get("dense")
     valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int8")
@@ -130,8 +133,21 @@ def dense_hashes(folder: Path) -> dict[str, str]:
     return {f.name: sha256_of(f) for f in sorted(f for pattern in DENSE_FILES for f in folder.glob(pattern))}
 
 
+def dense_stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the bytes and the time of change of the dense weights and config of a folder by name."""
+    files = sorted(f for pattern in DENSE_FILES for f in folder.glob(pattern))
+    return {f.name: (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+
+
+def config_labels(folder: Path) -> int | None:
+    """Return the number of labels in a folder's config.json, None if it does not say."""
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    labels = values.get("id2label") if isinstance(values, dict) else None
+    return len(labels) if isinstance(labels, dict) else None
+
+
 def _is_other_form(file: Path) -> bool:
-    return file.suffix in NOT_COPIED or file.name in OF_RAREFY
+    return file.suffix in NOT_COPIED or file.name in OF_RAREFY or file.name.endswith(".safetensors.index.json")
 
 
 def copy_missing(source: Path, target: Path) -> None:

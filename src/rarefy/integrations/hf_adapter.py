@@ -53,9 +53,14 @@ class OnEngine:
         """Return the model; ModelError for another device than the CPU, or another type."""
         wanted = [*args, *kwargs.values()]
         types = [v for v in wanted if isinstance(v, torch.dtype) and v != self.dtype]
-        devices = [v for v in wanted if isinstance(v, str | int | torch.device) and torch.device(v).type != "cpu"]
+        places = [v for v in [*args[:1], kwargs.get("device")] if isinstance(v, str | int | torch.device)]
+        devices = [v for v in places if torch.device(v).type != "cpu"]
         if types or devices:
             raise ModelError(f"a compiled model stays on the CPU in its precision, got to({(types + devices)[0]})")
+        return self
+
+    def cpu(self) -> Any:
+        """Return the model: it is on the CPU."""
         return self
 
     def _apply(self, *_: Any, **__: Any) -> Any:
@@ -131,6 +136,9 @@ def _run(model: Any, inputs: Mapping[str, Any]) -> Any:
         raise DataError("a compiled model computes no loss: leave out labels")
     tensors = {k: v for k, v in inputs.items() if k not in UNUSED}
     if isinstance(engine, Decoder):
+        for name in ("past_key_values", *SWITCHES):
+            if name in inputs and inputs[name] is not False:  # an empty cache is False as a bool
+                raise DataError(f"a decoder takes no {name}: leave it out; generate uses the decoder's own cache")
         outputs: Any = CausalLMOutputWithPast(logits=_logits(engine, tensors, inputs.get("logits_to_keep", 0)))
     else:
         for name in (n for n in SWITCHES if inputs.get(n)):
@@ -160,11 +168,34 @@ def _logits(decoder: Decoder, tensors: Mapping[str, Any], keep: Any) -> Tensor:
     extra = [n for n in tensors if n not in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
     if ids is None or extra:
         raise DataError(f"a decoder takes input_ids and attention_mask, got {', '.join(tensors) or 'nothing'}")
-    padded_left = mask is not None and not bool(mask[:, 0].all())  # padding on the right follows all that matters
-    cache = decoder.cache(len(ids), ids.shape[1], mask) if padded_left else None
+    if mask is not None and mask.shape != ids.shape:
+        raise DataError(f"attention_mask: expected the shape of input_ids, {list(ids.shape)}, got {list(mask.shape)}")
+    if ids.dim() == 2:
+        _check_positions(tensors.get("position_ids"), mask, ids)
+    # padding on the right follows all that matters
+    cache = None if mask is None or _is_padded_right(mask) else decoder.cache(len(ids), ids.shape[1], mask)
     with torch.no_grad():
         logits = decoder(ids, cache, last=keep == 1 if isinstance(keep, int) else False)
     return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def _is_padded_right(mask: Tensor) -> bool:
+    """Return whether each row of a mask is ones, then zeros."""
+    ones = mask == 1
+    right = torch.arange(mask.shape[1]) < ones.sum(1, keepdim=True)
+    return torch.equal(ones, right) and bool((ones | (mask == 0)).all()) and bool(ones[:, :1].all())
+
+
+def _check_positions(positions: Tensor | None, mask: Tensor | None, ids: Tensor) -> None:
+    """Raise DataError for positions other than those that the decoder counts itself."""
+    if positions is None:
+        return
+    ones = torch.ones_like(ids) if mask is None else mask.long()
+    plain = torch.arange(ids.shape[1]).expand_as(ids)
+    counted = ones.cumsum(1) - 1
+    fits = positions.dim() == 2 and positions.shape[1] == ids.shape[1] and len(positions) in (1, len(ids))
+    if not fits or not any(bool(((positions == p) | (ones == 0)).all()) for p in (plain, counted)):
+        raise DataError("position_ids: a decoder counts the tokens from 0 itself: leave them out")
 
 
 def save_adapter(model: Any, folder: str | Path, files: Mapping[str, bytes] | None = None) -> None:

@@ -81,8 +81,9 @@ class RarefyQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Return the config, with the file that transformers looks for."""
-        kernel = str(getattr(config, "_attn_implementation", None) or "")
-        if "/" in kernel:  # transformers would fetch and run it
+        parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
+        kernel = next((k for k in (str(getattr(p, "_attn_implementation", None)) for p in parts) if "/" in k), None)
+        if kernel is not None:  # transformers would fetch and run it
             raise ValueError(f"the config requests attention code of the hub, {kernel}: remove attn_implementation")
         config.transformers_weights = FIRST_FILE
         return config

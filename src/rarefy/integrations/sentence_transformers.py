@@ -21,7 +21,7 @@ from torch import nn
 from rarefy.checkpoint.load import load
 from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import INDEX, atomic_folder, container_errors
-from rarefy.common.errors import DataError, ModelError, RarefyError, RecipeError, first_line, unknown
+from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError, first_line, unknown
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
 from rarefy.data.text_pairs import token_batches
@@ -31,8 +31,10 @@ from rarefy.integrations.embedding_folder import (
     MARKER,
     NOTE,
     check_folder,
+    config_labels,
     copy_missing,
     dense_hashes,
+    dense_stamps,
     note_bytes,
     read_note,
     resolve,
@@ -88,7 +90,7 @@ class _OnEngine:
     ):
         _check_options(precision, recipe, data, options)
         hub = {HUB[name]: options.pop(name) for name in HUB if options.get(name) is not None}
-        folder = resolve(model_name_or_path, self.default_huggingface_organization, **hub)
+        folder = resolve(model_name_or_path, self.default_huggingface_organization, **hub).absolute()
         check_folder(folder)
         note = read_note(folder) if recipe is None else None
         if note is not None and precision in (None, note.precision) and note.dense != dense_hashes(folder):
@@ -99,9 +101,14 @@ class _OnEngine:
             note = None
         if note is not None and precision not in (None, note.precision):
             note = None
+        changes = _changes_of_model(folder, options)
+        if changes and (folder / INDEX).is_file():
+            raise ModelError(f"{changes[0]} has no effect on {folder}, which holds a compressed model: leave it out")
+        note = None if changes else note  # it was compiled without them
         self.precision = precision or (note.precision if note is not None else "int8")
         self.source_folder = folder
         self.receipt = None
+        self.dense_stamps = dense_stamps(_module_folder(folder))
         make = _maker(folder, note is not None)
         if make is not None:
             self._module_classes = _classes(folder, make)
@@ -147,9 +154,11 @@ class _OnEngine:
             compiled, dense.config, dense=None if on_disk else dense, dense_folder=where
         )
 
-    def save_pretrained(
-        self, path: str | os.PathLike[str], *args: Any, overwrite: bool = False, **options: Any
-    ) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """Write a folder that sentence-transformers loads, with the compiled model beside its dense weights: `save`."""
+        self.save(path, *args, **options)
+
+    def save(self, path: str | os.PathLike[str], *args: Any, overwrite: bool = False, **options: Any) -> None:
         """Write a folder that sentence-transformers loads, with the compiled model beside its dense weights.
 
         All files of the folder that the model was loaded from are kept, but for other forms of its weights. This class
@@ -158,18 +167,26 @@ class _OnEngine:
         Args:
             path: the folder.
             *args: those of sentence-transformers.
-            overwrite: replace a folder that this method wrote, or an empty one.
+            overwrite: replace a folder that this method wrote. An empty one is always replaced.
             **options: those of sentence-transformers.
 
         Raises:
-            ContainerError: if the folder exists, or cannot be written.
+            ContainerError: if the folder exists or cannot be written, or the dense weights have changed since the model
+                was loaded.
         """
+        if not isinstance(path, str | os.PathLike) or not str(path):
+            raise ContainerError(f"expected the path of a folder, got {path!r}")
+        path = Path(path).expanduser()
+        overwrite = overwrite or (path.is_dir() and not any(path.iterdir()))
         with atomic_folder(path, overwrite=overwrite, marker=MARKER) as partial_folder, container_errors(Path(path)):
-            super().save_pretrained(str(partial_folder), *args, **options)  # type: ignore[misc]
+            super().save(str(partial_folder), *args, **options)  # type: ignore[misc]
             copy_missing(self.source_folder, partial_folder)
             first: Any = next(iter(self.children()))  # type: ignore[attr-defined]
             engine = getattr(first, "model", None)
             if isinstance(engine, CompiledTransformer):
+                where = engine.dense_folder
+                if engine.dense is None and where is not None and dense_stamps(where) != self.dense_stamps:
+                    raise ContainerError(f"{where}: the weights have changed since the model was loaded: load it again")
                 note = note_bytes(self.precision, partial_folder)
                 save(engine.compiled, partial_folder / ENGINE, files={NOTE: note})
 
@@ -245,7 +262,7 @@ class CrossEncoder(_OnEngine, st.CrossEncoder):
 
 def _check_options(precision: Any, recipe: Any, data: Any, options: dict[str, Any]) -> None:
     """Raise for options that are unknown or have no effect."""
-    if precision is not None and precision not in PRECISIONS:
+    if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
         raise ModelError(unknown("precision", precision, PRECISIONS))
     if data is not None and recipe is None:
         raise RecipeError("data has no effect without recipe: give one, such as recipe='embeddings-fast'")
@@ -255,6 +272,13 @@ def _check_options(precision: Any, recipe: Any, data: Any, options: dict[str, An
             raise ModelError(f"{name}: {why}; leave it out")
     if (options.get("model_kwargs") or {}).get("device_map") is not None:
         raise ModelError("model_kwargs: the engine runs on the CPU; leave device_map out")
+
+
+def _changes_of_model(folder: Path, options: dict[str, Any]) -> list[str]:
+    """Return the names of options that make another model than the folder's own."""
+    names = [name for name in ("model_kwargs", "config_kwargs") if options.get(name)]
+    labels = options.get("num_labels")
+    return [*names, *(["num_labels"] if labels is not None and labels != config_labels(folder) else [])]
 
 
 def _check_transformer(module: Transformer) -> None:

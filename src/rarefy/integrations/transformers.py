@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.common.errors import ModelError, first_line, nearest
+from rarefy.common.errors import ModelError, RarefyError, first_line, nearest
 from rarefy.compiler.compile import compile as compile_graph
 from rarefy.data import builtin
 from rarefy.generation.decoder import decoder
@@ -129,6 +129,9 @@ def pipeline(
         >>> len(extract("The ship sails at noon.")[0])
         8
     """
+    device = options.pop("device", None)
+    if device not in (None, -1) and str(device) != "cpu":
+        raise ModelError(f"the engine runs on the CPU, got the device {device!r}: leave it out")
     prepared = {"tokenizer": tokenizer, "image_processor": image_processor}
     fast, parts = load(
         model, task=task, precision=precision, example=example, compile_options=compile_options, **prepared
@@ -185,7 +188,8 @@ def _folder(model: Any) -> Path:
     """Return the folder of a model that was named; ModelError where there is none."""
     if not isinstance(model, str | Path):
         raise ModelError(f"expected a folder or a model of transformers, got {type(model).__name__}")
-    folder = Path(builtin.model_folder(str(model))) if model in builtin.MODELS else Path(model)
+    path = Path(model).expanduser()
+    folder = path if path.is_dir() or model not in builtin.MODELS else Path(builtin.model_folder(str(model)))
     if not hf.is_folder(folder):
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise ModelError(f"{folder} {kind}: expected a model folder, or one of {', '.join(builtin.MODELS)}")
@@ -194,14 +198,16 @@ def _folder(model: Any) -> Path:
 
 def _load(folder: Path, classes: tuple[Any, ...], task: str) -> Any:
     """Return the model of a folder in the class that a task needs."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = hf.load_config(folder)
     auto = next((c for c in classes if type(config) in c._model_mapping), None)
     if auto is None:
         raise ModelError(f"{task}: transformers has no such model for a {config.model_type} config")
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         model, info = auto.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except (OSError, TypeError, RuntimeError) as error:
+    except RarefyError:
+        raise
+    except Exception as error:  # a damaged folder makes transformers raise anything
         raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:2])
@@ -214,7 +220,10 @@ def _load_image_processor(folder: Path) -> Any:
     if not (folder / "preprocessor_config.json").is_file():
         return None
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    return transformers.AutoImageProcessor.from_pretrained(folder, **options)
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder, **options)
+    except Exception as error:
+        raise ModelError(f"{folder}: the image processor does not load: {first_line(error, 300)}") from None
 
 
 @contextmanager

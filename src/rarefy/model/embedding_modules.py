@@ -6,7 +6,7 @@ Metrics of embeddings use them, so that a model that is read by its first token 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from rarefy.common.errors import ContainerError, ModelError, first_line
 MODULES = "modules.json"
 ROOT_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 HEADS = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")  # classes of modules that follow a transformer
-PREFIX = "sentence_transformers."  # where the classes of modules are; others would be code of the folder
+CLASS = re.compile(r"sentence_transformers(\.[a-z]\w*)*\.[A-Z]\w*")  # of a module; others would be code of the folder
+ACTIVATIONS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")  # keys of configs
+ACTIVATION = re.compile(r"torch\.nn(\.[a-z]\w*)*\.[A-Z]\w*")
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 HEAD = "rarefy_head"  # attribute of a model: the modules that follow it
-MAX_BYTES = 1 << 20  # of modules.json
+MAX_BYTES = 1 << 20  # of modules.json and of configs
 NEEDS = 'these modules need sentence-transformers: pip install "rarefy[embeddings]"'
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -38,9 +40,7 @@ def check_modules(folder: Path) -> list[dict[str, Any]]:
     file = folder / MODULES
     if not file.is_file():
         return []
-    if file.stat().st_size > MAX_BYTES:
-        raise ContainerError(f"{file}: expected at most {MAX_BYTES:,} bytes")
-    entries = parse_json(file.read_text(encoding="utf-8"), str(file))
+    entries = read_json(file)
     fields = ("path", "type", "name")
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(f), str) for f in fields) for e in entries
@@ -49,11 +49,58 @@ def check_modules(folder: Path) -> list[dict[str, Any]]:
     for entry in entries:
         if entry["path"] and not FOLDER.fullmatch(entry["path"]):
             raise ContainerError(f"{file}: expected the name of a folder as path, got {entry['path'][:80]!r}")
-        if not entry["type"].startswith(PREFIX):
+        if not CLASS.fullmatch(entry["type"]):
             raise ModelError(
                 f"{file}: {entry['type'][:80]!r} is no module of sentence-transformers; code of a folder is never run"
             )
     return entries
+
+
+def read_json(file: Path) -> Any:
+    """Return the data of a small JSON file; ContainerError for other files."""
+    if file.stat().st_size > MAX_BYTES:
+        raise ContainerError(f"{file}: expected at most {MAX_BYTES:,} bytes")
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ContainerError(f"{file}: not JSON: expected text in UTF-8") from None
+    return parse_json(text, str(file))
+
+
+def check_config(file: Path) -> None:
+    """Raise ModelError for a config.json by which a library would import or fetch code; a missing one is none.
+
+    transformers fetches attention kernels of a name with a slash. sentence-transformers imports and calls any name in
+    torch as an activation; only classes of torch.nn are activations.
+    """
+    if not file.is_file() or file.stat().st_size > MAX_BYTES:
+        return
+    try:
+        values = read_json(file)
+    except ContainerError:  # the library that reads it says so
+        return
+    for key, value in _pairs(values):
+        if key.endswith("_implementation") and any("/" in text for text in _texts(value)):
+            raise ModelError(
+                f"{file}: the config requests custom attention code ({str(value)[:80]}); remove {key.lstrip('_')}"
+            )
+        if key in ACTIVATIONS and str(value).startswith("torch.") and not ACTIVATION.fullmatch(str(value)):
+            raise ModelError(f"{file}: {key}: expected a class of torch.nn, got {str(value)[:80]!r}")
+
+
+def _pairs(values: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of all objects in plain data."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield str(key), value
+        if isinstance(value, dict | list):
+            yield from _pairs(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        yield from (str(text) for _, text in _pairs(value))
+    else:
+        yield str(value)
 
 
 def module_files(folder: Path) -> dict[str, bytes]:
@@ -101,7 +148,9 @@ def head_of(folder: Path) -> Head | None:
         first called. None where there is no modules.json, and for the mean of all tokens, which is the default.
     """
     entries = check_modules(folder)
-    return None if not entries or _is_mean(folder, entries) else FolderHead(folder)
+    if len(entries) < 2 or _is_mean(folder, entries):  # a reranker has a transformer alone
+        return None
+    return FolderHead(folder.absolute())
 
 
 def _is_mean(folder: Path, entries: list[dict[str, Any]]) -> bool:
@@ -110,7 +159,7 @@ def _is_mean(folder: Path, entries: list[dict[str, Any]]) -> bool:
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         return False
     file = folder / entries[1]["path"] / "config.json"
-    config = parse_json(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     if not isinstance(config, dict):
         raise ContainerError(f"{file}: expected an object, {{...}}")
     if "pooling_mode" in config:
@@ -164,6 +213,7 @@ def _load_modules(folder: Path) -> nn.Module:
         name = entry["type"].rpartition(".")[2]
         if name not in HEADS:
             raise ModelError(f"{folder / MODULES}: metrics cannot use {name!r}; they can use {', '.join(HEADS)}")
+        check_config(folder / entry["path"] / "config.json")
         try:
             parts.append(getattr(known, name).load(str(folder), subfolder=entry["path"], local_files_only=True))
         except Exception as error:  # a damaged folder makes it raise anything

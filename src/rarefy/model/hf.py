@@ -114,15 +114,8 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     In a folder of sentence-transformers its attribute `rarefy_head` makes embeddings of hidden states, unless that is
     their mean.
     """
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged folder makes transformers raise anything
-        raise ModelError(f"{path}: the config is not usable: {first_line(error, 300)}") from None
+    config = load_config(path)
     auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
-    kernel = getattr(config, "_attn_implementation", None) or ""
-    if "/" in str(kernel):  # transformers would fetch and run a kernel of that name
-        raise ModelError(f"{path}: the config requests custom attention code ({kernel}); remove attn_implementation")
     try:
         if meta:
             with torch.device("meta"):
@@ -152,6 +145,17 @@ def load_generation_config_(model: Any, path: str | Path) -> None:
         return
     with suppress(Exception):  # settings only: a damaged file makes transformers raise anything
         model.generation_config = _transformers().GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def load_config(path: str | Path) -> Any:
+    """Return the config of a local folder; ModelError where there is none, or it requests code that is not here."""
+    embedding_modules.check_config(Path(path) / "config.json")
+    try:
+        return _transformers().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged folder makes transformers raise anything
+        raise ModelError(f"{path}: the config is not usable: {first_line(error, 300)}") from None
 
 
 def load_tokenizer(path: str | Path) -> Any:
