@@ -281,6 +281,9 @@ def test_text_generation_of_chats_and_streams(writers):
 def test_language_models_in_folders(writers, tmp_path):
     fast, dense = writers
     fast.save_pretrained(tmp_path / "decoder")
+    (tmp_path / "decoder" / "README.md").write_text("my notes")
+    fast.save_pretrained(tmp_path / "decoder")
+    assert (tmp_path / "decoder" / "README.md").read_text() == "my notes"
     again = transformers.pipeline("text-generation", str(tmp_path / "decoder"), device="cpu")
     options = {"max_new_tokens": 6, "do_sample": False}
     assert again("w1 w2", **options) == dense("w1 w2", **options)
@@ -313,6 +316,9 @@ def test_calls_of_a_decoder_never_ignore_what_changes_the_result(writers):
     ):
         with pytest.raises(DataError, match=message):
             fast.model(ids, **options)
+    for wrong in (torch.tensor([5, 6]), [[5, 6]]):
+        with pytest.raises(DataError, match=r"input_ids: expected int64 \[batch, tokens\], got"):
+            fast.model.generate(wrong, max_new_tokens=2)
     assert fast.model.to("cpu", non_blocking=True) is fast.model.cpu() is fast.model
 
 

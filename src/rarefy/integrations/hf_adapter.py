@@ -17,12 +17,15 @@ from transformers.utils.generic import ModelOutput
 
 from rarefy.checkpoint.fit_structure import skeleton
 from rarefy.checkpoint.save import hf_config, save
+from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler.executor import Compiled
 from rarefy.generation.decoder import Decoder
 from rarefy.integrations.hf_generation import generate_with
 from rarefy.model import hf
 
+# files that `save` writes, beside the shards of weights
+OF_MODEL = (INDEX, "rarefy-index.json.xz", "graph.json", "config.json", "receipt.json", "receipt.txt", "receipt.md")
 SWITCHES = ("output_hidden_states", "output_attentions")  # outputs that a model may be compiled with
 FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a model assumes where they are left out
 UNUSED = ("use_cache", "return_dict", "logits_to_keep", "past_key_values", *SWITCHES)  # never inputs of a graph
@@ -179,6 +182,15 @@ def _logits(decoder: Decoder, tensors: Mapping[str, Any], keep: Any) -> Tensor:
     return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
+def _other_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a saved folder that are no part of its model, such as a README, by name."""
+    if not (folder / INDEX).is_file():
+        return {}
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "."]
+    ours = [f for f in files if f.name in OF_MODEL or ".safetensors" in f.name]
+    return {f.name: f.read_bytes() for f in files if f not in ours}
+
+
 def _is_padded_right(mask: Tensor) -> bool:
     """Return whether each row of a mask is ones, then zeros."""
     ones = mask == 1
@@ -199,9 +211,12 @@ def _check_positions(positions: Tensor | None, mask: Tensor | None, ids: Tensor)
 
 
 def save_adapter(model: Any, folder: str | Path, files: Mapping[str, bytes] | None = None) -> None:
-    """Write a compiled model with its config to a folder; `files` are more files by name."""
+    """Write a compiled model with its config to a folder; `files` are more files by name.
+
+    As `save_pretrained` of transformers does, it replaces an older model there, and leaves other files as they are.
+    """
     structure = hf.structure(model)
-    named = {"config.json": hf_config(structure), **(files or {})}
+    named = {**_other_files(Path(folder)), "config.json": hf_config(structure), **(files or {})}
     if isinstance(model.engine, Decoder):
         named["generation_config.json"] = json.dumps(model.generation_config.to_diff_dict()).encode()
     save(model.engine, folder, files=named, overwrite=True)

@@ -56,6 +56,9 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
     ids = rest.get("input_ids") if inputs is None else inputs
     if ids is None:
         raise DataError("generate needs a prompt: input_ids, int64 [batch, tokens]")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        form = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise DataError(f"input_ids: expected int64 [batch, tokens], got {form}")
     mask, copies = rest.get("attention_mask"), config.num_return_sequences or 1
     if copies > 1 and not config.do_sample and (config.num_beams or 1) == 1:
         raise DataError(f"num_return_sequences={copies} needs do_sample=True: the most likely text is one text")
