@@ -90,7 +90,8 @@ def check_config(file: Path) -> None:
 
 def _pairs(values: Any) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of all objects in plain data."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+    items = enumerate(values) if isinstance(values, list) else values.items() if isinstance(values, dict) else ()
+    for key, value in items:
         yield str(key), value
         if isinstance(value, dict | list):
             yield from _pairs(value)
