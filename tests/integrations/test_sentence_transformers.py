@@ -419,7 +419,7 @@ def test_options_that_make_another_model_count_in_compiled_folders(rerankers):
     assert np.array_equal(ours.CrossEncoder(folder / "labels", num_labels=1).predict(pairs), want)
     shallow = {"config_kwargs": {"num_hidden_layers": 1}}
     dense = st.CrossEncoder(str(folder / "labels"), device="cpu", local_files_only=True, **shallow).predict(pairs)
-    assert np.abs(ours.CrossEncoder(folder / "labels", **TUNE, **shallow).predict(pairs) - dense).max() < 1e-5
+    assert np.abs(ours.CrossEncoder(folder / "labels", "fp32", **TUNE, **shallow).predict(pairs) - dense).max() < 1e-5
     assert np.abs(dense - want).max() > 1e-4
     refused("the model does not load", folder / "labels", num_labels=3, cls=ours.CrossEncoder, **TUNE)
 
