@@ -191,6 +191,7 @@ def test_names():
         "",
         "a b/c",
         "-a/b",
+        "a--b/c",  # its folder in a cache would be that of a/b--c
     ):
         assert parse_hub_name(text) is None, text
 
@@ -215,7 +216,10 @@ def test_files_that_are_fetched():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelError, match=r'org/x: models of the hub need huggingface_hub: pip install "rarefy\[hub\]"'):
+    with pytest.raises(
+        ModelError,
+        match=r'org/x: no such folder here, and models of the hub need huggingface_hub: pip install "rarefy\[hub\]"',
+    ):
         download("org/x")
     with pytest.raises(
         ModelError, match=r'org/x: pushing to the hub needs huggingface_hub: pip install "rarefy\[hub\]"'

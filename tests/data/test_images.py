@@ -106,6 +106,22 @@ def test_a_damaged_picture_and_one_without_class():
     assert y.tolist() == [-100]
 
 
+def test_classes_that_are_no_class_of_the_model(table):
+    """Data sets write -1 for an image without class; names in a plain column and numbers too large are refused."""
+    model = ImageConfig(size=6, resize=6, num_classes=9)
+    plain = table.cast_column("label", datasets.Value("int64"))
+
+    def labelled(labels):
+        return plain.remove_columns("label").add_column("label", labels)
+
+    [(_, y)] = dataset_batches(labelled([-1] * 4 + [8] * 5), model, batch=9)
+    assert sorted(set(y.tolist())) == [-100, 8]
+    with pytest.raises(DataError, match="data: image [0-8] has the class 9, but the model's are 0 to 8"):
+        dataset_batches(labelled([9] * 9), model)
+    with pytest.raises(DataError, match="image [0-8] has the class 'cat': expected a number; cast the column to a Cl"):
+        dataset_batches(labelled(["cat"] * 9), model)
+
+
 def test_top_5_beside_the_accuracy():
     logits, classes = torch.randn(64, 12), torch.randint(0, 12, (64,))
     got = accuracies(torch.nn.Identity(), [(logits[:40], classes[:40]), (logits[40:], classes[40:])])

@@ -178,7 +178,7 @@ class Wrong:
 
     def __init__(self, decoder):
         self.decoder, self.vocab_size = decoder, decoder.vocab_size
-        self.cache = decoder.cache
+        self.cache, self.max_tokens = decoder.cache, decoder.max_tokens
 
     def __call__(self, ids, cache, last):
         logits = self.decoder(ids, cache, last=last)
@@ -219,6 +219,66 @@ def test_generation_config_gives_the_defaults(tmp_path):
         assert torch.equal(greedy, model.generate(PROMPTS, do_sample=False, repetition_penalty=1.0, max_new_tokens=5))
     other = transformers.GenerationConfig(max_new_tokens=3)
     assert made.generate(PROMPTS, generation_config=other).shape == (2, 15)
+
+
+def test_a_generation_config_of_a_call_sets_ends_and_beams(llama):
+    Config = transformers.GenerationConfig
+    model, decoder = llama
+    free = decoder.generate(PROMPTS, max_new_tokens=9, eos_token_id=[])
+    for options in (
+        {"eos_token_id": int(free[0, 14])},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    ):
+        torch.manual_seed(3)
+        want = decoder.generate(PROMPTS, max_new_tokens=9, **options)
+        torch.manual_seed(3)
+        assert torch.equal(decoder.generate(PROMPTS, generation_config=Config(max_new_tokens=9, **options)), want)
+    for config, message in (
+        ({"max_new_tokens": 9}, "generation_config: expected one of transformers, got dict"),
+        (Config(do_sample=True, typical_p=0.5), "generation_config: typical_p is not supported"),
+        (Config(max_length=30), "generation_config: max_length is not supported .*: set max_new_tokens"),
+    ):
+        for each in (decoder, model):  # also before a model becomes a decoder
+            with pytest.raises(DataError, match=message):
+                rarefy.generate(each, PROMPTS, generation_config=config)
+
+
+def test_a_text_that_has_ended_needs_no_token_to_choose_from(llama):
+    decoder = llama[1]
+    free = decoder.generate(PROMPTS, max_new_tokens=6, eos_token_id=[])
+    end = next(int(t) for t in free[0, 12:17] if t not in free[1, 12:])
+    last = free[0].tolist().index(end, 12)
+
+    def nothing_after(ids, scores):
+        return scores.masked_fill((ids[:, 12:] == end).any(1, keepdim=True), float("-inf"))
+
+    text = decoder.generate(PROMPTS, max_new_tokens=6, eos_token_id=end, logits_processor=nothing_after)
+    assert torch.equal(text[1], free[1]) and text[0, last + 1 :].tolist() == [0] * (17 - last)
+
+
+def test_a_draft_model_with_fewer_positions(llama):
+    draft = rarefy.compile(small("GPT2", n_positions=32))
+    call = {"max_new_tokens": 30, "eos_token_id": []}
+    for prompt in (PROMPTS[:1], PROMPTS.repeat(1, 2).reshape(1, -1)):  # shorter and longer than its positions
+        want = llama[1].generate(prompt, **call)
+        assert torch.equal(llama[1].generate(prompt, assistant_model=draft, **call), want)
+
+
+def test_texts_of_a_beam_search_end_before_the_padding(llama):
+    """On the command line texts are cut where the search ended them, also by a stop string."""
+    from rarefy.cli.generate_output import Text, run_steps
+
+    free = llama[1].generate(PROMPTS, num_beams=3, num_return_sequences=3, max_new_tokens=12, eos_token_id=[])
+    stop = Letters().decode([int(free[0, 15])], True)
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12, "stop_strings": (stop,)}
+    texts = [Text(p, Letters(), [stop]) for p in PROMPTS.tolist() for _ in range(3)]
+    run_steps(llama[1], PROMPTS, {**options, "tokenizer": Letters()}, texts, False)
+    ended = [t for t in texts if t.ended]
+    assert ended and len({len(t.ids) for t in texts}) > 1
+    for text in texts:
+        assert not text.ended or Letters().decode(text.ids[-1:], True) == stop
+        assert stop not in "".join(text.pieces)
 
 
 def test_defaults_that_are_not_usable():
@@ -340,6 +400,9 @@ def test_constraints(smollm):
         value = json.loads(text)
         assert set(value) == {"name", "age", "tags"} and 0 <= value["age"] <= 120 and set(value["tags"]) <= {"a", "b"}
     assert texts(json_schema=SCHEMA, prompt_lookup_num_tokens=5) == greedy
+    stopped = texts(regex="[a-z]{9}", stop_strings=["e"], do_sample=True, seed=1, num_return_sequences=4)
+    assert len({len(t) for t in stopped}) > 1  # padding follows texts that a stop string ended
+    assert all(re.fullmatch("[a-df-z]{9}|[a-z]*e[a-z]*", t) for t in stopped)
     assert re.fullmatch("[A-Z][a-z]+ is [0-9]{2}", *texts(regex="[A-Z][a-z]{1,9} is [0-9]{2}"))
     assert texts(grammar='start: "yes" | "no" " "? "way"')[0] in ("yes", "noway", "no way")
     for options, message in (

@@ -86,12 +86,13 @@ Grammar = Annotated[Path | None, typer.Option(help="File with a grammar in Lark'
 Lookup = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Guess up to so many tokens from earlier text, 7 for example: the same text, often sooner."
+        min=1,
+        help="Speculative decoding by prompt lookup: guess up to so many tokens from earlier text, 7 for example.",
     ),
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(help="A smaller model or decoder of the same vocabulary that guesses tokens: the same text."),
+    typer.Option(help="Speculative decoding by a draft model: a smaller model or decoder of the same vocabulary."),
 ]
 
 

@@ -71,7 +71,7 @@ def run_steps(decoder: Any, ids: Any, options: dict[str, Any], texts: list[Text]
     run.proposer = prepared.task.proposer
     try:
         if prepared.options.num_beams > 1:
-            _search(run, decoder, ids, options, texts)
+            _search(run, prepared, texts)
         else:
             steps = generate_steps(decoder, prepared.task)
             while True:
@@ -90,16 +90,15 @@ def run_steps(decoder: Any, ids: Any, options: dict[str, Any], texts: list[Text]
     return run
 
 
-def _search(run: Run, decoder: Any, ids: Any, options: dict[str, Any], texts: list[Text]) -> None:
-    from rarefy.generation.request import generate_ids
+def _search(run: Run, prepared: Any, texts: list[Text]) -> None:
+    from rarefy.generation.beam_search import search
 
     began = time.perf_counter()
-    result = generate_ids(decoder, ids, details=True, **options)
+    ids, reasons, scores, lengths = search(prepared.decoder, prepared.task, prepared.options)
     run.seconds.append(time.perf_counter() - began)
-    run.scores = result.scores.tolist()
-    for text, reason, row in zip(texts, result.finish_reasons, result.sequences[:, ids.shape[1] :].tolist()):
-        ends = [i for i, token in enumerate(row) if token in decoder.eos_tokens]
-        new = row[: ends[0] + 1] if ends and reason == "stop" else row
+    run.scores = scores.tolist()
+    for text, reason, row, length in zip(texts, reasons, ids.tolist(), lengths.tolist()):
+        new = row[prepared.task.ids.shape[1] : length]  # padding follows
         for i, token in enumerate(new, 1):
             text.add(token, reason == "stop" and i == len(new))
 

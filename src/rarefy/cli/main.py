@@ -127,15 +127,15 @@ def compress(
         raise RecipeError(
             f"--fresh has no effect: recipe {loaded_recipe.name} has no solver or training, so no state is saved"
         )
-    source = shared.source(model, checkpoint, random_weights, offline, quiet)
-    base = Path(recipe).parent if Path(recipe).is_file() else None
+    if out is None and not dry_run:
+        raise RecipeError("compress needs --out FOLDER (or --dry-run)")
     if out is not None:
         check_output_folder(out, force)
-    if dry_run:
+    source = shared.source(model, checkpoint, random_weights, offline, quiet)  # may download it
+    base = Path(recipe).parent if Path(recipe).is_file() else None
+    if dry_run or out is None:
         _dry_run(source, loaded_recipe, base, memory_limit, as_json, quiet)
         return
-    if out is None:
-        raise RecipeError("compress needs --out FOLDER (or --dry-run)")
     run = _Run(source, loaded_recipe, base, out, memory_limit, fresh, force, log, quiet)
     with shared.threads(threads):
         receipt = _compress_and_save(run)

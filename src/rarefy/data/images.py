@@ -150,11 +150,22 @@ def dataset_batches(
         content = (row[images[0]] or {}).get("bytes")
         if not isinstance(content, bytes):
             raise DataError(f"{what}: image {i} is stored by its path: save the data set with its images in it")
-        number = NO_CLASS if label is None or row[label] is None else int(row[label])
+        number = NO_CLASS if label is None else _class(row[label], config, f"{what}: image {i}")
         number = classes[number] if classes is not None and number >= 0 else number
         return _decoded(content, transform, f"{what}: cannot read image {i}"), number
 
     return _batches(read, len(data), config, samples, batch, seed, f"{what} {_name(source)}")
+
+
+def _class(value: Any, config: ImageConfig, what: str) -> int:
+    """Return a class of a data set; NO_CLASS for none, which data sets write as None or a negative number."""
+    if value is None:
+        return NO_CLASS
+    if not isinstance(value, int):
+        raise DataError(f"{what} has the class {str(value)[:60]!r}: expected a number; cast the column to a ClassLabel")
+    if config.num_classes is not None and value >= config.num_classes:
+        raise DataError(f"{what} has the class {value}, but the model's are 0 to {config.num_classes - 1}")
+    return value if value >= 0 else NO_CLASS
 
 
 def _name(source: Any) -> str:
@@ -191,7 +202,7 @@ def _decoded(content: bytes, transform: Callable[[Any], Tensor], failed: str) ->
     try:
         with Image.open(io.BytesIO(content)) as image:
             return transform(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged images
+    except Exception as error:  # damaged images make each plugin of Pillow raise its own errors
         raise DataError(f"{failed}: {error}") from None
 
 

@@ -87,7 +87,7 @@ class GgufFile:
 
 def is_file(path: str | Path) -> bool:
     """Return whether a path is that of a GGUF file, by its name."""
-    return Path(path).suffix == ".gguf"
+    return Path(path).suffix.lower() == ".gguf"
 
 
 def read(path: str | Path) -> GgufFile:

@@ -41,8 +41,8 @@ class Finished:
         self.stopped = torch.cat([self.stopped, stopped], 1).gather(1, order)
 
 
-def search(decoder: LanguageModel, task: Task, options: Options) -> tuple[Tensor, tuple[str, ...], Tensor]:
-    """Return the best texts of each prompt: ids [texts, tokens], why each ended, and scores [texts].
+def search(decoder: LanguageModel, task: Task, options: Options) -> tuple[Tensor, tuple[str, ...], Tensor, Tensor]:
+    """Return the best texts of each prompt: ids [texts, tokens], why each ended, scores and lengths [texts].
 
     A candidate that ends counts as a text only if it is among the best `num_beams` candidates of its prompt.
 
@@ -110,12 +110,12 @@ def _may_improve(finished: Finished, total: Tensor, new: int, max_new: int, o: O
     return total[:, :1] / length**o.length_penalty > worst
 
 
-def _result(finished: Finished, o: Options) -> tuple[Tensor, tuple[str, ...], Tensor]:
+def _result(finished: Finished, o: Options) -> tuple[Tensor, tuple[str, ...], Tensor, Tensor]:
     best = slice(o.num_return_sequences)
     ids = finished.ids[:, best, : int(finished.lengths[:, best].max())].flatten(0, 1)
     stopped = finished.stopped[:, best].flatten().tolist()
     reasons = tuple("stop" if s else "length" for s in stopped)
-    return ids, reasons, finished.scores[:, best].flatten()
+    return ids, reasons, finished.scores[:, best].flatten(), finished.lengths[:, best].flatten()
 
 
 def _rows_of(ids: Tensor, rows: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class Constraint:
             self.rows = [self.first.deep_copy() for _ in range(len(ids))]
         for matcher, tokens in zip(self.rows, ids[:, self.consumed :].tolist()):
             for token in tokens:
-                if not matcher.is_stopped():
+                # a token that is not allowed is padding: a stop string or a criterion has ended the text
+                if not matcher.is_stopped() and matcher.validate_tokens([token]):
                     matcher.consume_token(token)
             if matcher.is_error():
                 raise DataError(f"the constraint failed: {first_line(ValueError(matcher.get_error()))}")

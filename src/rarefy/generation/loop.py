@@ -146,6 +146,7 @@ def _next(task: Task, ids: Tensor, logits: Tensor, finished: Tensor) -> tuple[Te
     scores = logits.float()
     if task.processors:
         scores = process(task.processors, ids, scores)
+        scores = scores.masked_fill(finished[:, None], 0.0)  # any token: padding takes its place
         if not bool((scores > float("-inf")).any(-1).all()):
             raise DataError("no token is left to choose from: fewer tokens must be suppressed or excluded")
     tokens = torch.where(finished, task.pad_token, pick(scores, task.do_sample, task.generator))

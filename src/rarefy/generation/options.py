@@ -24,6 +24,16 @@ MODEL_DEFAULTS = (  # what a model's generation_config may set
     "max_new_tokens",
     "suppress_tokens",
 )
+CALL_DEFAULTS = (  # and what one that is passed to a call may set besides
+    *MODEL_DEFAULTS,
+    "eos_token_id",
+    "stop_strings",
+    "num_return_sequences",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "prompt_lookup_num_tokens",
+)
 # what a generation_config may set that changes texts, that is not supported, and its neutral values
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
@@ -208,15 +218,32 @@ def checked_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def model_defaults(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+def call_defaults(config: Any) -> dict[str, Any]:
+    """Return the options that a `generation_config` sets which is passed to a call; DataError for what it cannot set.
+
+    Args:
+        config: one of transformers.
+    """
+    if not hasattr(config, "max_new_tokens"):
+        raise DataError(f"generation_config: expected one of transformers, got {type(config).__name__}")
+    defaults, notes = model_defaults(config, CALL_DEFAULTS)
+    if notes:
+        raise DataError(notes[0])
+    if getattr(config, "max_length", None) not in (None, 20) and "max_new_tokens" not in defaults:  # 20: its default
+        raise DataError("generation_config: max_length is not supported and has no effect: set max_new_tokens")
+    return defaults
+
+
+def model_defaults(config: Any, names: Iterable[str] = MODEL_DEFAULTS) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the options that a `generation_config` of transformers sets, and notes on what of it has no effect.
 
     Args:
-        config: an object with the attributes of MODEL_DEFAULTS; None and missing ones set nothing.
+        config: an object with attributes of these names; None and missing ones set nothing.
+        names: of the options that it may set.
     """
     defaults: dict[str, Any] = {}
     notes = []
-    for name in MODEL_DEFAULTS:
+    for name in names:
         value = getattr(config, name, None)
         if value is None or value == getattr(Options, name):
             continue
@@ -230,6 +257,6 @@ def model_defaults(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         del defaults["do_sample"]  # servers read a temperature of 0 as greedy decoding
     for name, neutral in UNSUPPORTED.items():
         value = getattr(config, name, None)
-        if value is not None and value not in neutral:
+        if name not in names and value is not None and value not in neutral:
             notes.append(f"generation_config: {name} is not supported and has no effect")
     return defaults, tuple(notes)

@@ -14,7 +14,7 @@ from rarefy.generation import logits, speculation, stopping
 from rarefy.generation.beam_search import search
 from rarefy.generation.constraints import KINDS, Constraint
 from rarefy.generation.loop import LanguageModel, Step, Task, generate_steps
-from rarefy.generation.options import MAX_NEW_TOKENS, NAMES, Options, model_defaults, resolve
+from rarefy.generation.options import MAX_NEW_TOKENS, NAMES, Options, call_defaults, resolve
 
 OBJECTS = ("tokenizer", "logits_processor", "stopping_criteria", "generation_config", "assistant_model", *KINDS)
 CALL = ("attention_mask", "precision", *OBJECTS)  # options of `generate` besides those of `Options`
@@ -69,7 +69,7 @@ def generate_ids(
     if request.options.num_beams > 1:
         if streamer is not None:
             raise DataError("streamer: a beam search has no text before it ends; leave one of the two out")
-        ids, reasons, scores = search(request.decoder, request.task, request.options)
+        ids, reasons, scores, _ = search(request.decoder, request.task, request.options)
         return Generation(ids, reasons, scores=scores) if details else ids
     if streamer is not None:
         streamer.put(ids)
@@ -111,7 +111,7 @@ def prepare(
 ) -> Request:
     """Return a checked call of `generate` or `stream`; DataError if it is wrong."""
     config = options.get("generation_config")
-    defaults = decoder.generation_defaults if config is None else model_defaults(config)[0]
+    defaults = decoder.generation_defaults if config is None else call_defaults(config)
     resolved, objects = check_options(options, defaults)
     check_ids(ids)
     _check_one_text(resolved, objects, len(ids))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.generation.decoder import Decoder, decoder
-from rarefy.generation.options import model_defaults
+from rarefy.generation.options import call_defaults, model_defaults
 from rarefy.generation.request import check_ids, check_options, generate_ids, stream_steps
 
 
@@ -107,7 +107,9 @@ def _decoder(model: nn.Module | Decoder, ids: Any, precision: str | None, option
         if precision is not None:
             raise DataError("precision is fixed when the decoder is built: pass it to rarefy.compile")
         return model
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
-    check_options({n: v for n, v in options.items() if n != "attention_mask"}, model_defaults(config)[0])
+    config = options.get("generation_config")
+    own = model_defaults(getattr(model, "generation_config", None))[0]
+    defaults = own if config is None else call_defaults(config)
+    check_options({n: v for n, v in options.items() if n != "attention_mask"}, defaults)
     check_ids(ids)
     return decoder(model, precision=precision)

@@ -58,7 +58,8 @@ class Draft(Guesses):
         """Return the next tokens by the smaller decoder, [1, guesses]."""
         guesses: list[Tensor] = []
         self.cache.past = min(self.cache.past, ids.shape[1] - 1)  # without the guesses that were wrong
-        new = ids[:, self.cache.past :]
+        new, positions = ids[:, self.cache.past :], self.decoder.max_tokens
+        limit = limit if positions is None else min(limit, positions - ids.shape[1])
         for _ in range(min(self.next, limit)):
             new = self.decoder(new, self.cache, last=True)[:, -1].argmax(-1, keepdim=True)
             guesses.append(new)

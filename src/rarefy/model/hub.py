@@ -53,7 +53,7 @@ def parse_hub_name(text: str) -> HubName | None:
         (HubName(repo='org/model', revision='main'), None, None)
     """
     match = NAME.fullmatch(text)
-    if match is None or ".." in text or text.endswith((".git", ".ipynb")):
+    if match is None or ".." in text or "--" in match["repo"] or text.endswith((".git", ".ipynb")):
         return None
     return HubName(match["repo"], match["revision"])
 
@@ -80,7 +80,7 @@ def download(name: str | HubName, *, offline: bool = False, progress: bool = Tru
     named = parse_hub_name(name) if isinstance(name, str) else name
     if named is None:
         raise ModelError(f"{name!r}: expected ORG/NAME or ORG/NAME@REVISION")
-    hub = library(f"{named}: models of the hub need huggingface_hub")
+    hub = library(f"{named}: no such folder here, and models of the hub need huggingface_hub")
     own = _own_folder(named)
     if offline or is_offline():
         return own if (own / INDEX).is_file() else _cached(named)
