@@ -20,6 +20,7 @@ from torch import Tensor
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
+from rarefy.compiler.row_layout import few_tokens
 from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View, data_pointer
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
@@ -28,8 +29,6 @@ from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, ConvTiles, Dense,
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
-MAX_DECODE_TOKENS = 16  # tokens up to which values are stored row by row
-MAX_DECODE_SEQUENCES = 1024  # the same for sequences of one token each, which tiles pad to whole vectors
 DECODE_FORMATS = (Bitmask, QuantizedPanels)  # packed weights that read rows
 LANE_STRUCTS: dict[Any, Any] = {Dense: _Dense, Tiles: _Tiles, Sell: _Sell}
 WRITTEN_OPERANDS = ("out", "out_codes", "out_scales", "out_absmax")
@@ -37,12 +36,6 @@ MAX_TAPS = 256  # of a depthwise convolution on codes; more leave too few bits t
 MAX_IDLE = 0.15  # share of time that threads may wait where each runs whole tiles
 
 Span = tuple[int, int, bool]  # start and end in memory, and whether it is written
-
-
-def few_tokens(leading: Sequence[int]) -> bool:
-    """Return whether values of these leading dimensions, such as (batch, tokens), are stored row by row."""
-    single = len(leading) == 2 and leading[1] == 1 and leading[0] <= MAX_DECODE_SEQUENCES
-    return single or prod(leading) <= MAX_DECODE_TOKENS
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
-from rarefy.compiler.program import few_tokens
+from rarefy.compiler.row_layout import few_tokens
 from rarefy.generation.kv_cache import TILE, Cache, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
