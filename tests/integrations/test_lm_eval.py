@@ -9,8 +9,8 @@ from conftest import text_model, tiny_llama
 from rarefy.common.errors import ModelError
 
 lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
+ConfigurableTask = pytest.importorskip("lm_eval.api.task").ConfigurableTask
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 
 from rarefy.integrations.lm_eval import lm
 

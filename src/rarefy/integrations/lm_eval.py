@@ -7,20 +7,14 @@ results = lm_eval.simple_evaluate(lm("smollm2-135m", precision="int8"), tasks=["
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import ModelError
 
-try:
-    from lm_eval.models.huggingface import HFLM
-except ImportError:
-    raise ModelError('evaluation tasks need lm-evaluation-harness: pip install "rarefy[lm-eval]"') from None
 
-from rarefy.integrations.transformers import load
-
-
-def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch_size: int = 1, **options: Any) -> HFLM:
+def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch_size: int = 1, **options: Any) -> Any:
     """Return a language model on the engine, which `lm_eval.simple_evaluate` takes.
 
     Args:
@@ -35,10 +29,15 @@ def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch
 
     Cost: that of `rarefy.decoder`.
     """
+    try:
+        make = import_module("lm_eval.models.huggingface").HFLM
+    except ImportError:
+        raise ModelError('evaluation tasks need lm-evaluation-harness: pip install "rarefy[lm-eval]"') from None
+    from rarefy.integrations.transformers import load
+
     fast, parts = load(model, task="text-generation", precision=precision, tokenizer=tokenizer)
     if not fast.can_generate() or parts["tokenizer"] is None:
         raise ModelError("expected a causal language model and its tokenizer: pass tokenizer=...")
     if isinstance(model, str | Path):
         fast.name_or_path = str(model)
-    make: Any = HFLM  # a decorator hides its parameters
     return make(pretrained=fast, tokenizer=parts["tokenizer"], device="cpu", batch_size=batch_size, **options)
