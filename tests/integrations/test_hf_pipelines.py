@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -401,3 +402,11 @@ def test_labels_of_a_probe_in_8_bits():
     agreement = sum(a["label"] == b["label"] for a, b in zip(fast, dense)) / 200
     print(f"accuracy {accuracy:.3f}, agreement in 8 bits {agreement:.3f}")
     assert accuracy > 0.6 and agreement >= 0.9
+
+
+def test_a_missing_harness_is_named(monkeypatch):
+    from rarefy.integrations.lm_eval import lm
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(ModelError, match=r'pip install "rarefy\[lm-eval\]"'):
+        lm("smollm2-135m")
