@@ -52,7 +52,7 @@ def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
 def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_path):
     result = shell(
         "optimize", place / "model", "--data", place / "text.txt", "-o", tmp_path / "out", "--max-loss", "any",
-        "--speedup", "1000", *TIMES,
+        "--speedup", "1000", *TIMES, "--minutes", "2",
     )  # fmt: skip
     assert result.returncode == 1 and "Not all limits are kept" in result.stdout
     assert "dense, int8" in result.stderr and "check failed: " in result.stderr and "written to" in result.stderr

@@ -60,12 +60,12 @@ def test_a_language_model_and_its_decoder(tmp_path, run):
     text_model(tmp_path)
     rarefy.save(rarefy.decoder(tiny_llama()), tmp_path / "decoder")
     for folder in ("model", "decoder"):
-        ran = run("profile", tmp_path / folder, "--tokens", 9, "--repeats", 1, "--json")
+        ran = run("profile", tmp_path / folder, "--tokens", 20, "--repeats", 1, "--json")
         assert ran.code == 0, ran.err
         prompt, token = json.loads(ran.out).items()  # prompts are padded to whole tiles
-        assert prompt[0] == "prompt of 1 x 9 tokens" and token[0] == "next token"
+        assert prompt[0] == "prompt of 1 x 20 tokens" and token[0] == "next token"
         assert " x 64 x 64 x " in rows_of(prompt[1], "attention")[0]["sizes"]
-        assert " x 1 x 10 x " in rows_of(token[1], "attention")[0]["sizes"]
+        assert " x 1 x 21 x " in rows_of(token[1], "attention")[0]["sizes"]
 
 
 def test_mistakes(encoder, compiled, tmp_path, run):

@@ -7,7 +7,6 @@ results = lm_eval.simple_evaluate(lm("smollm2-135m", precision="int8"), tasks=["
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch
     Cost: that of `rarefy.decoder`.
     """
     try:
-        make = import_module("lm_eval.models.huggingface").HFLM
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ModelError('evaluation tasks need lm-evaluation-harness: pip install "rarefy[lm-eval]"') from None
     from rarefy.integrations.transformers import load
@@ -40,4 +39,5 @@ def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch
         raise ModelError("expected a causal language model and its tokenizer: pass tokenizer=...")
     if isinstance(model, str | Path):
         fast.name_or_path = str(model)
+    make: Any = HFLM  # a decorator hides its parameters
     return make(pretrained=fast, tokenizer=parts["tokenizer"], device="cpu", batch_size=batch_size, **options)
