@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,14 +13,13 @@ from torch import Tensor, nn
 from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_build
 from rarefy.checkpoint.gguf_load import GgufModel
 from rarefy.checkpoint.tensor_slots import aliases
-from rarefy.common.atomic_io import INDEX, parse_json
+from rarefy.common.atomic_io import INDEX, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
+from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS
 from rarefy.model.quant_grid import Grid
 
-SHARDS = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 1 << 26
 UNSUPPORTED = {"factors": "is factorized", "tied": "has blocks that share weights", "inputs": "rounds inputs"}
 
 
@@ -153,12 +151,7 @@ def _opened(file: Path) -> Any:
 
 
 def _json_file(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_INDEX_BYTES:
-            raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {MAX_INDEX_BYTES:,} are read")
-        value = parse_json(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ContainerError(f"{file} cannot be read: {first_line(error)}") from None
+    value = read_json_file(file, MAX_INDEX_BYTES)
     if not isinstance(value, dict):
         raise ContainerError(f"{file}: expected a JSON object")
     return value

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rarefy.common.errors import ContainerError, RecipeError
+from rarefy.common.errors import ContainerError, RecipeError, first_line
 from rarefy.common.progress import say
 
 INDEX = "rarefy.json"
@@ -65,6 +65,20 @@ def parse_json(text: str, where: str = "") -> Any:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{where}: not JSON: {error}".removeprefix(": ")) from None
+
+
+def read_json_file(file: Path, max_bytes: int) -> Any:
+    """Return the data of a JSON file as `parse_json` does; ContainerError if it is larger or cannot be read."""
+    try:
+        size = file.stat().st_size
+        if size > max_bytes:
+            raise ContainerError(f"{file}: {size:,} bytes, at most {max_bytes:,} are read")
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ContainerError(f"{file}: not JSON: expected text in UTF-8") from None
+    except OSError as error:
+        raise ContainerError(f"{file} cannot be read: {first_line(error)}") from None
+    return parse_json(text, str(file))
 
 
 def _finite_float(text: str) -> float:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, sha256_of
+from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, read_json_file, sha256_of
 from rarefy.common.errors import ContainerError, ModelError, first_line, nearest
 from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.integrations.compiled_transformer import DENSE_FILES
-from rarefy.model.embedding_modules import MAX_BYTES, MODULES, check_config, check_modules, read_json, refuse_pickles
+from rarefy.model.embedding_modules import MAX_BYTES, MODULES, check_config, check_modules, refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
 NOTE = "embedding.json"
@@ -113,7 +113,7 @@ def read_note(folder: Path) -> Note | None:
     hint = f"delete {folder / ENGINE} to compile the model again"
     if file.is_symlink() or file.stat().st_size > MAX_BYTES:
         raise ContainerError(f"{file}: expected a small file, no link; {hint}")
-    value = read_json(file)
+    value = read_json_file(file, MAX_BYTES)
     value = value if isinstance(value, dict) else {}
     dense = value.get("dense")
     valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int8")
@@ -141,7 +141,8 @@ def dense_stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 def config_labels(folder: Path) -> int | None:
     """Return the number of labels in a folder's config.json, None if it does not say."""
-    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    file = folder / "config.json"
+    values = read_json_file(file, MAX_BYTES) if file.is_file() else None
     labels = values.get("id2label") if isinstance(values, dict) else None
     return len(labels) if isinstance(labels, dict) else None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.atomic_io import PICKLE_SUFFIXES, parse_json
+from rarefy.common.atomic_io import PICKLE_SUFFIXES, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
 
 MODULES = "modules.json"
@@ -40,7 +40,7 @@ def check_modules(folder: Path) -> list[dict[str, Any]]:
     file = folder / MODULES
     if not file.is_file():
         return []
-    entries = read_json(file)
+    entries = read_json_file(file, MAX_BYTES)
     fields = ("path", "type", "name")
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(f), str) for f in fields) for e in entries
@@ -56,17 +56,6 @@ def check_modules(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def read_json(file: Path) -> Any:
-    """Return the data of a small JSON file; ContainerError for other files."""
-    if file.stat().st_size > MAX_BYTES:
-        raise ContainerError(f"{file}: expected at most {MAX_BYTES:,} bytes")
-    try:
-        text = file.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ContainerError(f"{file}: not JSON: expected text in UTF-8") from None
-    return parse_json(text, str(file))
-
-
 def check_config(file: Path) -> None:
     """Raise ModelError for a config.json by which a library would import or fetch code; a missing one is none.
 
@@ -76,7 +65,7 @@ def check_config(file: Path) -> None:
     if not file.is_file() or file.stat().st_size > MAX_BYTES:
         return
     try:
-        values = read_json(file)
+        values = read_json_file(file, MAX_BYTES)
     except ContainerError:  # the library that reads it says so
         return
     for key, value in _pairs(values):
@@ -160,7 +149,7 @@ def _is_mean(folder: Path, entries: list[dict[str, Any]]) -> bool:
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         return False
     file = folder / entries[1]["path"] / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_json_file(file, MAX_BYTES) if file.is_file() else {}
     if not isinstance(config, dict):
         raise ContainerError(f"{file}: expected an object, {{...}}")
     if "pooling_mode" in config:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, parse_json
+from rarefy.common.atomic_io import INDEX, read_json_file
 from rarefy.common.errors import ModelError, first_line
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
 SUFFIXES = (".json", ".jinja")
+SHARDS, MAX_INDEX_BYTES = "model.safetensors.index.json", 1 << 26  # the files of weights by tensor
 LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
 FOREIGN = ("onnx/", "openvino/", "original/", "coreml/", ".")  # the same model for other programs, hidden files
 SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -170,10 +171,10 @@ def _cached(named: HubName) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     """Return whether a folder has all of its weights."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / SHARDS
     if not index.is_file():
         return (folder / "model.safetensors").is_file()
-    shards = parse_json(index.read_text(encoding="utf-8"), str(index)).get("weight_map", {}).values()
+    shards = read_json_file(index, MAX_INDEX_BYTES).get("weight_map", {}).values()
     return bool(shards) and all((folder / Path(str(shard)).name).is_file() for shard in shards)
 
 

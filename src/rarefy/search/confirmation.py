@@ -70,13 +70,12 @@ def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
 def _candidates(search: Measured, best: int) -> list[int]:
     """Return the points that keep all limits on the search's own data, the best first."""
     targets = search.task.targets
-    keeping = [
-        i
+    others = {
+        i: p
         for i, p in enumerate(search.points)
-        if i != best and p.loss is not None and all(u <= 1 + 1e-9 for u in targets.limits(p).values())
-    ]
-    rest = sorted(keeping, key=lambda i: targets.value(search.points[i]))
-    return [best, *(i for i in rest if search.points[i] is not search.reference)][:ATTEMPTS]
+        if i != best and p is not search.reference and p.loss is not None and targets.keeps(p)
+    }
+    return [best, *sorted(others, key=lambda i: targets.value(others[i]))][:ATTEMPTS]
 
 
 def _has_time(search: Measured, index: int) -> bool:

@@ -69,6 +69,10 @@ class Targets:
             used["memory_mb"] = point.memory_bytes / 1e6 / self.memory_mb
         return used
 
+    def keeps(self, point: Point) -> bool:
+        """Return whether a point keeps all limits."""
+        return all(u <= 1 + 1e-9 for u in self.limits(point).values())
+
     def value(self, point: Point) -> float:
         """Return what is minimized."""
         return {
@@ -86,7 +90,7 @@ class Targets:
         measured = [(i, p) for i, p in enumerate(points) if p.loss is not None]
         if not measured:
             return None, False
-        keeping = [(i, p) for i, p in measured if all(u <= 1 + 1e-9 for u in self.limits(p).values())]
+        keeping = [(i, p) for i, p in measured if self.keeps(p)]
         if keeping:
             return min(keeping, key=lambda ip: self.value(ip[1]))[0], True
         return min(measured, key=lambda ip: (max(self.limits(ip[1]).values()), self.value(ip[1])))[0], False
