@@ -235,8 +235,9 @@ def compile(
     if calibrate is not None:
         calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
     model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-    args, kwargs = in_fp32(args), in_fp32(kwargs)
-    compiled = _compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes, dynamic)
+    compiled = _compile(
+        model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, solver, tune, notes, dynamic
+    )
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)

@@ -199,7 +199,7 @@ def _makers(file: Path, feeds: Sequence[Feed]) -> dict[str, Callable[[], Started
 
 def _onnx_runtime(file: Path) -> Started:
     """Return ONNX Runtime with a file."""
-    session = session_for_timing(file, torch.get_num_threads())
+    session = session_for_timing(file, torch.get_num_threads(), exact_sums=True)
     return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
 
 
