@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
-from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import rarefy
@@ -23,6 +22,7 @@ from helpers.onnx_files import apart, run, run_all
 from rarefy.common.errors import ContainerError, DataError, ModelError
 from rarefy.onnx import export
 from rarefy.onnx.integer_layers import use_integer_operators_
+from rarefy.onnx.runtimes import session_of
 
 STATIC, DYNAMIC = {"activations": "int8-static"}, {"activations": "int8"}
 
@@ -129,7 +129,7 @@ def test_each_layer_with_dynamic_activations(layer, shape, tmp_path):
     path = rarefy.export_onnx(net, x, tmp_path / "net.onnx", dynamic={}).path
     plain = rarefy.fold_(copy.deepcopy(net))
     plain[0]._forward_pre_hooks.clear()  # its own rounding
-    (got,) = ReferenceEvaluator(str(path)).run(None, {"input": x.numpy()})  # exact sums, on CPUs without VNNI too
+    (got,) = session_of(path).run(None, {"input": x.numpy()})  # exact sums, on CPUs without VNNI too
     with torch.no_grad():
         assert apart(got, plain(in_steps(x))) < 1e-5
     assert not float_matrices(path)
