@@ -145,6 +145,55 @@ def test_from_the_hub_and_back(source, tmp_path):
         assert read_origin(tmp_path / "again") == read_origin(out)  # the first source
 
 
+EMBEDDINGS = """
+import sys
+from rarefy.integrations.embedding_folder import resolve
+for name, options in eval(sys.argv[1]):
+    try:
+        print(sorted(f.relative_to(folder).as_posix() for folder in [resolve(name, "org", **options)] for f in folder.rglob("*") if f.is_file() and ".cache" not in f.parts))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_names_of_embedding_models(source, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    texts = {"modules.json": b"[]", "config.json": b"{}", "README.md": CARD}
+    weights = {"0_Transformer/model.safetensors": b"w", "0_Transformer/config.json": b"{}"}
+    others = {"x.py": b"", "onnx/model.onnx": b"", "pytorch_model.bin": b"", "openvino/a.json": b"{}"}
+    engine = {"rarefy/rarefy.json": b"{}", "rarefy/weights-00001.safetensors": b"w"}
+    cache = str(tmp_path / "mine")
+    calls = [
+        ("org/nested", {}),
+        ("nested", {"revision": "v1"}),
+        ("org/nested@v1", {"offline": True}),
+        ("org/pickle", {}),
+        ("org/nested", {"revision": "v2"}),
+        ("nested", {"cache_folder": cache}),
+        ("nested", {"cache_folder": cache, "offline": True}),
+        ("compiled", {"offline": True}),
+        ("compiled", {}),
+        ("compiled", {"offline": True}),
+    ]  # fmt: skip
+    with serving() as hub:
+        hub.add("org/nested", {**texts, **weights, **others})
+        hub.add("org/nested", {**texts, **weights}, "v1")
+        hub.add("org/pickle", {**texts, "pytorch_model.bin": b""})
+        hub.add("org/compiled", {**texts, "model.safetensors": b"w", **engine})
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        env |= {"RAREFY_CACHE": str(tmp_path / "rarefy"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+        words = [sys.executable, "-c", EMBEDDINGS, repr(calls)]
+        ran = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    nested = str(sorted({**texts, **weights}))
+    assert [lines[k] for k in (0, 1, 2, 5, 6)] == [nested] * 5, lines
+    assert "org/pickle has no model.safetensors: it has pytorch_model.bin, a pickle" in lines[3]
+    assert "org/nested@v2: the model has no revision 'v2'" in lines[4]
+    assert "org/compiled is not in the cache, and the run is offline" in lines[7]
+    assert lines[8] == lines[9] == str(sorted({**texts, "model.safetensors": b"", **engine}))
+
+
 def test_without_a_network(tmp_path):
     with serving() as hub:
         url = hub.url
@@ -152,7 +201,7 @@ def test_without_a_network(tmp_path):
     assert code == 2 and error.startswith(f"rarefy: org/tiny: {url} cannot be reached (")
     assert (
         error.split("code")[0].count("\n") == 1
-        and "give a local folder, or --offline for a model in the cache" in error
+        and "give a local folder, or HF_HUB_OFFLINE=1 (commands: --offline) for a model in the cache" in error
     )
 
 
@@ -168,10 +217,12 @@ def test_no_request_without_a_name_of_the_hub(tmp_path):
             ("inspect", "a/b/c"),
             ("inspect", "timm/resnet10t", "--random-weights", "--json"),
             ("inspect", "org/tiny", "--offline"),
+            ("generate", "org/tiny", "--offline", "--prompt", "a"),
         )
-        assert [code for code, _, _ in results] == [2, 2, 2, 2, 0, 2]
+        assert [code for code, _, _ in results] == [2, 2, 2, 2, 0, 2, 2]
         assert hub.requests == []
-    assert "rarefy: org/tiny is not in the cache, and the run is offline: download it once" in results[5][2]
+    for result in results[5:]:
+        assert "rarefy: org/tiny is not in the cache, and the run is offline: download it once" in result[2]
 
 
 # names and files

@@ -276,7 +276,9 @@ def test_wrong_names_and_options(tmp_path, monkeypatch):
     (tmp_path / "minilm-fast").mkdir()
     monkeypatch.chdir(tmp_path)
     refused("no model folder './minilm-fst' .*did you mean 'minilm-fast'", "./minilm-fst", kind=ModelError)
-    refused("the hub has no 'sentence-transformers/minlm' or is not reachable .*did you mean 'minilm'", "minlm")
+    refused("did you mean 'minilm'.; sentence-transformers/minlm is not in the cache, and the run is offline", "minlm")
+    refused("revision='v2' contradicts 'a/b@v1': give one of the two", "a/b@v1", revision="v2")
+    refused("no model folder 'minilm-fast/none'", "minilm-fast/none", kind=ModelError)  # a path, no name of the hub
     refused("has neither modules.json nor config.json", "minilm-fast")
     refused("expected the folder or the name of a model, got None", None)
     (tmp_path / "file.json").write_text("{}")

@@ -11,7 +11,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.generate_output import Run, Text, print_results, run_steps
-from rarefy.cli.shared import Json, Precision, Quiet, Threads
+from rarefy.cli.shared import Json, Offline, Precision, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def generate(
     lookup: Lookup = None,
     draft: Draft = None,
     precision: Precision = None,
+    offline: Offline = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -174,9 +175,9 @@ def generate(
     options |= _sampling(options, greedy)
     check_options({**options, **({"assistant_model": draft} if draft else {})}, {})  # before the model is loaded
     with shared.threads(threads):
-        language_model, tokenizer = _decoder(model, precision, quiet)
+        language_model, tokenizer = _decoder(model, precision, offline, quiet)
         if draft is not None:
-            options["assistant_model"] = _decoder(draft, None, quiet)[0]
+            options["assistant_model"] = _decoder(draft, None, offline, quiet)[0]
         prompts = _ids(texts, tokenizer, bool(ids), chat, model, system)
         continuations = [Text(p, tokenizer, stop or ()) for p in prompts for _ in range(n or 1)]
         streaming = len(continuations) == 1 and not as_json and beams is None
@@ -268,11 +269,11 @@ def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str,
     return [encode_prompt(tokenizer, t, chat, system) for t in texts]
 
 
-def _decoder(name: str, precision: str | None, quiet: bool) -> tuple[Any, Any]:
+def _decoder(name: str, precision: str | None, offline: bool, quiet: bool) -> tuple[Any, Any]:
     """Return the decoder of a folder or built-in model, built where the folder holds none, and its tokenizer."""
     from rarefy.generation.decoder import decoder
 
-    net, tokenizer = _load_language_model(shared.source(name, quiet=quiet), precision)
+    net, tokenizer = _load_language_model(shared.source(name, offline=offline, quiet=quiet), precision)
     if shared.kind_of(net) == "decoder":
         return net, tokenizer
     if not quiet and sys.stderr.isatty():

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, read_json_file, sha256_of
-from rarefy.common.errors import ContainerError, ModelError, first_line, nearest
+from rarefy.common.errors import ContainerError, ModelError, nearest
 from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.integrations.compiled_transformer import DENSE_FILES
+from rarefy.model import hub
 from rarefy.model.embedding_modules import MAX_BYTES, MODULES, check_config, check_modules, refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
@@ -27,7 +28,6 @@ NOTE = "embedding.json"
 MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
 SCHEMA = 1
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
-DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*/config.json", "*/model.safetensors")
 OF_RAREFY = (INDEX, "rarefy-index.json.xz", "rarefy-export.json")  # in folders of `compress` and `export`
 CONFIGS = ("config*.json", "*/config.json", "*/*/config.json")  # those of modules in a router are two folders deep
 NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
@@ -46,13 +46,16 @@ class Note:
     dense: Mapping[str, str]
 
 
-def resolve(name: str | os.PathLike[str], organization: str | None, **hub: Any) -> Path:
+def resolve(
+    name: str | os.PathLike[str], organization: str | None, revision: str | None = None, **options: Any
+) -> Path:
     """Return the folder of a model: a path, a built-in name, or a name of the hub, which is downloaded.
 
     Args:
         name: the path or name.
         organization: whose model a name of the hub without a slash is.
-        **hub: arguments of `huggingface_hub.snapshot_download`.
+        revision: branch, tag or commit of a model of the hub, in place of NAME@REVISION.
+        **options: those of `rarefy.model.hub.download`.
 
     Raises:
         ModelError: if there is none; similar names are suggested.
@@ -70,17 +73,15 @@ def resolve(name: str | os.PathLike[str], organization: str | None, **hub: Any) 
     near = nearest(str(name), [*builtin.MODELS, *siblings])
     hint = f"; did you mean {near[0]!r}?" if near else ""
     missing = f"no model folder {str(name)!r} and no built-in model of that name ({', '.join(builtin.MODELS)})"
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1 or str(name).endswith("/"):
+    named = hub.parse_hub_name(str(name) if "/" in str(name) or organization is None else f"{organization}/{name}")
+    if named is None or ("/" in str(name) and path.parent.is_dir()):  # as on the command line
         raise ModelError(missing + hint)
-    from huggingface_hub import snapshot_download
-
-    repository = str(name) if "/" in str(name) or organization is None else f"{organization}/{name}"
+    if revision is not None and named.revision not in (None, revision):
+        raise ModelError(f"revision={revision!r} contradicts {str(named)!r}: give one of the two")
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(DOWNLOADED), **hub))
-    except Exception as error:  # the network makes the hub's client raise anything
-        raise ModelError(
-            f"{missing}, and the hub has no {repository!r} or is not reachable ({first_line(error, 120)}){hint}"
-        ) from None
+        return hub.download(hub.HubName(named.repo, revision or named.revision), **options)
+    except ModelError as error:
+        raise ModelError(f"{missing}{hint}; {error}") from None
 
 
 def check_folder(folder: Path) -> None:

@@ -53,8 +53,8 @@ except ImportError as error:
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "int8": "int8"}  # as `rarefy.compile` calls them
 TASKS = ("feature-extraction", "sequence-classification")
-# arguments that say what is downloaded, and how the client of the hub calls them
-HUB = {"revision": "revision", "token": "token", "local_files_only": "local_files_only", "cache_folder": "cache_dir"}
+# arguments that say what is downloaded, and how `hub.download` calls them
+HUB = {"revision": "revision", "token": "token", "local_files_only": "offline", "cache_folder": "cache_folder"}
 REFUSED = {
     "backend": "the engine is the backend",
     "trust_remote_code": "code of a model's folder is never run",

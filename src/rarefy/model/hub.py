@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, read_json_file
+from rarefy.common.atomic_io import INDEX, MODULES, read_json_file
 from rarefy.common.errors import ModelError, first_line
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
 SUFFIXES = (".json", ".jinja")
 SHARDS, MAX_INDEX_BYTES = "model.safetensors.index.json", 1 << 26  # the files of weights by tensor
+MARKERS = (INDEX, f"rarefy/{INDEX}")  # of folders that Rarefy saved; the second of sentence-transformers, with an engine
 LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
 FOREIGN = ("onnx/", "openvino/", "original/", "coreml/", ".")  # the same model for other programs, hidden files
 SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -64,13 +65,22 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def download(name: str | HubName, *, offline: bool = False, progress: bool = True) -> Path:
+def download(
+    name: str | HubName,
+    *,
+    offline: bool = False,
+    progress: bool = True,
+    token: str | bool | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
+) -> Path:
     """Return the folder of a model of the hub, downloaded where it is not in the cache.
 
     Args:
         name: ORG/NAME or ORG/NAME@REVISION.
         offline: use the cache only; the environment variable HF_HUB_OFFLINE=1 does the same.
         progress: show a progress bar.
+        token: as huggingface_hub takes it; by default that of `hf auth login` or HF_TOKEN.
+        cache_folder: the folder to download into in place of both caches.
 
     Returns:
         A folder in the cache of huggingface_hub; of a folder that Rarefy saved one in Rarefy's own cache.
@@ -82,22 +92,23 @@ def download(name: str | HubName, *, offline: bool = False, progress: bool = Tru
     if named is None:
         raise ModelError(f"{name!r}: expected ORG/NAME or ORG/NAME@REVISION")
     hub = library(f"{named}: no such folder here, and models of the hub need huggingface_hub")
-    own = _own_folder(named)
+    own = _own_folder(named, cache_folder)
     if offline or is_offline():
-        return own if (own / INDEX).is_file() else _cached(named)
+        return own if any((own / n).is_file() for n in MARKERS) else _cached(named, cache_folder)
     with _errors(named), bars(progress):
-        info = hub.HfApi().model_info(named.repo, revision=named.revision)
+        info = hub.HfApi(token=token).model_info(named.repo, revision=named.revision)
         names = [f.rfilename for f in info.siblings or ()]
         chosen = choose_files(names, str(named))
-        ours = INDEX in names
+        ours = any(n in names for n in MARKERS)
         folder = hub.snapshot_download(
             named.repo,
             revision=named.revision if ours else info.sha,  # the cache remembers the name of a revision
             allow_patterns=chosen,
-            **({"local_dir": own} if ours else {}),
+            token=token,
+            **({"local_dir": own} if ours else {"cache_dir": cache_folder}),
         )
         if not ours:
-            _remember(named, info.sha)
+            _remember(named, info.sha, cache_folder)
     return Path(folder)
 
 
@@ -105,7 +116,7 @@ def choose_files(names: Sequence[str], what: str) -> list[str]:
     """Return the files of a repository that are fetched; ModelError where there are no weights in safetensors.
 
     Of the weights those of transformers, in one file or as its index names them, and those of further modules in
-    folders, as sentence-transformers has them.
+    folders, as sentence-transformers has them; there the transformer may be in a folder, too.
 
     Example:
         >>> choose_files(["config.json", "model.safetensors", "pytorch_model.bin", "modeling.py"], "org/model")
@@ -119,7 +130,7 @@ def choose_files(names: Sequence[str], what: str) -> list[str]:
         whole = [n for n in weights if n == "model.safetensors"]
         nested = [n for n in weights if "/" in n]
         weights = [*(whole or shards), *nested]
-        if not whole and not shards:
+        if not whole and not shards and not (nested and MODULES in names):
             pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
             has = f"it has {pickles[0]}, a pickle, which is never opened" if pickles else "it holds no model"
             raise ModelError(f"{what} has no model.safetensors: {has}")
@@ -151,20 +162,21 @@ def _own_cache() -> Path:
     return Path(os.environ.get("RAREFY_CACHE") or Path.home() / ".cache" / "rarefy") / "hub"
 
 
-def _own_folder(named: HubName) -> Path:
+def _own_folder(named: HubName, cache_folder: Any = None) -> Path:
     """Return the folder of a model that Rarefy saved: in plain files, because it follows no links."""
-    return _own_cache() / f"{named.repo}@{named.revision or 'main'}".replace("/", "--")
+    cache = _own_cache() if cache_folder is None else Path(cache_folder)
+    return cache / f"{named.repo}@{named.revision or 'main'}".replace("/", "--")
 
 
-def _cached(named: HubName) -> Path:
+def _cached(named: HubName, cache_folder: Any = None) -> Path:
     """Return the folder of a model in the cache of huggingface_hub; ModelError where it is not there as a whole."""
-    repository, revision = _repository(named), named.revision or "main"
+    repository, revision = _repository(named, cache_folder), named.revision or "main"
     ref = repository / "refs" / revision
     folder = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
     if not _is_whole(folder):
         raise ModelError(
-            f"{named} is not in the cache, and the run is offline: download it once without --offline and "
-            "HF_HUB_OFFLINE, or give a local folder"
+            f"{named} is not in the cache, and the run is offline: download it once with the network, or give a "
+            "local folder"
         )
     return folder
 
@@ -173,23 +185,24 @@ def _is_whole(folder: Path) -> bool:
     """Return whether a folder has all of its weights."""
     index = folder / SHARDS
     if not index.is_file():
-        return (folder / "model.safetensors").is_file()
+        nested = (folder / MODULES).is_file() and any(folder.glob("*/model.safetensors"))
+        return (folder / "model.safetensors").is_file() or nested
     shards = read_json_file(index, MAX_INDEX_BYTES).get("weight_map", {}).values()
     return bool(shards) and all((folder / Path(str(shard)).name).is_file() for shard in shards)
 
 
-def _repository(named: HubName) -> Path:
+def _repository(named: HubName, cache_folder: Any = None) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{named.repo.replace('/', '--')}"
+    return Path(cache_folder or constants.HF_HUB_CACHE) / f"models--{named.repo.replace('/', '--')}"
 
 
-def _remember(named: HubName, commit: str) -> None:
+def _remember(named: HubName, commit: str, cache_folder: Any = None) -> None:
     """Note which commit a branch or tag stands for, as huggingface_hub does, so that it is found offline."""
     revision = named.revision or "main"
     if re.fullmatch("[0-9a-f]{40}", revision):
         return
-    file = _repository(named) / "refs" / revision
+    file = _repository(named, cache_folder) / "refs" / revision
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(commit)
 
@@ -240,6 +253,6 @@ def _errors(named: HubName) -> Any:
         ) from None
     except Exception as error:  # of the library that carries HTTP, which differs between versions
         raise ModelError(
-            f"{named}: {where} cannot be reached ({first_line(error, 120)}): give a local folder, or --offline for a "
-            "model in the cache"
+            f"{named}: {where} cannot be reached ({first_line(error, 120)}): give a local folder, or "
+            "HF_HUB_OFFLINE=1 (commands: --offline) for a model in the cache"
         ) from None
