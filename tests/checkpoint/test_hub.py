@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import torch
 import rarefy
 from conftest import text_model
 from helpers.hub_server import serving
+from rarefy.checkpoint.export import side_files
 from rarefy.checkpoint.model_card import model_card
 from rarefy.checkpoint.origin import card_fields, origin_files, read_origin
 from rarefy.checkpoint.push import push, write_card
@@ -276,6 +278,42 @@ def test_without_the_library(monkeypatch):
         ModelError, match=r'org/x: pushing to the hub needs huggingface_hub: pip install "rarefy\[hub\]"'
     ):
         push(tempfile.mkdtemp(), "org/x")
+
+
+# links
+
+
+def test_files_outside_of_the_folder_are_never_copied_or_published(saved, monkeypatch):
+    secret = saved.parent / "secret"
+    secret.mkdir()
+    (secret / "id").write_text("secret")
+    model = saved.parent / "model"
+    for name in ("LICENSE", "tokenizer.json"):
+        (model / "blobs").mkdir(parents=True)
+        (model / name).symlink_to(secret / "id")
+        with pytest.raises(ContainerError, match=f"{name} is a link out of the folder, to .*secret/id: copy the file"):
+            {**origin_files(model), **side_files(model)}
+        (model / name).unlink()
+        (model / "blobs" / "1").write_text("mine")
+        (model / name).symlink_to("blobs/1")
+        assert {**origin_files(model), **side_files(model)} == {name: b"mine"}
+        shutil.rmtree(model)
+    cached = saved.parent / "models--org--tiny" / "snapshots" / ("0" * 40)  # as huggingface_hub keeps downloads
+    (cached.parents[1] / "blobs").mkdir(parents=True)
+    cached.mkdir(parents=True)
+    (cached.parents[1] / "blobs" / "1").write_text("MIT")
+    (cached / "LICENSE").symlink_to("../../blobs/1")
+    assert origin_files(cached)["LICENSE"] == b"MIT"
+    (cached / "LICENSE.txt").symlink_to(secret / "id")
+    with pytest.raises(ContainerError, match="is a link out of the folder"):
+        origin_files(cached)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name, target in (("NOTICE", secret / "id"), ("more", secret)):
+        (saved / name).symlink_to(target)
+        with pytest.raises(ContainerError, match=f"{name} is a link, which is not published: remove it"):
+            push(saved, "me/x", licence="mit")
+        (saved / name).unlink()
+        assert not (saved / "README.md").exists()
 
 
 # where a model came from

@@ -20,6 +20,7 @@ from rarefy.formats import container
 from rarefy.lowrank import layer_tying
 from rarefy.model import hf, lowrank_modules
 from rarefy.model.embedding_modules import module_files
+from rarefy.model.hub import check_link
 
 EXPORTS = ("hf", "safetensors", "compressed-tensors", "gguf")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
@@ -137,7 +138,11 @@ def side_files(path: str | Path) -> dict[str, bytes]:
 
     These are those of the tokenizer, of generation and, as "1_Pooling/config.json", of the modules that
     sentence-transformers puts behind the model.
+
+    Raises:
+        ContainerError: one of them is a link out of the folder.
     """
     folder = Path(path)
-    files = {n: (folder / n).read_bytes() for n in hf.TOKENIZER_FILES if (folder / n).is_file()}
+    names = [n for n in hf.TOKENIZER_FILES if (folder / n).is_file()]
+    files = {n: check_link(folder / n, folder).read_bytes() for n in names}
     return files | module_files(folder)

@@ -32,13 +32,16 @@ def origin_files(source: Path | VisionName) -> dict[str, bytes]:
     Args:
         source: the folder or file of a model, or a name of timm or torchvision.
 
+    Raises:
+        ContainerError: a licence file is a link out of the folder.
+
     Example:
         >>> json.loads(origin_files(VisionName("torchvision", "resnet18", Path("w.pth")))["source.json"])
         {'model': 'torchvision/resnet18', 'weights': 'w.pth'}
     """
     record, files = _record(source), {}
     if isinstance(source, Path) and source.is_dir():
-        files = {p.name: p.read_bytes() for p in sorted(source.iterdir()) if _is_licence(p)}
+        files = {p.name: hub.check_link(p, source).read_bytes() for p in sorted(source.iterdir()) if _is_licence(p)}
     return files | ({FILE: json.dumps(record, indent=1).encode()} if record else {})
 
 

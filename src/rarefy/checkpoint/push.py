@@ -68,8 +68,9 @@ def push(
     _check_name(name)
     if hub.is_offline():
         raise ModelError(f"{name}: HF_HUB_OFFLINE forbids the network: unset it, or pass --dry-run to write the card")
-    write_card(folder, name, licence, overwrite)
-    operations = [library.CommitOperationAdd(n, str(Path(folder) / n)) for n in _files(Path(folder))]
+    names = _files(Path(folder))  # refused before the card is written
+    card = write_card(folder, name, licence, overwrite)
+    operations = [library.CommitOperationAdd(n, str(Path(folder) / n)) for n in sorted({*names, card.name})]
     with _write_errors(name), hub.bars(progress):
         api = library.HfApi()
         api.create_repo(name, private=private, exist_ok=True)
@@ -88,7 +89,7 @@ def _files(folder: Path) -> list[str]:
     names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or path.is_dir():
+        if any(part.startswith(".") for part in name.split("/")) or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink() or path.suffix in PICKLE_SUFFIXES:
             what = "a link" if path.is_symlink() else "a pickle"

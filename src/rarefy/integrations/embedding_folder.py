@@ -152,14 +152,15 @@ def _is_other_form(file: Path) -> bool:
     return file.suffix in NOT_COPIED or file.name in OF_RAREFY or file.name.endswith(".safetensors.index.json")
 
 
-def copy_missing(source: Path, target: Path) -> None:
+def copy_missing(source: Path, target: Path, top: Path | None = None) -> None:
     """Copy the files of a model's folder that another one lacks, but for other forms of the weights.
 
-    Folders are copied if the target has them: those of its modules.
+    Folders are copied if the target has them: those of its modules. Links out of the folder are refused.
     """
+    top = source if top is None else top
     for file in sorted(source.iterdir()):
         copy = target / file.name
         if file.is_dir() and copy.is_dir() and file.name != ENGINE:
-            copy_missing(file, copy)
+            copy_missing(file, copy, top)
         elif file.is_file() and not copy.exists() and file.name[0] != "." and not _is_other_form(file):
-            shutil.copyfile(file, copy)
+            shutil.copyfile(hub.check_link(file, top), copy)

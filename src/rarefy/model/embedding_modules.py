@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.common.atomic_io import PICKLE_SUFFIXES, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.model.hub import check_link
 
 MODULES = "modules.json"
 ROOT_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
@@ -104,15 +105,17 @@ def module_files(folder: Path) -> dict[str, bytes]:
 
     Raises:
         ModelError: for a module whose weights are a pickle.
+        ContainerError: one of the files is a link out of the folder.
     """
     entries = check_modules(folder)
     if not entries:
         return {}
-    files = {p.name: p.read_bytes() for pattern in ROOT_FILES for p in sorted(folder.glob(pattern)) if p.is_file()}
+    paths = [p for pattern in ROOT_FILES for p in sorted(folder.glob(pattern)) if p.is_file()]
+    files = {p.name: check_link(p, folder).read_bytes() for p in paths}
     for part in sorted({e["path"] for e in entries if e["path"]}):
         refuse_pickles(folder / part)
         paths = [p for p in sorted((folder / part).glob("*")) if p.is_file() and p.suffix not in PICKLE_SUFFIXES]
-        files |= {f"{part}/{p.name}": p.read_bytes() for p in paths}
+        files |= {f"{part}/{p.name}": check_link(p, folder).read_bytes() for p in paths}
     return files
 
 

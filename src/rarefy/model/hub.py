@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.atomic_io import INDEX, MODULES, read_json_file
-from rarefy.common.errors import ModelError, first_line
+from rarefy.common.errors import ContainerError, ModelError, first_line
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
@@ -156,6 +156,20 @@ def origin_of(folder: Path) -> dict[str, str]:
     if folder.parent == _own_cache() and (match := OWN.search(text)):
         return {"model": f"{match['org']}/{match['name']}", "revision": match["revision"].replace("--", "/")}
     return {}
+
+
+def check_link(file: Path, folder: Path) -> Path:
+    """Return a file of a model's folder that is copied elsewhere; ContainerError for a link out of the folder.
+
+    Whoever publishes the copy would publish a file that was never a part of the model. Links into the cache of
+    huggingface_hub are those of its downloads.
+    """
+    target, inside = file.resolve(), [folder.resolve()]
+    if SNAPSHOT.search(inside[0].as_posix()):
+        inside.append(inside[0].parents[1] / "blobs")
+    if not any(target.is_relative_to(place) for place in inside):
+        raise ContainerError(f"{file} is a link out of the folder, to {target}: copy the file there, or remove the link")
+    return file
 
 
 def _own_cache() -> Path:
