@@ -20,7 +20,7 @@ NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revis
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
 SUFFIXES = (".json", ".jinja")
 SHARDS, MAX_INDEX_BYTES = "model.safetensors.index.json", 1 << 26  # the files of weights by tensor
-MARKERS = (INDEX, f"rarefy/{INDEX}")  # of folders that Rarefy saved; the second of sentence-transformers, with an engine
+MARKERS = (INDEX, f"rarefy/{INDEX}")  # of folders that Rarefy saved, the second with dense weights beside the engine
 LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
 FOREIGN = ("onnx/", "openvino/", "original/", "coreml/", ".")  # the same model for other programs, hidden files
 SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -168,7 +168,7 @@ def check_link(file: Path, folder: Path) -> Path:
     if SNAPSHOT.search(inside[0].as_posix()):
         inside.append(inside[0].parents[1] / "blobs")
     if not any(target.is_relative_to(place) for place in inside):
-        raise ContainerError(f"{file} is a link out of the folder, to {target}: copy the file there, or remove the link")
+        raise ContainerError(f"{file} is a link out of the folder, to {target}: copy the file there, or remove it")
     return file
 
 
