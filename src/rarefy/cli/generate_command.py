@@ -150,8 +150,7 @@ def generate(
     from rarefy.generation.request import check_options
 
     texts = _read_prompts(prompt, ids, chat)
-    _check(system is None or chat, "--system has no effect without --chat")
-    _check(logprobs is None or as_json, "--logprobs has no effect without --json")
+    _check_effects(system, chat, logprobs, as_json)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop_strings": stop or None,
@@ -191,6 +190,11 @@ def _check(condition: bool, message: str) -> None:
     """Raise RecipeError unless a condition holds."""
     if not condition:
         raise RecipeError(message)
+
+
+def _check_effects(system: str | None, chat: bool, logprobs: int | None, as_json: bool) -> None:
+    _check(system is None or chat, "--system has no effect without --chat")
+    _check(logprobs is None or as_json, "--logprobs has no effect without --json")
 
 
 def _run(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rarefy.common.atomic_io import atomic_folder, container_errors
 from rarefy.common.errors import DataError
+from rarefy.common.extras import install
 from rarefy.model import hf
 
 
@@ -125,7 +126,7 @@ def _from_gguf(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise DataError(f"converting {file.name} needs {error.name}: pip install '.[hf]' in Rarefy's folder") from None
+        raise DataError(f"converting {file.name} needs {error.name}: {install('hf')}") from None
     hf.no_bars()
     gguf_options: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **gguf_options)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import DataError, first_line
+from rarefy.common.extras import install
 from rarefy.model.image_config import NO_CLASS, ImageConfig, class_ids
 
 IN_MEMORY = 1 << 30  # bytes of prepared images that are held; more are read again in each pass
@@ -62,7 +63,7 @@ def transform_of(config: ImageConfig, what: str = "images") -> Callable[[Any], T
     try:
         from torchvision import transforms
     except ImportError:
-        raise DataError(f'{what}: images need torchvision: pip install "rarefy[vision]"') from None
+        raise DataError(f"{what}: images need torchvision: {install('vision')}") from None
     mode = transforms.InterpolationMode(config.interpolation)
     resize = (config.resize, config.resize) if config.squash else config.resize
     steps = transforms.Compose(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import DataError, first_line
+from rarefy.common.extras import install
 
 KINDS = ("json_schema", "regex", "grammar")
 # as json.dumps writes it, with no other whitespace: small models would go on with blanks for ever
@@ -82,7 +83,7 @@ def _library(kind: str) -> Any:
     try:
         import llguidance
     except ImportError:
-        raise DataError(f'{kind} needs llguidance: pip install "rarefy[json]"') from None
+        raise DataError(f"{kind} needs llguidance: {install('json')}") from None
     return llguidance
 
 

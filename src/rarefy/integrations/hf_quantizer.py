@@ -75,8 +75,8 @@ class RarefyQuantizer(HfQuantizer):
             import transformers
 
             raise ImportError(
-                f"transformers {transformers.__version__} cannot load Rarefy's folders: pip install "
-                f'"transformers>={OLDEST}", or use rarefy.load'
+                f"transformers {transformers.__version__} cannot load Rarefy's folders by from_pretrained, "
+                f'which needs {OLDEST} or later: pip install "transformers>={OLDEST}", or use rarefy.load'
             )
 
     def update_attn_implementation(self, config: Any) -> Any:

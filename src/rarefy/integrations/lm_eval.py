@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import ModelError
+from rarefy.common.extras import install
 
 
 def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch_size: int = 1, **options: Any) -> Any:
@@ -31,7 +32,7 @@ def lm(model: Any, *, precision: str | None = None, tokenizer: Any = None, batch
     try:
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ModelError('evaluation tasks need lm-evaluation-harness: pip install "rarefy[lm-eval]"') from None
+        raise ModelError(f"evaluation tasks need lm-evaluation-harness: {install('lm-eval')}") from None
     from rarefy.integrations.transformers import load
 
     fast, parts = load(model, task="text-generation", precision=precision, tokenizer=tokenizer)

@@ -22,6 +22,7 @@ from rarefy.checkpoint.load import load
 from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import INDEX, atomic_folder, container_errors
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError, first_line, unknown
+from rarefy.common.extras import install
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
 from rarefy.data.text_pairs import token_batches
@@ -47,8 +48,7 @@ try:
     from sentence_transformers.base.modules import Transformer
 except ImportError as error:
     raise ModelError(
-        'embedding models need sentence-transformers 6 or later: pip install "rarefy[embeddings]" '
-        f"({first_line(error, 100)})"
+        f"embedding models need sentence-transformers 6 or later: {install('embeddings')} ({first_line(error, 100)})"
     ) from None
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "int8": "int8"}  # as `rarefy.compile` calls them

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError, RarefyError, first_line, nearest
+from rarefy.common.extras import install
 from rarefy.compiler.compile import compile as compile_graph
 from rarefy.data import builtin
 from rarefy.generation.decoder import decoder
@@ -25,7 +26,7 @@ from rarefy.model import hf
 try:
     import transformers
 except ImportError:
-    raise ModelError('pipelines need transformers: pip install "rarefy[hf]"') from None
+    raise ModelError(f"pipelines need transformers: {install('hf')}") from None
 
 from rarefy.integrations.hf_adapter import OnEngine, adapter
 from rarefy.integrations.hf_quantizer import register

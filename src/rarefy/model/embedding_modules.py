@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.common.atomic_io import PICKLE_SUFFIXES, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.extras import install
 from rarefy.model.hub import check_link
 
 MODULES = "modules.json"
@@ -26,7 +27,7 @@ ACTIVATION = re.compile(r"torch\.nn(\.[a-z]\w*)*\.[A-Z]\w*")
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 HEAD = "rarefy_head"  # attribute of a model: the modules that follow it
 MAX_BYTES = 1 << 20  # of modules.json and of configs
-NEEDS = 'these modules need sentence-transformers: pip install "rarefy[embeddings]"'
+NEEDS = f"these modules need sentence-transformers: {install('embeddings')}"
 
 Head = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rarefy.common.errors import ModelError, first_line
+from rarefy.common.extras import install
 from rarefy.model import embedding_modules
 
 # in order of preference where an architecture is in several
@@ -235,5 +236,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ModelError("Hugging Face models need transformers: pip install '.[hf]' in Rarefy's folder") from None
+        raise ModelError(f"Hugging Face models need transformers: {install('hf')}") from None
     return transformers

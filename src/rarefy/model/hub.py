@@ -15,6 +15,7 @@ from typing import Any
 
 from rarefy.common.atomic_io import INDEX, MODULES, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.extras import install
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
@@ -226,7 +227,7 @@ def library(needs: str) -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ModelError(f'{needs}: pip install "rarefy[hub]"') from None
+        raise ModelError(f"{needs}: {install('hub')}") from None
     return huggingface_hub
 
 

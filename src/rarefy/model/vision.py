@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import ModelError, first_line, nearest
+from rarefy.common.extras import install
 from rarefy.model import hub
 from rarefy.model.image_config import ImageConfig, image_config_from_dict, image_config_of, set_image_config_
 from rarefy.model.weight_files import read_weights
@@ -151,7 +152,7 @@ def _library(name: str) -> Any:
         else:
             import torchvision as library
     except ImportError:
-        raise ModelError(f'models of {name} need the package {name}: pip install "rarefy[vision]"') from None
+        raise ModelError(f"models of {name} need the package {name}: {install('vision')}") from None
     return library
 
 

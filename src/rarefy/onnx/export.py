@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.extras import install
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.forward import check_batches, evaluating
@@ -166,7 +167,7 @@ def _check_options(model: Any, opset: Any, external_data: Any) -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})") from None
+        raise ModelError(f"ONNX needs more packages: {install('onnx')} ({error})") from None
     half = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if half is not None:
         raise ModelError(f"{half} is {str(model.get_parameter(half).dtype).removeprefix('torch.')}: cast to fp32 first")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
+from rarefy.common.extras import install
 from rarefy.onnx.binding import function_of
 from rarefy.onnx.graph import Kind
 from rarefy.onnx.runtime_operators import add_shapes_, split_fused_
@@ -27,9 +28,7 @@ def read(path: Any) -> Any:
         import onnxruntime  # noqa: F401
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ModelError(
-            f"reading ONNX needs more packages: pip install '.[onnx]' in Rarefy's folder ({error})"
-        ) from None
+        raise ModelError(f"reading ONNX needs more packages: {install('onnx')} ({error})") from None
     if not isinstance(path, str | os.PathLike):
         raise ModelError(f"path: expected the path of an ONNX file, got {type(path).__name__}")
     path = Path(path)
