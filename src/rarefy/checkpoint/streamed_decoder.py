@@ -18,6 +18,7 @@ from rarefy.compiler.compile import tolerance
 from rarefy.compiler.half_precision import PRECISIONS
 from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verify_decoder
 from rarefy.model import hf
+from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid
 from rarefy.quantization.config import QuantizeConfig
 from rarefy.quantization.grids import fit_grid
@@ -63,9 +64,36 @@ def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Dec
     """
     if precision is not None and precision not in CHOICES:
         raise ModelError(unknown("precision", precision, CHOICES))
+    return decoder_of_weights(language_model_weights(path), precision)
+
+
+def streamed_weights(path: str | Path) -> WeightFiles | None:
+    """Return the weights of a language model that can be packed one at a time, None where a path has other things.
+
+    Raises:
+        ContainerError: the files are damaged.
+    """
+    try:
+        return language_model_weights(path)
+    except ModelError:
+        return None
+
+
+def language_model_weights(path: str | Path) -> WeightFiles:
+    """Return the weights of a language model without reading them; see `decoder_from_files` for what is raised."""
     files = open_weights(path)
+    name = type(files.model).__name__
     if not hf.is_causal_lm(files.model):
-        raise ModelError(f"{path} holds a {type(files.model).__name__}, which is no causal language model")
+        raise ModelError(f"{path} holds a {name}, which is no causal language model")
+    if any(is_hf_conv1d(m) for m in files.model.modules()):
+        raise ModelError(
+            f"{name} stores its weights transposed (Conv1D): load it with transformers, and pass the model"
+        )
+    return files
+
+
+def decoder_of_weights(files: WeightFiles, precision: str | None) -> Decoder:
+    """Return the decoder of a language model's weights, as `decoder_from_files` does."""
     weights = _Weights(files, precision or _own_precision(files))
     step = build_decoder(files.model, weights.precision, weights)
     with weights.reading():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_build
 from rarefy.checkpoint.gguf_load import GgufModel
+from rarefy.checkpoint.load import attach_receipt_
 from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.atomic_io import INDEX, read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
@@ -61,8 +62,9 @@ class HuggingFaceFolder:
         config = _json_file(self.path / "config.json")
         if config.get("quantization_config"):
             raise ModelError(f"{path} is quantized by another tool: load it with rarefy.load, and pass the model")
-        architecture = (config.get("architectures") or [None])[0]
-        self.model: Any = hf.build({"config": config, "class": architecture, "dtype": "float32"}, empty=True)
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else ""
+        self.model: Any = hf.build({"config": config, "class": name, "dtype": "float32"}, empty=True)
         hf.load_generation_config_(self.model, self.path)
         self.files = self._files()
         absent = [n for n in self.model.state_dict() if n not in self.files and n not in aliases(self.model)]
@@ -97,8 +99,10 @@ class HuggingFaceFolder:
             if not isinstance(value, dict) or not all(isinstance(f, str) and Path(f).name == f for f in value.values()):
                 raise ContainerError(f"{index}: expected weight_map as names of files by names of tensors")
             names = sorted(set(value.values()))
-        else:
+        elif (self.path / "model.safetensors").is_file():
             names = ["model.safetensors"]
+        else:
+            raise ModelError(f"{self.path} has no model.safetensors and no {SHARDS}: save the model as safetensors")
         files: dict[str, Path] = {}
         for name in names:
             with _opened(self.path / name) as file:
@@ -110,7 +114,7 @@ class RarefyFolder:
     """A folder that `save` wrote."""
 
     def __init__(self, path: str | Path):
-        self.saved = container.read(path, verify=False)
+        self.saved = container.read(path)
         structure = self.saved.meta.get("structure")
         structure = structure if isinstance(structure, dict) else {}
         if structure.get("library") != "transformers":
@@ -121,6 +125,7 @@ class RarefyFolder:
         self.model: Any = hf.build({**structure_to_build(self.saved, structure, path), "dtype": "float32"}, empty=True)
         restore_structure_(self.saved, self.model, structure, path)
         hf.load_generation_config_(self.model, Path(path))
+        attach_receipt_(self.model, Path(path) / "receipt.json", self.saved.meta.get("recipe"))
         self.stated = str(structure.get("dtype"))
 
     @property

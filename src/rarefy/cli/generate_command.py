@@ -11,7 +11,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.generate_output import Run, Text, print_results, run_steps
-from rarefy.cli.shared import Json, Offline, Precision, Quiet, Threads
+from rarefy.cli.shared import DecoderPrecision, Json, Offline, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that turn 
 Model = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face folder, a folder of Rarefy (decoders too), a built-in name, or ORG/NAME of the hub."
+        help="A Hugging Face folder, a folder of Rarefy (decoders too), a GGUF file, a built-in name, or ORG/NAME of "
+        "the hub."
     ),
 ]
 Prompt = Annotated[
@@ -123,7 +124,7 @@ def generate(
     grammar: Grammar = None,
     lookup: Lookup = None,
     draft: Draft = None,
-    precision: Precision = None,
+    precision: DecoderPrecision = None,
     offline: Offline = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -274,15 +275,29 @@ def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str,
 
 
 def _decoder(name: str, precision: str | None, offline: bool, quiet: bool) -> tuple[Any, Any]:
-    """Return the decoder of a folder or built-in model, built where the folder holds none, and its tokenizer."""
+    """Return the decoder of a folder, file or built-in model, built where there is none, and its tokenizer.
+
+    Weights are packed one at a time where the model allows it, so that it may be larger than memory.
+    """
+    from rarefy.checkpoint.streamed_decoder import decoder_of_weights
     from rarefy.generation.decoder import decoder
 
-    net, tokenizer = _load_language_model(shared.source(name, offline=offline, quiet=quiet), precision)
+    source = shared.source(name, offline=offline, quiet=quiet)
+    weights = shared.streamed_weights(source)
+    if weights is not None:
+        tokenizer = shared.load_tokenizer(source)
+        _say_building(quiet)
+        return decoder_of_weights(weights, shared.streamed_precision(source, precision)), tokenizer
+    net, tokenizer = _load_language_model(source, precision)
     if shared.kind_of(net) == "decoder":
         return net, tokenizer
+    _say_building(quiet)
+    return decoder(net.float(), precision=shared.whole_model_precision(precision)), tokenizer
+
+
+def _say_building(quiet: bool) -> None:
     if not quiet and sys.stderr.isatty():
         print("building a decoder; `rarefy compile` builds and saves one", file=sys.stderr)
-    return decoder(net.float(), precision=precision), tokenizer
 
 
 def _load_language_model(folder: Source, precision: str | None) -> tuple[Any, Any]:

@@ -10,12 +10,12 @@ import typer
 from rarefy.cli import shared
 from rarefy.cli.shared import (
     Checkpoint,
+    DecoderPrecision,
     Force,
     InputShape,
     Json,
     ModelPath,
     Offline,
-    Precision,
     Quiet,
     RandomWeights,
     Threads,
@@ -32,7 +32,7 @@ Ignore = Annotated[
 def compile_(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")],
-    precision: Precision = None,
+    precision: DecoderPrecision = None,
     ignore: Ignore = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size of the example input, by default 2. Not for decoders.")
@@ -71,6 +71,7 @@ def compile_(
     rarefy compile model.onnx --out fast/ --precision int8 --data images.npz --input-shape x=1x3x224x224
     """
     from rarefy.checkpoint.save import save
+    from rarefy.checkpoint.streamed_decoder import decoder_of_weights
     from rarefy.common.atomic_io import check_output_folder
     from rarefy.compiler.compile import compile
     from rarefy.generation.decoder import decoder
@@ -85,24 +86,22 @@ def compile_(
         raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
-        net, tokenizer = shared.load(source, input_shape, batch, tokens)
-        net = shared.in_fp32(net)
-        if hf.is_causal_lm(net):
-            if batch or tokens:
-                raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
-            if data:
-                raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
-            if ignore:
-                raise RecipeError("--ignore has no effect: all layers of a decoder have the same precision")
-            compiled: Any = decoder(net, precision=precision)
+        weights = shared.streamed_weights(source)
+        if weights is not None:
+            _check_decoder_options(batch, tokens, data, ignore, input_shape)
+            net = weights.model
+            compiled: Any = decoder_of_weights(weights, shared.streamed_precision(source, precision))
         else:
-            example = example_input(net, tokens, batch, tokenizer)
-            calibrate = None if data is None else _calibration(net, data, samples, tokens, tokenizer)
-            example = example if calibrate is None else _of_data(example, calibrate[0])
+            net, tokenizer = shared.load(source, input_shape, batch, tokens)
+            net = shared.in_fp32(net)
+        if weights is None and hf.is_causal_lm(net):
+            _check_decoder_options(batch, tokens, data, ignore)
+            compiled = decoder(net, precision=shared.whole_model_precision(precision))
+        elif weights is None:
+            example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
             compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
-        files = shared.files_beside_engine(source)
         receipt = getattr(net, "rarefy_receipt", None)
-        size = save(compiled, out, files=files, receipt=receipt, overwrite=force)
+        size = save(compiled, out, files=shared.files_beside_engine(source), receipt=receipt, overwrite=force)
     step = compiled.compiled if hf.is_causal_lm(net) else compiled
     summary = {
         "contains": f"a {shared.kind_of(compiled)}",
@@ -110,6 +109,31 @@ def compile_(
         "operators": "; ".join(repr(step).splitlines()),
     }
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
+
+
+def _check_decoder_options(
+    batch: int | None, tokens: int | None, data: str | None, ignore: list[str] | None, shape: list[str] | None = None
+) -> None:
+    """Raise RecipeError for options of `compile` that decoders do not have."""
+    if shape:
+        raise RecipeError("--input-shape has no effect: it is for ONNX files")
+    if batch or tokens:
+        raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
+    if data:
+        raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
+    if ignore:
+        raise RecipeError("--ignore has no effect: all layers of a decoder have the same precision")
+
+
+def _inputs(
+    net: Any, tokens: int | None, batch: int | None, tokenizer: Any, data: str | None, samples: int | None
+) -> tuple[Any, Any]:
+    """Return the example input, and the batches on which scales are found."""
+    example = example_input(net, tokens, batch, tokenizer)
+    if data is None:
+        return example, None
+    calibrate = _calibration(net, data, samples, tokens, tokenizer)
+    return _of_data(example, calibrate[0]), calibrate
 
 
 def _of_data(example: Any, batch: Any) -> Any:

@@ -57,6 +57,14 @@ Precision = Annotated[
         "bits. Outputs change a little. Default: fp32."
     ),
 ]
+DecoderPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="bf16 runs linear layers and attention in bfloat16; int8 runs linear layers and convolutions in 8 "
+        "bits. Language models also: int4, with a scale and a zero point for 32 inputs. Outputs change a little. "
+        "Default: fp32; of GGUF files their own, int8 if they are quantized."
+    ),
+]
 
 
 class Ended(SystemExit):
@@ -177,6 +185,15 @@ def load_any(
     return hf.load_folder(folder), hf.load_tokenizer(folder)
 
 
+def load_tokenizer(source: Path) -> Any:
+    """Return the tokenizer of a folder or a GGUF file, or None where there is none."""
+    from rarefy.checkpoint import gguf_tokenizer
+    from rarefy.formats import gguf_file
+    from rarefy.model import hf
+
+    return gguf_tokenizer.load(source) if gguf_file.is_file(source) else hf.load_tokenizer(source)
+
+
 def _tokenizer_beside(file: Path) -> Any:
     """Return the tokenizer in the folder of an ONNX file, None where there is none that loads."""
     from rarefy.model import hf
@@ -210,6 +227,36 @@ def kind_of(model: Any) -> str:
     return "decoder" if isinstance(model, Decoder) else "compiled model" if isinstance(model, Compiled) else "model"
 
 
+def streamed_weights(source: Source) -> Any:
+    """Return the weights of a language model that can be packed one at a time, None for anything else."""
+    from rarefy.checkpoint.streamed_decoder import streamed_weights
+    from rarefy.cli import onnx_files
+    from rarefy.model import hf
+
+    if not isinstance(source, Path) or onnx_files.is_file(source) or find_spec("transformers") is None:
+        return None
+    hf.no_bars()
+    return streamed_weights(source)
+
+
+def streamed_precision(source: Source, precision: str | None) -> str | None:
+    """Return the precision with which weights of a language model are packed: by default that of a GGUF file, and fp32
+    for folders, in which layers that were quantized stay as they are."""
+    from rarefy.formats import gguf_file
+
+    return precision or (None if isinstance(source, Path) and gguf_file.is_file(source) else "fp32")
+
+
+def whole_model_precision(precision: str | None) -> str | None:
+    """Return the precision of a decoder that is built from a model in memory."""
+    if precision == "int4":
+        raise RecipeError(
+            "--precision int4 rounds weights while they are read one at a time, which this model does not support: "
+            "use int8, or quantize it with `rarefy compress` first"
+        )
+    return None if precision == "fp32" else precision
+
+
 def in_fp32(model: Any) -> Any:
     """Return a model in fp32; one of an ONNX file as it is, because its inputs have the types of the file."""
     from rarefy.model.signature import get_signature
@@ -219,23 +266,24 @@ def in_fp32(model: Any) -> Any:
 
 def side_files(source: Source) -> dict[str, bytes]:
     """Return the files that are written beside a compressed model: of its tokenizer, and where it came from."""
-    from rarefy.checkpoint import export
+    from rarefy.checkpoint import export, gguf_tokenizer
     from rarefy.checkpoint.origin import origin_files
+    from rarefy.formats import gguf_file
 
-    return (export.side_files(source) if isinstance(source, Path) else {}) | origin_files(source)
+    if not isinstance(source, Path):
+        return origin_files(source)
+    files = gguf_tokenizer.files(source) if gguf_file.is_file(source) else export.side_files(source)
+    return files | origin_files(source)
 
 
 def files_beside_engine(source: Source) -> dict[str, bytes]:
     """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer, and
     where it came from."""
-    from rarefy.checkpoint import gguf_tokenizer
     from rarefy.checkpoint.save import name_rarefy
     from rarefy.formats import gguf_file
 
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) or gguf_file.is_file(source):
         return side_files(source)
-    if gguf_file.is_file(source):
-        return gguf_tokenizer.files(source)
     if source.is_file():
         files = side_files(source.parent)
         return files_beside_engine(source.parent) if "tokenizer.json" in files else {}
