@@ -232,6 +232,8 @@ def test_scores_of_pairs(rerankers):
     assert np.array_equal(again.predict(pairs), fast.predict(pairs)) and again.precision == "fp32"
     plain = st.CrossEncoder(str(folder / "out"), device="cpu", local_files_only=True)
     assert np.array_equal(plain.predict(pairs), want)
+    with pytest.raises(ModelError, match="the engine runs on the CPU, got the device 'cuda': leave it out"):
+        fast.rank(TEXTS[0], TEXTS[1:], device="cuda")
     int8 = ours.CrossEncoder(folder / "model", **TUNE).predict(pairs)
     assert np.corrcoef(int8, want)[0, 1] > 0.99
 
@@ -341,10 +343,19 @@ def test_wrong_texts_and_devices(minilm):
             fp32.encode(TEXTS[:2], **wrong)
     with pytest.raises((ValueError, TypeError)):
         fp32.encode([None])
-    with pytest.raises(ModelError, match="the engine runs on the CPU, got the device 'meta'"):
-        fp32.to("meta")
-    with pytest.raises(ModelError, match="pass 'cpu' for each process"):
-        fp32.start_multi_process_pool(["cuda:0"])
+    for device in ("meta", "cuda", "cuda:0", "mps", "gpu", torch.device("cuda"), 0):
+        for call in (fp32.to, fp32.cuda, lambda d: fp32.encode(TEXTS[:2], device=d)):
+            with pytest.raises(
+                ModelError, match=f"the engine runs on the CPU, got the device '{device}': leave it out"
+            ):
+                call(device)
+    with pytest.raises(ModelError, match="got the device 'cuda': leave it out"):
+        fp32.cuda()
+    for devices in (["cuda:0"], ["cpu", "gpu"]):
+        for call in (fp32.start_multi_process_pool, lambda d: fp32.encode(TEXTS[:2], device=d)):
+            with pytest.raises(ModelError, match="pass 'cpu' for each process"):
+                call(devices)
+    assert np.array_equal(fp32.encode(TEXTS[:2], device="cpu"), fp32.encode(TEXTS[:2], device=torch.device("cpu")))
     assert fp32.to("cpu") is fp32
 
 

@@ -204,9 +204,8 @@ class _OnEngine:
         Raises:
             ModelError: for devices other than the CPU.
         """
-        wrong = next((d for d in target_devices or () if torch.device(d).type != "cpu"), None)
-        if wrong is not None:
-            raise ModelError(f"the engine runs on the CPU, got the device {wrong!r}: pass 'cpu' for each process")
+        for device in target_devices or ():
+            _check_device(device, "pass 'cpu' for each process")
         self.num_workers = len(target_devices or ()) or 4
         return super().start_multi_process_pool(target_devices)  # type: ignore[misc]
 
@@ -218,9 +217,18 @@ class _OnEngine:
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model: it is on the CPU. Raises ModelError for another device."""
         device = args[0] if args else kwargs.get("device")
-        if isinstance(device, str | int | torch.device) and torch.device(device).type != "cpu":
-            raise ModelError(f"the engine runs on the CPU, got the device {str(device)!r}")
+        if isinstance(device, str | int | torch.device):
+            _check_device(device)
         return super().to(*args, **kwargs)  # type: ignore[misc]
+
+    def cuda(self, device: Any = None) -> Any:
+        """Raise ModelError: the engine runs on the CPU."""
+        _check_device("cuda" if device is None else device)
+
+    def _resolve_inference_device(self, device: Any) -> torch.device:
+        """Return the device of `encode` and `predict`; ModelError for another one than the CPU."""
+        _check_device(device)
+        return super()._resolve_inference_device(device)  # type: ignore[misc]
 
 
 class SentenceTransformer(_OnEngine, st.SentenceTransformer):
@@ -258,6 +266,16 @@ class CrossEncoder(_OnEngine, st.CrossEncoder):
     Arguments, errors and cost are those of `SentenceTransformer` here; `**options` are those of the base class, such as
     num_labels, max_length, activation_fn.
     """
+
+
+def _check_device(device: Any, hint: str = "leave it out") -> None:
+    """Raise ModelError for another device than the CPU; None is none."""
+    try:
+        is_cpu = device is None or torch.device(device).type == "cpu"
+    except (RuntimeError, TypeError, AssertionError):  # torch knows no such device, or was built without it
+        is_cpu = False
+    if not is_cpu:
+        raise ModelError(f"the engine runs on the CPU, got the device {str(device)!r}: {hint}")
 
 
 def _check_options(precision: Any, recipe: Any, data: Any, options: dict[str, Any]) -> None:
