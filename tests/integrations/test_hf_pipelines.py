@@ -14,7 +14,7 @@ from rarefy.common.errors import DataError, ModelError
 
 transformers = pytest.importorskip("transformers")
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from rarefy.integrations.transformers import compile, pipeline
 
@@ -223,6 +223,7 @@ def writers():
         {"generation_config": transformers.GenerationConfig(max_new_tokens=4, do_sample=False)},
         {"do_sample": False, "max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "max_new_tokens": 9, "min_p": 0.1, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "max_new_tokens": 20, "prompt_lookup_num_tokens": 4},
     ],
     ids=lambda options: ", ".join(options),
 )
@@ -236,6 +237,47 @@ def test_text_generation(writers, options):
         torch.manual_seed(1)
         results.append(write(texts, **options))
     assert results[0] == results[1]
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456"
+
+
+def letters():
+    """A tokenizer of letters, in which transformers finds strings: it cannot in whole words."""
+    inner = Tokenizer(models.BPE({w: i for i, w in enumerate((*SPECIAL, *LETTERS))}, [], unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def test_strings_that_end_a_text(writers):
+    fast, dense = writers
+    tokenizer, ids = letters(), torch.tensor([[2, 7, 8], [2, 9, 10]])
+    options = {"max_new_tokens": 20, "do_sample": False, "tokenizer": tokenizer}
+    whole = dense.model.generate(ids, **options)
+    first, second = (tokenizer.decode(row[3:], skip_special_tokens=True) for row in whole)
+    for strings in (first[3:6], [second[4:6], first[5:8]], "?!"):
+        for more in ({}, {"num_beams": 2}):
+            want = dense.model.generate(ids, stop_strings=strings, **options, **more)
+            assert torch.equal(fast.model.generate(ids, stop_strings=strings, **options, **more), want)
+            assert bool(more) or (want.shape[1] < 23 or bool((want == 0).any())) == (strings != "?!")
+    with pytest.raises(DataError, match="stop_strings needs a tokenizer to find strings in tokens: pass tokenizer="):
+        fast.model.generate(ids, stop_strings="a", max_new_tokens=2)
+
+
+def test_a_smaller_model_guesses_tokens(writers):
+    fast, dense = writers
+    small = make("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": 1}))
+    draft, ids = compile(small), torch.tensor([[2, 7, 8]])
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    want = dense.model.generate(ids, assistant_model=small, **options)
+    assert torch.equal(fast.model.generate(ids, assistant_model=draft, **options), want)
+    assert torch.equal(fast.model.generate(ids, assistant_model=draft.engine, **options), want)
+    tokenizer = letters()
+    limited = {**options, "stop_strings": tokenizer.decode(want[0, 6:9]), "tokenizer": tokenizer}
+    want = dense.model.generate(ids, **limited)
+    assert torch.equal(fast.model.generate(ids, assistant_model=draft, **limited), want) and want.shape[1] < 23
+    with pytest.raises(DataError, match="expected a model on the engine, got LlamaForCausalLM: pass it to rarefy"):
+        fast.model.generate(ids, assistant_model=small, **options)
 
 
 def test_text_generation_of_chats_and_streams(writers):

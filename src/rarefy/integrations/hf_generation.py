@@ -12,8 +12,15 @@ from rarefy.generation.decoder import Decoder
 from rarefy.generation.options import MODEL_DEFAULTS, SAMPLING, Options
 from rarefy.generation.sampling import generate
 
-CHOICES = (*(n for n in MODEL_DEFAULTS if n != "max_new_tokens"), "num_beams", "length_penalty", "early_stopping")
-OURS = ("max_length", "max_new_tokens", "num_return_sequences", *CHOICES)
+GUESSES = ("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens")
+CHOICES = (
+    *(n for n in MODEL_DEFAULTS if n != "max_new_tokens"),
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "stop_strings",
+)
+OURS = ("max_length", "max_new_tokens", "num_return_sequences", *CHOICES, *GUESSES)
 OBJECTS = ("logits_processor", "stopping_criteria")
 IGNORED = (  # they change nothing here: tokens that the decoder has, how transformers stores its cache and its outputs
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation",
@@ -25,6 +32,7 @@ MODEL_INPUTS = (
     "streamer",
     "token_type_ids",
     "tokenizer",
+    "assistant_model",
     "use_model_defaults",
     *OBJECTS,
 )
@@ -48,7 +56,8 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
     """
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
     unknown = [n for n, v in rest.items() if v is not None and n not in (*MODEL_INPUTS, *OBJECTS)]
-    unknown += [n for n, v in _changed(model, config).items() if n not in (*OURS, *IGNORED)]
+    changed = _changed(model, config)
+    unknown += [n for n in changed if n not in (*OURS, *IGNORED)]
     if unknown:
         raise DataError(
             f"generate on the engine has no {', '.join(unknown)}: leave it out, or use the model in transformers"
@@ -76,8 +85,24 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
             streamer=rest.get("streamer"),
             num_return_sequences=copies,
             **{n: rest[n] for n in OBJECTS if rest.get(n)},
+            **({"tokenizer": rest["tokenizer"]} if config.stop_strings else {}),
+            **_draft(rest.get("assistant_model")),
+            **{n: changed[n] for n in GUESSES if n in changed},
             **_choices(config),
         )
+
+
+def _draft(model: Any) -> dict[str, Any]:
+    """Return the option of our `generate` for the model that guesses tokens, {} without one."""
+    if model is None:
+        return {}
+    draft = getattr(model, "engine", model)
+    if not isinstance(draft, Decoder):
+        raise DataError(
+            f"assistant_model: expected a model on the engine, got {type(model).__name__}: pass it to "
+            "rarefy.integrations.transformers.compile first"
+        )
+    return {"assistant_model": draft}
 
 
 def _changed(model: Any, config: Any) -> dict[str, Any]:
