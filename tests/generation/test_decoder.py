@@ -405,10 +405,43 @@ def test_wrong_models():
     config = transformers.BloomConfig(vocab_size=V, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ModelError, match=r"BloomForCausalLM adds position biases \(ALiBi\) in attention of its own"):
         rarefy.decoder(transformers.AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(ModelError, match="softcap"):
-        rarefy.decoder(
-            transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**GATED, head_dim=16)).eval()
-        )
+    sizes = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for alibi in (
+        transformers.MptConfig(vocab_size=V, d_model=64, n_layers=1, n_heads=4),
+        transformers.FalconConfig(**sizes, alibi=True),
+    ):
+        with pytest.raises(ModelError, match=r"adds position biases \(ALiBi\) in attention of its own"):
+            rarefy.decoder(transformers.AutoModelForCausalLM.from_config(alibi).eval())
+    sinks = transformers.GptOssConfig(
+        **GATED, head_dim=16, num_local_experts=2, num_experts_per_tok=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"has attention sinks \(s_aux\), which decoders do not support"):
+        rarefy.decoder(transformers.AutoModelForCausalLM.from_config(sinks).eval())
+
+
+def test_caps_of_logits_change_what_gemma_2_says(tmp_path):
+    """A cap that is left out is noticed, in the attention and behind the head, before and after a file."""
+    ids = torch.randint(3, V, (2, 40))
+    caps = {"attn_logit_softcapping": 0.02, "final_logit_softcapping": 0.1, "num_hidden_layers": 1}
+    model = small("Gemma2", **caps)
+    step, want = rarefy.decoder(model), eager(model, ids)
+    rarefy.save(step, tmp_path / "saved")
+    for made in (step, rarefy.load(tmp_path / "saved")):
+        assert far(want, in_pieces(made, ids, [20, 1, 19])) < 1e-5
+    assert all(far(want, eager(small("Gemma2", **caps | {name: None}), ids)) > 1e-4 for name in list(caps)[:2])
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("GPT2", 2), ("Llama", 20)])
+def test_models_of_few_positions(family, tokens):
+    model = small(family, **{"n_positions" if family == "GPT2" else "max_position_embeddings": tokens})
+    step = rarefy.decoder(model)
+    ids = torch.randint(3, V, (2, tokens))
+    assert step.max_tokens == tokens and far(eager(model, ids), step(ids)) < 1e-5
+    assert in_pieces(step, ids, [1] * tokens).shape == (2, tokens, V)
+    if tokens > 1:
+        assert rarefy.generate(step, ids[:, :1]).shape == (2, tokens)
+    with pytest.raises(DataError, match=f"the model has {tokens} positions: a prompt of {tokens} tokens"):
+        rarefy.generate(step, ids)
 
 
 def test_recurrent_layers_are_refused_by_name():

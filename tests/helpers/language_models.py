@@ -34,6 +34,13 @@ FAMILIES = {
     "Qwen2": GATED,
     "Qwen3": {**GATED, "head_dim": 32},
     "Gemma": {**GATED, "head_dim": 16},
+    "Gemma2": {
+        **GATED,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 0.05,
+    },
     "Phi3": GATED,
     "Olmo2": GATED,
     "GPT2": {**GPT, "pad_token_id": 0},

@@ -308,7 +308,7 @@ def _cache_features(g: GraphDef) -> int:
     """Return how many features a graph's cached attention stores of a token; ValueError unless slots are contiguous."""
     features = 0
     for node in g.graph.nodes:
-        if node.target is ops.cached_attention:
+        if node.target in (ops.cached_attention, ops.capped_cached_attention):
             (keys_at, values_at), heads, kv_heads = node.args[4:7]
             width = values_at - keys_at
             if keys_at != features or width <= 0 or width % kv_heads or heads % kv_heads:

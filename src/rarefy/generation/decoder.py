@@ -125,7 +125,7 @@ def _why_no_cache(model: Any) -> str:
     name, kind = type(model).__name__, getattr(model.config, "model_type", "")
     if kind in RECURRENT:
         return f"{name} has recurrent layers in place of attention, which decoders do not support"
-    if kind in ALIBI:
+    if kind in ALIBI or getattr(model.config, "alibi", False):
         return f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support"
     return f"{name} has no attention that can use a KV cache"
 
@@ -209,14 +209,15 @@ def _token_numbers(model: Any) -> dict[str, Any]:
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **options: Any) -> Any:
     """Stand in for transformers' attention with rarefy::cached_attention; q is [batch, heads, tokens, head_dim]."""
     name = type(module).__name__
-    for option in ("softcap", "s_aux", "position_bias"):
+    for option, feature in (("s_aux", "attention sinks"), ("position_bias", "position biases in attention")):
         if options.get(option) is not None:
-            raise ModelError(f"{name} has {option}, for which the engine has no kernel")
+            raise ModelError(f"{name} has {feature} ({option}), which decoders do not support")
     if q.shape[3] != v.shape[3] or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{name}: the engine supports only causal attention whose keys and values have equal sizes")
     scale = q.shape[3] ** -0.5 if scaling is None else float(scaling)
     window = int(options.get("sliding_window") or 0)
-    return torch.ops.rarefy.cached_attention(q, k, v, scale, window), None
+    cap = float(options.get("softcap") or 0)
+    return torch.ops.rarefy.cached_attention(q, k, v, scale, window, cap), None
 
 
 class _Step(nn.Module):
@@ -412,11 +413,13 @@ def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounde
 def verify_decoder(model: Any, step: Decoder, tolerance: float) -> None:
     """Read a text at once, in pieces and token by token; ModelError unless all logits are the model's."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, step.vocab_size, (1, 3 * EXAMPLE_TOKENS), generator=generator)
+    tokens = min(3 * EXAMPLE_TOKENS, step.max_tokens or 3 * EXAMPLE_TOKENS)
+    ids = torch.randint(0, step.vocab_size, (1, tokens), generator=generator)
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False).logits
-    cache = step.cache(1, ids.shape[1])
-    pieces = [step(ids[:, a:b], cache) for a, b in ((0, 13), (13, 20), (20, 21))]
+    cache = step.cache(1, tokens)
+    ends = sorted({tokens * 13 // 21, tokens * 20 // 21, tokens} - {0})
+    pieces = [step(ids[:, a:b], cache) for a, b in zip([0, *ends], ends)]
     for logits in (step(ids), torch.cat(pieces, 1)):
         d = relative_distance(logits, want)
         if not d <= tolerance:

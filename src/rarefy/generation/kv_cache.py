@@ -19,7 +19,7 @@ def slots_of(graph: Any) -> list[tuple[int, int]]:
     """Return where a graph's cached attention keeps the keys and values of each layer, and their features."""
     slots: list[tuple[int, int]] = []
     for node in graph.nodes:
-        if getattr(node.target, "__name__", "") == "cached_attention":
+        if getattr(node.target, "__name__", "") in ("cached_attention", "capped_cached_attention"):
             keys, values = node.args[4]
             slots += [(keys, values - keys), (values, values - keys)]
     return slots
@@ -97,6 +97,7 @@ class Cache:
             All tokens of the slot, [batch, past + tokens, features].
         """
         view, end = self._view(slot, new.shape[2]), self.past + new.shape[1]
+        tiles = -(-end // TILE)
         tokens = torch.arange(self.past, end)
         view[:, tokens // TILE, tokens % TILE] = new.float()
-        return view.reshape(self.batch, self.capacity, -1)[:, :end]
+        return view[:, :tiles].reshape(self.batch, tiles * TILE, -1)[:, :end]

@@ -88,14 +88,37 @@ def cached_attention(
     `attention`. A window of 0 reads all tokens.
     """
     keys, values = (cache.append(slot, t) for slot, t in zip(slots, (k, v)))
-    query = cache.past + torch.arange(q.shape[1])[:, None]
-    key = torch.arange(keys.shape[1])
+    return _attend(q, keys, values, _visible(cache, q.shape[1], window), heads, kv_heads, scale, False)
+
+
+def capped_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, slots: Pair, heads: int, kv_heads: int, scale: float, window: int,
+    cap: float,
+) -> Tensor:  # fmt: skip
+    """Return what `cached_attention` does with scores s replaced by cap tanh(s / cap), as Gemma 2 has it.
+
+    It runs in torch: no kernel has the cap.
+    """
+    keys, values = (cache.append(slot, t) for slot, t in zip(slots, (k, v)))
+    query, key, value = (
+        t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (keys, kv_heads), (values, kv_heads))
+    )
+    grouped = query.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, heads of each, tokens, head_dim]
+    scores = cap * torch.tanh(grouped @ key[:, :, None].transpose(-1, -2) * (scale / cap))
+    mask = _visible(cache, q.shape[1], window)
+    scores.masked_fill_(~(mask if mask.dim() == 2 else mask[:, :, None]), float("-inf"))
+    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def _visible(cache: Any, tokens: int, window: int) -> Tensor:
+    """Return which tokens of a cache the next ones see, bool [tokens, keys] or [batch, 1, tokens, keys]."""
+    query = cache.past + torch.arange(tokens)[:, None]
+    key = torch.arange(cache.past + tokens)
     visible = (key <= query) & ((key > query - window) if window else True)
     if cache.starts is not None:
         start = cache.starts[:, None, None]
         visible = visible & ((key >= start) | (query < start))
-    mask = visible if visible.dim() == 2 else visible[:, None]
-    return _attend(q, keys, values, mask, heads, kv_heads, scale, False)
+    return visible if visible.dim() == 2 else visible[:, None]
 
 
 def _lower_attention(p: Program, node: Node) -> None:
@@ -208,5 +231,9 @@ OPERATORS = (
         fits=_cached_attention_fits,
         heavy=True,
         whole_sequences=True,
+    ),
+    OpSpec(
+        reference=capped_cached_attention,
+        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
     ),
 )
