@@ -1,7 +1,6 @@
 """Rules that a machine can check: levels, no import circles, light import, no code from files, short files."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,18 +139,19 @@ def test_files_stay_short():
     assert not long
 
 
-def test_import_is_light(tmp_path):
+def test_import_is_light():
+    """Python's own modules alone are loaded, and few of ours: seconds would depend on the machine's load."""
     code = """
-import sys, time
-began = time.perf_counter()
+import sys
+before = set(sys.modules)
 import rarefy
-print(time.perf_counter() - began, ",".join(sorted({"torch", "transformers", "typer", "rich", "numpy", "pydantic", "ruamel"} & set(sys.modules))))
+loaded = set(sys.modules) - before
+print(sum(name.partition(".")[0] == "rarefy" for name in loaded))
+print(",".join(sorted({name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"rarefy"})))
+print(len(loaded))
 import rarefy.pipeline.compress
 print(",".join(sorted({"transformers", "torchvision", "matplotlib", "typer", "rich"} & set(sys.modules))))
 """
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    first, heavy = ran.stdout.split("\n")[:2]
-    seconds, _, modules = first.partition(" ")
-    assert modules == "" and heavy == ""
-    assert float(seconds) < 1.0
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, others, count, heavy = ran.stdout.splitlines()
+    assert int(ours) <= 8 and others == "" and int(count) < 100 and heavy == ""
