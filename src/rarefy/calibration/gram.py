@@ -55,7 +55,7 @@ class Gram:
 
     @property
     def diagonal(self) -> Tensor:
-        """[G, C]: sums of squared inputs."""
+        """Return the sums of squared inputs, [G, C]."""
         assert self.H is not None
         return self.H.diagonal(dim1=-2, dim2=-1)
 

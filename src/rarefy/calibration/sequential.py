@@ -359,7 +359,7 @@ class _SequentialCalibration:
         return GroupStep(step, gram.finalize())
 
     def before_layer(self, layer: Layer, module: nn.Module, x: Any) -> None:
-        """Called before a layer: add its inputs, and suspend the pass at its last call."""
+        """Add the inputs of a layer before it is called, and suspend the pass at its last call."""
         run: Any = getcurrent()
         index = self.index_of[id(layer)]
         if index <= self.done or getattr(run, "owner", None) is not self or run.rerun:  # done, or another caller
@@ -398,7 +398,7 @@ class _SequentialCalibration:
             run.input_versions[index] = [(t, t._version) for t in tensors_in([*args, kwargs])]
 
     def after_block(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-        """Called after a block: record its call, and run it again if its weights have changed meanwhile."""
+        """Record the call of a block after it, and run the block again if its weights have changed meanwhile."""
         run: Any = getcurrent()
         if index <= self.done or getattr(run, "owner", None) is not self:
             return None

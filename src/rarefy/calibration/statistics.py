@@ -41,25 +41,25 @@ class LayerStats:
 
     @property
     def in_norm(self) -> Tensor:
-        """Root mean square of each input."""
+        """Return the root mean square of each input."""
         assert self.in_square is not None
         return (self.in_square / max(self.tokens, 1)).sqrt()
 
     @property
     def out_norm(self) -> Tensor:
-        """Root mean square of each output."""
+        """Return the root mean square of each output."""
         assert self.out_square is not None
         return (self.out_square / max(self.tokens, 1)).sqrt()
 
     @property
     def gradient(self) -> Tensor:
-        """Mean absolute gradient E|g|; the absolute value is taken before the mean over batches."""
+        """Return the mean absolute gradient E|g|; the absolute value is taken before the mean over batches."""
         assert self.grad_abs is not None
         return self.grad_abs / max(self.weight, 1)
 
     @property
     def fisher(self) -> Tensor:
-        """Mean squared gradient E[g^2]: the diagonal of the empirical Fisher matrix over batches."""
+        """Return the mean squared gradient E[g^2]: the diagonal of the empirical Fisher matrix over batches."""
         assert self.grad_square is not None
         return self.grad_square / max(self.weight, 1)
 

@@ -54,7 +54,7 @@ class GgufModel:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are in other types than floating point."""
+        """Return whether matrices are in other types than floating point."""
         return any(e.kind not in gguf_file.FLOATS for e in self.file.tensors.values())
 
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:

@@ -77,7 +77,7 @@ class HuggingFaceFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first matrix; fp32 where another has another."""
+        """Return the type of the first matrix; fp32 where matrices differ in type."""
         names = [n for n, p in self.model.named_parameters() if p.dim() > 1 and n in self.files]
         dtypes = {self._dtype(n) for n in (names[0], names[-1])}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -130,7 +130,7 @@ class RarefyFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the folder states."""
+        """Return the type that the folder states."""
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.stated, torch.float32)
 
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:

@@ -64,7 +64,7 @@ class ProfileRow:
 
     @property
     def gops(self) -> float:
-        """Executed operations per second, in billions."""
+        """Return the executed operations per second, in billions."""
         return self.executed / self.milliseconds / 1e6 if self.milliseconds else 0.0
 
     @property
@@ -74,7 +74,7 @@ class ProfileRow:
 
     @property
     def ceiling_percent(self) -> float | None:
-        """How much of the nearest ceiling is reached, in percent; None where none is known."""
+        """Return how much of the nearest ceiling is reached, in percent; None where none is known."""
         return 100 * self.min_milliseconds / self.milliseconds if self.limit and self.milliseconds else None
 
     def to_dict(self) -> dict[str, Any]:

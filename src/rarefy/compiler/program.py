@@ -109,12 +109,12 @@ class Part(Value):
 
     @property
     def start(self) -> int:  # type: ignore[override]
-        """Where the whole value begins."""
+        """Return where the whole value begins."""
         return self.whole.start
 
     @property
     def last(self) -> int:  # type: ignore[override]
-        """Index of the last step that reads or writes the whole value."""
+        """Return the index of the last step that reads or writes the whole value."""
         return self.whole.last
 
     @last.setter

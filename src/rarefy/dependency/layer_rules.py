@@ -14,7 +14,7 @@ from rarefy.model.batches import tensors_in
 
 
 def matmul(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """mm, bmm and their variants with an added tensor: both inputs share the dimension that is summed over."""
+    """Join the dimension that mm, bmm and their variants with an added tensor sum over in both inputs."""
     name = func.overloadpacket.__name__.rstrip("_")
     addends, (a, b) = (args[:1], args[1:3]) if name in ("addmm", "baddbmm", "addmv", "addbmm") else ((), args[:2])
     da, db = t.dims(a), t.dims(b)
@@ -157,7 +157,7 @@ def group_norm(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def resample(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Pooling and upsampling: spatial sizes change, channels stay."""
+    """Keep the channels in pooling and upsampling, which change spatial sizes."""
     x, name = args[0], func.overloadpacket.__name__
     num_spatial = 3 if "3d" in name else 1 if "1d" in name else 2
     for y in tensors_in([out]):
@@ -224,7 +224,7 @@ def all_fixed(t: Trace, func: Any, args: Any, out: Any) -> None:
 
 
 def gather(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """index_select and gather: one dimension is indexed and keeps its units."""
+    """Keep the units of the one dimension that index_select and gather index."""
     x, dim = args[0], arg(func, args, kwargs, "dim", 0)
     dims = list(t.dims(x))
     if not dims:

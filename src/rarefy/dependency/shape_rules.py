@@ -26,7 +26,7 @@ def arg(func: Any, args: Any, kwargs: Any, name: str, default: Any = None) -> An
 
 
 def pointwise(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Elementwise operators: aligned dimensions of all inputs are the same."""
+    """Join aligned dimensions of all inputs of an elementwise operator."""
     inputs = list(tensors_in([list(args), kwargs]))
     for y in tensors_in([out]):
         dims: list[Expr | None] = [None] * y.dim()
@@ -64,7 +64,7 @@ def averages_features(func: Any, args: Any) -> bool:
 
 
 def same_shape(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """The output has the dimensions of the first input."""
+    """Give the output the dimensions of the first input."""
     for y in tensors_in([out]):
         if y is not args[0]:
             t.set_dims(y, list(t.dims(args[0])), args[0])

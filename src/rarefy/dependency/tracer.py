@@ -96,7 +96,7 @@ class Trace(TorchDispatchMode):
 
 
 def unsupported_op(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Rule for unsupported operators: their inputs keep all units."""
+    """Keep all units of an unsupported operator's inputs."""
     name = str(func.overloadpacket)
     for t in tensors_in([list(args), kwargs]):
         if not all(map(is_fixed, trace.dims(t))):

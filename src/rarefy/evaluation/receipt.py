@@ -54,7 +54,7 @@ class Receipt:
 
     @property
     def passed(self) -> bool:
-        """Whether the quality is within the limit of the recipe; True if it has none."""
+        """Return whether the quality is within the limit of the recipe; True if it has none."""
         return self.quality.get("passed") is not False
 
     def to_dict(self) -> dict[str, Any]:

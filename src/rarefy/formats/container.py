@@ -63,17 +63,17 @@ class Container:
 
     @property
     def names(self) -> list[str]:
-        """The stored tensors, in the order they were written."""
+        """Return the names of the stored tensors, in the order in which they were written."""
         return list(self.index["tensors"])
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Tied name -> the stored name it shares."""
+        """Return the stored name that each tied name shares."""
         return dict(self.index["aliases"])
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the writer put in, JSON types only."""
+        """Return the metadata of the writer, in JSON types only."""
         return self.index["meta"]
 
     def packed(self, name: str, expect_shape: tuple[int, ...] | None = None) -> Packed:

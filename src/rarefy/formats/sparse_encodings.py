@@ -55,7 +55,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all parts together."""
+        """Return the bytes of all parts together."""
         return sum(t.numel() * t.element_size() for t in self.parts.values())
 
 

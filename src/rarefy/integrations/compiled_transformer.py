@@ -67,7 +67,7 @@ class CompiledTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs and outputs."""
+        """Return the device of inputs and outputs."""
         return torch.device("cpu")
 
     def forward(self, **inputs: Any) -> Any:

@@ -44,12 +44,12 @@ class OnEngine:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """Return the CPU, where the engine runs."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the model's inputs and outputs; weights may be packed in another."""
+        """Return the type of the model's inputs and outputs; weights may be packed in another."""
         return self.__dict__["engine_dtype"]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ class FolderEntry:
 
     @property
     def name(self) -> str:
-        """The file, and `#2` for the second recipe in it."""
+        """Return the file, and `#2` for the second recipe in it."""
         return str(self.path) if self.block is None else f"{self.path}#{self.block}"
 
 

@@ -37,7 +37,7 @@ class RecipeText:
 
     @property
     def modifiers(self) -> str:
-        """The names of its first modifiers."""
+        """Return the names of its first modifiers."""
         names = list(dict.fromkeys(NAMES.findall(self.text)))
         return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 

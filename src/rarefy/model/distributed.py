@@ -37,7 +37,7 @@ def rank() -> int:
 
 @contextmanager
 def replicated_data() -> Iterator[None]:
-    """Within this context every process sees all batches, and nothing is summed over processes."""
+    """Let every process see all batches, and sum nothing over processes, within this context."""
     _replicated[0] += 1
     try:
         yield

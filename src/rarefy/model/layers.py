@@ -62,17 +62,17 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight in its stored shape: masked if a mask is attached."""
+        """Return the effective weight in its stored shape: masked if a mask is attached."""
         return getattr(self.module, self.param)
 
     @property
     def original(self) -> nn.Parameter:
-        """The trainable parameter that the mask is applied to."""
+        """Return the trainable parameter that the mask is applied to."""
         return original(self.module, self.param)
 
     @property
     def full_name(self) -> str:
-        """`name.param`, or just `name` for the usual `weight`."""
+        """Return `name.param`, or just `name` for the usual `weight`."""
         return self.name if self.param == "weight" else _join(self.name, self.param)
 
 

@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product as one weight, computed at each access, for modules that read their layers' weights."""
+        """Return the product as one weight, computed at each access: some modules read their layers' weights."""
         if hasattr(self, "core"):
             a, b = self.up.weight.flatten(1), self.down.weight.flatten(1)  # type: ignore[union-attr, operator]
             return torch.einsum("or,rs...,si->oi...", a, self.core.weight, b)
@@ -89,7 +89,7 @@ class Corrected(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The sum as one weight, computed at each access."""
+        """Return the sum as one weight, computed at each access."""
         product = self.up.weight @ self.down.weight
         base: Any = self.base.weight
         return base + (product.t() if is_hf_conv1d(self.base) else product)

@@ -44,7 +44,7 @@ class Grid:
 
     @property
     def range(self) -> tuple[int, int]:
-        """The smallest and the largest code, before `zero` is subtracted."""
+        """Return the smallest and the largest code, before `zero` is subtracted."""
         half = 1 << (self.bits - 1)
         if self.zero is not None:
             return 0, 2 * half - 1

@@ -37,12 +37,12 @@ class ModelInput:
 
     @property
     def is_image(self) -> bool:
-        """Whether the input looks like a batch of images."""
+        """Return whether the input looks like a batch of images."""
         return self.dims is not None and len(self.dims) == 4 and self.dtype.is_floating_point
 
     @property
     def channels_last(self) -> bool:
-        """Whether the input looks like a batch of images whose last dimension is the color."""
+        """Return whether the input looks like a batch of images whose last dimension is the color."""
         return self.is_image and self.dims is not None and self.dims[3] in (1, 3) and self.dims[1] not in (1, 3)
 
 

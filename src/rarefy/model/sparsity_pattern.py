@@ -49,7 +49,7 @@ class Pattern:
 
     @property
     def fixed_sparsity(self) -> float | None:
-        """The sparsity that an N:M pattern implies; None for other patterns."""
+        """Return the sparsity that an N:M pattern implies; None for other patterns."""
         return 1 - self.a / self.b if self.kind == "nm" else None
 
 

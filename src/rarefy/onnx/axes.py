@@ -25,7 +25,7 @@ def default_axes(inputs: Mapping[str, Tensor]) -> Axes:
     axes: Axes = {}
 
     def name_for(axis: str, owner: str, size: int) -> str:
-        """The name of an axis: the common one if the first input with it has that size too."""
+        """Return the name of an axis: the common one if the first input with it has that size too."""
         return axis if sizes.setdefault(axis, size) == size else f"{owner}_{axis}"
 
     for name, t in inputs.items():

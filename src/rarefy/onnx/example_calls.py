@@ -107,7 +107,7 @@ def _shorten(t: Tensor, d: int) -> Tensor:
 
 
 def outputs_of(model: nn.Module, call: ExampleCall, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """All tensors that the model returns for the example, or for other inputs by name."""
+    """Return all tensors that the model returns for the example, or for other inputs by name."""
     by_id = {id(call.inputs[n]): t for n, t in inputs.items()}
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: by_id.get(id(t), t), (call.args, call.kwargs))
     return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]

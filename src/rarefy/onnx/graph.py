@@ -52,7 +52,7 @@ class Graph:
 
     @property
     def outputs(self) -> list[str]:
-        """The names of the graph's outputs."""
+        """Return the names of the graph's outputs."""
         return [o.name for o in self.model.graph.output]
 
     def users(self) -> dict[str, list[Any]]:
@@ -180,7 +180,7 @@ def fold_constants(graph: Graph) -> Iterable[Any]:
 
 
 def is_lookup(node: Any, stored: Set[str], constants: Mapping[str, Any]) -> bool:
-    """Whether a node reads rows of a table that can be trained: it becomes an embedding, even for constant rows."""
+    """Return whether a node reads rows of a trainable table: it becomes an embedding, even for constant rows."""
     if node.op_type != "Gather" or node.input[0] not in stored or attribute(node, "axis", 0):
         return False
     table = constants[node.input[0]]

@@ -127,16 +127,16 @@ class QuantizedWeight(nn.Module):
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero point is 0."""
+        """Return whether every zero point is 0."""
         return self.codes.dtype == torch.int8
 
     @property
     def one_zero(self) -> bool:
-        """Whether all zero points are the same."""
+        """Return whether all zero points are the same."""
         return len(self.zero.unique()) == 1
 
     def is_per_output(self, module: nn.Module) -> bool:
-        """Whether there is one scale, or one for each output of a layer."""
+        """Return whether there is one scale, or one for each output of a layer."""
         return self.axis is not None and (self.scale.dim() == 0 or self.axis == int(is_hf_conv1d(module)))
 
     def transposed(self) -> QuantizedWeight:

@@ -47,7 +47,7 @@ class EngineModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of its inputs and outputs, as a model of transformers has it."""
+        """Return the device of inputs and outputs, as a model of transformers does."""
         return torch.device("cpu")
 
     def _output(

@@ -62,7 +62,7 @@ def callable_batches(held_out: Any) -> Any:
 
 
 def packed_bytes(model: nn.Module, format: str) -> dict[str, Any]:
-    """Exact bytes of every stored tensor, by name, dense and in the save format."""
+    """Return the exact bytes of every stored tensor, by name, dense and in the save format."""
     dense, packed, formats = {}, {}, {}
     state = _stored(model)
     for name, p in pack(model, state, format):

@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The heading of its column."""
+        """Return the heading of its column."""
         if self.pattern is None:
             return f"{self.bits} bits"
         return str(self.pattern) if self.pattern.kind == "nm" else f"{self.pattern} {100 * self.sparsity:g} %"

@@ -63,7 +63,7 @@ def search_allocation(
     noise = torch.Generator().manual_seed(seed)
 
     def allocation(point: Tensor) -> dict[str, float]:
-        """point: log factor of each kind, of depth, and the weight of the uniform allocation."""
+        """Return the allocation of a point: log factors of kinds and of depth, and the weight of the uniform one."""
         *by_kind, slope, pull = point.tolist()
         factors = {n: math.exp(by_kind[columns[k]] + slope * depth[n]) for n, k in kinds.items()}
         sparsities = cheapest_allocation({n: [e * factors[n] for e in c] for n, c in costs.items()}, sizes, sparsity)

@@ -13,12 +13,12 @@ def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def flatten_gkoi(view: Tensor, positions_are_rows: bool = False) -> Tensor:
-    """[G, K, O, I] -> [G, O, K I], or [G, K O, I]."""
+    """Reshape [G, K, O, I] to [G, O, K I], or to [G, K O, I]."""
     return view.flatten(1, 2) if positions_are_rows else view.transpose(1, 2).flatten(2)
 
 
 def to_gkoi(layer: Layer, W: Tensor) -> Tensor:
-    """[G, O, C] -> [G, K, O, I]."""
+    """Reshape [G, O, C] to [G, K, O, I]."""
     G, K, O, I = layer.layout.shape
     if layer.layout.kind == "conv-transposed":
         return W.reshape(G, K, O, I)

@@ -96,13 +96,13 @@ class PruneOptions(Options):
 
     @property
     def wanted(self) -> float | None:
-        """The fraction of zeros; of `per_layer` the mean."""
+        """Return the fraction of zeros; of `per_layer` the mean."""
         each = self.per_layer
         return sum(each.values()) / len(each) if each else self.sparsity
 
     @property
     def selected(self) -> Selector:
-        """The selectors of the layers to prune."""
+        """Return the selectors of the layers to prune."""
         return self.layers if self.per_layer is None else tuple(self.per_layer)
 
 

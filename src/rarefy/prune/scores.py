@@ -18,7 +18,7 @@ from rarefy.calibration.statistics import LayerStats
 
 
 def magnitude(W: Tensor, stats: LayerStats) -> Tensor:
-    """|w| (LeCun 1989 to Han 2015). Its mean over a unit is the L1 norm."""
+    """Return |w| (LeCun 1989 to Han 2015). Its mean over a unit is the L1 norm."""
     return W.abs()
 
 
@@ -39,17 +39,17 @@ def lamp(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def random(W: Tensor, stats: LayerStats) -> Tensor:
-    """Uniform noise from the layer's seeded generator: the baseline of every score."""
+    """Return uniform noise from the layer's seeded generator: the baseline of every score."""
     return torch.rand(W.shape, generator=stats.generator).to(W.device)
 
 
 def gradient(W: Tensor, stats: LayerStats) -> Tensor:
-    """E|g|: keep the weights to which the loss is most sensitive."""
+    """Return the mean absolute gradient E|g|: how sensitive the loss is to each weight."""
     return stats.gradient
 
 
 def taylor(W: Tensor, stats: LayerStats) -> Tensor:
-    """|w| E|g|: the first-order change of the loss when w is set to 0 (Molchanov 2017, eq. 8, for weights)."""
+    """Return |w| E|g|: the first-order change of the loss when w is set to 0 (Molchanov 2017, eq. 8, for weights)."""
     return W.abs() * stats.gradient
 
 
@@ -59,17 +59,17 @@ def fisher(W: Tensor, stats: LayerStats) -> Tensor:
 
 
 def activation(W: Tensor, stats: LayerStats) -> Tensor:
-    """||x_j|| ||y_i||: the activity at both ends of w_ij; rows rank by output (Hu 2016), columns by input."""
+    """Return ||x_j|| ||y_i||, the activity at both ends of w_ij; rows rank by output (Hu 2016), columns by input."""
     return (stats.in_norm * stats.out_norm).expand(W.shape)
 
 
 def wanda(W: Tensor, stats: LayerStats) -> Tensor:
-    """|w_ij| ||x_j|| (Sun 2024, Wanda, eq. 1)."""
+    """Return |w_ij| ||x_j|| (Sun 2024, Wanda, eq. 1)."""
     return W.abs() * stats.in_norm
 
 
 def ria(W: Tensor, stats: LayerStats) -> Tensor:
-    """(|w_ij| / sum of its row + |w_ij| / sum of its column) ||x_j||^0.5 (Zhang 2024, RIA, eq. 5)."""
+    """Return (|w_ij| / sum of its row + |w_ij| / sum of its column) ||x_j||^0.5 (Zhang 2024, RIA, eq. 5)."""
     A = W.abs()
     rows, columns = A.sum((1, 3), keepdim=True), A.sum(2, keepdim=True)
     return (A / rows.clamp(min=1e-30) + A / columns.clamp(min=1e-30)) * stats.in_norm.sqrt()

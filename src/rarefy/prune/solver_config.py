@@ -82,7 +82,7 @@ class SparsityTarget:
 
     @property
     def needs_all_layers(self) -> bool:
-        """Whether masks need all layers before the first is solved."""
+        """Return whether masks need all layers before the first is solved."""
         if self.score is None:
             return False
         return self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
@@ -148,7 +148,7 @@ def check_options(solver: Solver, allowed: Collection[str]) -> dict[str, Any]:
 
 
 def passes(solver: Solver) -> AbstractContextManager[Any]:
-    """The precision in which a solver runs the model."""
+    """Return the precision in which a solver runs the model."""
     # no cache: it would keep the weights of the first pass for as long as the context lasts
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if in_bf16(solver) else nullcontext()
 

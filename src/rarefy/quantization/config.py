@@ -104,7 +104,7 @@ class QuantizeConfig:
 
     @property
     def description(self) -> str:
-        """The grid in short, such as `int4 by 128`."""
+        """Return the grid in short, such as `int4 by 128`."""
         kind = ("int" if self.symmetric else "uint") + str(self.bits)
         return kind if self.group is None else f"{kind} by {self.group}"
 

@@ -349,17 +349,17 @@ class Recipe(Options):
 
     @property
     def solves(self) -> bool:
-        """Whether a stage has a solver or trains: only these save a state."""
+        """Return whether a stage has a solver or trains: only these save a state."""
         return self.trains or any(isinstance(s, PruneOptions) and s.solver is not None for s in self.stages)
 
     @property
     def trains(self) -> bool:
-        """Whether a stage trains."""
+        """Return whether a stage trains."""
         return any(isinstance(stage, TrainStage) for stage in self.stages)
 
     @property
     def cuts(self) -> bool:
-        """Whether a stage removes units."""
+        """Return whether a stage removes units."""
         return any(isinstance(stage, CutStage) for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class _InputGroups:
         self.last: tuple[Any, int] = (lambda: None, 0)
 
     def observe(self, module: nn.Module, args: tuple) -> None:
-        """Forward hook of a Linear layer."""
+        """Observe a call of a Linear layer: its forward hook."""
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.is_inference():  # torch does not count edits of inference tensors
             self.last = (lambda: None, 0)

@@ -131,7 +131,7 @@ class ConvTiles:
 
     @property
     def matrix(self) -> Tiles | Sell | Dense:
-        """The matrix that the kernel runs through."""
+        """Return the matrix that the kernel reads."""
         O, I, *kernel = self.shape
         if self.counts is None or self.starts is None or self.columns is None:
             each = LANE.get(self.kind, 1)

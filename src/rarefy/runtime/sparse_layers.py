@@ -86,7 +86,7 @@ class Sparse(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked at each call: for modules that look at their layers' weights."""
+        """Return the dense weight, unpacked at each call: some modules read their layers' weights."""
         packed = self.packed_weight(1)
         if isinstance(packed, Tensor):
             return packed
@@ -312,7 +312,7 @@ class SparseConv(Sparse):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the shape of the layer's class, unpacked at each call."""
+        """Return the dense weight in the shape of the layer's class, unpacked at each call."""
         return super().weight.reshape(self.out_channels, -1, *self.kernel_size)
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -346,7 +346,7 @@ class QuantizedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked at each call."""
+        """Return the dense weight, unpacked at each call."""
         return unpack(QuantizedPanels(**self.metadata, **self._buffers)).to(self.dtype)  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

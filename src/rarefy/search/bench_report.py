@@ -41,7 +41,7 @@ class BenchRun:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of all metrics, the one of the plots first."""
+        """Return the names of all metrics, the one of the plots first."""
         names = dict.fromkeys(metric for values in self.quality.values() for metric in values)
         return tuple(name for name in names if name not in NO_METRICS)
 

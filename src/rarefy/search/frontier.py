@@ -63,7 +63,7 @@ class Point:
 
     @property
     def slowest(self) -> float:
-        """The smallest speed-up of all batches; 0 for a point that could not be made."""
+        """Return the smallest speed-up of all batches; 0 for a point that could not be built."""
         return min(self.speedup.values(), default=0.0)
 
 
@@ -135,7 +135,7 @@ class Frontier:
 
     @property
     def best_point(self) -> Point | None:
-        """The best point, or None."""
+        """Return the best point, or None."""
         return None if self.best_index is None else self.points[self.best_index]
 
     def front(self) -> tuple[Point, ...]:

@@ -55,7 +55,7 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """The seconds that all results took, in this process and in those before."""
+        """Return the seconds that all results took, in this process and in those before."""
         return sum(self.costs.values())
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class Part:
 
     @property
     def key(self) -> tuple[str, str]:
-        """The method and the name, which no other part shares."""
+        """Return the method and the name, which no other part shares."""
         return self.method, self.name
 
     def units_left(self, amount: float) -> int:

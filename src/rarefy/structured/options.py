@@ -132,28 +132,28 @@ class CutOptions(Options):
 
     @property
     def drops_layers(self) -> bool:
-        """Whether whole blocks are removed."""
+        """Return whether whole blocks are removed."""
         return "layer" in self.units
 
     @property
     def unit_score(self) -> str:
-        """The score of units."""
+        """Return the score of units."""
         return self.score or "magnitude"
 
     @property
     def budget(self) -> str:
-        """What is limited: keep, parameters, flops, latency or counts."""
+        """Return what is limited: keep, parameters, flops, latency or counts."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), "keep")
 
     @property
     def target(self) -> float:
-        """The fraction of the budget's measure that is to be left."""
+        """Return the fraction of the budget's measure that is to be left."""
         value = 0.0 if self.counts is not None else getattr(self, self.budget)
         return 0.5 if value is None else value
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        """The ways in which the remaining units compensate, where there is data."""
+        """Return the ways in which the remaining units compensate, where there is data."""
         return REPAIRS if self.repair is True or self.repair is None else self.repair or ()
 
 

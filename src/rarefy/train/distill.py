@@ -137,7 +137,7 @@ class Distill(Options):
 
     @property
     def pools(self) -> bool:
-        """Whether embeddings are compared."""
+        """Return whether embeddings are compared."""
         return bool(self.embedding or self.similarity)
 
 

@@ -50,7 +50,7 @@ def index_to_view(exported: ExportedGraph, node: Node) -> None:
 
 
 def remove_true_operands(exported: ExportedGraph, node: Node) -> None:
-    """Expand a mask itself, not what it and something that is always true have in common."""
+    """Replace `mask & true` by the mask itself, so that the mask alone is expanded."""
     if node.target is not aten.expand.default or node.kwargs:
         return
     x, sizes = node.args

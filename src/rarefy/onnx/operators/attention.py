@@ -14,7 +14,7 @@ from rarefy.onnx.operators.signature import require
 
 
 def split_heads(x: Tensor, count: int) -> Tensor:
-    """Part [batch, length, heads * size] to [batch, heads, length, size]."""
+    """Split [batch, length, heads * size] into [batch, heads, length, size]."""
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
@@ -30,7 +30,7 @@ def attention(
     scale: float | None = None, softcap: float = 0.0, softmax_precision: int | None = None,
     left_window_size: int = -1, right_window_size: int = -1, outputs: int = 1,
 ) -> Any:  # fmt: skip
-    """Attend; return the output, and with several outputs the keys and values with those of before, and scores."""
+    """Return attention's output; with several outputs also all keys and values so far, and the scores."""
     flat = q.dim() == 3
     if flat:
         require(q_num_heads and kv_num_heads, "Attention on three dimensions needs the numbers of its heads")
@@ -148,7 +148,7 @@ def fused_attention(
     qkv_hidden_sizes: Any = None, scale: float | None = None, mask_filter_value: float = -10000.0, do_rotary: int = 0,
     past_present_share_buffer: int = 0, rotary_embedding_dim: int = 0, outputs: int = 1,
 ) -> Any:  # fmt: skip
-    """com.microsoft.Attention: projects the inputs of a layer to queries, keys and values, and attends."""
+    """Return com.microsoft.Attention: inputs are projected to queries, keys and values, then attended to."""
     require(not do_rotary and not past_present_share_buffer, "com.microsoft.Attention with rotation is not supported")
     sizes = list(qkv_hidden_sizes) if qkv_hidden_sizes else [weight.shape[1] // 3] * 3
     mixed = x @ weight
@@ -166,7 +166,7 @@ def multi_head_attention(
     past_value: Tensor | None = None, *, num_heads: int, scale: float | None = None, unidirectional: int = 0,
     mask_filter_value: float = -10000.0, outputs: int = 1,
 ) -> Any:  # fmt: skip
-    """com.microsoft.MultiHeadAttention on projected queries, keys and values."""
+    """Return com.microsoft.MultiHeadAttention of projected queries, keys and values."""
     require(k is not None and v is not None and q.dim() == 3, "MultiHeadAttention on packed inputs is not supported")
     assert k is not None and v is not None
     if bias is not None:

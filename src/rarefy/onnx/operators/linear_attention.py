@@ -33,7 +33,7 @@ def linear_attention(
     beta: Tensor | None = None, *, q_num_heads: int, kv_num_heads: int, chunk_size: int = 64, scale: float = 0.0,
     update_rule: str = "gated_delta", outputs: int = 1,
 ) -> Any:  # fmt: skip
-    """Attend by a state [batch, heads, key size, value size] that each step decays, corrects and adds to."""
+    """Return attention by a state [batch, heads, key size, value size] that each step decays, corrects and adds to."""
     require(update_rule in RULES, f"the update rule {update_rule!r} is not supported")
     require((decay is not None) == ("gated" in update_rule), f"the rule {update_rule} and the input decay do not fit")
     require((beta is not None) == ("delta" in update_rule), f"the rule {update_rule} and the input beta do not fit")

@@ -61,7 +61,7 @@ def concat(*tensors: Tensor, axis: int = 1) -> Tensor:
 def split(
     x: Tensor, split: Ints | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int = 1
 ) -> tuple[Tensor, ...] | Tensor:
-    """Part an axis; without sizes in equal parts, of which the last may be smaller."""
+    """Split an axis; without sizes into equal parts, of which the last may be smaller."""
     parts = torch.split(x, -(-x.shape[axis] // outputs), axis) if split is None else torch.split(x, list(split), axis)
     return parts[0] if outputs == 1 else parts
 
