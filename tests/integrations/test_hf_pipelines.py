@@ -255,11 +255,11 @@ def test_strings_that_end_a_text(writers):
     options = {"max_new_tokens": 20, "do_sample": False, "tokenizer": tokenizer}
     whole = dense.model.generate(ids, **options)
     first, second = (tokenizer.decode(row[3:], skip_special_tokens=True) for row in whole)
-    for strings in (first[3:6], [second[4:6], first[5:8]], "?!"):
+    for strings in (first[3:6], [second[2:4], first[2:5]], "zzz"):
         for more in ({}, {"num_beams": 2}):
             want = dense.model.generate(ids, stop_strings=strings, **options, **more)
             assert torch.equal(fast.model.generate(ids, stop_strings=strings, **options, **more), want)
-            assert bool(more) or (want.shape[1] < 23 or bool((want == 0).any())) == (strings != "?!")
+            assert bool(more) or (want.shape[1] < 23 or bool((want == 0).any())) == (strings != "zzz")
     with pytest.raises(DataError, match="stop_strings needs a tokenizer to find strings in tokens: pass tokenizer="):
         fast.model.generate(ids, stop_strings="a", max_new_tokens=2)
 

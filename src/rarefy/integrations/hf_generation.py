@@ -85,7 +85,7 @@ def generate_with(model: Any, decoder: Decoder, inputs: Any, generation_config: 
             streamer=rest.get("streamer"),
             num_return_sequences=copies,
             **{n: rest[n] for n in OBJECTS if rest.get(n)},
-            **({"tokenizer": rest["tokenizer"]} if config.stop_strings else {}),
+            **({"tokenizer": rest.get("tokenizer")} if config.stop_strings else {}),
             **_draft(rest.get("assistant_model")),
             **{n: changed[n] for n in GUESSES if n in changed},
             **_choices(config),
