@@ -335,6 +335,9 @@ def test_cards_and_sources(tmp_path):
         file.write_text(text, newline="")
         assert card_fields(tmp_path) == fields, text
     assert origin_files(tmp_path) == {}
+    (tmp_path / "source.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ContainerError, match="source.json: not JSON"):
+        read_origin(tmp_path)
     for text in ('{"model": "a\\nb"}', '{"other": "x"}', "[]"):
         (tmp_path / "source.json").write_text(text)
         with pytest.raises(ContainerError, match="source.json: expected the fields model, revision"):
@@ -360,6 +363,11 @@ def test_what_is_wrong_with_a_push(saved, monkeypatch):
         write_card(saved.parent, "me/x", "mit")
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE forbids the network: unset it, or pass --dry-run"):
         push(saved, "me/x", licence="mit")
+    for name, message in (("receipt.json", "receipt.json: not JSON"), ("recipe.yaml", "expected a text in UTF-8")):
+        (saved / name).write_bytes(b"\xff\xfe")
+        with pytest.raises(ContainerError, match=message):
+            write_card(saved, "me/x", "mit")
+        (saved / name).unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     (saved / "x.bin").write_bytes(b"")
     with pytest.raises(ContainerError, match="x.bin is a pickle, which is not published: remove it"):

@@ -412,6 +412,11 @@ def test_wrong_models():
     ):
         with pytest.raises(ModelError, match=r"adds position biases \(ALiBi\) in attention of its own"):
             rarefy.decoder(transformers.AutoModelForCausalLM.from_config(alibi).eval())
+    for name in ("eos_token_id", "pad_token_id"):
+        model = small(num_hidden_layers=1)
+        setattr(model.generation_config, name, "x")
+        with pytest.raises(ModelError, match="expected token ids as eos_token_id and pad_token_id, got 'x'"):
+            rarefy.decoder(model)
     sinks = transformers.GptOssConfig(
         **GATED, head_dim=16, num_local_experts=2, num_experts_per_tok=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )  # fmt: skip

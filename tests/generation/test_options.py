@@ -428,6 +428,16 @@ def test_constraints_need_a_library(llama, monkeypatch):
         rarefy.generate(llama[1], PROMPTS, regex="a", tokenizer=Letters())
 
 
+def test_a_tokenizer_that_the_library_cannot_read_is_not_the_fault_of_the_pattern(llama):
+    pytest.importorskip("llguidance")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(DataError, match="regex: llguidance cannot read this tokenizer .*: it needs a fast one"):
+        rarefy.generate(llama[1], PROMPTS[:1], regex="a", tokenizer=words)
+
+
 @pytest.mark.real
 def test_real_text(smollm):
     """A real model in 8 bits: guesses change nothing, transformers' own stop strings and processors agree."""

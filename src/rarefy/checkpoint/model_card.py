@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from rarefy.checkpoint import compiled_model
 from rarefy.checkpoint.load import MAX_RECEIPT_BYTES
 from rarefy.checkpoint.origin import FROM_CARD, read_origin
-from rarefy.common.atomic_io import parse_json
+from rarefy.common.atomic_io import read_json_file
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.extras import install
 from rarefy.evaluation.receipt import Receipt, receipt_from_dict
@@ -70,7 +70,7 @@ def _receipt(folder: Path) -> Receipt | None:
     file = folder / "receipt.json"
     if not file.is_file() or file.is_symlink() or file.stat().st_size >= MAX_RECEIPT_BYTES:
         return None
-    return receipt_from_dict(parse_json(file.read_text(encoding="utf-8"), str(file)))
+    return receipt_from_dict(read_json_file(file, MAX_RECEIPT_BYTES))
 
 
 def _kind(saved: container.Container) -> str:
@@ -142,7 +142,10 @@ def _cell(text: str) -> str:
 def _recipe(folder: Path, recipe: Any) -> str:
     file = folder / RECIPE
     if file.is_file() and not file.is_symlink():
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ContainerError(f"{file}: expected a text in UTF-8: {error}") from None
     elif isinstance(recipe, Mapping):
         text = _yaml(dict(recipe))
     else:

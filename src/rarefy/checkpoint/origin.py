@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import parse_json
+from rarefy.common.atomic_io import read_json_file
 from rarefy.common.errors import ContainerError, RecipeError
 from rarefy.common.yaml_text import read_yaml
 from rarefy.data import builtin
@@ -54,7 +54,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
     file = folder / FILE
     if not file.is_file() or file.is_symlink() or file.stat().st_size > MAX_BYTES:
         return {}
-    data = parse_json(file.read_text(encoding="utf-8"), str(file))
+    data = read_json_file(file, MAX_BYTES)
     known = ("model", "revision", "weights", *FROM_CARD.values())
     if not isinstance(data, dict) or any(n not in known or not _is_plain(v) for n, v in data.items()):
         raise ContainerError(f"{file}: expected the fields {', '.join(known)}, each a short text")

@@ -59,10 +59,14 @@ def shell_text(message: str) -> str:
 def first_line(error: BaseException, max_length: int = 200) -> str:
     """Return the first line of an exception's message, or its class name if the message is empty.
 
-    >>> first_line(KeyError()), first_line(OSError("no\\nmore"))
-    ('KeyError', 'no')
+    A line that ends with a colon says nothing alone: the next one follows it.
+
+    >>> first_line(KeyError()), first_line(OSError("no\\nmore")), first_line(OSError("field x:\\n  no number"))
+    ('KeyError', 'no', 'field x: no number')
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:max_length]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    text = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return text[:max_length]
 
 
 def nearest(got: str, allowed: Iterable[str], count: int = 1) -> list[str]:

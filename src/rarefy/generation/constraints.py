@@ -106,4 +106,10 @@ def _tokenizer(tokenizer: Any, vocab_size: int, eos: tuple[int, ...]) -> Any:
 
     if tokenizer is None:
         raise TypeError("it needs a tokenizer to compare text with tokens: pass tokenizer=")
-    return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos) or None)
+    try:
+        return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos) or None)
+    except Exception as error:  # tokenizers of other kinds make it raise anything
+        raise ValueError(
+            f"llguidance cannot read this tokenizer ({first_line(error, 120)}): it needs a fast one of transformers, "
+            "with a decoder of bytes or of blanks, such as those of Llama and GPT-2"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -195,8 +196,11 @@ def _token_numbers(model: Any) -> dict[str, Any]:
     vocab_size = config.vocab_size
     eos = settings.eos_token_id if settings.eos_token_id is not None else []
     eos = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    eos = tuple(e for e in eos if 0 <= e < vocab_size)  # some configurations name tokens outside of the vocabulary
     pad = settings.pad_token_id if settings.pad_token_id is not None else -1
+    wrong = next((t for t in (*eos, pad) if isinstance(t, bool) or not isinstance(t, Integral)), None)
+    if wrong is not None:
+        raise ModelError(f"generation_config: expected token ids as eos_token_id and pad_token_id, got {wrong!r}")
+    eos = tuple(e for e in eos if 0 <= e < vocab_size)  # some configurations name tokens outside of the vocabulary
     return {
         "vocab_size": vocab_size,
         "max_tokens": getattr(config, "max_position_embeddings", None),

@@ -67,4 +67,6 @@ def _torch(file: Path) -> Any:
                 f"{file} holds more than tensors, which would run code: save its weights alone, "
                 "torch.save(model.state_dict(), FILE), or as .safetensors"
             ) from None
-        raise ModelError(f"{file} is not readable as weights of torch: {first_line(error)}") from None
+        raise ModelError(
+            f"{file} is no file of weights that torch.save wrote ({first_line(error)}): give .pth or .safetensors"
+        ) from None
