@@ -184,6 +184,21 @@ def embeddings() -> str:
     return per_machine(rows, make) if rows else "Not measured yet: `python bench/embeddings.py`."
 
 
+def spread() -> str:
+    """How many more of the queries each model answers than the dense one, with its interval, for each seed."""
+    rows = latest(read("spread"), "label", "name", "seed") if (RESULTS / "spread.jsonl").is_file() else []
+
+    def gains(same: list[Row], test: str) -> str:
+        return "; ".join("{gain:+.1f} ({0:+.1f} to {1:+.1f})".format(*r[test]["interval"], **r[test]) for r in same)
+
+    def make(rows: list[Row]) -> str:
+        models = [(name, same) for name, same in by(rows, "name").items() if name != "eager"]
+        cells = [[name, gains(same, "articles"), gains(same, "brown")] for name, same in models]
+        return table(["model", "R@1 articles, beside dense", "R@1 Brown, beside dense"], cells)
+
+    return per_machine(rows, make) if rows else "Not measured yet: `python bench/spread.py`."
+
+
 def frontier_images() -> str:
     """The same of image classifiers."""
     labels = {
@@ -454,6 +469,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine": engine,
     "frontier": frontier,
     "frontier-images": frontier_images,
+    "spread": spread,
     "optimize": optimize,
     "kernels": kernels,
     "language": language,

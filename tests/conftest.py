@@ -24,19 +24,36 @@ from rarefy.cli.main import main
 from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
 from rarefy.runtime import bindings
+from slow_cases import SLOW
 
 collect_ignore = ["fixtures"]  # scripts of earlier versions
 
 
+TESTS = Path(__file__).parent
+FIRST = (
+    "test_docs.py",
+    "test_decoder.py",
+    "test_dependency_zoo.py",
+    "test_onnx_cycle.py",
+    "test_cli.py",
+    "test_hub.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Run compiled models on the portable kernels in `make test-all` alone, where the CPU has better ones: each kernel
-    is tested by itself."""
+    """Mark what only `make test-all` runs: slow cases, and compiled models on the portable kernels where the CPU has
+    better ones, since each kernel is tested by itself. The longest files begin first, so that no core waits for one."""
     better = bindings.isa() not in (None, "portable")
-    for item in items if better else ():
+    for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.path.parent.name == "compiler" and params.get("isa") == "portable":
+        slow = better and item.path.parent.name == "compiler" and params.get("isa") == "portable"
+        if item.path.is_relative_to(TESTS):
+            names = SLOW.get(item.path.relative_to(TESTS).as_posix(), ())
+            slow = slow or item.name in names or getattr(item, "originalname", "") in names
+        if slow:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from slow_cases import SLOW
+
 SRC = Path(__file__).parents[1] / "src" / "rarefy"
 FILES = sorted(SRC.rglob("*.py"))
 # from the bottom; an import goes to the same unit or to a lower level
@@ -155,3 +157,9 @@ print(",".join(sorted({"transformers", "torchvision", "matplotlib", "typer", "ri
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours, others, count, heavy = ran.stdout.splitlines()
     assert int(ours) <= 8 and others == "" and int(count) < 100 and heavy == ""
+
+
+@pytest.mark.parametrize("file", SLOW)
+def test_slow_cases_exist(file):
+    source = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert [name for name in SLOW[file] if f"def {name.partition('[')[0]}(" not in source] == []
