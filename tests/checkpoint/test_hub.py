@@ -294,7 +294,7 @@ def test_files_outside_of_the_folder_are_never_copied_or_published(saved, monkey
         with pytest.raises(
             ContainerError, match=f"{name} is a link out of the folder, to .*secret/id: copy the file there"
         ):
-            {**origin_files(model), **side_files(model)}
+            _ = {**origin_files(model), **side_files(model)}
         (model / name).unlink()
         (model / "blobs" / "1").write_text("mine")
         (model / name).symlink_to("blobs/1")
