@@ -267,7 +267,7 @@ def test_options_of_files_on_folders(run, tmp_path):
     text_model(tmp_path)
     for words in (("bench", "--streams", "2"), ("bench", "--input-shape", "x=1"), ("profile", "--input-shape", "x=1")):
         ran = run(words[0], tmp_path / "model", *words[1:])
-        assert ran.code == 2 and f"{words[1]} has no effect: {tmp_path / 'model'} is no ONNX file" in ran.err
+        assert ran.code == 2 and f"{words[1]} has no effect: {tmp_path / 'model'} is no ONNX" in ran.err
 
 
 # optimize

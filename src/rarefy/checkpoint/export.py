@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from rarefy.checkpoint import compiled_model, compressed_tensors, gguf_export
+from rarefy.checkpoint import compiled_model, compressed_tensors, gguf_export, pt2_export
 from rarefy.checkpoint.load import load
 from rarefy.checkpoint.tensor_slots import trusted_shape
 from rarefy.common.atomic_io import INDEX, atomic_folder, check_output_folder, container_errors
@@ -22,7 +22,7 @@ from rarefy.model import hf, lowrank_modules
 from rarefy.model.embedding_modules import module_files
 from rarefy.model.hub import check_link
 
-EXPORTS = ("hf", "safetensors", "compressed-tensors", "gguf")
+EXPORTS = ("hf", "safetensors", "compressed-tensors", "gguf", "pt2")
 EXPORTED = "rarefy-export.json"  # marks a folder that an export may be written over
 
 
@@ -33,19 +33,22 @@ def export(
     to: str = "hf",
     type: str | None = None,
     tokenizer: Any = None,
+    example: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a saved folder as a checkpoint that needs no Rarefy.
 
     Args:
-        path: the saved folder. For "gguf" also a Hugging Face folder, or a model.
-        out: the folder to write, for "gguf" the file; it appears whole or not at all.
+        path: the saved folder. For "gguf" and "pt2" also a Hugging Face folder, or a model.
+        out: the folder to write, for "gguf" and "pt2" the file; it appears whole or not at all.
         to: "hf" (a dense folder that transformers loads), "safetensors" (one dense file, tensors by name),
-            "compressed-tensors" (a quantized folder that transformers loads with that package) or "gguf" (a file that
-            llama.cpp loads). Dense checkpoints do not quantize activations.
+            "compressed-tensors" (a quantized folder that transformers loads with that package), "gguf" (a file that
+            llama.cpp loads) or "pt2" (a file with the graph that `torch.export.load` loads, in evaluation mode). Dense
+            checkpoints do not quantize activations; the graph of "pt2" does.
         type: for "gguf", the type of matrices: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1". None: quantized layers
             in the smallest type that holds their codes, others in f16.
         tokenizer: for "gguf" of a model: its tokenizer, of transformers. A folder's own is written by itself.
+        example: for "pt2" what the model is called with; random for models whose inputs are known.
         overwrite: replace an earlier export.
 
     Returns:
@@ -66,8 +69,13 @@ def export(
     """
     if to not in EXPORTS:
         raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
+    if example is not None and to != "pt2":
+        raise ContainerError(f"example= is for to='pt2': leave it out with to={to!r}")
     if to == "gguf":
         return _export_gguf(path, out, type, tokenizer, overwrite)
+    if to == "pt2" and type is None and tokenizer is None:
+        model = _model_of(path) if isinstance(path, str | Path) else path
+        return pt2_export.write(model, out, example, overwrite)
     if isinstance(path, nn.Module) or type is not None or tokenizer is not None:
         raise ContainerError(f"a model, type= and tokenizer= are for to='gguf': to={to!r} takes the path of a folder")
     if os.path.realpath(out) == os.path.realpath(path):
@@ -99,11 +107,18 @@ def _export_gguf(
         return gguf_export.write(source, out, type=type, tokenizer=tokenizer, overwrite=overwrite)
     if tokenizer is not None:
         raise ContainerError("tokenizer= is for a model: the tokenizer of a folder is written by itself")
+    return gguf_export.write(
+        _model_of(source), out, type=type, tokenizer=hf.load_tokenizer(source), overwrite=overwrite
+    )
+
+
+def _model_of(source: str | Path) -> nn.Module:
+    """Return the model of a folder of Rarefy or Hugging Face, or of a .pt2 file."""
     saved = (Path(source) / INDEX).is_file() or not hf.is_folder(source)
     model = load(source) if saved else hf.load_folder(source)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{source} holds a decoder or compiled model: export what it was made from")
-    return gguf_export.write(model, out, type=type, tokenizer=hf.load_tokenizer(source), overwrite=overwrite)
+    return model
 
 
 def check_exportable(model: Any, path: str | Path, to: str) -> None:

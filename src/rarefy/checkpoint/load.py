@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.checkpoint import compiled_model, legacy_layouts
+from rarefy.checkpoint import compiled_model, legacy_layouts, pt2_load
 from rarefy.checkpoint.fit_structure import RECORDS, restore_structure_, skeleton, structure_to_build
 from rarefy.checkpoint.tensor_slots import Slots, aliases
 from rarefy.common.atomic_io import INDEX
@@ -40,7 +40,7 @@ def load(
     is run, and no class is imported by a name from it. Memory: the model and one more tensor.
 
     Args:
-        path: a folder that `save` wrote, or a compressed-tensors folder.
+        path: a folder that `save` wrote, a compressed-tensors folder, or a .pt2 file of `torch.export.save`.
         model: a module of the saved class, which receives the weights; not needed for Hugging Face models, which are
             built from their config, and models of timm and torchvision by name.
         verify: check the hashes of all files; False saves one pass over them.
@@ -64,6 +64,9 @@ def load(
         >>> load(folder, torch.nn.Linear(2, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    if pt2_load.is_file(path):
+        _check_file_options(path, model, accelerate, verify)
+        return pt2_load.load_pt2(path)
     options = _accelerate_options(accelerate)
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model: expected a torch.nn.Module to load into, such as MyModule(), got {model!r}")
@@ -91,6 +94,13 @@ def load(
     return model
 
 
+def _check_file_options(path: Any, model: Any, accelerate: Any, verify: bool) -> None:
+    """Raise ModelError for options that have no effect on a .pt2 file."""
+    for name, unused in (("model", model is None), ("accelerate", accelerate is False), ("verify", verify is True)):
+        if not unused:
+            raise ModelError(f"{name}= has no effect: {path} is a .pt2 file, which holds its graph; leave it out")
+
+
 def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
     """Return the options of `accelerate_`, or None; raise ModelError for unknown options."""
     if accelerate is False:
@@ -110,6 +120,9 @@ def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, 
         if name == "OnnxModel":
             call = f"rarefy.load({str(path)!r}, model=rarefy.from_onnx('FILE.onnx'))"
             raise ModelError(f"{path} holds the weights of an ONNX file, which has its code: {call}")
+        if name == pt2_load.CLASS:
+            call = f"rarefy.load({str(path)!r}, model=rarefy.load('FILE.pt2'))"
+            raise ModelError(f"{path} holds the weights of a .pt2 file, which has its code: {call}")
         raise ModelError(
             f"{path} holds a {name}, which is built in Python: rarefy.load({str(path)!r}, model={name}(...))"
         )

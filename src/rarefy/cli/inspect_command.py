@@ -16,8 +16,8 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="A folder of Rarefy, a Hugging Face folder, a .safetensors or .onnx file, a built-in name, timm/NAME, "
-            "torchvision/NAME, or a model of the hub, ORG/NAME."
+            help="A folder of Rarefy, a Hugging Face folder, a .safetensors, .onnx or .pt2 file, a built-in name, "
+            "timm/NAME, torchvision/NAME, or a model of the hub, ORG/NAME."
         ),
     ],
     groups: Annotated[
@@ -30,12 +30,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a checkpoint: shape, type, format, sparsity, pattern, bytes."""
+    from rarefy.checkpoint import pt2_load
     from rarefy.checkpoint.inspect import inspect
     from rarefy.cli import onnx_files
 
     source = shared.source(path, checkpoint, random_weights, offline)
     if not groups:
-        if isinstance(source, Path) and not onnx_files.is_file(source):
+        if isinstance(source, Path) and not (onnx_files.is_file(source) or pt2_load.is_file(source)):
             report = inspect(source)
         else:
             report = replace(inspect(shared.load(source)[0]), title=str(source))

@@ -233,14 +233,18 @@ app.command()(report_command.report)
 def export(
     path: Annotated[
         Path,
-        typer.Argument(help="A folder written by Rarefy; for gguf also a Hugging Face folder or a built-in name."),
+        typer.Argument(
+            help="A folder written by Rarefy; for gguf and pt2 also a Hugging Face folder or a built-in name; for pt2 "
+            "also an ONNX file."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for gguf, the file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for gguf and pt2, the file.")],
     to: Annotated[
         str,
         typer.Option(
             help="hf: a dense folder that transformers loads; safetensors: one dense file; compressed-tensors: a "
-            "quantized folder that transformers loads with that package; gguf: a file that llama.cpp loads."
+            "quantized folder that transformers loads with that package; gguf: a file that llama.cpp loads; pt2: a "
+            "file that torch.export.load loads."
         ),
     ] = "hf",
     kind: Annotated[
@@ -260,8 +264,12 @@ def export(
     from rarefy.evaluation.profiling import folder_bytes
     from rarefy.model import hf
 
-    if to == "gguf":
-        path = Path(str(shared.source(str(path))))
+    example: dict[str, Any] = {}
+    source: Any = path
+    if to == "pt2" and kind is None:
+        source, example = _model_and_example(path)
+    elif to == "gguf":
+        source = Path(str(shared.source(str(path))))
     elif str(path) in builtin.MODELS and not path.exists():
         raise ModelError(
             f"{path} is a built-in model, and export converts folders written by Rarefy: rarefy compress {path} first"
@@ -270,9 +278,17 @@ def export(
         raise RecipeError("ONNX files are written in Python: rarefy.export_onnx(model, example, 'model.onnx')")
     if to != "safetensors":
         hf.no_bars()
-    export(path, out, to=to, type=kind, overwrite=force)
-    num_bytes = out.stat().st_size if to == "gguf" else folder_bytes(out, (".safetensors",))
+    export(source, out, to=to, type=kind, overwrite=force, **example)
+    num_bytes = out.stat().st_size if out.is_file() else folder_bytes(out, (".safetensors",))
     shared.show(Report(f"exported to {out}", (), {"format": to, "bytes": num_bytes}), as_json, False)
+
+
+def _model_and_example(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a name, and its example input as an option of `export`."""
+    from rarefy.cli.inference_commands import example_input
+
+    net, tokenizer = shared.load(shared.source(str(path)))
+    return net, {"example": example_input(net, None, None, tokenizer)}
 
 
 @app.command("recipes")
@@ -456,10 +472,11 @@ def _dry_run_with_cuts(
 
 
 def _load_without_weights(source: Source) -> Any:
+    from rarefy.checkpoint import pt2_load
     from rarefy.cli import onnx_files
     from rarefy.model import hf
 
-    if not isinstance(source, Path) or onnx_files.is_file(source):
+    if not isinstance(source, Path) or onnx_files.is_file(source) or pt2_load.is_file(source):
         return shared.load(source)[0]
     if not hf.is_folder(source):
         raise ModelError(f"{source}: a dry run needs the model's config.json")

@@ -1,4 +1,4 @@
-"""ONNX files on the command line: how they are loaded, the sizes of their inputs, and data for them."""
+"""ONNX and .pt2 files on the command line: how they are loaded, the sizes of their inputs, and data for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rarefy.evaluation.example_inputs import as_example, input_shapes, random_in
 from rarefy.model.batches import count_samples
 from rarefy.model.forward import describe_batch
 from rarefy.model.image_config import image_config_of
-from rarefy.model.signature import ModelInput, Signature, get_signature
+from rarefy.model.signature import ModelInput, Signature, get_signature, set_signature_
 
 BATCH, TOKENS = 2, 128  # of examples, where neither the file nor the user says otherwise
 
@@ -56,6 +56,14 @@ def load(path: Path, input_shape: Sequence[str] | None, batch: int | None, token
             raise
         sizes = ", ".join(f"{n} {describe_batch(t)}" for n, t in example.items())
         raise ModelError(f"{error} ({sizes}): give others, --tokens 128 or --input-shape NAME=1x3x224x224") from None
+
+
+def with_example_shapes(net: Any, input_shape: Sequence[str] | None) -> Any:
+    """Return the module of a file with the shapes of --input-shape in its signature."""
+    signature = get_signature(net)
+    if signature is not None and input_shape:
+        set_signature_(net, with_shapes(signature, input_shape))
+    return net
 
 
 def with_shapes(signature: Signature, texts: Sequence[str]) -> Signature:

@@ -27,8 +27,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output folder t
 ModelPath = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face folder, a folder written by Rarefy, an ONNX or GGUF file, a built-in name, timm/NAME, "
-        "torchvision/NAME, or a model of the hub, ORG/NAME."
+        help="A Hugging Face folder, a folder written by Rarefy, an ONNX, GGUF or .pt2 file, a built-in name, "
+        "timm/NAME, torchvision/NAME, or a model of the hub, ORG/NAME."
     ),
 ]
 Checkpoint = Annotated[
@@ -46,8 +46,8 @@ InputShape = Annotated[
     typer.Option(
         "--input-shape",
         metavar="NAME=SIZES",
-        help="Sizes of an input of an ONNX file, as x=1x3x224x224; again for more inputs. Default: those of the file; "
-        "open ones are --batch, --tokens, and 224 for images.",
+        help="Sizes of an input of an ONNX or .pt2 file, as x=1x3x224x224; again for more inputs. Default: those of "
+        "the file; open ones are --batch, --tokens, and 224 for images.",
     ),
 ]
 Precision = Annotated[
@@ -65,6 +65,9 @@ DecoderPrecision = Annotated[
         "Default: fp32; of GGUF files their own, int8 if they are quantized."
     ),
 ]
+
+
+FILES = (".onnx", ".pt2")  # endings of files that hold one model
 
 
 class Ended(SystemExit):
@@ -123,11 +126,11 @@ def _no_such_model(name: str) -> ModelError:
     from rarefy.data import builtin
 
     siblings = [
-        str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir() or p.suffix == ".onnx"
+        str(Path(name).with_name(p.name)) for p in Path(name).parent.glob("*") if p.is_dir() or p.suffix in FILES
     ]
     near = nearest(name, [*builtin.MODELS, *siblings])
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    if name.endswith(".onnx"):
+    if name.endswith(FILES):
         return ModelError(f"no file {name!r}{hint}")
     return ModelError(
         f"no model folder {name!r} and no built-in model of that name ({', '.join(builtin.MODELS)}){hint}"
@@ -149,7 +152,7 @@ def load_any(
         ModelError: if the folder holds none of them.
         RecipeError: for --input-shape with a folder.
     """
-    from rarefy.checkpoint import gguf_tokenizer, legacy_layouts
+    from rarefy.checkpoint import gguf_tokenizer, legacy_layouts, pt2_load
     from rarefy.checkpoint.gguf_load import from_gguf
     from rarefy.checkpoint.load import load as load_folder
     from rarefy.cli import onnx_files
@@ -160,17 +163,19 @@ def load_any(
 
     if not isinstance(folder, Path):
         if input_shape:
-            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
+            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX or .pt2 file")
         return load_named(folder), None
     if gguf_file.is_file(folder):
         if input_shape:
-            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
+            raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX or .pt2 file")
         hf.no_bars()
         return from_gguf(folder), gguf_tokenizer.load(folder)
     if onnx_files.is_file(folder):
         return onnx_files.load(folder, input_shape, batch, tokens), _tokenizer_beside(folder)
+    if pt2_load.is_file(folder):
+        return onnx_files.with_example_shapes(load_folder(folder), input_shape), _tokenizer_beside(folder)
     if input_shape:
-        raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX file")
+        raise RecipeError(f"--input-shape has no effect: {folder} is no ONNX or .pt2 file")
     if (folder / INDEX).is_file():  # a decoder needs no transformers
         return load_folder(folder), hf.load_tokenizer(folder)
     hf.no_bars()
@@ -195,7 +200,7 @@ def load_tokenizer(source: Path) -> Any:
 
 
 def _tokenizer_beside(file: Path) -> Any:
-    """Return the tokenizer in the folder of an ONNX file, None where there is none that loads."""
+    """Return the tokenizer in the folder of a file, None where there is none that loads."""
     from rarefy.model import hf
 
     if find_spec("transformers") is None:

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
@@ -29,6 +29,7 @@ from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of la
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
 
 Pass = Callable[[ExportedGraph, Node], None]
+Result = TypeVar("Result")
 
 
 def export_graph(
@@ -52,9 +53,42 @@ def export_graph(
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
     """
+    exported, reason = _with_open_sizes(model, args, kwargs, lambda p: run_passes(p, passes), name, dynamic)
+    if reason:
+        exported.notes = (f"only for the example's batch size: {reason}",)
+    return exported
+
+
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rounding: Any
+) -> tuple[ExportedProgram, str]:
+    """Return torch's exported program of a model, and why its sizes are not open, "" where they are.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keywords.
+        rounding: the operator of (x, scale, zero) that rounds to static grids of 8 bits.
+
+    Raises:
+        ModelError: with torch.export's reason, in one line, if the model cannot be exported.
+    """
+    return _with_open_sizes(model, args, kwargs, lambda program: program, rounding=rounding)
+
+
+def _with_open_sizes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    use: Callable[[ExportedProgram], Result],
+    name: str | None = None,
+    dynamic: bool = True,
+    rounding: Any = FAKE_QUANTIZE,
+) -> tuple[Result, str]:
+    """Return what `use` makes of a model's exported program, and why its sizes are not open, "" where they are."""
     two = two_samples(args, kwargs) if dynamic else (args, kwargs)
     try:
-        return run_passes(_export(model, *two, dynamic), passes)
+        return use(_export(model, *two, dynamic, rounding)), ""
     except ModelError:
         raise
     except Exception as error:  # torch.export raises its own classes, and those of whatever the model calls
@@ -64,13 +98,11 @@ def export_graph(
         if two[0] is args:
             raise ModelError(reason) from error
     try:
-        exported = run_passes(_export(model, args, kwargs, dynamic), passes)
+        return use(_export(model, args, kwargs, dynamic, rounding)), reason
     except ModelError:
         raise
     except Exception:
         raise ModelError(reason) from None
-    exported.notes = (f"only for the example's batch size: {reason}",)
-    return exported
 
 
 def _reason(error: Exception) -> str:
@@ -93,12 +125,12 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), (args, dict(kwargs)))
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> Any:
+def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, rounding: Any = FAKE_QUANTIZE) -> Any:
     """Return torch's exported program without operators that change their inputs."""
     args, kwargs = distinct_tensors((args, dict(kwargs)))
     arguments = named_arguments(model, args, kwargs)
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) and dynamic else None, arguments)
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(FAKE_QUANTIZE):
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
         program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)

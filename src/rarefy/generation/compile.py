@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any, overload
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from rarefy.common.errors import DataError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import compile as compiler
 from rarefy.compiler.compile import check_module
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.exported_program import to_module
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
 from rarefy.model.layers import Selector
@@ -25,7 +27,7 @@ def compile(model: nn.Module, example: None = None, *, precision: str | None = N
 
 @overload
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example: Any,
     *,
     precision: str | None = None,
@@ -39,7 +41,7 @@ def compile(
 
 @renamed_parameters(values="precision")
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example: Any = None,
     *,
     precision: str | None = None,
@@ -57,7 +59,8 @@ def compile(
     the model's before anything is returned.
 
     Args:
-        model: a model in evaluation mode, on the CPU, in fp32, bf16 or fp16.
+        model: a model in evaluation mode, on the CPU, in fp32, bf16 or fp16, or what `torch.export.export` made of
+            one, which has its example.
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. A language
             model with an example is compiled as it is called: from ids to logits, without a cache.
         precision: None for that of the model; those in fp16 run in fp32. "bf16" and "int8" run layers in bfloat16 and
@@ -90,6 +93,8 @@ def compile(
         torch.Size([1, 8])
     """
     options = {"ignore": ignore, "calibrate": calibrate, "solver": solver, "tune": tune, "dynamic": dynamic}
+    if isinstance(model, ExportedProgram):
+        model, example = to_module(model, example)
     if example is not None:
         return compiler.compile(model, example, precision=precision, **options)
     check_module(model)
