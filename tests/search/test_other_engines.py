@@ -122,7 +122,7 @@ def test_an_engine_that_fails_is_a_note():
 
 
 def test_an_engine_that_fails_at_a_batch_size_loses_its_row(monkeypatch):
-    plain = other_engines._onnx_runtime
+    plain = other_engines.onnx_runtime
 
     def fixed_to_one(file):
         started = plain(file)
@@ -134,7 +134,7 @@ def test_an_engine_that_fails_at_a_batch_size_loses_its_row(monkeypatch):
 
         return other_engines.Started(started.run, fixed if file.name == "model.onnx" else started.fixed)
 
-    monkeypatch.setattr(other_engines, "_onnx_runtime", fixed_to_one)
+    monkeypatch.setattr(other_engines, "onnx_runtime", fixed_to_one)
     rows, notes = rows_of(*images())
     assert "ONNX Runtime, fp32" not in rows and set(rows["ONNX Runtime, int8"]["milliseconds"]) == {"1", "3"}
     assert "ONNX Runtime, fp32 does not run batch 3: one sample alone" in notes

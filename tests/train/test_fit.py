@@ -228,6 +228,42 @@ def test_rows_are_logged_to_wandb(tmp_path, monkeypatch):
     assert file.read_bytes().count(b"loss") >= 2
 
 
+def test_rows_and_receipts_are_logged_to_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    from rarefy.integrations.mlflow import log_receipt, metrics_of
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    report = fit_(Net(), image_batches(), epochs=2, log="mlflow:toy")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("toy").experiment_id
+    (run,) = client.search_runs([experiment])
+    logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert logged == [(r["epoch"], pytest.approx(r["loss"])) for r in report.rows] and run.info.status == "FINISHED"
+    receipt = rarefy.compress_(Net(), {"stages": [{"prune": {"sparsity": 0.5}}]})
+    mlflow.set_experiment("receipts")
+    with mlflow.start_run() as own:
+        fit_(Net(), image_batches(), log="mlflow:ignored")  # into the run that is active
+        log_receipt(receipt)
+    run = client.get_run(own.info.run_id)
+    assert run.data.metrics.items() >= metrics_of(receipt).items() and "loss" in run.data.metrics
+    assert run.data.metrics["bytes on disk/after"] == receipt.disk["after"]
+    text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/receipt.json")
+    assert json.loads(text) == receipt.to_dict()
+    log_receipt(receipt)  # a run of its own
+    assert mlflow.active_run() is None
+
+
+def test_without_mlflow_the_error_names_it(monkeypatch):
+    from rarefy.integrations.mlflow import log_receipt
+
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModelError, match="log_receipt needs MLflow: pip install mlflow"):
+        log_receipt(rarefy.Receipt(name="x"))
+    with pytest.raises(RecipeError, match="log 'mlflow:x' needs the package mlflow: pip install mlflow"):
+        fit_(Net(), image_batches(), log="mlflow:x")
+
+
 def test_a_loss_that_is_not_finite_restores_the_best_weights():
     model, states = Net(), []
 
@@ -270,6 +306,7 @@ def test_a_loss_that_is_not_finite_names_the_saved_state(tmp_path, monkeypatch):
             "distill: expected a rarefy.Distiller.model, teacher. or a callable.*got Net",
         ),
         ({"validate": lambda m: None}, RecipeError, "validate must return a number, got NoneType"),
+        ({"log": "mlflow:"}, RecipeError, "log 'mlflow:' lacks a name: mlflow:EXPERIMENT"),
         ({"log": "wandb:"}, RecipeError, "log 'wandb:' lacks a name: wandb:PROJECT"),
         ({"steps": "fast"}, RecipeError, "steps: expected a rarefy.train.fit.Steps"),
         ({"at": {1.5: print}}, ValueError, "at: expected training progress between 0 and 1, got 1.5"),

@@ -49,7 +49,10 @@ app = typer.Typer(
 
 Log = Annotated[
     list[str] | None,
-    typer.Option(help="Also write each epoch's metrics to a JSON lines file, tensorboard:FOLDER or wandb:PROJECT."),
+    typer.Option(
+        help="Also write each epoch's metrics to a JSON lines file, tensorboard:FOLDER, wandb:PROJECT or "
+        "mlflow:EXPERIMENT."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe and its data; the recipe's own by default.")]
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rarefy.common.data_frame import data_frame
+
 SMALLEST = 5e-4  # smaller numbers are printed as powers of ten
 SHOWN = 4  # numbers of a name that stands for many
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -49,6 +51,10 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def to_pandas(self) -> Any:
+        """Return all rows as a data frame of pandas, with numbers as they are; DataError where pandas is missing."""
+        return data_frame(self.rows)
 
     def __str__(self) -> str:
         out = io.StringIO()

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rarefy.common.data_frame import data_frame
 from rarefy.common.errors import ContainerError, first_line
 from rarefy.common.report import table
 
 SIDES = ("before", "after")
-LISTS = ("speed", "stages", "notes", "samples")  # fields that hold one entry per measurement
+LISTS = ("speed", "stages", "notes", "samples", "runtimes")  # fields that hold one entry per measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Receipt:
         settings: seed, machine, versions, duration in seconds.
         notes: remarks for the user.
         samples: prompt, before, after: the continuations of a prompt by both models.
+        runtimes: one row for each engine that the result was measured in: runtime, quality, milliseconds (batch ->
+            quartiles), all timed in turns.
 
     Example:
         >>> print(Receipt(name="half", disk={"before": 100, "after": 50}))
@@ -51,6 +54,7 @@ class Receipt:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
+    runtimes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -78,7 +82,44 @@ class Receipt:
 
     def rows(self) -> list[dict[str, str]]:
         """Return what was measured as rows of text: measured, before, after, change."""
-        return [*self._quality(), *self._units(), *self._bytes(), *self._speed()]
+        return [*self._quality(), *self._units(), *self._bytes(), *self._speed(), *self._runtimes()]
+
+    def to_pandas(self, layers: bool = False) -> Any:
+        """Return what was measured as a data frame of pandas: measured, unit, before, after, as plain numbers.
+
+        Times and rates are medians. With `layers` the frame has a row for each pruned layer.
+
+        Raises:
+            DataError: pandas is not installed.
+        """
+        return data_frame(self.sparsity.get("layers", ()) if layers else self.numbers())
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """Return what was measured as numbers, in the order of `rows`."""
+        q, rows = self.quality, list[dict[str, Any]]()
+
+        def add(what: str, unit: str, before: Any, after: Any) -> None:
+            rows.append({"measured": what, "unit": unit, "before": before, "after": after})
+
+        if q:
+            for name, values in {q["metric"]: q, **q.get("more", {})}.items():
+                add(name, "", values["before"], values["after"])
+        for name, pair in (("bytes on disk", self.disk), ("bytes in memory", self.memory)):
+            if pair:
+                add(name, "bytes", pair["before"], pair["after"])
+        if self.sparsity:
+            add("sparsity of the model", "", self.sparsity["model_before"], self.sparsity["model_after"])
+        if self.flops:
+            add(f"FLOPs, {self.flops['what']}", "FLOPs", self.flops["before"], self.flops["after"])
+        for s in self.speed:
+            for side, what in (("after", s["what"]), ("accelerated", f"{s['what']}, skipping zeros")):
+                if side in s:
+                    add(what, s["unit"], s["before"]["median"], s[side]["median"])
+        for r in self.runtimes:
+            add(f"{q['metric']}, {r['runtime']}", "", None, r["quality"])
+            for batch, t in r["milliseconds"].items():
+                add(f"forward, batch {batch}, {r['runtime']}", "ms", None, t["median"])
+        return rows
 
     def _text(self, layers: bool) -> str:
         lines = [f"Receipt: {self.name}", ""]
@@ -166,6 +207,16 @@ class Receipt:
                 ratio = s[side]["median"] / s["before"]["median"]
                 faster = ratio if s["unit"].endswith("/s") else 1 / ratio
                 rows.append(_row(what, before, after, f"{faster:.2f}x as fast"))
+        return rows
+
+    def _runtimes(self) -> list[dict[str, str]]:
+        """Quality and times of the result in each engine."""
+        rows = []
+        for r in self.runtimes:
+            rows.append(_row(f"{self.quality['metric']}, {r['runtime']}", "", f"{r['quality']:.4g}", ""))
+            for batch, t in r["milliseconds"].items():
+                text = f"{t['median']:,.4g} ({t['low']:,.4g}-{t['high']:,.4g})"
+                rows.append(_row(f"  forward, batch {batch}, ms", "", text, ""))
         return rows
 
 

@@ -26,8 +26,9 @@ from rarefy.model.losses import Loss
 from rarefy.model.masks import fold_
 from rarefy.pipeline.dry_run import stage_in_errors, targets
 from rarefy.pipeline.engine_evaluation import EngineModule, check_sample, engine_of, sample_of
-from rarefy.pipeline.measurements import callable_batches, layer_rows, receipt_of, state_of
+from rarefy.pipeline.measurements import EAGER, callable_batches, engine_name, layer_rows, receipt_of, state_of
 from rarefy.pipeline.run_data import RunContext, RunData, needs_calibration
+from rarefy.pipeline.runtimes import check_runtimes, measured_runtimes
 from rarefy.pipeline.speed import accelerated_copy, measure_speed
 from rarefy.pipeline.stages import run_stage
 from rarefy.pipeline.train_stage import check_stage
@@ -67,7 +68,8 @@ def compress_(
             `rarefy.prune_`. For recipes of solvers only.
         resume_dir: folder for the state of solvers and training: after a kill, the same call continues from there. It
             stays until you remove it.
-        log: where each epoch's numbers go too: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT".
+        log: where each epoch's numbers go too: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT",
+            "mlflow:EXPERIMENT".
         progress: show progress bars.
         **overrides: new values of the recipe's fields, such as `sparsity=0.4`, wherever it sets them;
             `**{"prune.sparsity": 0.4}` names the stage.
@@ -115,6 +117,7 @@ def _check_data(model: nn.Module, recipe: Recipe, data: RunData) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     if recipe.evaluate and recipe.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
+    check_runtimes(recipe.evaluate, model)
     check_sample(recipe, data.tokenizer)
     for stage in recipe.stages:
         if needs_calibration(stage) and callable(data.batches("calibrate")):
@@ -149,8 +152,14 @@ def _run(model: nn.Module, recipe: Recipe, context: RunContext, resume_dir: Path
     if dense is not None and timed:
         speed, samples, more = _timed(recipe, dense, model, engine, batches, context)
         reports += more
+    runtimes: tuple[Mapping[str, Any], ...] = ()
+    if evaluate and evaluate.runtimes and distributed.rank() == 0:
+        assert metric
+        subject = (engine_name(recipe), engine) if engine else (EAGER, model)
+        runtimes, notes = measured_runtimes(model, evaluate, metric, batches, subject, after["quality"])
+        reports.append(Report("runtimes", notes=notes))
     seconds = time.perf_counter() - started
-    receipt = receipt_of(recipe, model, before, after, rows, speed, reports, seconds, engine, samples)
+    receipt = receipt_of(recipe, model, before, after, rows, speed, reports, seconds, engine, samples, runtimes)
     model.rarefy_receipt = receipt  # type: ignore[assignment]
     return receipt
 

@@ -101,6 +101,7 @@ def receipt_of(
     seconds: float,
     engine: EngineModule | None = None,
     samples: tuple[Mapping[str, Any], ...] = (),
+    runtimes: tuple[Mapping[str, Any], ...] = (),
 ) -> Receipt:
     """Return the receipt of a run: bytes, quality, zeros and speed before and after, and a row for each layer."""
     disk = packed_bytes(model, recipe.save.format)
@@ -143,11 +144,12 @@ def receipt_of(
         flops=flops,
         stages=tuple(r.to_dict() for r in reports if r.title != "pruned"),
         samples=samples,
+        runtimes=runtimes,
         settings={
             "seed": recipe.seed,
             "seconds": seconds,
             "machine": profiling.machine(),
-            **({} if engine is None else {"runs": {"before": EAGER, "after": _engine_name(recipe)}}),
+            **({} if engine is None else {"runs": {"before": EAGER, "after": engine_name(recipe)}}),
         },
         notes=tuple(notes),
     )
@@ -177,7 +179,7 @@ def _evaluation_notes(recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
     return [f"{e.metric} was measured on {batches}" + (", all of the data" if e.samples is None else "")]
 
 
-def _engine_name(recipe: Recipe) -> str:
+def engine_name(recipe: Recipe) -> str:
     precision = recipe.evaluate.precision if recipe.evaluate else None
     return "Rarefy's engine" + (f", {precision}" if precision else "")
 

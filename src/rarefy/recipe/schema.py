@@ -241,6 +241,9 @@ class Decode(Options):
     text: str | None = Field(default=None, description="prompt that both models complete; the receipt shows the texts")
 
 
+RUNTIMES = ("onnxruntime", "openvino")
+
+
 class Evaluate(Options):
     """Measure before and after on held-out data."""
 
@@ -265,6 +268,9 @@ class Evaluate(Options):
     )
     precision: Annotated[str, OneOf(("int8",))] | None = Field(
         default=None, description="precision of the engine; null: that of the model"
+    )
+    runtimes: Annotated[tuple[Annotated[str, OneOf(RUNTIMES)], ...], AsTuple()] = Field(
+        default=(), description="other runtimes in which the result is measured too, exported to ONNX"
     )
     max_degradation: float | None = Field(
         default=None,

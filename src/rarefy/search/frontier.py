@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.common.atomic_io import write_new_file
+from rarefy.common.data_frame import data_frame
 from rarefy.common.report import table
 from rarefy.search.frontier_checks import check_frontier
 from rarefy.search.html_report import frontier_page
@@ -166,6 +167,34 @@ class Frontier:
             ContainerError: the file exists, or cannot be written.
         """
         return write_new_file(path, frontier_page(self), overwrite)
+
+    def to_pandas(self) -> Any:
+        """Return a data frame of pandas with a row for the dense model and one for each point, in the order tried.
+
+        Columns: model, quality, loss, checked_loss; for each batch the median of milliseconds and the speed-up;
+        disk_bytes, memory_bytes, precision, on_front, best, error.
+
+        Raises:
+            DataError: pandas is not installed.
+        """
+        front, best = self.front(), self.best_point
+        return data_frame(
+            {
+                "model": "dense" if p is self.dense else p.name,
+                "quality": p.quality,
+                "loss": p.loss,
+                "checked_loss": p.checked_loss,
+                **{f"batch {b}, ms": p.milliseconds.get(b, {}).get("median") for b in self.batches},
+                **{f"batch {b}, speedup": p.speedup.get(b) for b in self.batches},
+                "disk_bytes": p.disk_bytes,
+                "memory_bytes": p.memory_bytes,
+                "precision": p.precision or "fp32",
+                "on_front": any(p is f for f in front),
+                "best": p is best,
+                "error": p.error,
+            }
+            for p in (self.dense, *self.points)
+        )
 
     def __str__(self) -> str:
         best, points = self.best_point, [self.dense, *(p for p in self.front() if p != self.dense)]

@@ -7,13 +7,8 @@ of an engine that is called in turns with others should not.
 
 from __future__ import annotations
 
-import io
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,58 +16,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from rarefy.common.errors import ModelError, first_line
+from rarefy.common.errors import first_line
 from rarefy.evaluation.profiling import native_bf16
 from rarefy.evaluation.quality import Metric
 from rarefy.model import hf
 from rarefy.model.batches import count_samples
-from rarefy.model.forward import call, evaluating, without_targets
-from rarefy.onnx.example_calls import example_call
+from rarefy.model.forward import call, without_targets
+from rarefy.onnx.engines import Callee, Feed, Started, feed_of, nesting_of, onnx_runtime, openvino, quietly
 from rarefy.onnx.export import export_onnx
-from rarefy.onnx.runtimes import session_for_timing
 from rarefy.pipeline.speed import resize_batch
 from rarefy.search.deploy import SECONDS, times_in_turns
 
-Feed = Mapping[str, np.ndarray]
-Outputs = Sequence[Any]  # arrays
 SAMPLES = 128  # at most, for calibration
 NO_TIME = "their part of the time is over"
-
-
-@dataclass(frozen=True)
-class Started:
-    """An engine that runs the model.
-
-    Attributes:
-        run: returns the outputs for inputs of any batch size.
-        fixed: returns a call on inputs whose sizes may be fixed.
-    """
-
-    run: Callable[[Feed], Outputs]
-    fixed: Callable[[Feed], Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class Callee:
-    """An engine that is called as the dense model is, and returns what it returns.
-
-    Attributes:
-        dense: the model, which names its inputs.
-        run: the engine.
-        spec: how the dense model's outputs are nested.
-    """
-
-    dense: nn.Module
-    run: Callable[[Feed], Outputs]
-    spec: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self.run(_feed(self.dense, kwargs or args))
-        return pytree.tree_unflatten([torch.from_numpy(np.array(y)) for y in outputs], self.spec)
 
 
 def measured_engines(
@@ -106,9 +64,9 @@ def measured_engines(
     example, rows, started, longest = without_targets(example), dict[str, Any](), dict[str, Started](), 0.0
     with TemporaryDirectory() as place:
         try:
-            spec = _nesting(dense, example)
+            spec = nesting_of(dense, example)
             file = export_onnx(dense, example, Path(place) / "model.onnx", verify=False).path
-            feeds = [_feed(dense, without_targets(b)) for b in _first(data, SAMPLES)]
+            feeds = [feed_of(dense, without_targets(b)) for b in _first(data, SAMPLES)]
         except Exception as error:  # the exporter has its own classes
             return {"rows": [], "notes": [*notes, f"other engines are not measured: {first_line(error)}"]}
         for name, start in _makers(file, feeds).items():
@@ -117,7 +75,7 @@ def measured_engines(
                 continue
             began = time.perf_counter()
             try:
-                with _quietly():
+                with quietly():
                     started[name] = start()
                     quality = metric.measure(Callee(dense, started[name].run, spec))
                 rows[name] = {"name": name, "quality": quality, "milliseconds": {}, "speedup": {}}
@@ -140,8 +98,8 @@ def _add_times(
     runs: dict[str, Callable[[], Any]] = {}
     for name in list(rows):
         try:
-            with _quietly():
-                runs[name] = started[name].fixed(_feed(dense, inputs))
+            with quietly():
+                runs[name] = started[name].fixed(feed_of(dense, inputs))
                 runs[name]()
         except Exception as error:
             notes.append(f"{name} does not run batch {batch}: {first_line(error)}")
@@ -157,20 +115,6 @@ def _add_times(
         row["speedup"][batch] = times["ours"]["median"] / times[name]["median"]
 
 
-def _nesting(dense: nn.Module, example: Any) -> Any:
-    """Return how the model's outputs are nested; ModelError for outputs that are no tensors."""
-    with evaluating(dense), torch.no_grad():
-        leaves, spec = pytree.tree_flatten(call(dense, example))
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise ModelError("the model returns more than tensors")
-    return spec
-
-
-def _feed(dense: nn.Module, inputs: Any) -> dict[str, np.ndarray]:
-    """Return inputs as arrays by the names that the file has for them."""
-    return {n: t.numpy() for n, t in example_call(dense, inputs).inputs.items()}
-
-
 def _first(data: Sequence[Any], samples: int) -> Iterator[Any]:
     """Yield batches of about so many samples in all."""
     for batch in data:
@@ -184,23 +128,17 @@ def _makers(file: Path, feeds: Sequence[Feed]) -> dict[str, Callable[[], Started
     """Return what starts each engine, in each precision, that is installed."""
     makers: dict[str, Callable[[], Started]] = {}
     if find_spec("onnxruntime"):
-        makers["ONNX Runtime, fp32"] = partial(_onnx_runtime, file)
+        makers["ONNX Runtime, fp32"] = partial(onnx_runtime, file)
         if feeds:
-            makers["ONNX Runtime, int8"] = lambda: _onnx_runtime(_in_8_bits(file, feeds))
+            makers["ONNX Runtime, int8"] = lambda: onnx_runtime(_in_8_bits(file, feeds))
     if find_spec("openvino"):
-        makers["OpenVINO, fp32"] = partial(_openvino, file, "f32")
+        makers["OpenVINO, fp32"] = partial(openvino, file, "f32")
         best = "bf16" if native_bf16() else "f32"
         if native_bf16():
-            makers["OpenVINO, bf16"] = partial(_openvino, file, best)
+            makers["OpenVINO, bf16"] = partial(openvino, file, best)
         if feeds and find_spec("nncf"):
-            makers["OpenVINO, int8"] = partial(_openvino, file, best, feeds)
+            makers["OpenVINO, int8"] = partial(_openvino_int8, file, best, feeds)
     return makers
-
-
-def _onnx_runtime(file: Path) -> Started:
-    """Return ONNX Runtime with a file."""
-    session = session_for_timing(file, torch.get_num_threads(), exact_sums=True)
-    return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
 
 
 def _in_8_bits(file: Path, feeds: Sequence[Feed]) -> Path:
@@ -239,27 +177,9 @@ def _reader(feeds: Sequence[Feed]) -> Any:
     return Reader()
 
 
-def _openvino(file: Path, precision: str, feeds: Sequence[Feed] = ()) -> Started:
-    """Return OpenVINO with a file; with calibration data in 8 bits, where all else has the precision."""
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    core = openvino.Core()
-    network = core.read_model(str(file))
-    if feeds:
-        network = _calibrated(network, feeds)
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    compiled = core.compile_model(network, "CPU", settings)
-
-    def fixed(feed: Feed) -> Callable[[], Any]:
-        copy = network.clone()
-        copy.reshape({n: list(a.shape) for n, a in feed.items()})
-        return partial(core.compile_model(copy, "CPU", settings), feed, share_outputs=True)
-
-    return Started(lambda feed: [np.array(y) for y in compiled(feed).values()], fixed)
+def _openvino_int8(file: Path, precision: str, feeds: Sequence[Feed]) -> Started:
+    """Return OpenVINO with a file in 8 bits, found on calibration data; all else has the precision."""
+    return openvino(file, precision, lambda network: _calibrated(network, feeds))
 
 
 def _calibrated(network: Any, feeds: Sequence[Feed]) -> Any:
@@ -270,16 +190,3 @@ def _calibrated(network: Any, feeds: Sequence[Feed]) -> Any:
     if _reads_texts(feeds):
         options["model_type"] = nncf.ModelType.TRANSFORMER
     return nncf.quantize(network, nncf.Dataset(list(feeds)), **options)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings and messages of other packages."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # NNCF prints progress bars
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

@@ -115,7 +115,7 @@ def fit_(
         resume_dir: folder for the state of the run: after a kill, the same call on the same model continues from there,
             to the same bits. Remove it when the result is saved.
         also: plain data that must agree too for a run to continue, about `loss`, `distill` and `at`.
-        log: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT", or several of these.
+        log: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT", "mlflow:EXPERIMENT", or several.
         progress: show progress bars.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Loggers of training: JSON lines, TensorBoard and W&B."""
+"""Loggers of training: JSON lines, TensorBoard, W&B and MLflow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ class Loggers:
     @staticmethod
     @contextmanager
     def open(targets: str | Path | Sequence[str] | None) -> Iterator[Loggers]:
-        """Open loggers: a file, `tensorboard:FOLDER`, `wandb:PROJECT`. Raises RecipeError for a missing package."""
+        """Open loggers: a file, `tensorboard:FOLDER`, `wandb:PROJECT`, `mlflow:EXPERIMENT`.
+
+        Raises:
+            RecipeError: a package is missing.
+        """
         names = [] if targets is None else [targets] if isinstance(targets, str | Path) else list(targets)
         with ExitStack() as stack:
             yield Loggers(tuple(_writer(str(name), stack) for name in names))
@@ -38,15 +42,16 @@ class Loggers:
 def _writer(name: str, stack: ExitStack) -> Write:
     """Return the writer that a name means."""
     kind, colon, target = name.partition(":")
-    if colon and kind in ("tensorboard", "wandb"):
+    if colon and kind in PACKAGES:
+        start, what = PACKAGES[kind]
         if not target:
-            raise RecipeError(f"log {name!r} lacks a name: {kind}:{'FOLDER' if kind == 'tensorboard' else 'PROJECT'}")
+            raise RecipeError(f"log {name!r} lacks a name: {kind}:{what}")
         try:
-            return (_tensorboard if kind == "tensorboard" else _wandb)(target, stack)
+            return start(target, stack)
         except ImportError as error:
             raise RecipeError(f"log {name!r} needs the package {kind}: pip install {kind} ({error})") from None
     if colon and "/" not in kind and len(kind) > 1:  # a single letter is a Windows drive
-        raise RecipeError(unknown("log", kind, ("tensorboard", "wandb")) + "; or a file's name without a colon")
+        raise RecipeError(unknown("log", kind, PACKAGES) + "; or a file's name without a colon")
     file = Path(name).expanduser()
     with container_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,3 +85,25 @@ def _wandb(project: str, stack: ExitStack) -> Write:
     run = wandb.init(project=project)
     stack.callback(run.finish)
     return lambda row: run.log(dict(row))
+
+
+def _mlflow(experiment: str, stack: ExitStack) -> Write:
+    """Return a writer of metrics of an MLflow run: the one that is active, else a new one of the experiment."""
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    if mlflow.active_run() is None:
+        mlflow.set_experiment(experiment)
+        stack.enter_context(mlflow.start_run())
+
+    def write(row: Mapping[str, Any]) -> None:
+        values = {name: float(value) for name, value in row.items() if name != "epoch"}
+        mlflow.log_metrics(values, step=int(row["epoch"]))
+
+    return write
+
+
+PACKAGES: dict[str, tuple[Callable[[str, ExitStack], Write], str]] = {  # and what a name stands for
+    "tensorboard": (_tensorboard, "FOLDER"),
+    "wandb": (_wandb, "PROJECT"),
+    "mlflow": (_mlflow, "EXPERIMENT"),
+}

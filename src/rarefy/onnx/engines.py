@@ -1,0 +1,112 @@
+"""Exported models in ONNX Runtime and OpenVINO, called as the model that they were exported from."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rarefy.common.errors import ModelError
+from rarefy.model.forward import call, evaluating
+from rarefy.onnx.example_calls import example_call
+from rarefy.onnx.runtimes import session_for_timing
+
+Feed = Mapping[str, np.ndarray]
+Outputs = Sequence[Any]  # arrays
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine that runs the model.
+
+    Attributes:
+        run: returns the outputs for inputs of any batch size.
+        fixed: returns a call on inputs whose sizes may be fixed.
+    """
+
+    run: Callable[[Feed], Outputs]
+    fixed: Callable[[Feed], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Callee:
+    """An engine that is called as the dense model is, and returns what it returns.
+
+    Attributes:
+        dense: the model, which names its inputs.
+        run: the engine.
+        spec: how the dense model's outputs are nested.
+    """
+
+    dense: nn.Module
+    run: Callable[[Feed], Outputs]
+    spec: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.run(feed_of(self.dense, kwargs or args))
+        return pytree.tree_unflatten([torch.from_numpy(np.array(y)) for y in outputs], self.spec)
+
+
+def nesting_of(dense: nn.Module, example: Any) -> Any:
+    """Return how the model's outputs are nested; ModelError for outputs that are no tensors."""
+    with evaluating(dense), torch.no_grad():
+        leaves, spec = pytree.tree_flatten(call(dense, example))
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ModelError("the model returns more than tensors")
+    return spec
+
+
+def feed_of(dense: nn.Module, inputs: Any) -> dict[str, np.ndarray]:
+    """Return inputs as arrays by the names that the file has for them."""
+    return {n: t.numpy() for n, t in example_call(dense, inputs).inputs.items()}
+
+
+def onnx_runtime(file: Path) -> Started:
+    """Return ONNX Runtime with a file."""
+    session = session_for_timing(file, torch.get_num_threads(), exact_sums=True)
+    return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
+
+
+def openvino(file: Path, precision: str = "f32", change: Callable[[Any], Any] = lambda network: network) -> Started:
+    """Return OpenVINO with a file, of which `change` returns another network."""
+    from openvino import Core  # pyright: ignore[reportMissingImports]
+
+    core: Any = Core()
+    network = change(core.read_model(str(file)))
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = core.compile_model(network, "CPU", settings)
+
+    def fixed(feed: Feed) -> Callable[[], Any]:
+        copy = network.clone()
+        copy.reshape({n: list(a.shape) for n, a in feed.items()})
+        return partial(core.compile_model(copy, "CPU", settings), feed, share_outputs=True)
+
+    return Started(lambda feed: [np.array(y) for y in compiled(feed).values()], fixed)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings and messages of other packages."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # NNCF prints progress bars
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
