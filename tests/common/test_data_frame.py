@@ -27,7 +27,10 @@ def test_rows_of_a_sensitivity():
     net = nn.Sequential(nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
     report = rarefy.sensitivity(net, [x for x, _ in image_batches()][:1], sparsities=(0.5,))
     frame = report.to_pandas()
-    assert frame.astype(object).where(frame.notna(), None).to_dict("records") == [dict(r) for r in report.rows] and len(frame) >= 2
+    assert (
+        frame.astype(object).where(frame.notna(), None).to_dict("records") == [dict(r) for r in report.rows]
+        and len(frame) >= 2
+    )
 
 
 def test_a_receipt_has_the_numbers_that_it_prints():

@@ -107,13 +107,13 @@ class Layers:
 
     def _owner(self, path: str) -> nn.Module:
         """Return the module at a path, which is created where there is none."""
-        module = self.module
+        module: Any = self.module
         for part in filter(None, path.split(".")):
             if part not in module._modules:
                 if hasattr(module, part):
                     raise ValueError(f"{path[:60]!r} is the name of several things")
                 module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
+            module = module._modules[part]
         return module
 
     def call(self, function: Any, values: Mapping[str, Any], caller: tuple[str, str]) -> fx.Node | None:
