@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,13 @@ class Parts:
 
 
 def save(
-    model: Compiled | Decoder, path: str | Path, meta: Mapping[str, Any], *, files: Mapping[str, bytes], **options: Any
+    model: Compiled | Decoder,
+    path: str | Path,
+    meta: Mapping[str, Any],
+    *,
+    files: Mapping[str, bytes],
+    file_of: Callable[[Packed], Path | None] = lambda _: None,
+    **options: Any,
 ) -> None:
     """Write a compiled model or a decoder to a folder. O(weights).
 
@@ -103,6 +109,8 @@ def save(
         path: the folder.
         meta: more entries of the index.
         files: more files, by name.
+        file_of: returns the safetensors file that holds the tensors of a packed weight, by their names; None where
+            there is none. It becomes a shard as it is.
         **options: those of `container.write`.
 
     Raises:
@@ -121,9 +129,19 @@ def save(
     entry = {GRAPH: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
     tensors = {f"constant.{n}": t if orders[n] is None else t.permute(orders[n]) for n, t in constants.items()}  # type: ignore[arg-type]
     tensors |= {f"packed.{n}.{p}": t for n, (_, parts) in split.items() for p, t in parts.items()}
+    stored = {n: file for n, form in packed.items() if (file := file_of(form)) is not None}
+    written = {f"packed.{n}.{p}": (file, p) for n, file in stored.items() for p in split[n][1]}
     dense = ((n, encode(t.detach().contiguous(), "dense")) for n, t in tensors.items())
     decoder = {DECODER: _numbers_of(model)} if isinstance(model, Decoder) else {}
-    container.write(path, dense, meta={**meta, META: entry, **decoder}, files={**files, GRAPH: text}, **options)
+    container.write(
+        path,
+        dense,
+        meta={**meta, META: entry, **decoder},
+        files={**files, GRAPH: text},
+        aligned=True,
+        written=written,
+        **options,
+    )
 
 
 def _numbers_of(decoder: Decoder) -> dict[str, Any]:
@@ -180,7 +198,8 @@ def is_compiled(saved: container.Container) -> bool:
 def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
     """Return the compiled model or decoder of a folder, with the same outputs bit for bit on the same machine.
 
-    Torch runs its operators where there are no kernels. O(weights).
+    Torch runs its operators where there are no kernels. Packed weights of decoders stay in the mapped files where
+    kernels can read them there. O(weights).
 
     Args:
         saved: the opened folder.
@@ -192,7 +211,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
     for name, value in unsupported.items():
         if value is not None:
             raise ContainerError(f"{name}= has no effect: {saved.path} holds a compiled model; leave it out")
-    parts = read(saved)
+    parts = read(saved, mapped=DECODER in saved.meta)
     g, constants, kernels = parts.graph, dict(parts.constants), {}
     repacked: dict[str, Packed] = {}
     for node, name in g.kernels.items():
@@ -226,8 +245,11 @@ def _kernel(node: Node, form: Any, constants: Mapping[str, Tensor]) -> Any:
     return Kernel(form, None if bias is None else constants[bias.name], act)
 
 
-def read(saved: container.Container) -> Parts:
-    """Return the parts of a compiled model; ContainerError unless they are consistent. O(weights)."""
+def read(saved: container.Container, mapped: bool = False) -> Parts:
+    """Return the parts of a compiled model; ContainerError unless they are consistent. O(weights).
+
+    With `mapped`, packed weights stay in the mapped files where kernels can read them there.
+    """
     where = saved.path / GRAPH
     entry = saved.meta[META]
     try:
@@ -240,9 +262,11 @@ def read(saved: container.Container) -> Parts:
     if names != stored or saved.aliases:
         unexpected = sorted(names ^ stored) or sorted(saved.aliases)
         raise ContainerError(f"{where}: constants are not those of the shards: {unexpected[0][:80]!r}")
-    memory = HugePageBuffer()  # each weight in memory of its own, so that the file's memory can be freed on the way
-    packed = {n: memory.hold(_packed_weight(saved, n, scalars, str(where))) for n, scalars in graph.packed.items()}
-    if len(saved.names) != len(stored) + sum(len(to_tensors(p)[1]) for p in packed.values()):
+    tensors = saved.mapped(n for n in saved.names if n.startswith("packed."))
+    memory, packed = HugePageBuffer(), {}
+    for name, scalars in graph.packed.items():
+        packed[name] = memory.hold(_packed_weight(tensors, name, scalars, str(where)), mapped)
+    if tensors:
         raise ContainerError(f"{where}: the shards hold packed weights that no operator uses")
     constants = {n: _constant(saved, n, order) for n, order in graph.constants.items()}
     for node in graph.graph.nodes:
@@ -331,32 +355,42 @@ def _constant(saved: container.Container, name: str, order: list[int] | None) ->
     return t.permute([order.index(d) for d in range(t.dim())])
 
 
-def _packed_weight(saved: container.Container, name: str, scalars: dict[str, Any], where: str) -> Packed:
-    """Return a packed weight with the sizes and types that its kernel reads. The kernel checks the indices in it."""
+def _packed_weight(tensors: dict[str, Tensor], name: str, scalars: dict[str, Any], where: str) -> Packed:
+    """Return a packed weight with the sizes and types that its kernel reads, and remove its tensors from those of the
+    files. The kernel checks the indices in it."""
     prefix = f"packed.{name}."
+    parts = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
     try:
-        format_: Any = scalars.get("format")
-        fields = SCALARS.get(format_, ())
-        precisions = PANEL_PRECISIONS if format_ == "panels" else PRECISIONS
-        if (
-            not fields
-            or scalars.get("kind") not in precisions
-            or set(scalars) - OPTIONAL.get(format_, set()) != {"format", *fields}
-        ):
-            raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
-        tensors = {n.removeprefix(prefix): saved.tensor(n) for n in saved.names if n.startswith(prefix)}
+        return checked_form(scalars, parts)
+    except FormatError as error:
+        raise ContainerError(f"{where}: packed {name[:80]!r}: {error}") from error
+
+
+def checked_form(scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Return the packed weight of a file's fields and tensors; FormatError unless it has the sizes and types that its
+    kernel reads. The kernel checks the indices in it."""
+    format_: Any = scalars.get("format")
+    fields = SCALARS.get(format_, ()) if isinstance(format_, str) else ()
+    precisions = PANEL_PRECISIONS if format_ == "panels" else PRECISIONS
+    if (
+        not fields
+        or scalars.get("kind") not in precisions
+        or set(scalars) - OPTIONAL.get(format_, set()) != {"format", *fields}
+    ):
+        raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
+    try:
         form: Any = from_tensors(scalars, tensors)
         check_packed(form, None)
-        if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
-            raise FormatError(f"expected one group for a convolution with permuted outputs, got {form.groups}")
-        if isinstance(form, QuantizedPanels) and (
-            type(form.scale_groups) is not int or (not form.scale_groups and form.row_scales is None)
-        ):
-            raise FormatError(
-                f"expected panels with scales for rows or for groups of inputs, got parts {form.scale_groups!r}"
-            )
-    except (FormatError, TypeError) as error:  # TypeError: fields that the format has not
-        raise ContainerError(f"{where}: packed {name[:80]!r}: {error}") from error
+    except TypeError as error:  # fields that the format has not
+        raise FormatError(str(error)) from error
+    if isinstance(form, ConvTiles) and form.order is not None and form.groups > 1:
+        raise FormatError(f"expected one group for a convolution with permuted outputs, got {form.groups}")
+    if isinstance(form, QuantizedPanels) and (
+        type(form.scale_groups) is not int or (not form.scale_groups and form.row_scales is None)
+    ):
+        raise FormatError(
+            f"expected panels with scales for rows or for groups of inputs, got parts {form.scale_groups!r}"
+        )
     return form
 
 

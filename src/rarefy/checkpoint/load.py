@@ -37,7 +37,9 @@ def load(
     """Return the model of a saved folder, with the weights that were saved, bit for bit.
 
     What `compile` or `decoder` returned needs no `model`: it loads without the model's class. No code from the folder
-    is run, and no class is imported by a name from it. Memory: the model and one more tensor.
+    is run, and no class is imported by a name from it. Memory: the model and one more tensor; weights of decoders are
+    read in the mapped files. Do not overwrite these in place while the decoder is used; `save(overwrite=True)` writes
+    new files, and what was loaded keeps the old ones.
 
     Args:
         path: a folder that `save` wrote, a compressed-tensors folder, or a .pt2 file of `torch.export.save`.

@@ -77,7 +77,11 @@ def save(
         True
     """
     if isinstance(model, Compiled | Decoder):
-        return _save_compiled(model, path, receipt, recipe, format, files, overwrite, compress)
+        if format != "smallest":
+            raise FormatError(
+                f"format {format!r} has no effect on a compiled model, which keeps its packed weights: leave it out"
+            )
+        return save_compiled(model, path, receipt, recipe, files, overwrite=overwrite, compress=compress)
     check_is_module(model)
     model = unwrap(model)
     accelerated = [n for n, m in model.named_modules() if isinstance(m, Sparse)]
@@ -118,25 +122,20 @@ def name_rarefy(config: Mapping[str, Any]) -> bytes:
     return json.dumps({**config, "quantization_config": {"quant_method": "rarefy"}}, indent=1).encode()
 
 
-def _save_compiled(
+def save_compiled(
     model: Compiled | Decoder,
     path: str | Path,
     receipt: Receipt | None,
     recipe: Mapping[str, Any] | None,
-    format: str,
     files: Mapping[str, bytes] | None,
-    overwrite: bool,
-    compress: bool,
+    **options: Any,
 ) -> int:
-    if format != "smallest":
-        raise FormatError(
-            f"format {format!r} has no effect on a compiled model, which keeps its packed weights: leave it out"
-        )
+    """Write a compiled model or decoder as `save` does; options are those of `compiled_model.save`."""
     extra = {**(files or {}), **(receipt.files() if receipt else {})}
     meta = {"structure": {"library": None, "class": type(model).__name__}, "recipe": recipe, "rarefy": __version__}
     images = image_config_of(model)
     meta |= {} if images is None else {"images": images.to_dict()}
-    compiled_model.save(model, path, meta, files=extra, overwrite=overwrite, compress=compress)
+    compiled_model.save(model, path, meta, files=extra, **options)
     return folder_bytes(os.path.realpath(path), WEIGHT_FILES)
 
 

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.offload import trim_heap
-from rarefy.checkpoint.weight_files import WeightFiles, open_weights, parameter_names
-from rarefy.common.errors import ModelError, unknown
+from rarefy.checkpoint.engine_files import engine_files
+from rarefy.checkpoint.packed_store import START_OVER, packed_store
+from rarefy.checkpoint.save import save_compiled
+from rarefy.checkpoint.weight_files import WeightFiles, fingerprint, open_weights, parameter_names
+from rarefy.common.errors import ContainerError, FormatError, ModelError, unknown
+from rarefy.common.version import __version__
 from rarefy.compiler.compile import tolerance
 from rarefy.compiler.half_precision import PRECISIONS
 from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verify_decoder
@@ -30,11 +34,19 @@ NORESERVE = 0x4000  # MAP_NORESERVE of Linux: addresses without memory behind th
 INT4 = QuantizeConfig(bits=4, group=32, symmetric=False)
 
 
-def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Decoder:
+def decoder_from_files(
+    path: str | Path,
+    *,
+    precision: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+) -> Decoder:
     """Return the decoder of a model that need not fit in memory.
 
     Weights are read one at a time, and only their packed form stays. The graph is exported from a model without
-    weights.
+    weights. With `out`, each packed weight is written to disk at once, and memory holds none of them: the decoder reads
+    them from the files. A run that was killed resumes when it is called again, to the same bytes.
 
     Args:
         path: a Hugging Face folder with safetensors files, a folder that `save` wrote, or a GGUF file.
@@ -42,6 +54,10 @@ def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Dec
             quantized weights. "int4" rounds linear layers to 4 bits with a scale and a zero point for 32 inputs, the
             embedding and the output head to 8 bits. Layers that are already on a grid of 4 bits keep it in "int8" and
             "int4".
+        out: a folder to write, as `save` does, with the files of the tokenizer. It appears whole or not at all.
+            Until then weights are in the folder `.NAME.packing` beside it.
+        overwrite: replace an older folder at `out`.
+        fresh: with `out`: remove the state of an earlier run, and start anew.
 
     Returns:
         A `Decoder`, as `decoder` returns it. The logits of a few tokens were compared with those of the model in torch,
@@ -49,9 +65,12 @@ def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Dec
 
     Raises:
         ModelError: no language model that the engine supports, or its logits differ.
-        ContainerError: the files are damaged.
+        ContainerError: the files are damaged; `out` exists or cannot be written; or an unfinished run had other files
+            or options.
 
-    Cost: the packed weights and less than 1.5 GB of memory; two passes over the files.
+    Cost: the packed weights and less than 1.5 GB of memory; two passes over the files. With `out` 1.5 GB and four times
+    the largest weight in fp32; pages of files that are mapped are extra, and the system frees them where it needs
+    memory.
 
     Example:
         >>> import tempfile
@@ -64,7 +83,12 @@ def decoder_from_files(path: str | Path, *, precision: str | None = None) -> Dec
     """
     if precision is not None and precision not in CHOICES:
         raise ModelError(unknown("precision", precision, CHOICES))
-    return decoder_of_weights(language_model_weights(path), precision)
+    if out is None and (overwrite or fresh):
+        raise ModelError(f"{'overwrite' if overwrite else 'fresh'}= has no effect without out=: leave it out")
+    files = language_model_weights(path)
+    if out is None:
+        return decoder_of_weights(files, precision)
+    return write_decoder(files, Path(path), precision, out, overwrite=overwrite, fresh=fresh)[0]
 
 
 def streamed_weights(path: str | Path) -> WeightFiles | None:
@@ -92,15 +116,47 @@ def language_model_weights(path: str | Path) -> WeightFiles:
     return files
 
 
-def decoder_of_weights(files: WeightFiles, precision: str | None) -> Decoder:
-    """Return the decoder of a language model's weights, as `decoder_from_files` does."""
+def decoder_of_weights(files: WeightFiles, precision: str | None, hold: Any = None) -> Decoder:
+    """Return the decoder of a language model's weights, as `decoder_from_files` does; `hold` stores packed weights, as
+    in `select_kernels`."""
     weights = _Weights(files, precision or _own_precision(files))
-    step = build_decoder(files.model, weights.precision, weights)
+    step = build_decoder(files.model, weights.precision, weights, hold)
     with weights.reading():
         verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
     step.compiled.forget()
     trim_heap()
     return step
+
+
+def write_decoder(
+    files: WeightFiles, source: Path, precision: str | None, out: str | Path, *, overwrite: bool, fresh: bool
+) -> tuple[Decoder, int]:
+    """Write the decoder of a language model's weights to a folder; see `decoder_from_files`.
+
+    Args:
+        files: the weights.
+        source: the folder or file that they are in.
+        precision: as for `decoder_from_files`.
+        out: the folder.
+        overwrite: replace an older folder.
+        fresh: remove the state of an earlier run.
+
+    Returns:
+        The decoder, and the bytes of weights and index on disk.
+    """
+    before = fingerprint(source)
+    key = {"rarefy": __version__, "precision": precision or _own_precision(files) or "fp32", "source": before}
+    with packed_store(out, key, overwrite, fresh) as store:
+        beside = engine_files(source)  # errors first
+        try:
+            step = decoder_of_weights(files, precision, store.hold)
+        except FormatError as error:  # of a kernel, which has checked all indices of a file
+            raise ContainerError(f"{store.folder}: {error}: {START_OVER.format(store.folder)}") from error
+        if fingerprint(source) != before:
+            raise ContainerError(f"{source} has changed while it was read: run again with files that do not change")
+        receipt = getattr(files.model, "rarefy_receipt", None)
+        size = save_compiled(step, out, receipt, None, beside, file_of=store.file_of, overwrite=overwrite)
+    return step, size
 
 
 def _own_precision(files: WeightFiles) -> str | None:

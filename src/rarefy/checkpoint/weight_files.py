@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from rarefy.model import hf
 from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS
 from rarefy.model.quant_grid import Grid
 
+END_BYTES = 1 << 20  # of a file's beginning and end that identify it
 UNSUPPORTED = {"factors": "is factorized", "tied": "has blocks that share weights", "inputs": "rounds inputs"}
 
 
@@ -52,6 +54,32 @@ def open_weights(path: str | Path) -> WeightFiles:
     if hf.is_folder(path):
         return HuggingFaceFolder(path)
     raise ModelError(f"{path} is no folder of a model (no config.json or {INDEX}), and no .gguf file")
+
+
+def fingerprint(path: str | Path) -> dict[str, list[Any]]:
+    """Return what identifies the files of a model, by name: bytes, time of change, SHA-256 of both ends.
+
+    Args:
+        path: a folder, of which JSON and safetensors files count, or a file. O(files).
+
+    Raises:
+        ContainerError: a file cannot be read.
+    """
+    source = Path(path)
+    names = ("*.json", "*.safetensors", "*.safetensors.xz")
+    files = [source] if source.is_file() else sorted({f for n in names for f in source.glob(n) if f.is_file()})
+    try:
+        return {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _ends(f)] for f in files}
+    except OSError as error:
+        raise ContainerError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def _ends(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(END_BYTES))
+        stream.seek(max(0, file.stat().st_size - END_BYTES))
+        digest.update(stream.read(END_BYTES))
+    return digest.hexdigest()
 
 
 class HuggingFaceFolder:

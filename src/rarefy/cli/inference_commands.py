@@ -53,16 +53,21 @@ def compile_(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 64.")] = None,
     force: Force = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Language models: do not resume from the state of an earlier run.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compile a whole model for the engine and save it. rarefy.load reads it without the model's class.
 
-    A language model becomes a decoder for `rarefy generate`; its tokenizer's files are saved with it. Other
-    transformers models accept other batch sizes and lengths than the example's; so do ONNX files with open sizes. What
-    was an ONNX file is then called by the names of its inputs: rarefy.load("fast/").run({"x": array}). Compile models
-    that are built in Python there: rarefy.save(rarefy.compile(model, example), "out/").
+    A language model becomes a decoder for `rarefy generate`; its tokenizer's files are saved with it. It may be larger
+    than memory, and a command that was killed continues when it is given again.
+
+    Other transformers models accept other batch sizes and lengths than the example's; so do ONNX files with open sizes.
+    What was an ONNX file is then called by the names of its inputs: rarefy.load("fast/").run({"x": array}). Compile
+    models that are built in Python there: rarefy.save(rarefy.compile(model, example), "out/").
 
     rarefy compile smollm2-135m --precision int8 --out decoder/
 
@@ -71,44 +76,54 @@ def compile_(
     rarefy compile model.onnx --out fast/ --precision int8 --data images.npz --input-shape x=1x3x224x224
     """
     from rarefy.checkpoint.save import save
-    from rarefy.checkpoint.streamed_decoder import decoder_of_weights
+    from rarefy.checkpoint.streamed_decoder import write_decoder
     from rarefy.common.atomic_io import check_output_folder
     from rarefy.compiler.compile import compile
     from rarefy.generation.decoder import decoder
     from rarefy.model import hf
 
     check_output_folder(out, force)
-    if data is not None and precision != "int8":
-        raise RecipeError("--data has no effect: it gives the scales of --precision int8")
-    if samples is not None and data is None:
-        raise RecipeError("--samples has no effect without --data")
-    if ignore and precision is None:
-        raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
+    _check_options(precision, data, samples, ignore)
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
         weights = shared.streamed_weights(source)
         if weights is not None:
             _check_decoder_options(batch, tokens, data, ignore, input_shape)
-            net = weights.model
-            compiled: Any = decoder_of_weights(weights, shared.streamed_precision(source, precision))
+            own = shared.streamed_precision(source, precision)
+            compiled: Any
+            compiled, size = write_decoder(weights, Path(str(source)), own, out, overwrite=force, fresh=fresh)
         else:
+            if fresh:
+                raise RecipeError(
+                    "--fresh has no effect: only language models that are read one weight at a time resume"
+                )
             net, tokenizer = shared.load(source, input_shape, batch, tokens)
             net = shared.in_fp32(net)
-        if weights is None and hf.is_causal_lm(net):
-            _check_decoder_options(batch, tokens, data, ignore)
-            compiled = decoder(net, precision=shared.whole_model_precision(precision))
-        elif weights is None:
-            example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
-            compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
-        receipt = getattr(net, "rarefy_receipt", None)
-        size = save(compiled, out, files=shared.files_beside_engine(source), receipt=receipt, overwrite=force)
-    step = compiled.compiled if hf.is_causal_lm(net) else compiled
+            if hf.is_causal_lm(net):
+                _check_decoder_options(batch, tokens, data, ignore)
+                compiled = decoder(net, precision=shared.whole_model_precision(precision))
+            else:
+                example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
+                compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
+            receipt = getattr(net, "rarefy_receipt", None)
+            size = save(compiled, out, files=shared.files_beside_engine(source), receipt=receipt, overwrite=force)
+    step = compiled.compiled if shared.kind_of(compiled) == "decoder" else compiled
     summary = {
         "contains": f"a {shared.kind_of(compiled)}",
         "bytes": size,
         "operators": "; ".join(repr(step).splitlines()),
     }
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
+
+
+def _check_options(precision: str | None, data: str | None, samples: int | None, ignore: list[str] | None) -> None:
+    """Raise RecipeError for options of `compile` that do not go together."""
+    if data is not None and precision != "int8":
+        raise RecipeError("--data has no effect: it gives the scales of --precision int8")
+    if samples is not None and data is None:
+        raise RecipeError("--samples has no effect without --data")
+    if ignore and precision is None:
+        raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
 
 
 def _check_decoder_options(

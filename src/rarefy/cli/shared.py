@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -271,31 +270,18 @@ def in_fp32(model: Any) -> Any:
 
 def side_files(source: Source) -> dict[str, bytes]:
     """Return the files that are written beside a compressed model: of its tokenizer, and where it came from."""
-    from rarefy.checkpoint import export, gguf_tokenizer
+    from rarefy.checkpoint.engine_files import model_files
     from rarefy.checkpoint.origin import origin_files
-    from rarefy.formats import gguf_file
 
-    if not isinstance(source, Path):
-        return origin_files(source)
-    files = gguf_tokenizer.files(source) if gguf_file.is_file(source) else export.side_files(source)
-    return files | origin_files(source)
+    return model_files(source) if isinstance(source, Path) else origin_files(source)
 
 
 def files_beside_engine(source: Source) -> dict[str, bytes]:
     """Return the files of a model's folder that a compiled model or decoder needs too: those of its tokenizer, and
     where it came from."""
-    from rarefy.checkpoint.save import name_rarefy
-    from rarefy.formats import gguf_file
+    from rarefy.checkpoint.engine_files import engine_files
 
-    if not isinstance(source, Path) or gguf_file.is_file(source):
-        return side_files(source)
-    if source.is_file():
-        files = side_files(source.parent)
-        return files_beside_engine(source.parent) if "tokenizer.json" in files else {}
-    config = source / "config.json"  # transformers needs it to find the tokenizer class
-    if not config.is_file():
-        return side_files(source)
-    return side_files(source) | {config.name: name_rarefy(json.loads(config.read_text(encoding="utf-8")))}
+    return engine_files(source) if isinstance(source, Path) else side_files(source)
 
 
 def show(result: Any, as_json: bool, quiet: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -80,6 +81,8 @@ def select_kernels(
     pack: Callable[[Tensor, Node, Grid | None], Any],
     precision_of: Callable[[Node], str | None] = lambda _: None,
     grids: Mapping[str, Grid] = MappingProxyType({}),
+    read: Callable[[Tensor], Tensor] = lambda t: t,
+    hold: Callable[[str, Callable[[], Any]], Any] | None = None,
 ) -> dict[Node, Any]:
     """Return the kernels of all linear layers, convolutions and tied embeddings; {} where there is no native library.
 
@@ -89,6 +92,9 @@ def select_kernels(
             one and the model rounds the inputs to 8 bits too.
         precision_of: of the node of a convolution, an embedding or attention: None for fp32, "bf16" or "int8".
         grids: of weights in 8 bits that are already rounded, by their placeholders.
+        read: returns the values of an embedding's weight where constants are placeholders.
+        hold: stores the packed weight of a linear layer or embedding: it is given the name of the weight and a function
+            that packs it. By default in huge pages.
     """
     if bindings.missing() is not None:
         return {}
@@ -96,6 +102,7 @@ def select_kernels(
     packed: dict[tuple[str, bool], Any] = {}
     rows: dict[str, QuantizedPanels | None] = {}  # of embeddings
     memory = HugePageBuffer()
+    hold = hold or (lambda _, pack: None if (form := pack()) is None else memory.hold(form))
     for node in exported.graph.nodes:
         if node.target not in (ops.linear, ops.conv2d):
             continue
@@ -109,7 +116,7 @@ def select_kernels(
         elif key in packed:
             form = packed[key]
         else:
-            form = packed[key] = memory.hold(pack(weight, node, grid))
+            form = packed[key] = hold(w.name, partial(pack, weight, node, grid))
         if form is not None:
             kernels[node] = Kernel(form, _copy_of(exported, bias), act)
             if inputs is not None and reads_static_codes(form):
@@ -124,19 +131,26 @@ def select_kernels(
         form = packed.get((name, False))  # of a linear layer that shares the weight
         if not isinstance(form, QuantizedPanels) and precision_of(node) == "int8":
             if name not in rows:
-                rows[name] = _pack_embedding(exported.constants[name], memory)
+                rows[name] = _packed_embedding(name, exported.constants[name], read, hold)
             form = rows[name]
         if isinstance(form, QuantizedPanels):
             kernels[node] = EmbeddingKernel(Kernel(form))
     return kernels
 
 
-def _pack_embedding(weight: Tensor, memory: HugePageBuffer) -> QuantizedPanels | None:
+def _packed_embedding(name: str, weight: Tensor, read: Callable[[Tensor], Tensor], hold: Any) -> Any:
     """Return a large embedding's weight in int8, with a scale for each row; None for others."""
-    if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING or not weight.isfinite().all():
+    if weight.dim() != 2 or weight.numel() < MIN_PACKED_EMBEDDING:
         return None
-    rows = weight.split(max(PIECE // weight.shape[1] // 4 * 4, 4))
-    return memory.hold(join_rows([pack_quantized(w.float(), grid_of_largest(w), fp32_inputs=False) for w in rows]))
+
+    def pack() -> QuantizedPanels | None:
+        values = read(weight)
+        if not values.isfinite().all():
+            return None
+        rows = values.split(max(PIECE // values.shape[1] // 4 * 4, 4))
+        return join_rows([pack_quantized(w.float(), grid_of_largest(w), fp32_inputs=False) for w in rows])
+
+    return hold(name, pack)
 
 
 def compact(kernels: Mapping[Node, Any]) -> dict[Node, Any]:

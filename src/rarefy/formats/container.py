@@ -39,6 +39,7 @@ from rarefy.common.atomic_io import (
     sha256_of,
 )
 from rarefy.common.errors import ContainerError, FormatError, nearest
+from rarefy.formats.aligned_file import NAMES, write_aligned
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
 from rarefy.formats.quantized_encodings import check, decode, grid_of
@@ -91,6 +92,27 @@ class Container:
         """Return a stored or tied tensor, decoded, in memory of its own; errors as for `packed`: O(n)."""
         return self.weight(name, expect_shape)[0]
 
+    def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return dense tensors in the mapped files, without a copy; others as `tensor` does. O(tensors).
+
+        Each file is opened once. Its bytes are read when a tensor is: whoever overwrites the file changes the tensor.
+        """
+        tensors, by_shard = {}, dict[str, list[tuple[str, str]]]()
+        for name in names:
+            entry = self.index["tensors"][name]
+            if entry["format"] == "dense":
+                location = entry["parts"]["values"]
+                by_shard.setdefault(location["shard"], []).append((name, location["key"]))
+            else:
+                tensors[name] = self.tensor(name)
+        for file, keys in by_shard.items():
+            with _opened(self, file) as shard, _located(f"{self.path}: {file}"):
+                for name, key in keys:
+                    entry, tensors[name] = self.index["tensors"][name], shard.get_tensor(key)
+                    parts, dtype = {"values": tensors[name]}, DTYPES[entry["dtype"]]
+                    check(Packed("dense", tuple(entry["shape"]), dtype, parts, entry["extra"]))
+        return tensors
+
     def weight(self, name: str, expect_shape: tuple[int, ...] | None = None) -> tuple[Tensor, WeightGrid | None]:
         """Return what `tensor` does, and the grid or codebook of a quantized one: O(n)."""
         p = _load(self, name, expect_shape)
@@ -108,6 +130,8 @@ def write(
     overwrite: bool = False,
     shard_bytes: int = 256 * 2**20,
     compress: bool = False,
+    aligned: bool = False,
+    written: Mapping[str, tuple[Path, str]] = {},
 ) -> dict[str, Any]:
     """Write a folder and return its index.
 
@@ -123,6 +147,9 @@ def write(
         overwrite: replace an older Rarefy folder or an empty one.
         shard_bytes: the size from which another shard is begun.
         compress: compress shards and index with LZMA.
+        aligned: let large tensors begin at multiples of 64 bytes, so that kernels can read them mapped.
+        written: dense tensors that are in safetensors files already: {name: (file, key in it)}. Each file becomes a
+            shard, by a hard link where the system has them; it must not change.
 
     Raises:
         ContainerError: the folder exists, no space, a bad name, a bad tensor, meta that is not JSON.
@@ -140,7 +167,7 @@ def write(
     _check_files(files)
     _json(dict(meta), f"{target}: meta")
     with atomic_folder(target, overwrite=overwrite) as temp:
-        index = _write_tensors(temp, target, tensors, shard_bytes)
+        index = _write_tensors(temp, target, tensors, shard_bytes, write_aligned if aligned else save_file, written)
         index |= {"aliases": dict(aliases), "meta": dict(meta)}
         if compress:
             _compress_shards(temp, target, index)
@@ -211,35 +238,65 @@ def _json(value: Any, where: str, indent: int | None = 1) -> bytes:
     return text
 
 
-def _write_tensors(temp: Path, target: Path, tensors: Iterable[tuple[str, Packed]], shard_bytes: int) -> dict[str, Any]:
+def _write_tensors(
+    temp: Path,
+    target: Path,
+    tensors: Iterable[tuple[str, Packed]],
+    shard_bytes: int,
+    write_file: Callable[..., Any],
+    written: Mapping[str, tuple[Path, str]],
+) -> dict[str, Any]:
     index: dict[str, Any] = {"format": "rarefy", "schema": SCHEMA, "shards": {}, "tensors": {}}
     held: dict[str, Tensor] = {}
+    linked: dict[Path, str] = {}  # shards of files that were written before
     for name, p in tensors:
         check_name(name, str(target))
         if name in index["tensors"]:
             raise ContainerError(f"{target}: tensor {name!r} was given twice")
         with _located(f"{target}: tensor {name!r}"):
             check(p)
-        if held and _nbytes(held) + p.nbytes > shard_bytes:
-            _write_shard(temp, target, held, index["shards"])
+        file, key = written.get(name, (None, name))
+        if held and (file is not None or _nbytes(held) + p.nbytes > shard_bytes):
+            _write_shard(temp, target, held, write_file, index["shards"])
             held = {}
-        shard = f"weights-{len(index['shards']) + 1:05d}.safetensors"
-        parts = {part: {"shard": shard, "key": f"{name}.{part}"} for part in p.parts}
+        if file is not None:
+            shard = linked[file] = linked.get(file) or _link_shard(temp, target, file, index["shards"])
+            parts = {part: {"shard": shard, "key": key} for part in p.parts}
+        else:
+            shard = f"weights-{len(index['shards']) + 1:05d}.safetensors"
+            parts = {part: {"shard": shard, "key": f"{name}.{part}"} for part in p.parts}
         kind = {"format": p.format, "shape": list(p.shape), "dtype": _DTYPE_NAMES[p.dtype], "extra": dict(p.extra)}
         index["tensors"][name] = kind | {"parts": parts}
+        if file is not None:
+            continue
         # copied: a dense part may be the caller's own memory, free to change once the next tensor is drawn
         held |= {parts[part]["key"]: t.detach().to("cpu", copy=True) for part, t in p.parts.items()}
     if held:
-        _write_shard(temp, target, held, index["shards"])
+        _write_shard(temp, target, held, write_file, index["shards"])
     return index
 
 
-def _write_shard(temp: Path, target: Path, held: dict[str, Tensor], shards: dict[str, Any]) -> None:
+def _link_shard(temp: Path, target: Path, file: Path, shards: dict[str, Any]) -> str:
+    """Put a safetensors file into the folder as its next shard, and return the shard's name."""
+    shard = temp / f"weights-{len(shards) + 1:05d}.safetensors"
+    with container_errors(target, file.stat().st_size):
+        try:
+            os.link(file, shard)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, shard)
+        shards[shard.name] = {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+    return shard.name
+
+
+def _write_shard(
+    temp: Path, target: Path, held: dict[str, Tensor], write_file: Callable[..., Any], shards: dict[str, Any]
+) -> None:
     file = temp / f"weights-{len(shards) + 1:05d}.safetensors"
     with container_errors(target, needed := _nbytes(held)):
         if shutil.disk_usage(temp).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(held, file, metadata={"format": "pt"})
+        write_file = write_file if all(t.dtype in NAMES for t in held.values()) else save_file
+        write_file(held, file, metadata={"format": "pt"})
         file.chmod(temp.stat().st_mode & 0o666)  # safetensors may make it readable to its owner only
         shards[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
 

@@ -67,7 +67,11 @@ class GgufFile:
         """Return the bytes of a tensor, uint8 [rows, bytes of a row], a copy."""
         e = self.tensors[name]
         block = np.frombuffer(self.data, np.uint8, e.num_bytes, e.start)
-        return torch.from_numpy(block.reshape(prod(e.shape[:-1]), -1).copy())
+        copy = torch.from_numpy(block.reshape(prod(e.shape[:-1]), -1).copy())
+        first = e.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):  # of this process's memory; the system's copy of the file stays
+            self.data.madvise(mmap.MADV_DONTNEED, first, e.start + e.num_bytes - first)
+        return copy
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor: of floating point in its own type, others in fp32; ModelError if it has NaN or infinity."""

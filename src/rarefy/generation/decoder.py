@@ -147,10 +147,11 @@ class LazyWeights(Protocol):
         ...
 
 
-def build_decoder(model: Any, precision: str | None, weights: LazyWeights) -> Decoder:
+def build_decoder(model: Any, precision: str | None, weights: LazyWeights, hold: Any = None) -> Decoder:
     """Return the decoder of a model whose large weights are placeholders, not verified.
 
-    Each weight is read and packed before the next is read. In "int8" the embedding is packed too.
+    Each weight is read and packed before the next is read. In "int8" the embedding is packed too. `hold` stores packed
+    weights, as in `select_kernels`.
 
     Raises:
         ModelError: the engine cannot run the model.
@@ -158,13 +159,12 @@ def build_decoder(model: Any, precision: str | None, weights: LazyWeights) -> De
     exported = _export(model)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     constants = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.constants]
-    for node in constants if precision == "int8" else ():
-        if all(u.target is ops.embedding for u in node.users):
-            exported.constants[node.name] = _values(exported.constants[node.name], weights)
     kernels = select_kernels(
         exported,
         lambda weight, node, grid: weights.pack(weight),
         lambda node: "int8" if precision == "int8" and node.target is ops.embedding else None,
+        read=lambda t: _values(t, weights),
+        hold=hold,
     )
     for node in constants:
         if not all(u in kernels for u in node.users):

@@ -16,6 +16,8 @@ from rarefy.runtime.packed_formats import Packed
 HUGE_PAGE = 2 << 20  # bytes
 MIN_CHUNK, MAX_CHUNK = 4 << 20, 64 << 20  # bytes of the first chunk of memory, and of later ones
 CACHE_LINE = 64
+MIN_MAPPED = 1 << 16  # bytes of a tensor that stays in a mapped file
+INDICES = ("masks", "starts", "counts", "columns", "order")  # tensors by which kernels find others
 LAST_CACHE = 194  # glibc's _SC_LEVEL3_CACHE_SIZE
 
 
@@ -43,9 +45,16 @@ class HugePageBuffer:
     def __init__(self) -> None:
         self.chunk, self.used, self.size = allocate(0), 0, MIN_CHUNK
 
-    def hold(self, packed: Packed) -> Any:
-        """Return a packed weight whose tensors are copies in huge pages. O(bytes)."""
-        copies: dict[str, Any] = {n: self._copy(v) if isinstance(v, Tensor) else v for n, v in vars(packed).items()}
+    def hold(self, packed: Packed, mapped: bool = False) -> Any:
+        """Return a packed weight whose tensors are copies in huge pages. O(bytes that are copied).
+
+        With `mapped`, tensors in a mapped file stay there: large ones that are aligned, and hold numbers alone. Indices
+        are copied, so that nobody changes them after the kernel's check.
+        """
+        stay = {n for n, v in vars(packed).items() if mapped and isinstance(v, Tensor) and _can_stay(n, v)}
+        copies: dict[str, Any] = {
+            n: self._copy(v) if isinstance(v, Tensor) and n not in stay else v for n, v in vars(packed).items()
+        }
         return type(packed)(**copies)
 
     def _copy(self, t: Tensor) -> Tensor:
@@ -55,3 +64,7 @@ class HugePageBuffer:
         part = self.chunk[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape)
         self.used += -(-t.nbytes // CACHE_LINE) * CACHE_LINE
         return part.copy_(t)
+
+
+def _can_stay(name: str, t: Tensor) -> bool:
+    return name not in INDICES and t.nbytes >= MIN_MAPPED and t.data_ptr() % CACHE_LINE == 0

@@ -1,0 +1,34 @@
+"""Files of a model's folder that are written beside a compressed model, a compiled one or a decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rarefy.checkpoint import export, gguf_tokenizer
+from rarefy.checkpoint.origin import origin_files
+from rarefy.checkpoint.save import name_rarefy
+from rarefy.formats import gguf_file
+
+
+def model_files(source: Path) -> dict[str, bytes]:
+    """Return the files beside a compressed model, by name: of its tokenizer, and where it came from.
+
+    Args:
+        source: the folder or file of the model.
+    """
+    files = gguf_tokenizer.files(source) if gguf_file.is_file(source) else export.side_files(source)
+    return files | origin_files(source)
+
+
+def engine_files(source: Path) -> dict[str, bytes]:
+    """Return the files that a compiled model or decoder needs too, by name; see `model_files`."""
+    if gguf_file.is_file(source):
+        return model_files(source)
+    if source.is_file():
+        files = model_files(source.parent)
+        return engine_files(source.parent) if "tokenizer.json" in files else {}
+    config = source / "config.json"  # transformers needs it to find the tokenizer class
+    if not config.is_file():
+        return model_files(source)
+    return model_files(source) | {config.name: name_rarefy(json.loads(config.read_text(encoding="utf-8")))}
