@@ -320,6 +320,7 @@ HUGE = {"sizes": [{"as_int": 1 << 40}], "strides": [{"as_int": 0}]}
         (lambda p: p["graph_module"]["graph"]["nodes"].pop(0), None, "is damaged"),
         (lambda p: p["graph_module"].pop("signature"), None, "is damaged"),
         (lambda p: p.pop("graph_module"), None, "is damaged"),
+        (lambda p: p["graph_module"]["module_call_graph"].clear(), None, "is damaged"),
         (
             lambda p: p["graph_module"]["signature"]["output_specs"].append({"buffer_mutation": {}}),
             None,

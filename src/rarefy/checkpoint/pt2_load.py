@@ -74,7 +74,7 @@ def load_pt2(path: str | Path) -> nn.Module:
         return _module(archive)
     except RarefyError as error:
         raise type(error)(f"{archive.path}: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, RecursionError, RuntimeError) as error:
         raise ContainerError(f"{archive.path} is damaged: {first_line(error)}") from None
 
 
