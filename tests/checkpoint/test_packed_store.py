@@ -231,3 +231,27 @@ def test_files_of_the_tokenizer(model, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {
         "quant_method": "rarefy"
     }
+
+
+def test_numbers_stay_in_mapped_files_and_indices_are_copied():
+    from rarefy.runtime.huge_pages import MIN_MAPPED, HugePageBuffer
+    from rarefy.runtime.packing import pack_bitmask
+
+    form = pack_bitmask(torch.randn(512, 512), "fp32")
+    assert form.values.nbytes > MIN_MAPPED and form.values.data_ptr() % 64 == 0
+    held = HugePageBuffer().hold(form, mapped=True)
+    assert held.values.data_ptr() == form.values.data_ptr()
+    assert held.masks.data_ptr() != form.masks.data_ptr() and torch.equal(held.masks, form.masks)
+
+
+def test_replaced_folder_does_not_change_a_loaded_decoder(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    for seed in (0, 1):
+        small(seed=seed, **sizes).save_pretrained(tmp_path / f"model{seed}")
+    out = tmp_path / "out"
+    rarefy.decoder_from_files(tmp_path / "model0", precision="int8", out=out)
+    step = rarefy.load(out)
+    want = step(IDS)
+    other = rarefy.decoder_from_files(tmp_path / "model1", precision="int8", out=out, overwrite=True)
+    assert torch.equal(step(IDS), want) and not torch.equal(other(IDS), want)
+    assert torch.equal(rarefy.load(out)(IDS), other(IDS))

@@ -71,6 +71,8 @@ def test_other_models_are_loaded_as_a_whole(tmp_path, run):
     small("GPT2").save_pretrained(tmp_path / "model")
     ran = run("compile", tmp_path / "model", "--precision", "int4", "--out", tmp_path / "out")
     assert ran.code == 2 and "read one at a time, which this model does not support" in ran.err
+    ran = run("compile", tmp_path / "model", "--fresh", "--out", tmp_path / "out")
+    assert ran.code == 2 and "--fresh has no effect" in ran.err
     ran = run("generate", tmp_path / "model", "--ids", "3 4", "--max-new-tokens", 2, "-q")
     assert ran.code == 0, ran.err
     with pytest.raises(rarefy.RarefyError, match="stores its weights transposed \\(Conv1D\\): load it with transf"):
