@@ -210,6 +210,69 @@ def test_the_command_line(files, tmp_path, run):
     assert missing.code == 2 and "did you mean" in missing.err
 
 
+# ---- what models do -------------------------------------------------------------------------------------------------
+
+
+class Function(nn.Module):
+    """Calls a function, with a buffer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("state", torch.zeros(4))
+
+    def forward(self, x):
+        return self.function(x, self.state)
+
+
+def loaded(function, place, dynamic=None):
+    return rarefy.load(saved(Function(function), (torch.ones(2, 4),), None, place / "f.pt2", dynamic))
+
+
+def test_outputs_may_be_constants_but_no_numbers_of_the_inputs(tmp_path):
+    model, x = loaded(lambda x, state: {"a": x + state, "n": 3, "b": (True, None, "text")}, tmp_path), torch.ones(2, 4)
+    outputs = model(x)
+    assert torch.equal(outputs.pop("a"), x) and outputs == {"n": 3, "b": (True, None, "text")}
+    with pytest.raises(ModelError, match="returns a number that depends on its inputs"):
+        loaded(lambda x, state: (x + state, x.shape[0]), tmp_path, ({0: D.AUTO},))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, s: s.add_(1) + x, lambda x, s: x + s.view(2, 2)[0].mul_(2).sum(), lambda x, s: s[:2].fill_(3).sum() + x],
+)
+def test_programs_that_change_buffers_are_refused(function, tmp_path):
+    with pytest.raises(ModelError, match=r"f.pt2: the program (changes its buffers|has a buffer mutation)"):
+        loaded(function, tmp_path)
+
+
+def change_copies(x, s):
+    copy = s.clone()
+    copy[:2] = x[0, :2]
+    (s * 2).view(2, 2)[0].add_(1)
+    return x + copy
+
+
+def test_copies_of_buffers_may_change(tmp_path):
+    model, x = loaded(change_copies, tmp_path), torch.ones(2, 4)
+    for _ in range(2):
+        assert torch.equal(model(x), x + torch.tensor([1.0, 1, 0, 0]))
+
+
+def test_control_flow_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match="the operator torch.ops.higher_order.cond is not supported"):
+        loaded(lambda x, s: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)), tmp_path)
+
+
+def test_limits_of_open_sizes(tmp_path):
+    model = loaded(lambda x, s: x + s if x.shape[0] <= 4 else x - s, tmp_path, ({0: D("batch", max=4)},))
+    assert model(torch.ones(4, 4)).shape == (4, 4)
+    with pytest.raises(DataError, match=r"was exported for s\d+ up to 4, got 5"):
+        model(torch.ones(5, 4))
+    with pytest.raises(DataError, match="expected the input x .*, got ndarray: pass a torch tensor"):
+        model(torch.ones(4, 4).numpy())
+
+
 # ---- files that are refused -----------------------------------------------------------------------------------------
 
 
@@ -359,3 +422,53 @@ def test_a_model_in_training_mode_and_nested_inputs_are_refused(tmp_path):
     saved(Sums(), ([x, x],), place=tmp_path / "b.pt2")
     with pytest.raises(ModelError, match="takes nested inputs"):
         rarefy.load(tmp_path / "b.pt2")
+
+
+def set_argument(target, name, value):
+    """Return a change of a program: an argument of the first call of an operator."""
+
+    def change(program):
+        inputs = of_call(program, f"torch.ops.aten.{target}.default")["inputs"]
+        inputs[:] = [*(i for i in inputs if i["name"] != name), {"name": name, "arg": value, "kind": 1}]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("texts", set_argument("embedding", "padding_idx", {"as_int": 99}), "is damaged: Padding_idx"),
+        ("texts", set_argument("layer_norm", "eps", {"as_float": 10**400}), "is damaged: .*too large"),
+        ("net", rename("x", "__debug__"), "is damaged|is no name"),
+    ],
+)
+def test_arguments_that_layers_and_python_refuse(files, tmp_path, name, change, message):
+    with pytest.raises(ContainerError, match=message):
+        rarefy.load(changed(files[0] / f"{name}.pt2", tmp_path / "bad.pt2", change))
+
+
+def test_names_of_records_that_are_no_text(files, tmp_path):
+    data = (files[0] / "net.pt2").read_bytes()
+    (tmp_path / "bad.pt2").write_bytes(data.replace(b"archive_format", b"archive_f\xffrmat"))
+    with pytest.raises(ContainerError, match=r"bad.pt2 is no .pt2 file of torch.export.save: .*decode byte 0xff"):
+        rarefy.load(tmp_path / "bad.pt2")
+
+
+def test_records_are_copied_a_few_times_at_most(tmp_path):
+    source = saved(nn.Linear(256, 256, bias=False), (torch.ones(1, 256),), place=tmp_path / "a.pt2")
+
+    def with_copies(count):
+        (name, text), *_ = config(source).items()
+        table = json.loads(text)
+        for i in range(1, count + 1):
+            entry = json.loads(json.dumps(table["config"]["weight"]))
+            for key in ("sizes", "strides"):
+                entry["tensor_meta"][key] = [{"as_int": 1}] * i + entry["tensor_meta"][key]
+            table["config"][f"copy{i}"] = entry
+        return changed(source, tmp_path / f"{count}.pt2", records={name: json.dumps(table).encode()})
+
+    tensors = pt2_archive.read(with_copies(2)).tensors
+    assert torch.equal(tensors["copy2"][0, 0], tensors["weight"])
+    assert len({t.data_ptr() for t in tensors.values()}) == 3
+    with pytest.raises(ContainerError, match="more than 8 times the bytes of the file"):
+        rarefy.load(with_copies(11))

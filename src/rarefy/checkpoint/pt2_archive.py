@@ -12,6 +12,7 @@ expressions and executes guards. Nothing of that is read here.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.common.atomic_io import parse_json
-from rarefy.common.errors import ContainerError, first_line
+from rarefy.common.errors import ContainerError, RarefyError, first_line
 
 MODEL = "models/model.json"
 WEIGHTS, CONSTANTS = ("data/weights/", "model_weights_config.json"), ("data/constants/", "model_constants_config.json")
 COMPILED = "data/aotinductor/"
 MAX_JSON = 1 << 28  # bytes
 MAX_RECORDS = 200_000
+MAX_COPIES = 8  # of all bytes of a file, in tensors that read the same bytes
 
 DTYPES = {  # by the numbers of torch's schema
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -61,9 +63,11 @@ def read(path: str | Path) -> Archive:
     try:
         with zipfile.ZipFile(file) as archive:
             return _read(file, _records(file, archive))
+    except RarefyError:
+        raise
     except OSError as error:
         raise ContainerError(f"{file} cannot be read: {error.strerror or first_line(error)}") from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ContainerError(f"{file} is no .pt2 file of torch.export.save: {first_line(error)}") from None
 
 
@@ -96,10 +100,10 @@ def _read(file: Path, record: Callable[[str], bytes | None]) -> Archive:
         entries = {} if text is None else _json(file, text).get("config")
         if not isinstance(entries, dict):
             raise ContainerError(f"{file}: {config} has no table of tensors")
-        shared: dict[Any, Tensor] = {}
+        storages = Storages(lambda r, folder=folder: record(folder + r), MAX_COPIES * file.stat().st_size)
         for name, entry in entries.items():
             try:
-                tensors[name] = _tensor(name, entry, lambda r, folder=folder: record(folder + r), shared)
+                tensors[name] = _tensor(name, entry, storages)
             except ContainerError as error:
                 raise ContainerError(f"{file}: {error}") from None
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -119,10 +123,31 @@ def _json(file: Path, data: bytes) -> Any:
     return value
 
 
-def _tensor(
-    name: str, entry: Mapping[str, Any], record: Callable[[str], bytes | None], shared: dict[Any, Tensor]
-) -> Tensor:
-    """Return a tensor of its entry; entries of the same bytes become one tensor, kept in `shared`."""
+class Storages:
+    """The records of an archive, each read once, and the tensors of their bytes."""
+
+    def __init__(self, record: Callable[[str], bytes | None], max_bytes: int):
+        self.record, self.bytes_left = record, max_bytes
+        self.tensors: dict[Any, Tensor] = {}  # by record, type, sizes and strides
+        self._bytes: dict[str, bytearray] = {}
+
+    def tensor(self, where: str, dtype: torch.dtype, sizes: list[int], strides: list[int], offset: int) -> Tensor:
+        """Return a tensor of a record's bytes; ContainerError for more than `max_bytes` in all."""
+        first = where not in self._bytes
+        if first:
+            data = self.record(where)
+            if data is None:
+                raise ContainerError(f"the record {where[:200]!r} is missing")
+            self._bytes[where] = bytearray(data)
+        tensor = _strided(self._bytes[where], dtype, sizes, strides, offset)
+        self.bytes_left -= tensor.nbytes
+        if self.bytes_left < 0:
+            raise ContainerError(f"its tensors have more than {MAX_COPIES} times the bytes of the file")
+        return tensor if first and tensor.nbytes == len(self._bytes[where]) else tensor.clone()
+
+
+def _tensor(name: str, entry: Mapping[str, Any], storages: Storages) -> Tensor:
+    """Return a tensor of its entry; entries of the same bytes and sizes become one tensor."""
     where = entry["path_name"]
     if entry["use_pickle"] is not False:
         raise ContainerError(
@@ -135,14 +160,11 @@ def _tensor(
     sizes, strides = ([_count(n) for n in meta[key]] for key in ("sizes", "strides"))
     offset, is_param = _count(meta["storage_offset"]), entry["is_param"] is True
     key = (where, dtype, tuple(sizes), tuple(strides), offset, is_param)
-    if key not in shared:
-        data = record(where)
-        if data is None:
-            raise ContainerError(f"the record {where[:200]!r} is missing")
-        tensor = _strided(data, dtype, sizes, strides, offset)
+    if key not in storages.tensors:
+        tensor = storages.tensor(where, dtype, sizes, strides, offset)
         is_float = dtype.is_floating_point or dtype.is_complex
-        shared[key] = nn.Parameter(tensor, requires_grad=is_float) if is_param else tensor
-    return shared[key]
+        storages.tensors[key] = nn.Parameter(tensor, requires_grad=is_float) if is_param else tensor
+    return storages.tensors[key]
 
 
 def _count(value: Any) -> int:
@@ -152,8 +174,8 @@ def _count(value: Any) -> int:
     return number
 
 
-def _strided(data: bytes, dtype: torch.dtype, sizes: list[int], strides: list[int], offset: int) -> Tensor:
-    """Return the tensor of bytes; ValueError unless all its entries are different entries of the bytes."""
+def _strided(data: bytearray, dtype: torch.dtype, sizes: list[int], strides: list[int], offset: int) -> Tensor:
+    """Return a tensor that reads bytes where they are; ValueError unless they have as many entries, all of its type."""
     if len(sizes) != len(strides) or len(data) % dtype.itemsize:
         raise ValueError("its bytes do not fit its sizes")
     count, numel = len(data) // dtype.itemsize, torch.Size(sizes).numel()
@@ -162,8 +184,6 @@ def _strided(data: bytes, dtype: torch.dtype, sizes: list[int], strides: list[in
     last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides))
     if last >= count or numel > count:
         raise ValueError(f"it has {numel:,} entries, and its record {count:,}")
-    if dtype == torch.bool and data.translate(None, b"\x00\x01"):
+    if dtype == torch.bool and torch.frombuffer(data, dtype=torch.uint8).as_strided(sizes, strides, offset).max() > 1:
         raise ValueError("it has booleans that are neither 0 nor 1")
-    whole = torch.frombuffer(bytearray(data), dtype=dtype)
-    tensor = whole.as_strided(sizes, strides, offset)
-    return tensor if numel == count else tensor.clone()
+    return torch.frombuffer(data, dtype=dtype).as_strided(sizes, strides, offset)

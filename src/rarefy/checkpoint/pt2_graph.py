@@ -28,6 +28,7 @@ CHECKS = (  # return nothing, and only check what the program was exported with
     "sym_constrain_range_for_size.default",
 )  # fmt: skip
 DROPOUTS = ("dropout.default", "dropout_.default", "feature_dropout.default", "feature_dropout_.default")
+MAYBE_VIEWS = ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to")  # whose schemas do not tell
 IN_PLACE = frozenset(("detach.default", "fill.Tensor", "copy.default", "zero.default"))  # beside those of `op_registry`
 
 
@@ -86,21 +87,23 @@ def add_call(nodes: Nodes, call: Mapping[str, Any], layer: Layer) -> None:
         ValueError: its arguments do not fit it.
     """
     target = call["target"]
-    values = {str(i["name"]): argument(i["arg"], nodes) for i in call["inputs"]}
     aten = target.removeprefix("torch.ops.aten.")
     if aten in CHECKS:
         return
-    if aten in DROPOUTS:
+    function = None if aten in DROPOUTS else find_operator(target)
+    values = {str(i["name"]): argument(i["arg"], nodes) for i in call["inputs"]}
+    if function is None:
         if values.get("train") is not False:
             raise ModelError("the program drops activations: export the model in evaluation mode, after model.eval()")
         nodes.by_name[_output_name(call["outputs"][0])] = next(iter(values.values()))
         return
-    function = find_operator(target)
     names = call["outputs"]
     node = None
     if isinstance(function, torch._ops.OpOverload):
         args, kwargs = _split(function, values)
         op_registry.check_call(function, args, kwargs, nodes.kinds, {})
+        if function._schema.is_mutable and aten != "detach_.default" and _reads_weight(args[0]):
+            raise ModelError("the program changes its buffers when it is called: export a model that does not")
         named = {**dict(zip((a.name for a in function._schema.arguments), args)), **kwargs}
         node = layer(function, named, _caller(call.get("metadata")))
     else:
@@ -116,6 +119,15 @@ def add_call(nodes: Nodes, call: Mapping[str, Any], layer: Layer) -> None:
     listed = names[0]["as_tensors"] if len(names) == 1 and "as_tensors" in names[0] else [n["as_tensor"] for n in names]
     for i, name in enumerate(listed):
         nodes.add(name["name"], nodes.graph.call_function(operator.getitem, (node, i)))
+
+
+def _reads_weight(node: Any) -> bool:
+    """Return whether a node is a weight, or a view of one."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+        schema = getattr(node.target, "_schema", None)
+        views = schema is None or any(r.alias_info for r in schema.returns) or schema.name in MAYBE_VIEWS
+        node = node.args[0] if views else None
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _caller(metadata: Any) -> tuple[str, str]:

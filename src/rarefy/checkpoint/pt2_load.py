@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from rarefy.checkpoint.pt2_archive import DTYPES, Archive, read
-from rarefy.checkpoint.pt2_graph import MAX_NODES, Nodes, add_call, fuse_rounding, plain_name
+from rarefy.checkpoint.pt2_graph import MAX_NODES, Nodes, add_call, argument, fuse_rounding, plain_name
 from rarefy.checkpoint.pt2_layers import Layers
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, first_line
 from rarefy.model.forward import describe_batch
@@ -22,6 +22,11 @@ CLASS = "ExportedModel"
 WEIGHT_KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
 SYMBOL = re.compile(r"(?:Symbol\(')?([a-z]{1,4}[0-9]{1,9})(?:',[^()]*\))?")
 MAX_DEPTH = 16  # levels of nested outputs
+DAMAGES = (  # what reading a damaged program raises: of Python, of torch's layers, and of code that fx generates
+    LookupError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError, ArithmeticError,
+    AssertionError, SyntaxError,
+)  # fmt: skip
+OUTPUTS = ("as_int", "as_float", "as_bool", "as_string", "as_none")  # beside tensors
 CHECK = "rarefy_input_sizes"  # the name of the module that checks inputs
 
 
@@ -30,14 +35,16 @@ class InputSizes(nn.Module):
 
     _is_impure = True  # stays in the graph, although nothing reads its output
 
-    def __init__(self, inputs: Sequence[ModelInput]):
+    def __init__(self, inputs: Sequence[ModelInput], largest: Mapping[str, int]):
         super().__init__()
-        self.inputs = tuple(inputs)
+        self.inputs, self.largest = tuple(inputs), dict(largest)  # of open sizes that have a limit, by name
 
     def forward(self, *tensors: Tensor) -> None:
         """Check the inputs."""
         known: dict[str, int] = {}
         for described, t in zip(self.inputs, tensors):
+            if not isinstance(t, Tensor):
+                raise DataError(f"expected the input {described}, got {type(t).__name__}: pass a torch tensor")
             dims = described.dims or ()
             sizes = [known.setdefault(d, n) if isinstance(d, str) and d else d for d, n in zip(dims, t.shape)]
             if len(dims) != t.dim() or any(d != n for d, n in zip(sizes, t.shape) if d != ""):
@@ -45,6 +52,9 @@ class InputSizes(nn.Module):
                     f"expected the input {described}, got {describe_batch(t)}: sizes with a name are open, the others "
                     "were fixed when the model was exported (torch.export's dynamic_shapes= leaves more open)"
                 )
+        for name, limit in self.largest.items():
+            if known.get(name, 0) > limit:
+                raise DataError(f"the program was exported for {name} up to {limit}, got {known[name]}")
 
 
 def is_file(source: Any) -> bool:
@@ -74,7 +84,7 @@ def load_pt2(path: str | Path) -> nn.Module:
         return _module(archive)
     except RarefyError as error:
         raise type(error)(f"{archive.path}: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, RecursionError, RuntimeError) as error:
+    except DAMAGES as error:
         raise ContainerError(f"{archive.path} is damaged: {first_line(error)}") from None
 
 
@@ -93,15 +103,15 @@ def _module(archive: Archive) -> nn.Module:
         if placeholder is not None:
             nodes.add(placeholder, graph.placeholder(plain_name(name)))
     listed = [_input(p, n, described["tensor_values"][p]) for p, n in zip(inputs, names) if p is not None]
-    module.add_module(CHECK, InputSizes(listed))
+    module.add_module(CHECK, InputSizes(listed, _largest(archive.program.get("range_constraints"))))
     graph.call_module(CHECK, tuple(nodes.by_name.values()))
     layers = Layers(module, graph, weights)
     for placeholder, target in weights.items():
         nodes.add(placeholder, layers.add_weight(placeholder, target, archive.tensors[target]))
     for call in described["nodes"]:
         add_call(nodes, call, layers.call)
-    leaves = iter([None if "as_none" in o else nodes.by_name[o["as_tensor"]["name"]] for o in described["outputs"]])
-    graph.output(_nested(json.loads(root["out_spec"])[1], leaves))
+    leaves = [_output(o, nodes) for o in described["outputs"]]
+    graph.output(_nested(json.loads(root["out_spec"])[1], iter(leaves)))
     fuse_rounding(graph)
     graph.lint()
     result = fx.GraphModule(module, graph, CLASS).eval()
@@ -117,6 +127,22 @@ def _check_outputs(specs: Any) -> None:
     other = next((kind for spec in specs for kind in spec if kind != "user_output"), None)
     if other is not None:
         raise ModelError(f"the program has a {str(other)[:40].replace('_', ' ')}: it must only return outputs")
+
+
+def _output(value: Mapping[str, Any], nodes: Nodes) -> Any:
+    """Return the node of an output, or a constant; ModelError for what depends on the inputs and is no tensor."""
+    ((kind, _),) = value.items()
+    if kind != "as_tensor" and kind not in OUTPUTS:
+        raise ModelError("the program returns a number that depends on its inputs: it must return tensors or constants")
+    return argument(value, nodes)
+
+
+def _largest(constraints: Any) -> dict[str, int]:
+    """Return the largest values of open sizes by name, for those that have one; names that are expressions count as
+    none."""
+    items = constraints.items() if isinstance(constraints, Mapping) else ()
+    limits = {name: r.get("max_val") for name, r in items if isinstance(r, Mapping) and SYMBOL.fullmatch(name)}
+    return {name: limit for name, limit in limits.items() if type(limit) is int}
 
 
 def _split_inputs(specs: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str | None]]:
