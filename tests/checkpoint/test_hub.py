@@ -13,12 +13,13 @@ import torch
 import rarefy
 from conftest import text_model
 from helpers.hub_server import serving
+from rarefy.checkpoint.engine_files import engine_files
 from rarefy.checkpoint.export import side_files
 from rarefy.checkpoint.model_card import model_card
 from rarefy.checkpoint.origin import card_fields, origin_files, read_origin
 from rarefy.checkpoint.push import push, write_card
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.model.hub import choose_files, download, parse_hub_name
+from rarefy.model.hub import HubName, choose_files, download, parse_hub_name
 
 pytest.importorskip("huggingface_hub")
 CARD = b"---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\ntags: [x]\n---\n# A model\n"
@@ -230,6 +231,12 @@ def test_no_request_without_a_name_of_the_hub(tmp_path):
 # names and files
 
 
+def test_revisions_do_not_leave_the_cache(tmp_path):
+    for revision in ("../../x", str(tmp_path), "a b"):
+        with pytest.raises(ModelError, match="expected ORG/NAME or ORG/NAME@REVISION"):
+            download(HubName("org/name", revision), offline=True, cache_folder=tmp_path)
+
+
 def test_names():
     assert str(parse_hub_name("org/name.v-2@refs/pr/1")) == "org/name.v-2@refs/pr/1"
     for text in (
@@ -300,6 +307,15 @@ def test_files_outside_of_the_folder_are_never_copied_or_published(saved, monkey
         (model / name).symlink_to("blobs/1")
         assert {**origin_files(model), **side_files(model)} == {name: b"mine"}
         shutil.rmtree(model)
+    model.mkdir()
+    (model / "config.json").symlink_to(secret / "id")
+    with pytest.raises(ContainerError, match="config.json is a link out of the folder"):
+        engine_files(model)
+    for text, message in (("[1]", "config.json: expected a JSON object, got a list"), ("{", "config.json: not JSON")):
+        (model / "config.json").unlink()
+        (model / "config.json").write_text(text)
+        with pytest.raises(ContainerError, match=message):
+            engine_files(model)
     cached = saved.parent / "models--org--tiny" / "snapshots" / ("0" * 40)  # as huggingface_hub keeps downloads
     (cached.parents[1] / "blobs").mkdir(parents=True)
     cached.mkdir(parents=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 from rarefy.checkpoint import export, gguf_tokenizer
 from rarefy.checkpoint.origin import origin_files
 from rarefy.checkpoint.save import name_rarefy
+from rarefy.common.errors import ContainerError, first_line
 from rarefy.formats import gguf_file
+from rarefy.model.hub import check_link
 
 
 def model_files(source: Path) -> dict[str, bytes]:
@@ -31,4 +33,11 @@ def engine_files(source: Path) -> dict[str, bytes]:
     config = source / "config.json"  # transformers needs it to find the tokenizer class
     if not config.is_file():
         return model_files(source)
-    return model_files(source) | {config.name: name_rarefy(json.loads(config.read_text(encoding="utf-8")))}
+    text = check_link(config, source).read_bytes()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"{config}: not JSON: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ContainerError(f"{config}: expected a JSON object, got a {type(values).__name__}")
+    return model_files(source) | {config.name: name_rarefy(values)}

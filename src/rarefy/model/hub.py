@@ -89,9 +89,9 @@ def download(
     Raises:
         ModelError: no such model or revision, no weights in safetensors, no network, or huggingface_hub is missing.
     """
-    named = parse_hub_name(name) if isinstance(name, str) else name
+    named = parse_hub_name(str(name))
     if named is None:
-        raise ModelError(f"{name!r}: expected ORG/NAME or ORG/NAME@REVISION")
+        raise ModelError(f"{str(name)!r}: expected ORG/NAME or ORG/NAME@REVISION")
     hub = library(f"{named}: no such folder here, and models of the hub need huggingface_hub")
     own = _own_folder(named, cache_folder)
     if offline or is_offline():
