@@ -2,7 +2,7 @@
 
 import pytest
 
-from rarefy.common.atomic_io import read_json_file
+from rarefy.common.atomic_io import lock_file, parse_json, read_json_file
 from rarefy.common.errors import ContainerError
 
 
@@ -27,3 +27,15 @@ def test_what_is_no_small_json_is_refused(data, message, tmp_path):
 def test_data_are_returned(tmp_path):
     (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8")
     assert read_json_file(tmp_path / "a.json", 20) == {"a": "é"}
+
+
+def test_locks_of_folders(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "key.json").symlink_to(tmp_path / "mine")
+    with pytest.raises(ContainerError, match="key.json is a link: remove it"):
+        lock_file(tmp_path / "key.json")
+    with pytest.raises(ContainerError, match="cannot write .*absent/key.json: No such file"):
+        lock_file(tmp_path / "absent" / "key.json")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
+    with lock_file(tmp_path / "bytes.json") as lock, pytest.raises(ContainerError, match="not JSON"):
+        parse_json(lock.read())

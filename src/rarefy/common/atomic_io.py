@@ -199,7 +199,10 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
 
 def lock_file(file: Path) -> Any:
     """Return a file that is open to read and append, and locked until it is closed; ContainerError if it is in use."""
-    opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    if file.is_symlink():  # it would be emptied and written
+        raise ContainerError(f"{file} is a link: remove it, or give another name")
+    with container_errors(file):
+        opened = open(file, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (open as long as the run)
     try:
         import fcntl
 
