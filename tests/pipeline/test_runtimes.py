@@ -70,6 +70,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(monkeypatch)
     net, data = net_and_data()
     with pytest.raises(RecipeError, match="unknown runtimes? 'tensorrt'; choose from onnxruntime, openvino"):
         rarefy.compress_(net, recipe("tensorrt"), {"evaluate": data})
+    with pytest.raises(RecipeError, match="evaluate.runtimes: expected each runtime once, got openvino, openvino"):
+        rarefy.compress_(net, recipe("openvino", "openvino"), {"evaluate": data})
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r'needs onnxscript, openvino: pip install "rarefy\[onnx\]" openvino'):
         rarefy.compress_(net, recipe("openvino"), {"evaluate": data})

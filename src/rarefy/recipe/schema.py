@@ -284,6 +284,9 @@ class Evaluate(Options):
         if self.accelerate and not (self.latency or self.decode):
             with at("accelerate"):
                 raise RecipeError("accelerate has no effect without latency or decode: give one of them")
+        if len(set(self.runtimes)) < len(self.runtimes):
+            with at("runtimes"):
+                raise RecipeError(f"expected each runtime once, got {', '.join(self.runtimes)}")
         if self.precision is not None and not self.engine:
             with at("precision"):
                 raise RecipeError("precision has no effect without engine: true")
