@@ -72,7 +72,7 @@ def read(path: str | Path) -> Archive:
 
 
 def _records(file: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes | None]:
-    """Return a function that reads a record by its name without the archive's own, None where there is none."""
+    """Return a function that reads a record by its path in the archive's folder, None for a missing one."""
     entries = archive.infolist()
     if len(entries) > MAX_RECORDS:
         raise ContainerError(f"{file}: {len(entries):,} records, at most {MAX_RECORDS:,} are read")

@@ -28,7 +28,7 @@ CHECKS = (  # return nothing, and only check what the program was exported with
     "sym_constrain_range_for_size.default",
 )  # fmt: skip
 DROPOUTS = ("dropout.default", "dropout_.default", "feature_dropout.default", "feature_dropout_.default")
-MAYBE_VIEWS = ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to")  # whose schemas do not tell
+MAYBE_VIEWS = ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to")  # or copies: schemas do not say
 IN_PLACE = frozenset(("detach.default", "fill.Tensor", "copy.default", "zero.default"))  # beside those of `op_registry`
 
 
@@ -131,7 +131,7 @@ def _reads_weight(node: Any) -> bool:
 
 
 def _caller(metadata: Any) -> tuple[str, str]:
-    """Return the path and the class of the innermost module that was called, "" where the file does not tell."""
+    """Return the path and the class of the innermost module that was called, "" where the file has none."""
     stack = metadata.get("nn_module_stack") if isinstance(metadata, Mapping) else None
     parts = stack.split(";")[-1].split(",") if isinstance(stack, str) else []
     return (parts[1], parts[2].rpartition(".")[2]) if len(parts) == 3 else ("", "")

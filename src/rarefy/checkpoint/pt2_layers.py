@@ -152,7 +152,7 @@ class Layers:
         return getattr(self.module.get_submodule(path), name)
 
     def _replace(self, path: str, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put a layer in the place of a module without code; what the layer does not have stays beside its own."""
+        """Replace a module without code by a layer, which takes over the module's other tensors and children."""
         old = self.module.get_submodule(path)
         for name, tensor in tensors.items():
             if getattr(layer, name).shape != tensor.shape:
