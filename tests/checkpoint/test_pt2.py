@@ -187,6 +187,10 @@ def test_export_of_folders_and_transformers(tmp_path):
             "compiled already",
         ),
         (lambda m, x, p: export(m, p / "x", example=x), r"example= is for to='pt2'"),
+        (
+            lambda m, x, p: export(m, p / "x.pt2", to="pt2", type="f16"),
+            r"are for to='gguf': leave them out with to='pt2'",
+        ),
     ],
 )
 def test_exports_that_are_refused(call, message, tmp_path):

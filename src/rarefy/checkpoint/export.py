@@ -76,6 +76,8 @@ def export(
     if to == "pt2" and type is None and tokenizer is None:
         model = _model_of(path) if isinstance(path, str | Path) else path
         return pt2_export.write(model, out, example, overwrite)
+    if to == "pt2":
+        raise ContainerError("type= and tokenizer= are for to='gguf': leave them out with to='pt2'")
     if isinstance(path, nn.Module) or type is not None or tokenizer is not None:
         raise ContainerError(f"a model, type= and tokenizer= are for to='gguf': to={to!r} takes the path of a folder")
     if os.path.realpath(out) == os.path.realpath(path):
