@@ -11,7 +11,7 @@ import rarefy
 from conftest import tiny_bert
 from helpers.compile_models import Attends, packed_programs
 from rarefy.compiler.padding import pack, real_tokens
-from rarefy.compiler.subgraph import MAX_SHAPES, FusedSubgraph
+from rarefy.compiler.subgraph import FIXED_SHAPES, MAX_SHAPES, FusedSubgraph
 from rarefy.model.compare import relative_distance
 
 TOLERANCES = {None: 1e-5, "bf16": 0.02, "int8": 0.06}
@@ -175,6 +175,29 @@ def test_memory_does_not_grow_with_random_lengths():
     assert len(subgraph.programs) <= MAX_SHAPES
     sizes = [p.columns for p in packed_programs(made)]
     assert len(sizes) == len(set(sizes)) > 2  # one program for each capacity
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_texts_of_ever_new_lengths_share_programs(precision):
+    """The first lengths without padding have programs of their own, further ones those of batches with padding."""
+    model = tiny_bert()
+    made = rarefy.compile(model, padded([8, 8]), precision=precision, tune=False)
+    (subgraph, _) = [s for s in made.schedule if isinstance(s, FusedSubgraph)]
+    lengths = [*range(30, 30 + FIXED_SHAPES), 17, 18, 20, 31, 25, 9, 1]
+    for n in lengths:
+        batch = padded([n])
+        with torch.no_grad():
+            want = model(**batch)
+        got = made(**batch)
+        assert relative_distance(got.last_hidden_state, want.last_hidden_state) < TOLERANCES[precision]
+        assert relative_distance(got.pooler_output, want.pooler_output) < TOLERANCES[precision]
+        again = made(**batch)
+        assert torch.equal(got.last_hidden_state, again.last_hidden_state)
+    assert len(subgraph.fixed) == FIXED_SHAPES
+    assert [p.columns for p in packed_programs(made)] == [64]
+    assert len(subgraph.programs) == FIXED_SHAPES + 1
+    made(**padded([40, 40]))  # no padding, but two sequences
+    assert sorted(p.columns for p in packed_programs(made)) == [64, 128]
 
 
 def test_threads_with_batches_of_their_own():

@@ -340,6 +340,7 @@ class Compiled:
         for s in (i for i in self.schedule if isinstance(i, FusedSubgraph)):
             with s.lock:
                 s.programs.clear()
+                s.fixed.clear()
         self.fixed, self.checked = {}, {}
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

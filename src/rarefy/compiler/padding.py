@@ -69,12 +69,15 @@ class PaddingRule:
     reads_first: bool
     factors: tuple[Node, ...]
 
-    def packing(self, inputs: Mapping[Node, Tensor], lookup: Callable[[Node], Any]) -> Packing | None:
+    def packing(
+        self, inputs: Mapping[Node, Tensor], lookup: Callable[[Node], Any], *, any_batch: bool = False
+    ) -> Packing | None:
         """Return the real tokens of a call's batch; None where nothing is gained, or padding cannot be left out.
 
         Args:
             inputs: the inputs of the subgraph.
             lookup: gives the value of a node.
+            any_batch: also of a batch with little or no padding, so that it needs no program for its very shape.
         """
         mask = inputs[self.mask]
         batch, tokens = next(t.shape[:2] for n, t in inputs.items() if n is not self.mask)
@@ -83,20 +86,22 @@ class PaddingRule:
         real = real_tokens(mask, batch, tokens)
         if real is None or (self.reads_first and not bool(real[:, 0].all())):
             return None
+        if not any_batch and bool(real.all()):
+            return None
         for factor in map(lookup, self.factors):
             if factor.shape != real.shape or not torch.equal(factor != 0, real):
                 return None
         packing = pack(real)
         padded = batch * (-(-tokens // VECTOR) * VECTOR if batch > 1 else tokens)
-        return packing if packing.columns <= padded - VECTOR else None
+        return packing if any_batch or packing.columns <= padded - VECTOR else None
 
 
 def real_tokens(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     """Return which tokens an additive mask [.., heads, queries, keys] shows to all queries, bool [batch, tokens].
 
     Returns:
-        None if it hides other keys from other heads or queries, has other numbers than zero for keys that it shows,
-        hides no token, or all tokens of a sequence.
+        None if it hides other keys from other heads or queries, has other numbers than zero for keys that it shows, or
+        hides all tokens of a sequence.
     """
     mask = mask[(None,) * (4 - mask.dim())]
     by_head, by_query = (mask.shape[d] > 1 and mask.stride(d) != 0 for d in (1, 2))
@@ -104,7 +109,7 @@ def real_tokens(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
         return None
     keys = mask[:, 0, 0]
     real = keys == 0
-    if bool(real.all()) or not bool((real | (keys <= HIDDEN)).all()) or not bool(real.any(1).all()):
+    if not bool((real | (keys <= HIDDEN)).all()) or not bool(real.any(1).all()):
         return None
     return real
 

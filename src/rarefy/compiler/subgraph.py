@@ -21,6 +21,7 @@ from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 
 MAX_SHAPES = 16  # shapes of inputs for which programs are kept
+FIXED_SHAPES = 4  # of batches without padding that have a program of their own; further ones share those for real tokens
 MAX_IN_FLIGHT = 56 << 20  # bytes of activations of the images that go through a program together
 
 # called with nodes, their inputs, kernels and constants before a program is built for new shapes
@@ -49,6 +50,7 @@ class FusedSubgraph:
         outputs: the operators whose outputs are read outside.
         padding: what must hold in a call so that padding may be left out; None if it never may.
         programs: for each shape of the inputs the programs that no thread runs now.
+        fixed: shapes of batches without padding that were met first.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class FusedSubgraph:
         self.padding = padding_rule(self.nodes, self.outputs)
         self.programs: dict[tuple[Any, ...], list[Program]] = {}
         self.batch_sizes: dict[tuple[Any, ...], int] = {}  # images that go together, by their shapes
+        self.fixed: set[tuple[Any, ...]] = set()
         self.lock, self.check = Lock(), check
 
     def run(self, lookup: Callable[[Node], Any], recorder: Any = None, skip_padding: bool = True) -> list[Tensor]:
@@ -81,7 +84,7 @@ class FusedSubgraph:
         inputs = {n: lookup(n) for n in self.inputs}
         cache = None if self.cache is None else lookup(self.cache)
         if self.padding is not None and skip_padding:
-            packing = self.padding.packing(inputs, lookup)
+            packing = self.padding.packing(inputs, lookup, any_batch=not self._is_fixed(inputs))
             if packing is not None:
                 return self._run(inputs, None, recorder, packing)
         batch = next(iter(inputs.values())).shape[0] if self.splits else 0
@@ -92,6 +95,18 @@ class FusedSubgraph:
             self._run({n: t[i : i + step] for n, t in inputs.items()}, cache, recorder) for i in range(0, batch, step)
         ]
         return [torch.cat(o) for o in zip(*chunks)] if len(chunks) > 1 else chunks[0]
+
+    def _is_fixed(self, inputs: Mapping[Node, Tensor]) -> bool:
+        """Return whether a batch without padding has a program for its very shape.
+
+        A program takes milliseconds to build, as long as a short text takes to run: where lengths differ from call to
+        call, they share the programs for real tokens.
+        """
+        shapes = _shapes(inputs)
+        with self.lock:
+            if len(self.fixed) < FIXED_SHAPES:
+                self.fixed.add(shapes)
+            return shapes in self.fixed
 
     def _images_together(self, one: Mapping[Node, Tensor]) -> int:
         """Return how many images go together, from the memory that a program needs for one."""
