@@ -199,6 +199,23 @@ def spread() -> str:
     return per_machine(rows, make) if rows else "Not measured yet: `python bench/spread.py`."
 
 
+def dynamo() -> str:
+    """`torch.compile(backend="rarefy")`: the fastest call of each model beside eager torch's."""
+
+    def make(rows: list[Row]) -> str:
+        cells = [
+            [
+                r["model"].removeprefix("timm."),
+                f"{r['ms']['eager']:.2f}",
+                f"{r['ms']['compiled']:.2f} ({r['speedup']:.2f}x)",
+            ]
+            for r in sorted(rows, key=lambda r: -r["speedup"])
+        ]
+        return table(["model", "eager, ms", "compiled, ms"], cells)
+
+    return per_machine(latest(read("dynamo", precision=None), "label", "model"), make)
+
+
 def frontier_images() -> str:
     """The same of image classifiers."""
     labels = {
@@ -470,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "frontier-images": frontier_images,
     "spread": spread,
+    "dynamo": dynamo,
     "optimize": optimize,
     "kernels": kernels,
     "language": language,
