@@ -40,14 +40,14 @@ Hits = dict[str, Tensor]  # by test: 1 for each query whose text is nearest, els
 
 def hits(encode: Callable[[Any], Tensor], tokenizer: Any) -> Hits:
     """Return which queries of each test a model answers."""
-    found = {}
+    result = {}
     for name, pairs in (("articles", texts.judged_articles()), ("brown", texts.judged_brown())):
-        asked, there = (
+        queries, passages = (
             embed(lambda **x: encode(x), token_batches([p[side] for p in pairs], tokenizer, tokens=TOKENS))
             for side in (0, 1)
         )
-        found[name] = (ranks(asked, there) == 1).float()
-    return found
+        result[name] = (ranks(queries, passages) == 1).float()
+    return result
 
 
 def interval(difference: Tensor) -> list[float]:
@@ -58,15 +58,15 @@ def interval(difference: Tensor) -> list[float]:
     return [round(float(q), 2) for q in torch.quantile(means, torch.tensor([0.025, 0.975]))]
 
 
-def beside(found: Hits, dense: Hits) -> dict[str, Any]:
+def beside(answered: Hits, dense: Hits) -> dict[str, Any]:
     """Return R@1 of each test, how much it is above the dense model's, and the interval of that, in percent."""
     return {
         name: {
-            "recall": 100 * float(found[name].mean()),
-            "gain": 100 * float((found[name] - dense[name]).mean()),
-            "interval": interval(found[name] - dense[name]),
+            "recall": 100 * float(answered[name].mean()),
+            "gain": 100 * float((answered[name] - dense[name]).mean()),
+            "interval": interval(answered[name] - dense[name]),
         }
-        for name in found
+        for name in answered
     }
 
 
@@ -83,8 +83,8 @@ def spread() -> Iterator[dict[str, Any]]:
         for seed in SEEDS if name in SEEDED else (None,):
             small = made(model, steps, calibration(tokenizer, 128, seed or 0))
             fast = small if precision == READY else rarefy.compile(small, examples["one"], precision=precision)
-            found = hits(lambda x, f=fast: f(**x)[0], tokenizer)
-            yield {"name": f"ours, {name}", "seed": seed, **beside(found, dense)}
+            answered = hits(lambda x, f=fast: f(**x)[0], tokenizer)
+            yield {"name": f"ours, {name}", "seed": seed, **beside(answered, dense)}
     for seed in SEEDS:
         data = calibration(tokenizer, 128, seed)
         with TemporaryDirectory() as place:

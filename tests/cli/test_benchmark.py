@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rarefy
-from conftest import tiny_bert, tiny_llama
+from conftest import sample, tiny_bert, tiny_llama
 from rarefy.cli.benchmark import bench_models, engine_of, example_for, resident_bytes
 from rarefy.common.errors import ModelError
 from rarefy.compiler.executor import Compiled
@@ -101,3 +101,9 @@ def test_bytes_of_what_is_compiled():
     made = engine_of(tiny_llama(), 8, 1)[0]
     weights = sum(p.numel() for p in tiny_llama().parameters())
     assert 0.5 * 4 * weights < resident_bytes(made) < 3 * 4 * weights
+
+
+def test_a_precision_that_the_engine_lacks(run):
+    sample("minilm")
+    ran = run("bench", "minilm", "--precision", "int4", "--tokens", "8")
+    assert ran.code == 2 and "--precision int4: " in ran.err and "Traceback" not in ran.err

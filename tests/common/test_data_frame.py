@@ -49,6 +49,8 @@ def test_a_receipt_has_the_numbers_that_it_prints():
     assert forward["unit"] == "ms" and printed["forward, batch 2, ms"]["after"].startswith(f"{forward['after']:,.4g}")
     layers = receipt.to_pandas(layers=True)
     assert list(layers["layer"]) == ["0", "2"] and (layers["sparsity"] == 0.5).all()
+    unpruned = rarefy.compress_(net, {"stages": [{"quantize": {"weights": "int8"}}]}, {"evaluate": data})
+    assert list(unpruned.to_pandas(layers=True)["layer"]) == []
 
 
 def test_a_frontier_has_its_points():

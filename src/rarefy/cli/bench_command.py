@@ -167,6 +167,8 @@ def _bench_folder(options: _Bench) -> None:
         notes["layers that run sparse"] = layers.summary["layers that run sparse"]
     if options.engine and kind == "model":
         on_engine, why = engine_of(net, tokens, batch, options.precision)
+        if on_engine is None and options.precision:
+            raise RecipeError(f"--precision {options.precision}: {why}")
         if on_engine is None:
             notes["no engine"] = why
         else:

@@ -21,7 +21,7 @@ from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 
 MAX_SHAPES = 16  # shapes of inputs for which programs are kept
-FIXED_SHAPES = 4  # of batches without padding that have a program of their own; further ones share those for real tokens
+FIXED_SHAPES = 4  # of batches without padding have programs of their own; further ones share those for real tokens
 MAX_IN_FLIGHT = 56 << 20  # bytes of activations of the images that go through a program together
 
 # called with nodes, their inputs, kernels and constants before a program is built for new shapes

@@ -92,7 +92,7 @@ class Receipt:
         Raises:
             DataError: pandas is not installed.
         """
-        return data_frame(self.sparsity.get("layers", ()) if layers else self.numbers())
+        return data_frame(self.sparsity.get("layers", ()), first="layer") if layers else data_frame(self.numbers())
 
     def numbers(self) -> list[dict[str, Any]]:
         """Return what was measured as numbers, in the order of `rows`."""
