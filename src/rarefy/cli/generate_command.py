@@ -284,7 +284,7 @@ def _decoder(name: str, precision: str | None, offline: bool, quiet: bool) -> tu
 
     source = shared.source(name, offline=offline, quiet=quiet)
     weights = shared.streamed_weights(source)
-    if weights is not None:
+    if weights is not None and isinstance(source, Path):
         tokenizer = shared.load_tokenizer(source)
         _say_building(quiet)
         return decoder_of_weights(weights, shared.streamed_precision(source, precision)), tokenizer
