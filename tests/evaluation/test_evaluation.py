@@ -508,7 +508,7 @@ def test_a_receipt_round_trips_through_json_and_prints_its_figures():
     receipt = compressed(latency={"repeats": 2}, max_degradation=0.5)
     values = json.loads(receipt.to_json())
     assert values == receipt.to_dict()
-    again = Receipt(**{**values, **{k: tuple(values[k]) for k in ("speed", "stages", "notes", "samples")}})
+    again = Receipt(**{**values, **{k: tuple(values[k]) for k in ("speed", "stages", "notes", "samples", "runtimes")}})
     assert again == receipt and str(again) == str(receipt) and again.to_json() == receipt.to_json()
     text = str(receipt)
     for figure in (

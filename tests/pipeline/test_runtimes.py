@@ -73,7 +73,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(monkeypatch)
     with pytest.raises(RecipeError, match="evaluate.runtimes: expected each runtime once, got openvino, openvino"):
         rarefy.compress_(net, recipe("openvino", "openvino"), {"evaluate": data})
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r'needs onnxscript, openvino: pip install "rarefy\[onnx\]" openvino'):
+    with pytest.raises(
+        RecipeError, match=r'needs onnxscript, openvino: pip install "rarefy\[onnx\]" and pip install openvino'
+    ):
         rarefy.compress_(net, recipe("openvino"), {"evaluate": data})
     assert all(bool(p.count_nonzero() == p.numel()) for p in net.parameters())
 

@@ -81,8 +81,7 @@ def decoder_from_files(
         >>> decoder_from_files(folder, precision="int8")(torch.tensor([[3, 1, 4]])).shape
         torch.Size([1, 3, 32])
     """
-    if precision is not None and precision not in CHOICES:
-        raise ModelError(unknown("precision", precision, CHOICES))
+    check_choice(precision)
     if out is None and (overwrite or fresh):
         raise ModelError(f"{'overwrite' if overwrite else 'fresh'}= has no effect without out=: leave it out")
     files = language_model_weights(path)
@@ -114,6 +113,12 @@ def language_model_weights(path: str | Path) -> WeightFiles:
             f"{name} stores its weights transposed (Conv1D): load it with transformers, and pass the model"
         )
     return files
+
+
+def check_choice(precision: str | None) -> None:
+    """Raise ModelError for a precision in which weights are not packed."""
+    if precision is not None and precision not in CHOICES:
+        raise ModelError(unknown("precision", precision, CHOICES))
 
 
 def decoder_of_weights(files: WeightFiles, precision: str | None, hold: Any = None) -> Decoder:

@@ -245,9 +245,11 @@ def streamed_weights(source: Source) -> Any:
 
 def streamed_precision(source: Source, precision: str | None) -> str | None:
     """Return the precision with which weights of a language model are packed: by default that of a GGUF file, and fp32
-    for folders, in which layers that were quantized stay as they are."""
+    for folders, in which layers that were quantized stay as they are. ModelError for another precision."""
+    from rarefy.checkpoint.streamed_decoder import check_choice
     from rarefy.formats import gguf_file
 
+    check_choice(precision)
     return precision or (None if isinstance(source, Path) and gguf_file.is_file(source) else "fp32")
 
 

@@ -45,4 +45,7 @@ def write_aligned(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
-            stream.write(tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensors[name].detach().reshape(-1)
+            if flat.stride(0) != 1:  # a single number of a larger tensor
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            stream.write(flat.view(torch.uint8).numpy().data)

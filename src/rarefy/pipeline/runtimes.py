@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.common.errors import RecipeError, first_line
+from rarefy.common.extras import install
 from rarefy.evaluation import profiling
 from rarefy.evaluation.quality import Metric
 from rarefy.model import hf
@@ -27,7 +28,7 @@ STARTERS: dict[str, tuple[str, Callable[[Path], Started]]] = {  # by the names o
     "onnxruntime": ("ONNX Runtime", onnx_runtime),
     "openvino": ("OpenVINO", openvino),
 }
-PACKAGES = {"onnxscript": '"rarefy[onnx]"', "onnxruntime": '"rarefy[onnx]"', "openvino": "openvino"}
+IN_EXTRA = ("onnxscript", "onnxruntime")  # packages of the extra onnx
 
 
 def check_runtimes(evaluate: Evaluate | None, model: nn.Module) -> None:
@@ -38,8 +39,9 @@ def check_runtimes(evaluate: Evaluate | None, model: nn.Module) -> None:
         raise RecipeError("evaluate.runtimes has no effect on language models, whose cache ONNX files do not have")
     missing = [p for p in ("onnxscript", *evaluate.runtimes) if find_spec(p) is None]
     if missing:
-        install = " ".join(dict.fromkeys(PACKAGES[p] for p in missing))
-        raise RecipeError(f"evaluate.runtimes needs {', '.join(missing)}: pip install {install}")
+        extra = [install("onnx")] if set(missing) & {*IN_EXTRA} else []
+        others = [f"pip install {p}" for p in missing if p not in IN_EXTRA]
+        raise RecipeError(f"evaluate.runtimes needs {', '.join(missing)}: {' and '.join([*extra, *others])}")
 
 
 def measured_runtimes(

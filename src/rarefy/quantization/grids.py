@@ -11,6 +11,8 @@ from rarefy.model.quant_grid import Grid, block_rows
 from rarefy.quantization.config import QuantizeConfig
 from rarefy.quantization.scale_fitting import FITS, ScaleFit
 
+CHUNK = 1 << 17  # weights whose scales are fitted together: what a fit computes on the way stays in the CPU's cache
+
 
 def fit_grid(weight: Tensor, shape: tuple[int, ...], config: QuantizeConfig, weigh: Tensor | None = None) -> Grid:
     """Return the grid of a weight in its stored shape; `weigh`, of the same shape, weights the squared errors."""
@@ -27,7 +29,14 @@ def fit_scales(
 
     Scales of input groups are stored in bf16. That costs no accuracy, since codes are computed with the stored scale.
     """
-    scale, zero = fit(X, config.bits, config.symmetric, weigh)
+    rows = max(1, CHUNK // max(1, X.shape[1]))
+    parts = [
+        fit(X[i : i + rows], config.bits, config.symmetric, None if weigh is None else weigh[i : i + rows])
+        for i in range(0, max(1, len(X)), rows)
+    ]
+    scale = torch.cat([scale for scale, _ in parts])
+    zeros = [zero for _, zero in parts if zero is not None]
+    zero = torch.cat(zeros) if zeros else None
     scale = scale.bfloat16() if isinstance(config.group, int) else scale
     return scale, None if zero is None else zero.to(torch.uint8)
 
