@@ -9,7 +9,9 @@ import torch
 
 import rarefy
 from checkpoint.test_gguf_export import IDS, build, eager, far
+from rarefy.checkpoint.streamed_decoder import streamed_weights
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.formats import container
 from rarefy.model import hf
 
 TEXT = torch.tensor([IDS])
@@ -128,3 +130,13 @@ def test_memory_is_that_of_the_packed_weights_and_a_constant(tmp_path):
     ran = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 1.5e9
+
+
+def test_hashes_of_a_folder_are_checked_when_its_weights_are_read(tmp_path, monkeypatch):
+    model = build("Llama")
+    rarefy.save(model, tmp_path / "saved")
+    rarefy.save(rarefy.decoder(model), tmp_path / "decoder")
+    monkeypatch.setattr(container, "sha256_of", lambda file: "0" * 64)  # as if each file had changed
+    assert streamed_weights(tmp_path / "decoder") is None  # it is left to `load`, which checks them
+    with pytest.raises(ContainerError, match="weights-00001.safetensors"):
+        rarefy.decoder_from_files(tmp_path / "saved", precision="int8")
