@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from rarefy.cli.main import main
 from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
 from rarefy.runtime import bindings
-from slow_cases import SLOW
+from slow_cases import EVERY, SLOW
 
 collect_ignore = ["fixtures"]  # scripts of earlier versions
 
@@ -42,15 +45,20 @@ FIRST = (
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Mark what only `make test-all` runs: slow cases, and compiled models on the portable kernels where the CPU has
-    better ones, since each kernel is tested by itself. The longest files begin first, so that no core waits for one."""
+    """Mark what only `make test-all` runs: slow cases, all but every n-th case of large grids, and compiled models on
+    the portable kernels where the CPU has better ones, since each kernel is tested by itself. The longest files begin
+    first, so that no core waits for one."""
     better = bindings.isa() not in (None, "portable")
+    number: Counter[tuple[Path, str]] = Counter()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         slow = better and item.path.parent.name == "compiler" and params.get("isa") == "portable"
         if item.path.is_relative_to(TESTS):
             names = SLOW.get(item.path.relative_to(TESTS).as_posix(), ())
-            slow = slow or item.name in names or getattr(item, "originalname", "") in names
+            name = getattr(item, "originalname", "")
+            each = EVERY.get(item.path.relative_to(TESTS).as_posix(), {}).get(name, 1)
+            slow = slow or item.name in names or name in names or number[item.path, name] % each != 0
+            number[item.path, name] += 1
         if slow:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in FIRST)
@@ -206,6 +214,19 @@ def run(monkeypatch, capsys) -> Run:
         return Ran(code or 0, *capsys.readouterr())
 
     return run
+
+
+def in_process(*words: object) -> Ran:
+    """Run the command line in this process, as the fixture `run` does; for fixtures of a whole module."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rarefy", *map(str, words)])
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as error:
+            code = error.code
+    return Ran(code or 0, out.getvalue(), err.getvalue())
 
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:

@@ -3,11 +3,12 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from slow_cases import SLOW
+from slow_cases import EVERY, SLOW
 
 SRC = Path(__file__).parents[1] / "src" / "rarefy"
 FILES = sorted(SRC.rglob("*.py"))
@@ -39,10 +40,18 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(p): p for p in FILES}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Return the nodes of a file that rules are about: imports and calls."""
+    kinds = ast.Import | ast.ImportFrom | ast.Call
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Return the modules of ours that a file imports, wherever in it."""
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rarefy":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -115,7 +124,7 @@ def test_no_code_from_files(path):
     calls = {"eval", "exec", "__import__", "importlib.import_module", "torch.load", "yaml.load"}
     if path != SRC / "__init__.py":  # whose table names its own modules
         calls |= {"import_module"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             safe = ast.unparse(node.func) == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
             assert safe or ast.unparse(node.func) not in calls, ast.unparse(node.func)
@@ -125,7 +134,7 @@ def test_no_code_from_files(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_no_private_or_deprecated_part_of_torch_for_onnx(path):
-    names = {n for node in ast.walk(ast.parse(path.read_text())) for n in imported(node)}
+    names = {n for node in nodes_of(path) for n in imported(node)}
     assert not [n for n in names if n.startswith(("torch.ao", "torch.onnx._", "torch.onnx.symbolic"))]
 
 
@@ -159,7 +168,8 @@ print(",".join(sorted({"transformers", "torchvision", "matplotlib", "typer", "ri
     assert int(ours) <= 8 and others == "" and int(count) < 100 and heavy == ""
 
 
-@pytest.mark.parametrize("file", SLOW)
+@pytest.mark.parametrize("file", {**SLOW, **EVERY})
 def test_slow_cases_exist(file):
     source = (Path(__file__).parent / file).read_text(encoding="utf-8")
-    assert [name for name in SLOW[file] if f"def {name.partition('[')[0]}(" not in source] == []
+    names = (*SLOW.get(file, ()), *EVERY.get(file, ()))
+    assert [name for name in names if f"def {name.partition('[')[0]}(" not in source] == []
