@@ -1,8 +1,6 @@
 """Checkpoints in layouts that their own library no longer reads, made here with numpy as they were documented."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -159,7 +157,7 @@ def test_weights_are_what_they_mean(way, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["sparse-bitmask", "4 bits", "zeros and int8"])
-def test_inspect_and_the_shell(way, tmp_path):
+def test_inspect_and_the_shell(way, tmp_path, run):
     folder(tmp_path / "in", way)
     label = {"4 bits": "pack-quantized", "zeros and int8": "sparse-bitmask, int-quantized"}.get(way, way)
     rows = [r for r in rarefy.inspect(tmp_path / "in").rows if r["format"] == label]
@@ -167,9 +165,8 @@ def test_inspect_and_the_shell(way, tmp_path):
     assert all(r["pattern"] == "2:4" for r in rows)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stages:\n- cast: {dtype: bf16}\n")
-    words = ["compress", str(tmp_path / "in"), "--recipe", str(recipe), "--out", str(tmp_path / "out"), "-q"]
-    ran = subprocess.run([sys.executable, "-m", "rarefy", *words], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    ran = run("compress", tmp_path / "in", "--recipe", recipe, "--out", tmp_path / "out", "-q")
+    assert ran.code == 0, ran.err
     assert next(iter(rarefy.load(tmp_path / "out").parameters())).dtype == torch.bfloat16
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rarefy
-from conftest import Run, shell, text_model, tiny_llama, tree
+from conftest import Run, text_model, tiny_llama, tree
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.recipe import parser as recipes
 from rarefy.recipe import schema
@@ -189,13 +189,13 @@ def given(tmp_path_factory):
     return folder
 
 
-def test_compress_cuts_saves_and_transformers_loads_it(given, tmp_path):
+def test_compress_cuts_saves_and_transformers_loads_it(given, tmp_path, run):
     out, plain = tmp_path / "out", tmp_path / "hf"
-    ran = shell("compress", given / "model", "-r", given / "cut.yaml", "-o", out)
-    assert ran.returncode == 0, ran.stderr
-    assert "neurons of" in ran.stdout and "heads of" in ran.stdout
-    ran = shell("export", out, "-o", plain)
-    assert ran.returncode == 0, ran.stderr
+    ran = run("compress", given / "model", "-r", given / "cut.yaml", "-o", out)
+    assert ran.code == 0, ran.err
+    assert "neurons of" in ran.out and "heads of" in ran.out
+    ran = run("export", out, "-o", plain)
+    assert ran.code == 0, ran.err
     transformers = pytest.importorskip("transformers")
     one, two = rarefy.load(out), transformers.AutoModelForCausalLM.from_pretrained(plain)
     dense = transformers.AutoModelForCausalLM.from_pretrained(given / "model")
