@@ -8,6 +8,7 @@
 #include "input_packing.hpp"
 #include "int8_attention.hpp"
 #include "kernel_table.h"
+#include "kv_codes.hpp"
 #include "lane_attention.hpp"
 #include "nhwc_f32.hpp"
 #include "nhwc_kernels.hpp"
@@ -79,6 +80,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .normalize_columns = normalize_columns,
       .add_column_sums = add_column_sums,
       .attention_tile = attention_tile,
+      .coded_attention_tile = coded_attention_tile,
+      .store_kv_codes = store_kv_codes,
       .int8_attention_words = int8_attention_words,
       .int8_attention = int8_attention,
       .pack_bf16_lanes = pack_bf16_lanes,

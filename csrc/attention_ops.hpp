@@ -128,6 +128,12 @@ struct LaneAttention {
 // One head of one sequence for the queries in some column tiles.
 inline int attend_tiles(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t sequence, int64_t index,
                         int64_t tile, int64_t end) {
+  if (a.cache && a.cache->codes) {
+    const ScratchBuffer<1> scratch(size_t(2 * a.head_dim * TILE_COLS) * 4);
+    if (!scratch.data) return RAREFY_NO_MEMORY;
+    for (; tile < end; ++tile) t.coded_attention_tile(a, sequence, index, tile, static_cast<float*>(scratch.data));
+    return RAREFY_OK;
+  }
   if (!multiplies_bf16(a)) {
     for (; tile < end; ++tile) t.attention_tile(a, sequence, index, tile);
     return RAREFY_OK;

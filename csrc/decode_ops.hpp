@@ -7,6 +7,8 @@
 
 #include "epilogue.hpp"
 #include "kernel_table.h"
+#include "kv_codes.hpp"
+#include "kv_layout.hpp"
 #include "rarefy.h"
 #include "simd.hpp"
 #include "tile_attention.hpp"
@@ -54,45 +56,40 @@ void rope_row(const float* x, const float* cos, const float* sin, int64_t heads,
     }
 }
 
-// Scores of the keys in the cache tiles `begin`..`end`, into p; keys outside `first`..`last` are masked. Returns the
-// maximum.
-inline float score_cached_keys(const rarefy_attention& a, const float* q, const float* keys, int64_t begin, int64_t end,
-                               int64_t first, int64_t last, float* p) {
-  constexpr int VECS = TILE_COLS / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
-  const int64_t head_dim = a.head_dim;
-  f32_vec max = f32_vec{} + MASKED;
-  for (int64_t tile = begin; tile < end; ++tile) {
+// One head of the cache in fp32, as a token attends to it.
+struct CachedNumbers {
+  const rarefy_attention& a;
+  const float *q, *keys, *values;
+
+  CachedNumbers(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float*) : a(a), q(q) {
+    const int64_t tile = batch * a.cache->capacity / TILE_COLS, offset = kv_head * a.head_dim * TILE_COLS;
+    keys = keys_or_values(a, a.k, a.k_offset) + tile * a.k_stride + offset;
+    values = keys_or_values(a, a.v, a.v_offset) + tile * a.v_stride + offset;
+  }
+
+  // Scores of a tile of keys.
+  void score(int64_t tile, float* scores) const {
+    constexpr int VECS = TILE_COLS / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
     const float* k = keys + tile * a.k_stride;
     f32_vec acc[UNROLL][VECS] = {};
     int64_t d = 0;
-    for (; d + UNROLL <= head_dim; d += UNROLL)
+    for (; d + UNROLL <= a.head_dim; d += UNROLL)
 #pragma GCC unroll 2
       for (int u = 0; u < UNROLL; ++u)
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; ++v) acc[u][v] += load_vec(k + (d + u) * TILE_COLS + v * SIMD_WIDTH) * q[d + u];
-    for (; d < head_dim; ++d)
+    for (; d < a.head_dim; ++d)
       for (int v = 0; v < VECS; ++v) acc[0][v] += load_vec(k + d * TILE_COLS + v * SIMD_WIDTH) * q[d];
-    float* scores = p + (tile - begin) * TILE_COLS;
     for (int v = 0; v < VECS; ++v)
       store_vec(scores + v * SIMD_WIDTH, (UNROLL > 1 ? acc[0][v] + acc[UNROLL - 1][v] : acc[0][v]) * a.scale);
-    for (int64_t j = 0; j < TILE_COLS; ++j)
-      if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
-    for (int v = 0; v < VECS; ++v) max = max_vec(max, load_vec(scores + v * SIMD_WIDTH));
   }
-  float top = max[0];
-  for (int i = 1; i < SIMD_WIDTH; ++i) top = max[i] > top ? max[i] : top;
-  return top;
-}
 
-// Sum the values in the cache tiles `begin`..`end`, weighted by p, into sums [head_dim][SIMD_WIDTH].
-inline void sum_cached_values(const rarefy_attention& a, const float* p, const float* values, int64_t begin,
-                              int64_t end, float* sums) {
-  constexpr int VECS = TILE_COLS / SIMD_WIDTH;
-  std::memset(sums, 0, size_t(a.head_dim * SIMD_WIDTH) * 4);
-  for (int64_t tile = begin; tile < end; ++tile) {
+  // Add a tile of values, weighted by p, to sums [head_dim][SIMD_WIDTH].
+  void add_values(int64_t tile, const float* p, float* sums) const {
+    constexpr int VECS = TILE_COLS / SIMD_WIDTH;
     const float* v = values + tile * a.v_stride;
     f32_vec weights[VECS];
-    for (int i = 0; i < VECS; ++i) weights[i] = load_vec(p + (tile - begin) * TILE_COLS + i * SIMD_WIDTH);
+    for (int i = 0; i < VECS; ++i) weights[i] = load_vec(p + i * SIMD_WIDTH);
     for (int64_t d = 0; d < a.head_dim; ++d) {
       f32_vec even = load_vec(sums + d * SIMD_WIDTH), odd{};  // two accumulators, to hide latency
 #pragma GCC unroll 8
@@ -103,34 +100,132 @@ inline void sum_cached_values(const rarefy_attention& a, const float* p, const f
       store_vec(sums + d * SIMD_WIDTH, even + odd);
     }
   }
+};
+
+// One head of a cache in 8 bits. The query and the weights of a tile are rounded to 16 bits, so that products are those
+// of integers, which read and convert less than products of dequantized numbers.
+struct CachedCodes {
+  const rarefy_attention& a;
+  const CodedTiles keys, values;
+  const int32_t* query;  // pairs of features
+  float scale;
+
+  // `memory` receives the rounded query.
+  CachedCodes(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float* memory)
+      : a(a),
+        keys(coded_tiles(a, a.k_offset, batch, kv_head)),
+        values(coded_tiles(a, a.v_offset, batch, kv_head)),
+        query(reinterpret_cast<int32_t*>(memory)) {
+    const float limit = float(std::min<int64_t>(32767, 16000000 / a.head_dim));  // the sum fits 32 bits
+    i32_vec top{};
+    for (int64_t d = 0; d < a.head_dim; d += SIMD_WIDTH)
+      top = larger_magnitude(top, load_partial(q + d, a.head_dim - d));
+    int32_t largest = 0;
+    for (int i = 0; i < SIMD_WIDTH; ++i) largest = std::max(largest, top[i]);
+    const float unit = code_scale(__builtin_bit_cast(float, largest)) * MAX_CODE / limit, inverse = 1.0f / unit;
+    for (int64_t d = 0; d < a.head_dim; d += 2) {
+      const uint32_t low = uint16_t(round_within(q[d] * inverse, limit));
+      const uint32_t both = low | uint32_t(round_within(q[d + 1] * inverse, limit)) << 16;
+      std::memcpy(memory + d / 2, &both, 4);
+    }
+    scale = unit * a.scale;
+  }
+
+  void score(int64_t tile, float* scores) const {
+    constexpr int VECS = TILE_COLS / SIMD_WIDTH;
+    const int8_t* k = keys.codes + tile * keys.codes_stride;
+    const float* scales = keys.scales + tile * keys.scales_stride;
+    raw_vec acc[VECS] = {};
+    for (int64_t d = 0; d < a.head_dim; d += 2, k += 2 * TILE_COLS) {
+      const raw_vec in = __builtin_bit_cast(raw_vec, i32_vec{} + query[d / 2]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) acc[v] = multiply_add_pairs(acc[v], load_wide_pairs(k + 2 * v * SIMD_WIDTH), in);
+    }
+    for (int v = 0; v < VECS; ++v)
+      store_vec(scores + v * SIMD_WIDTH, to_numbers(acc[v]) * load_vec(scales + v * SIMD_WIDTH) * scale);
+  }
+
+  void add_values(int64_t tile, const float* p, float* sums) const {
+    constexpr int VECS = TILE_COLS / SIMD_WIDTH, PAIRS = VECS / 2;
+    constexpr float LIMIT = 32767.0f, TINY = 1e-30f;
+    const int8_t* v = values.codes + tile * values.codes_stride;
+    const float* scales = values.scales + tile * values.scales_stride;
+    f32_vec weights[VECS];
+    i32_vec top{};
+    for (int i = 0; i < VECS; ++i) {
+      weights[i] = load_vec(p + i * SIMD_WIDTH) * load_vec(scales + i * SIMD_WIDTH);
+      top = larger_magnitude(top, weights[i]);
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < SIMD_WIDTH; ++i) bits = std::max(bits, top[i]);
+    const float largest = __builtin_bit_cast(float, bits), unit = (largest < TINY ? TINY : largest) / LIMIT;
+    const float inverse = 1.0f / unit;
+    int16_t rounded[TILE_COLS];
+    for (int i = 0; i < VECS; ++i) {
+      const f32_vec w = weights[i] * inverse;
+      const i32_vec codes =
+          __builtin_convertvector((w < LIMIT ? w : f32_vec{} + LIMIT) + 8388608.0f - 8388608.0f, i32_vec);
+      const wide_vec wide = __builtin_convertvector(codes, wide_vec);
+      std::memcpy(rounded + i * SIMD_WIDTH, &wide, sizeof wide);
+    }
+    raw_vec in[PAIRS];
+    for (int i = 0; i < PAIRS; ++i) in[i] = load_raw(rounded + 2 * i * SIMD_WIDTH);
+    for (int64_t d = 0; d < a.head_dim; ++d, v += TILE_COLS) {
+      raw_vec acc{};
+#pragma GCC unroll 4
+      for (int i = 0; i < PAIRS; ++i) acc = multiply_add_pairs(acc, load_wide_pairs(v + 2 * i * SIMD_WIDTH), in[i]);
+      store_vec(sums + d * SIMD_WIDTH, load_vec(sums + d * SIMD_WIDTH) + to_numbers(acc) * unit);
+    }
+  }
+};
+
+// One head of one token attends to the tiles of keys `begin`..`end`, of which the keys `first`..`last` are visible.
+template <class Cached>
+void attend_to(const Cached& cached, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t head_dim,
+               float* scratch, float* out) {
+  constexpr int VECS = TILE_COLS / SIMD_WIDTH;
+  f32_vec max = f32_vec{} + MASKED, total{};
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float* scores = scratch + (tile - begin) * TILE_COLS;
+    cached.score(tile, scores);
+    if (tile * TILE_COLS < first || (tile + 1) * TILE_COLS > last)
+      for (int64_t j = 0; j < TILE_COLS; ++j)
+        if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
+    for (int v = 0; v < VECS; ++v) max = max_vec(max, load_vec(scores + v * SIMD_WIDTH));
+  }
+  float top = max[0];
+  for (int i = 1; i < SIMD_WIDTH; ++i) top = max[i] > top ? max[i] : top;
+  for (int64_t j = 0; j < (end - begin) * TILE_COLS; j += SIMD_WIDTH) {
+    const f32_vec e = exp_vec(load_vec(scratch + j) - top);
+    total += e;
+    store_vec(scratch + j, e);
+  }
+  float* sums = scratch + (end - begin) * TILE_COLS;
+  std::memset(sums, 0, size_t(head_dim * SIMD_WIDTH) * 4);
+  for (int64_t tile = begin; tile < end; ++tile) cached.add_values(tile, scratch + (tile - begin) * TILE_COLS, sums);
+  const float inverse = 1.0f / reduce_vec(total);
+  for (int64_t d = 0; d < head_dim; ++d) out[d] = reduce_vec(load_vec(sums + d * SIMD_WIDTH)) * inverse;
 }
 
-// One head of one token attends to the cache. `scratch`: one float for each cached key up to whole tiles, then one
-// vector for each feature of the head.
+// One head of one token attends to the cache. `scratch`: one word for each feature of the head, one for each cached key
+// up to whole tiles, then one vector for each feature.
 void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int64_t head, float* scratch) {
   const int64_t head_dim = a.head_dim, row = batch * a.queries + token;
   const int64_t position = a.cache->length + token, last = position + 1;
   const int64_t start = a.cache->starts ? a.cache->starts[batch] : 0;
   int64_t first = a.window ? std::max<int64_t>(0, last - a.window) : 0;
   if (start <= position) first = std::max(first, start);  // queries in the padding attend to the padding
-  const int64_t kv_head = head / (a.heads / a.kv_heads) * head_dim * TILE_COLS;
+  const int64_t kv_head = head / (a.heads / a.kv_heads);
   const int64_t begin = first / TILE_COLS, end = (last + TILE_COLS - 1) / TILE_COLS;
-  const int64_t first_tile = batch * a.cache->capacity / TILE_COLS;
   const float* q = a.q + row * a.q_stride + head * head_dim;
-  const float* keys = keys_or_values(a, a.k, a.k_offset) + first_tile * a.k_stride + kv_head;
-  const float* values = keys_or_values(a, a.v, a.v_offset) + first_tile * a.v_stride + kv_head;
-  const float max = score_cached_keys(a, q, keys, begin, end, first, last, scratch);
-  f32_vec total{};
-  for (int64_t j = 0; j < (end - begin) * TILE_COLS; j += SIMD_WIDTH) {
-    const f32_vec e = exp_vec(load_vec(scratch + j) - max);
-    total += e;
-    store_vec(scratch + j, e);
-  }
-  float* sums = scratch + (end - begin) * TILE_COLS;
-  sum_cached_values(a, scratch, values, begin, end, sums);
-  const float inverse = 1.0f / reduce_vec(total);
   float* out = a.out + row * a.out_stride + head * head_dim;
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = reduce_vec(load_vec(sums + d * SIMD_WIDTH)) * inverse;
+  const auto attend = [&](const auto& cached) {
+    attend_to(cached, begin, end, first, last, head_dim, scratch + head_dim, out);
+  };
+  if (a.cache->codes)
+    attend(CachedCodes(a, q, batch, kv_head, scratch));
+  else
+    attend(CachedNumbers(a, q, batch, kv_head, scratch));
 }
 
 }  // namespace

@@ -1,25 +1,43 @@
-// Decode steps of a program: few tokens, activations row-major. Also where the KV cache stores a token.
+// Decode steps of a program: few tokens, activations row-major. Also how the KV cache stores tokens.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "kernel_table.h"
+#include "kv_layout.hpp"
 #include "parallel.h"
 #include "rarefy.h"
 #include "step_common.hpp"
 
 namespace {
 
-// Where the cache stores what a KV_STORE step writes for a token; `room`: how many tokens follow in the same tile, the
-// token included.
-inline float* cache_slot(const rarefy_step& s, int64_t batch, int64_t token, int64_t& room) {
+// Store some tokens of one sequence in the cache, up to the end of a tile: feature f of token n is x[f * stride + n].
+// Returns how many were stored, at most `count`.
+inline int64_t store_tokens(const rarefy_kernel_table& t, const rarefy_step& s, int64_t batch, int64_t token,
+                            const float* x, int64_t stride, int64_t count) {
   const rarefy_attention& a = *s.attention;
   const rarefy_kv_cache& c = *a.cache;
-  const int64_t position = c.length + token, offset = s.store_values ? a.v_offset : a.k_offset;
-  room = TILE_COLS - position % TILE_COLS;
-  return c.data + (offset * c.batch + batch * s.features) * c.capacity + position / TILE_COLS * s.features * TILE_COLS +
-         position % TILE_COLS;
+  const int64_t position = c.length + token, tile = position / TILE_COLS, column = position % TILE_COLS;
+  const int64_t offset = s.store_values ? a.v_offset : a.k_offset;
+  count = std::min(count, TILE_COLS - column);
+  if (c.codes) {
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      const CodedTiles to = coded_tiles(a, offset, batch, head);
+      t.store_kv_codes(x + head * a.head_dim * stride, stride, count, a.head_dim, !s.store_values,
+                       to.codes + tile * to.codes_stride + column * (s.store_values ? 1 : 2),
+                       to.scales + tile * to.scales_stride + column);
+    }
+    return count;
+  }
+  float* slot = c.data + (offset * c.batch + batch * s.features) * c.capacity + tile * s.features * TILE_COLS + column;
+  for (int64_t f = 0; f < s.features; ++f, slot += TILE_COLS, x += stride) {
+    if (count == 1)
+      *slot = *x;
+    else
+      std::memcpy(slot, x, size_t(count) * 4);
+  }
+  return count;
 }
 
 inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
@@ -42,7 +60,7 @@ inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s
 inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
   const int64_t token = part / a.heads;
   const int64_t keys = ceil_div(a.cache->length + a.queries, TILE_COLS) * TILE_COLS;
-  const ScratchBuffer<1> scratch(size_t(keys + a.head_dim * 16) * 4);
+  const ScratchBuffer<1> scratch(size_t(keys + a.head_dim * 17) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   t.attention_row(a, token / a.queries, token % a.queries, part % a.heads, static_cast<float*>(scratch.data));
   return RAREFY_OK;
@@ -91,12 +109,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
       t.rope[1](x, s.cos.data + part * s.cos.stride, s.sin.data + part * s.sin.stride, s.heads,
                 s.features / std::max<int64_t>(1, s.heads), out);
       break;
-    case RAREFY_OP_KV_STORE: {
-      int64_t room;
-      float* slot = cache_slot(s, part / s.tokens, part % s.tokens, room);
-      for (int64_t f = 0; f < s.features; ++f) slot[f * TILE_COLS] = x[f];
-      break;
-    }
+    case RAREFY_OP_KV_STORE: store_tokens(t, s, part / s.tokens, part % s.tokens, x, 1, 1); break;
     case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, part);
   }
   return RAREFY_OK;

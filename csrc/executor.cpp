@@ -223,14 +223,10 @@ void run_group_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t 
   });
 }
 
-void run_kv_store(const rarefy_step& s, int64_t tile) {
+void run_kv_store(const rarefy_kernel_table& t, const rarefy_step& s, int64_t tile) {
   for_each_token_run(s, tile, [&](int64_t sequence, int64_t token, int64_t column, int64_t n) {
-    for (int64_t done = 0, count; done < n; done += count) {
-      float* slot = cache_slot(s, sequence, token + done, count);
-      count = std::min(count, n - done);
-      const float* x = tile_of(s.x, tile) + column + done;
-      for (int64_t f = 0; f < s.features; ++f) std::memcpy(slot + f * TILE_COLS, x + f * TILE_COLS, size_t(count) * 4);
-    }
+    for (int64_t done = 0; done < n;)
+      done += store_tokens(t, s, sequence, token + done, tile_of(s.x, tile) + column + done, TILE_COLS, n - done);
   });
 }
 
@@ -251,7 +247,7 @@ int run_part(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
       t.rope[0](tile_of(s.x, part), tile_of(s.cos, part), tile_of(s.sin, part), s.heads, s.features / s.heads,
                 tile_of(s.out, part));
       break;
-    case RAREFY_OP_KV_STORE: run_kv_store(s, part); break;
+    case RAREFY_OP_KV_STORE: run_kv_store(t, s, part); break;
     case RAREFY_OP_PAD_PLANES: return run_pad_planes(t, s, part);
     case RAREFY_OP_CONV: return run_conv(t, s, part);
     case RAREFY_OP_MAX_POOL:

@@ -185,6 +185,10 @@ struct rarefy_kernel_table {
                             const float* gamma, const float* bias, float* out);
   void (*add_column_sums)(const float* x, int64_t features, int64_t columns, float* sums);
   void (*attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile);
+  // With a KV cache in 8 bits; `memory` has room for a tile of keys and values of a head.
+  void (*coded_attention_tile)(const rarefy_attention&, int64_t batch, int64_t head, int64_t tile, float* memory);
+  void (*store_kv_codes)(const float* x, int64_t stride, int64_t columns, int64_t head_dim, bool pairs, int8_t* codes,
+                         float* scales);
   // Attention with products of codes, for queries `from` (a multiple of TILE_COLS) to `to` of one head of one sequence;
   // `memory` has int8_attention_words words.
   int64_t (*int8_attention_words)(const rarefy_attention&);

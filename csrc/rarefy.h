@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 21 };
+enum { RAREFY_ABI_VERSION = 22 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
@@ -221,10 +221,13 @@ struct rarefy_view {
 
 // Keys and values of the tokens so far: for each layer its keys, then its values, [batch][capacity / 64][features][64].
 struct rarefy_kv_cache {
-  float* data;
+  float* data;              // in fp32; null for a cache in 8 bits
   const int64_t* starts;    // [batch], the first token of each sequence that is not padding; or null
   int64_t batch, capacity;  // capacity in tokens, a multiple of 64
   int64_t length;           // tokens in the cache
+  int8_t* codes;            // in 8 bits, each head as in kv_codes.hpp; null for a cache in fp32
+  float* scales;     // of codes: for each head [tiles][64]; the first is (k_offset or v_offset) / head_dim heads on
+  int64_t head_dim;  // features of the smallest head of all layers
 };
 
 // How a convolution reads padded planes: for each lane, the offset of its first input from an output's position.

@@ -4,9 +4,13 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "epilogue.hpp"
 #include "kernel_table.h"
+#include "kv_codes.hpp"
+#include "kv_layout.hpp"
 #include "rarefy.h"
 #include "simd.hpp"
 #include "visible_keys.hpp"
@@ -102,59 +106,148 @@ inline void update_softmax(int64_t keys, f32_vec (*scores)[VECS], f32_vec* max, 
   }
 }
 
-// One head for VECS vectors of queries. `lane`: the first query's column in its tile; `query`: its position among the
-// step's queries of its sequence. q and out point to the head's features in that tile.
-template <int VECS>
-void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t query, const float* q,
-                    float* out) {
-  const int64_t head_dim = a.head_dim, first_column = batch * (a.cache ? a.cache->capacity : a.kv_seq_stride);
-  const int64_t kv_head = head / (a.heads / a.kv_heads) * head_dim * TILE_COLS;
-  const int64_t past = a.cache ? a.cache->length : 0;
-  const float* mask = a.mask ? a.mask + batch * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
-  const KeyRange visible = a.cache ? KeyRange{0, past + a.queries} : visible_keys(a, mask);
-  const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0, position = past + query;
-  f32_vec max[VECS], sum[VECS] = {}, rescale[VECS];
-  for (int t = 0; t < VECS; ++t) max[t] = f32_vec{} + MASKED;
-  for (int64_t d = 0; d < head_dim; ++d)
-    for (int t = 0; t < VECS; ++t) store_vec(out + d * TILE_COLS + lane + t * SIMD_WIDTH, f32_vec{});
-  const int64_t end = a.causal ? std::min(visible.end, position + VECS * SIMD_WIDTH) : visible.end;
+// The keys and values that queries see, whose first is at position `position`; masked ones among them.
+inline KeyRange keys_of_queries(const rarefy_attention& a, KeyRange visible, int64_t position, int64_t count,
+                                int64_t start) {
+  const int64_t end = a.causal ? std::min(visible.end, position + count) : visible.end;
   int64_t begin = a.window ? std::max<int64_t>(0, position + 1 - a.window) : visible.begin;
   if (start <= position) begin = std::max(begin, start);  // queries in the padding attend to the padding
-  f32_vec scores[TILE_COLS][VECS];
-  for (int64_t from = begin / TILE_COLS * TILE_COLS; from < end;) {
-    const int64_t at = first_column + from, column = at % TILE_COLS, keys = std::min(TILE_COLS - column, end - from);
-    const float* k = keys_or_values(a, a.k, a.k_offset) + at / TILE_COLS * a.k_stride + kv_head + column;
-    const float* v = keys_or_values(a, a.v, a.v_offset) + at / TILE_COLS * a.v_stride + kv_head + column;
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, head_dim, a.scale, scores + j);
-    for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, head_dim, a.scale, scores + j);
+  return {begin / TILE_COLS * TILE_COLS, end};
+}
+
+// Some queries of a head: where they are, and what they have seen so far. `lane`: the first query's column in its tile;
+// `query`: its position among the step's queries of its sequence, `position` in the cache. q and out point to the
+// head's features in that tile.
+template <int VECS>
+struct QueryVectors {
+  const rarefy_attention& a;
+  const float* mask;  // of the head of the sequence, or null
+  int64_t start, lane, query, position;
+  const float* q;
+  float* out;
+  f32_vec max[VECS], sum[VECS];
+
+  void begin() {
+    for (int t = 0; t < VECS; ++t) {
+      max[t] = f32_vec{} + MASKED;
+      sum[t] = f32_vec{};
+    }
+    for (int64_t d = 0; d < a.head_dim; ++d)
+      for (int t = 0; t < VECS; ++t) store_vec(out + d * TILE_COLS + lane + t * SIMD_WIDTH, f32_vec{});
+  }
+
+  // Attend to `keys` keys from position `from` on, which are in one tile.
+  void attend(const float* k, const float* v, int64_t from, int64_t keys) {
+    f32_vec scores[TILE_COLS][VECS], rescale[VECS];
+    int64_t j = 0, d = 0;
+    for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, a.head_dim, a.scale, scores + j);
+    for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     if (mask) add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);
     update_softmax<VECS>(keys, scores, max, sum, rescale);
-    int64_t d = 0;
-    for (; d + 4 <= head_dim; d += 4)
+    for (; d + 4 <= a.head_dim; d += 4)
       add_values<VECS, 4>(scores, v + d * TILE_COLS, keys, rescale, out + d * TILE_COLS + lane);
-    for (; d < head_dim; ++d) add_values<VECS, 1>(scores, v + d * TILE_COLS, keys, rescale, out + d * TILE_COLS + lane);
+    for (; d < a.head_dim; ++d)
+      add_values<VECS, 1>(scores, v + d * TILE_COLS, keys, rescale, out + d * TILE_COLS + lane);
+  }
+
+  void end() {
+    for (int64_t d = 0; d < a.head_dim; ++d)
+      for (int t = 0; t < VECS; ++t) {
+        float* o = out + d * TILE_COLS + lane + t * SIMD_WIDTH;
+        store_vec(o, load_vec(o) / sum[t]);
+      }
+  }
+};
+
+// One head for VECS vectors of queries.
+template <int VECS>
+void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t query, const float* q,
+                    float* out) {
+  const int64_t first_column = batch * (a.cache ? a.cache->capacity : a.kv_seq_stride);
+  const int64_t kv_head = head / (a.heads / a.kv_heads) * a.head_dim * TILE_COLS;
+  const int64_t past = a.cache ? a.cache->length : 0;
+  const float* mask = a.mask ? a.mask + batch * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
+  const KeyRange visible = a.cache ? KeyRange{0, past + a.queries} : visible_keys(a, mask);
+  const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0;
+  QueryVectors<VECS> queries{a, mask, start, lane, query, past + query, q, out, {}, {}};
+  queries.begin();
+  const KeyRange range = keys_of_queries(a, visible, past + query, VECS * SIMD_WIDTH, start);
+  for (int64_t from = range.begin; from < range.end;) {
+    const int64_t at = first_column + from, column = at % TILE_COLS;
+    const int64_t keys = std::min(TILE_COLS - column, range.end - from);
+    queries.attend(keys_or_values(a, a.k, a.k_offset) + at / TILE_COLS * a.k_stride + kv_head + column,
+                   keys_or_values(a, a.v, a.v_offset) + at / TILE_COLS * a.v_stride + kv_head + column, from, keys);
     from += keys;
   }
-  for (int64_t d = 0; d < head_dim; ++d)
-    for (int t = 0; t < VECS; ++t) {
-      float* o = out + d * TILE_COLS + lane + t * SIMD_WIDTH;
-      store_vec(o, load_vec(o) / sum[t]);
-    }
+  queries.end();
 }
+
+// The queries of one sequence in one column tile: their columns, and their parts of q and out.
+struct TileQueries {
+  TileQueries(const rarefy_attention& a, int64_t batch, int64_t head, int64_t tile)
+      : first(batch * a.seq_stride),
+        from(std::max(first, tile * TILE_COLS)),
+        to(std::min(first + (a.queries + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH, (tile + 1) * TILE_COLS)),
+        q(a.q + tile * a.q_stride + head * a.head_dim * TILE_COLS),
+        out(a.out + tile * a.out_stride + head * a.head_dim * TILE_COLS) {}
+
+  // Call f(number of vectors, first column) for each group of vectors.
+  template <class F>
+  void for_each_group(F&& f) const {
+    constexpr int64_t STEP = MAX_VECS * SIMD_WIDTH;
+    int64_t at = from;
+    for (; at + STEP <= to; at += STEP) f(std::integral_constant<int, MAX_VECS>{}, at);
+    for (; at < to; at += SIMD_WIDTH) f(std::integral_constant<int, 1>{}, at);
+  }
+
+  int64_t first, from, to;
+  const float* q;
+  float* out;
+};
 
 // One head for the queries of one sequence in one column tile.
 void attention_tile(const rarefy_attention& a, int64_t batch, int64_t head, int64_t tile) {
-  const int64_t first = batch * a.seq_stride, from = std::max(first, tile * TILE_COLS);
-  const int64_t to = std::min(first + (a.queries + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH, (tile + 1) * TILE_COLS);
-  const float* q = a.q + tile * a.q_stride + head * a.head_dim * TILE_COLS;
-  float* out = a.out + tile * a.out_stride + head * a.head_dim * TILE_COLS;
-  constexpr int64_t STEP = MAX_VECS * SIMD_WIDTH;
-  int64_t at = from;
-  for (; at + STEP <= to; at += STEP) attend_queries<MAX_VECS>(a, batch, head, at % TILE_COLS, at - first, q, out);
-  for (; at < to; at += SIMD_WIDTH) attend_queries<1>(a, batch, head, at % TILE_COLS, at - first, q, out);
+  const TileQueries t(a, batch, head, tile);
+  t.for_each_group(
+      [&](auto vecs, int64_t at) { attend_queries<vecs>(a, batch, head, at % TILE_COLS, at - t.first, t.q, t.out); });
+}
+
+// The same with a cache in 8 bits: each tile of keys and values is dequantized once, for all queries of the tile.
+void coded_attention_tile(const rarefy_attention& a, int64_t batch, int64_t head, int64_t tile, float* memory) {
+  const TileQueries t(a, batch, head, tile);
+  const int64_t past = a.cache->length, kv_head = head / (a.heads / a.kv_heads);
+  const int64_t start = a.cache->starts ? a.cache->starts[batch] : 0;
+  const CodedTiles keys = coded_tiles(a, a.k_offset, batch, kv_head),
+                   values = coded_tiles(a, a.v_offset, batch, kv_head);
+  const KeyRange visible{0, past + a.queries};
+  float *k = memory, *v = memory + a.head_dim * TILE_COLS;
+  float max[TILE_COLS] = {}, sum[TILE_COLS] = {};
+  const auto for_each_group = [&](auto&& action) {
+    t.for_each_group([&](auto vecs, int64_t at) {
+      const int64_t lane = at % TILE_COLS, query = at - t.first;
+      QueryVectors<vecs> group{a, nullptr, start, lane, query, past + query, t.q, t.out, {}, {}};
+      std::memcpy(group.max, max + lane, sizeof group.max);
+      std::memcpy(group.sum, sum + lane, sizeof group.sum);
+      action(group, keys_of_queries(a, visible, past + query, vecs * SIMD_WIDTH, start));
+      std::memcpy(max + lane, group.max, sizeof group.max);
+      std::memcpy(sum + lane, group.sum, sizeof group.sum);
+    });
+  };
+  for_each_group([](auto& group, KeyRange) { group.begin(); });
+  const KeyRange range = keys_of_queries(a, visible, past + t.from - t.first, t.to - t.from, start);
+  for (int64_t from = range.begin; from < range.end; from += TILE_COLS) {
+    const int64_t index = from / TILE_COLS;
+    load_kv_codes(keys.codes + index * keys.codes_stride, keys.scales + index * keys.scales_stride, a.head_dim, true,
+                  k);
+    load_kv_codes(values.codes + index * values.codes_stride, values.scales + index * values.scales_stride, a.head_dim,
+                  false, v);
+    for_each_group([&](auto& group, KeyRange own) {
+      if (from >= own.begin && from < own.end) group.attend(k, v, from, std::min<int64_t>(TILE_COLS, own.end - from));
+    });
+  }
+  for_each_group([](auto& group, KeyRange) { group.end(); });
 }
 
 }  // namespace

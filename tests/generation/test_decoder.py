@@ -321,7 +321,7 @@ def test_choice_by_probability():
         ({"repetition_penalty": -1.0}, "repetition_penalty: expected a number above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
         ({"max_new_tokens": 509}, "has 512 positions: a prompt of 4 tokens and 509 new ones exceed that"),
-        ({"num_beam": 4}, "unknown option 'num_beam'; choose from assistant_model, attention_mask, details, do_sample"),
+        ({"num_beam": 4}, "unknown option 'num_beam'; choose from assistant_model, attention_mask, cache_precision"),
         ({"max_new_token": 4}, "(did you mean 'max_new_tokens'?)"),
         ({"precision": "int8"}, "precision is fixed when the decoder is built"),
         ({"attention_mask": torch.ones(1, 3)}, "expected attention_mask of the shape of ids, [1, 4], got [1, 3]"),

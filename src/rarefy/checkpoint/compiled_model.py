@@ -27,6 +27,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.generation.decoder import Decoder
+from rarefy.generation.kv_cache import check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults
 from rarefy.model.nesting import output_names
 from rarefy.runtime import bindings
@@ -62,6 +63,7 @@ PANEL_PRECISIONS = ("int8", "int4")
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
 DECODER_FIELDS = ("vocab_size", "max_tokens", "eos_tokens", "pad_token", "cache_features")
 GENERATION = "generation_defaults"  # is written where a model has any
+CACHE = "cache_precision"  # is written where it is not fp32
 OLD_FIELDS = {  # of decoders saved by 0.1.0
     "vocabulary": "vocab_size",
     "most": "max_tokens",
@@ -149,7 +151,8 @@ def _numbers_of(decoder: Decoder) -> dict[str, Any]:
     numbers = {n: getattr(decoder, n) for n in ("vocab_size", "max_tokens", "pad_token")}
     features = decoder.compiled.exported.cache_features
     numbers = {**numbers, "eos_tokens": list(decoder.eos_tokens), "cache_features": features}
-    return {**numbers, GENERATION: decoder.generation_defaults} if decoder.generation_defaults else numbers
+    numbers |= {GENERATION: decoder.generation_defaults} if decoder.generation_defaults else {}
+    return numbers | ({CACHE: decoder.cache_precision} if decoder.cache_precision != "fp32" else {})
 
 
 def _packed_weights(compiled: Compiled) -> tuple[dict[str, Packed], dict[Node, str]]:
@@ -290,7 +293,7 @@ def _decoder_numbers(value: Any, g: GraphDef) -> Mapping[str, Any]:
         return {}
     if type(value) is dict and set(value) == set(OLD_FIELDS):
         value = {OLD_FIELDS[n]: v for n, v in value.items()}
-    if type(value) is not dict or set(value) - {GENERATION} != set(DECODER_FIELDS):
+    if type(value) is not dict or set(value) - {GENERATION, CACHE} != set(DECODER_FIELDS):
         raise ValueError(f"decoder: expected {', '.join(DECODER_FIELDS)}, got {str(value)[:200]}")
     vocab_size, eos = value["vocab_size"], value["eos_tokens"]
     ids = [*(eos if type(eos) is list and len(eos) <= MAX_EOS_TOKENS else [None]), value["pad_token"]]
@@ -308,6 +311,7 @@ def _decoder_numbers(value: Any, g: GraphDef) -> Mapping[str, Any]:
             f"decoder: cache_features is {str(value['cache_features'])[:80]}, but its graph stores {features}"
         )
     _check_defaults(value.get(GENERATION, {}), vocab_size)
+    check_cache_precision(value.get(CACHE, "fp32"), slots_of(g.graph))
     inputs = tuple((e.dtype, len(e.sizes)) if isinstance(e, InputSpec) else None for e in g.input_specs)
     out = next(n for n in g.graph.nodes if n.op == "output").args[0]
     if inputs != STEP_INPUTS or len(out) != 1 or not isinstance(out[0], fx.Node):

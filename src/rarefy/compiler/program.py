@@ -442,9 +442,9 @@ class Program:
                     f"expected a cache with room for {tokens} more tokens of {batch} sequences: use decoder.cache()"
                 )
         if cache is not None:
-            c, starts = self.cache, cache.starts
-            c.data, c.batch, c.capacity, c.length = cache.memory.data_ptr(), cache.batch, cache.capacity, cache.past
-            c.starts = None if starts is None else starts.data_ptr()
+            c = self.cache
+            c.batch, c.capacity, c.length, c.head_dim = cache.batch, cache.capacity, cache.past, cache.head_dim
+            c.data, c.codes, c.scales, c.starts = cache.pointers()
         alive = []  # tensors whose addresses the steps hold during the call
         for node, pointers in self.read_at.items():
             x = inputs[node].contiguous()

@@ -16,7 +16,7 @@ from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.linear import input_precision
 from rarefy.compiler.packed_program import PackedProgram
 from rarefy.compiler.program import Program, Value
-from rarefy.compiler.step_structs import DTYPES, NAMES, Attention, Step
+from rarefy.compiler.step_structs import DTYPES, NAMES, Attention, KVCache, Step
 from rarefy.runtime.packed_formats import LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
 
 FORMAT_NAMES = {"QuantizedPanels": "panels"}  # where the class's name in lower case is not the format's name
@@ -137,7 +137,8 @@ def _attention(a: Attention, past: int, moved: int, lengths: Sequence[int] | Non
         visible = [min(keys, keys - a.queries + i + 1, a.window or keys) for i in range(a.queries)]
     each = 4 * a.batch * a.heads * a.head_dim  # of a query and a key
     if cached:
-        moved += 8 * a.batch * keys * a.kv_heads * a.head_dim
+        coded = KVCache.from_address(a.cache).codes is not None  # of the last call
+        moved += a.batch * keys * a.kv_heads * (2 * (a.head_dim + 4) if coded else 8 * a.head_dim)
     sizes = f"{a.batch} x {a.heads} heads x {a.queries} x {keys} x {a.head_dim}"
     precision = DTYPES[a.dtype]
     executed = each * sum(visible)

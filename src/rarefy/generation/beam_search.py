@@ -51,7 +51,7 @@ def search(decoder: LanguageModel, task: Task, options: Options) -> tuple[Tensor
     """
     beams, (batch, prompt) = options.num_beams, task.ids.shape
     tokens = prompt + task.max_new_tokens
-    cache = decoder.cache(batch, tokens, task.mask)
+    cache = decoder.cache(batch, tokens, task.mask, task.cache_precision)
     logits = decoder(task.ids, cache, last=True)[:, -1].repeat_interleave(beams, 0)
     cache = cache.repeated(beams)
     ids = task.ids[:, None].expand(batch, beams, prompt)

@@ -28,7 +28,7 @@ from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.row_layout import few_tokens
-from rarefy.generation.kv_cache import TILE, Cache, slots_of
+from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
 from rarefy.model import hf
@@ -45,7 +45,7 @@ EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many
 
 
 @renamed_parameters(values="precision")
-def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
+def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: str = "fp32") -> Decoder:
     """Return a language model as a decoding step with a KV cache on the engine.
 
     One packed copy of each weight serves single tokens and whole prompts; zeros are left out where that is faster.
@@ -60,6 +60,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
             that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
             scale for each output of a weight and one for each token of inputs; what rounding the inputs loses is
             rounded to 8 bits as well and added, except where many weights are zero.
+        cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
 
     Returns:
         A `Decoder`, which `generate` and `stream` take, and `save` writes.
@@ -67,9 +68,10 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
     Raises:
         ModelError: if this is no language model of transformers, its attention is its own code, it is in training mode,
             not on the CPU, has parameters of several types, or logits differ from the model's.
+        DataError: if there is no such cache_precision, or not for this model.
 
     Cost: about ten seconds for the export. Memory: the packed weights beside the model's own, which may be deleted
-    afterwards; a cache takes 4 bytes for each key and value of each token and layer.
+    afterwards; a cache takes 4 bytes for each key and value of each token and layer, in "int8" hardly more than one.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,6 +82,7 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         torch.Size([1, 3, 32])
     """
     check_precision(precision)
+    check_cache_precision(cache_precision)
     check_module(model)
     if not hf.is_causal_lm(model):
         raise ModelError(
@@ -91,8 +94,10 @@ def decoder(model: nn.Module, *, precision: str | None = None) -> Decoder:
         model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     with suspended(model) as rounded:
         step = _build(model, precision, rounded, notes)
+        check_cache_precision(cache_precision, step.slots)
         verify_decoder(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
     step.compiled.forget()
+    step.cache_precision = cache_precision
     return step
 
 
@@ -245,6 +250,8 @@ class Decoder:
         eos_tokens: tokens that end a text.
         pad_token: follows a text that has ended.
         generation_defaults: options of `generate` that the model's `generation_config` sets.
+        cache_precision: of KV caches, where a call does not say: "fp32" or "int8".
+        slots: where a cache stores the keys and values of each layer.
     """
 
     def __init__(
@@ -255,25 +262,31 @@ class Decoder:
         eos_tokens: tuple[int, ...],
         pad_token: int,
         generation_defaults: Mapping[str, Any] | None = None,
+        cache_precision: str = "fp32",
     ):
+        self.slots = tuple(slots_of(compiled.exported.graph))
+        check_cache_precision(cache_precision, self.slots)
         self.compiled, self.vocab_size, self.max_tokens = compiled, vocab_size, max_tokens
         self.eos_tokens, self.pad_token = eos_tokens, pad_token
         self.generation_defaults = checked_defaults(generation_defaults or {})
+        self.cache_precision = cache_precision
 
     def eval(self) -> Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
         return self
 
-    def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
+    def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache.
 
         Args:
             batch: number of sequences.
             capacity: most tokens of a sequence.
             mask: [batch, tokens] of prompts of different lengths: 0 for padding, which must be on the left, else 1.
+            cache_precision: "fp32", or "int8" for codes with a scale for each token and head; None for the decoder's.
 
         Raises:
-            DataError: if the mask has other numbers, padding elsewhere, or a prompt of padding alone.
+            DataError: if the mask has other numbers, padding elsewhere, or a prompt of padding alone, or if the cache
+                cannot have this precision.
             MemoryError: if there is not enough memory.
         """
         starts = None
@@ -287,8 +300,9 @@ class Decoder:
             if int(starts.max()) == mask.shape[1]:
                 raise DataError("a prompt is empty: its attention_mask has no one")
         padded = starts is not None and bool(starts.any())
-        exported = self.compiled.exported
-        return Cache(exported.cache_features, batch, capacity, starts if padded else None, slots_of(exported.graph))
+        features = self.compiled.exported.cache_features
+        precision = self.cache_precision if cache_precision is None else cache_precision
+        return Cache(features, batch, capacity, starts if padded else None, self.slots, precision)
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits of the next tokens, and append these to the cache.
@@ -360,7 +374,7 @@ class Decoder:
         return logits
 
     def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
-        if batch != cache.batch or cache.features != self.compiled.exported.cache_features:
+        if batch != cache.batch or cache.slots != self.slots:
             raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
         if cache.past + tokens > cache.max_tokens:
             raise DataError(

@@ -24,7 +24,7 @@ class LanguageModel(Protocol):
     pad_token: int
     generation_defaults: dict[str, Any]
 
-    def cache(self, batch: int, capacity: int, mask: Tensor | None = None) -> Cache:
+    def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache."""
         ...
 
@@ -62,6 +62,7 @@ class Task:
         eos: tokens that end a text; criteria know them too.
         logprobs: how many most likely tokens to return with their log probabilities; None for none.
         proposer: guesses tokens; for a single text.
+        cache_precision: of the KV cache; None for the decoder's.
     """
 
     ids: Tensor
@@ -76,6 +77,7 @@ class Task:
     eos: tuple[int, ...] = ()
     logprobs: int | None = None
     proposer: Proposer | None = None
+    cache_precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def generate_steps(decoder: LanguageModel, task: Task) -> Iterator[Step]:
     Right guesses save calls and change nothing: each token is chosen from the logits behind the tokens before it.
     """
     batch, prompt = task.ids.shape
-    cache = decoder.cache(batch, prompt + task.max_new_tokens, task.mask)
+    cache = decoder.cache(batch, prompt + task.max_new_tokens, task.mask, task.cache_precision)
     logits = decoder(task.ids, cache, last=True)
     if task.texts > 1:
         cache, logits = cache.repeated(task.texts), logits.repeat_interleave(task.texts, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, unknown
+from rarefy.generation.kv_cache import check_cache_precision
 
 MAX_NEW_TOKENS = 128  # where neither the caller nor the model says how many
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # they have an effect on random draws alone
@@ -84,6 +85,8 @@ class Options:
             no guesses.
         max_matching_ngram_size: largest number of last tokens that are looked up for that.
         num_assistant_tokens: tokens that an `assistant_model` guesses at once.
+        seed: of the draws.
+        cache_precision: of the KV cache, "fp32" or "int8"; None for the decoder's. An `assistant_model` has its own.
     """
 
     max_new_tokens: int | None = None
@@ -110,6 +113,7 @@ class Options:
     max_matching_ngram_size: int = 2
     num_assistant_tokens: int = 5
     seed: int | None = None
+    cache_precision: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in INTEGERS.items():
@@ -123,6 +127,8 @@ class Options:
                 raise DataError(f"{name}: expected {expected}, got {value}{hint}")
         if not isinstance(self.do_sample, bool):
             raise DataError(f"do_sample: expected True or False, got {self.do_sample!r}")
+        if self.cache_precision is not None:
+            check_cache_precision(self.cache_precision)
         if self.early_stopping not in (True, False, "never"):
             raise DataError(f"early_stopping: expected True, False or 'never', got {self.early_stopping!r}")
         if not all(isinstance(s, str) and s for s in self.stop_strings):

@@ -212,6 +212,7 @@ def _task(
         eos=eos,
         logprobs=options.logprobs,
         proposer=proposer,
+        cache_precision=options.cache_precision,
     )
 
 

@@ -126,4 +126,5 @@ def _with_tokens(decoder: Decoder, config: Any) -> Decoder:
     eos, pad = config.eos_token_id, config.pad_token_id
     eos_tokens = () if eos is None else tuple(int(e) for e in torch.as_tensor(eos).flatten())
     pad = decoder.pad_token if pad is None else int(torch.as_tensor(pad))
-    return Decoder(decoder.compiled, decoder.vocab_size, decoder.max_tokens, eos_tokens, pad)
+    numbers = decoder.vocab_size, decoder.max_tokens, eos_tokens, pad
+    return Decoder(decoder.compiled, *numbers, cache_precision=decoder.cache_precision)

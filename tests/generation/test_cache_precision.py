@@ -1,0 +1,199 @@
+"""The KV cache in 8 bits: against eager attention to keys and values that torch rounds, and against the cache in torch."""
+
+from functools import cache
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import rarefy
+from helpers.folders import read_index, write_index
+from helpers.language_models import V, eager, far, in_pieces, small
+from rarefy.cli.main import app
+from rarefy.common.errors import ContainerError, DataError
+from rarefy.runtime import bindings
+
+transformers = pytest.importorskip("transformers")
+PIECES = [70, 1, 3, 26, 17, 1, 1, 65, 16]
+NATIVE = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+
+
+def rounded(x):
+    """Return numbers [.., head_dim] in 8 bits with a scale for each token and head."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def attend_rounded(module, q, k, v, mask, **options):
+    return transformers.AttentionInterface()["sdpa"](module, q, rounded(k), rounded(v), mask, **options)
+
+
+@cache
+def pair(family="Llama", **more):
+    """Return a model, and its decoder with a cache in 8 bits; neither is changed."""
+    model = small(family, **more)
+    return model, rarefy.decoder(model, cache_precision="int8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eager_attention():
+    transformers.AttentionInterface.register("rounded", attend_rounded)
+    transformers.AttentionMaskInterface.register("rounded", transformers.AttentionMaskInterface()["sdpa"])
+
+
+def rounding(model):
+    """Return logits of a model whose attention rounds keys and values."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("rounded")
+    return lambda *args: (eager(model, *args), model.set_attn_implementation(before))[0]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3", "GPT2"])
+def test_logits_are_those_of_rounded_keys_and_values(isa, family):
+    """Prompts, single tokens and a few tokens at once; Mistral has a window, Qwen 3 normalizes keys."""
+    if bindings.isa() == "portable" and family != "Llama":
+        pytest.skip("the generic kernels run as portable")
+    model, made = pair(family)
+    ids = torch.randint(3, V, (2, sum(PIECES)))
+    exact, want = eager(model, ids), rounding(model)(ids)
+    got = in_pieces(made, ids, PIECES)
+    lost = far(exact, got)
+    assert far(want, got) < 0.15 * lost  # single codes differ where a number is between two
+    assert far(want, made(ids)) < 0.15 * lost
+    assert 1e-4 < lost < 0.02
+    assert far(exact, made(ids, made.cache(2, 256, cache_precision="fp32"))) < 1e-5
+
+
+def test_prompts_padded_on_the_left(isa):
+    model, made = pair("Mistral")
+    ids, mask = torch.randint(3, V, (2, 150)), torch.ones(2, 150, dtype=torch.int64)
+    mask[1, :77] = 0
+    want = rounding(model)(ids, mask)
+    lost = far(eager(model, ids, mask)[mask == 1], want[mask == 1])
+    for sizes in ([150], [80, 1, 1, 8, 60], [90] + [1] * 60):
+        got = in_pieces(made, ids, sizes, mask)
+        assert got.isfinite().all()
+        assert far(want[mask == 1], got[mask == 1]) < 0.15 * lost
+
+
+@NATIVE
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma2", marks=pytest.mark.slow)])
+def test_torch_reads_and_writes_the_same_cache(family, monkeypatch):
+    """A cache that kernels wrote and torch goes on with, and the other way round; Gemma 2 runs in torch anyway."""
+    model, native = pair(family)
+    with monkeypatch.context() as without:
+        without.setattr(bindings, "missing", lambda: "none")
+        in_torch = rarefy.decoder(model, cache_precision="int8")
+    ids = torch.randint(3, V, (2, 100))
+    want = in_pieces(in_torch, ids, [70, 1, 29])
+    lost = far(want, eager(model, ids))
+    assert far(want, in_pieces(native, ids, [70, 1, 29])) < 0.15 * lost
+    for first, second in ((native, in_torch), (in_torch, native)):
+        cache = first.cache(2, 100)
+        logits = [first(ids[:, :70], cache), second(ids[:, 70:71], cache), second(ids[:, 71:], cache)]
+        assert far(want, torch.cat(logits, 1)) < 0.15 * lost
+
+
+@NATIVE
+@pytest.mark.parametrize("head_dim", [6, 256])
+def test_sizes_of_heads(isa, head_dim):
+    model, made = pair(head_dim=head_dim, num_hidden_layers=1)
+    ids = torch.randint(3, V, (1, 140))
+    want = rounding(model)(ids)
+    assert far(want, in_pieces(made, ids, [66, 1, 2, 71])) < 0.2 * far(want, eager(model, ids))
+
+
+def test_texts():
+    """Beams reorder the cache, several texts repeat it, wrong guesses cut it back: the text is that of one by one."""
+    _, made = pair()
+    ids = torch.randint(3, V, (1, 60)).repeat(1, 2)
+
+    def score(text, prompt):
+        logits = made(text[None], made.cache(1, text.shape[0])).log_softmax(-1)[0, prompt - 1 : -1]
+        return float(logits.gather(1, text[prompt:, None]).sum())
+
+    options = {"max_new_tokens": 30, "eos_token_id": []}
+    alone = rarefy.generate(made, ids, **options)
+    guessed = rarefy.generate(made, ids, prompt_lookup_num_tokens=5, details=True, **options)
+    assert torch.equal(guessed.sequences, alone) and guessed.guessed > guessed.accepted
+    found = rarefy.generate(made, ids.repeat(2, 1), num_beams=3, num_return_sequences=2, details=True, **options)
+    for text, beam_score in zip(found.sequences, found.scores):
+        assert score(text, 120) / 30 == pytest.approx(float(beam_score), abs=1e-3)
+    drawn = rarefy.generate(made, ids, do_sample=True, num_return_sequences=2, seed=1, **options)
+    assert score(drawn[0], 120) < score(alone[0], 120)
+    assert torch.equal(drawn, rarefy.generate(made, ids, do_sample=True, num_return_sequences=2, seed=1, **options))
+
+
+def test_memory():
+    _, made = pair(head_dim=256, num_hidden_layers=1)
+    whole, coded = (made.cache(2, 100, cache_precision=p).memory.nbytes for p in ("fp32", "int8"))
+    assert coded / whole == (256 + 4) / (4 * 256)  # a byte each, and a scale for each token and head
+    with pytest.raises(MemoryError, match="not enough memory for a cache of 10,000,000,000,000 tokens"):
+        made.cache(1, 10**13, cache_precision="int8")
+
+
+def test_one_option_everywhere(tmp_path):
+    """Decoder, cache, generate and saved folders; the decoder's own is used where a call does not say."""
+    model, made = pair()
+    ids = torch.randint(3, V, (1, 80))
+    assert (made.cache(1, 8).precision, made.cache(1, 8, cache_precision="fp32").precision) == ("int8", "fp32")
+    rarefy.save(made, tmp_path / "decoder")
+    loaded = rarefy.load(tmp_path / "decoder")
+    assert loaded.cache_precision == "int8"
+    assert torch.equal(loaded(ids), made(ids))
+    plain = rarefy.decoder(model)
+    assert plain.cache(1, 8).precision == plain.cache_precision == "fp32"
+    seen = []
+    plain.cache = lambda *args: seen.append(made.cache(*args)) or seen[-1]
+    options = {"max_new_tokens": 4, "cache_precision": "int8"}
+    assert torch.equal(rarefy.generate(plain, ids, **options), rarefy.generate(made, ids, max_new_tokens=4))
+    rarefy.generate(plain, ids, num_beams=2, **options)
+    assert [c.precision for c in seen] == ["int8", "int8"]
+    run = CliRunner().invoke(
+        app, ["generate", str(tmp_path / "decoder"), "--ids", "5 6 7", "--cache-precision", "fp32"]
+    )
+    assert run.exit_code == 0, run.output
+
+
+@pytest.mark.parametrize("value", ["int4", "INT8", "", 8, True, ["int8"]])
+def test_unknown_precisions(value):
+    model, made = pair()
+    for call in (
+        lambda: rarefy.decoder(model, cache_precision=value),
+        lambda: rarefy.generate(model, torch.ones(1, 3, dtype=torch.int64), cache_precision=value),
+        lambda: made.cache(1, 8, cache_precision=value),
+    ):
+        with pytest.raises(DataError, match="unknown cache_precision .*; choose from fp32, int8"):
+            call()
+
+
+def test_heads_of_odd_sizes_are_refused():
+    model = small("GPT2", n_embd=60, n_head=4)
+    with pytest.raises(DataError, match="cache_precision: int8 needs heads of an even size, got 15"):
+        rarefy.decoder(model, cache_precision="int8")
+    made = rarefy.decoder(model)
+    with pytest.raises(DataError, match="int8 needs heads of an even size, got 15: leave it out for fp32"):
+        rarefy.generate(made, torch.ones(1, 3, dtype=torch.int64), cache_precision="int8")
+
+
+def test_caches_of_other_heads_are_refused():
+    """As many features, but fewer scales than kernels would read."""
+    made, other = pair(num_key_value_heads=4)[1], pair(num_key_value_heads=2, head_dim=32)[1]
+    with pytest.raises(DataError, match="or for another model"):
+        made(torch.ones(1, 3, dtype=torch.int64), other.cache(1, 8, cache_precision="int8"))
+
+
+@pytest.mark.parametrize("value", ["int4", 8, None, ["int8"]])
+def test_files_with_other_precisions_are_refused(value, tmp_path):
+    rarefy.save(pair()[1], tmp_path / "decoder")
+    index = read_index(tmp_path / "decoder")
+    assert index["meta"]["decoder"]["cache_precision"] == "int8"
+    index["meta"]["decoder"]["cache_precision"] = value
+    write_index(tmp_path / "decoder", index)
+    with pytest.raises(ContainerError, match="unknown cache_precision"):
+        rarefy.load(tmp_path / "decoder")
+
+
+def test_the_command_line_checks_before_it_loads():
+    run = CliRunner().invoke(app, ["generate", "nowhere", "--ids", "5", "--cache-precision", "int4"])
+    assert run.exit_code != 0 and "unknown cache_precision 'int4'" in str(run.exception or run.output) + run.output
