@@ -32,7 +32,7 @@ def test_units_that_a_score_cannot_observe_are_scored_by_their_weights():
     observed, by_weights = groups["a.weight:0"], groups["b.weight:0"]
     for group, score in ((observed, "activation"), (by_weights, "magnitude")):
         wanted = unit_scores(net, graph, [group], score, data=data)[group.axis]
-        assert torch.equal(removal_scores(net, graph, group, "activation", data), wanted)
+        assert torch.equal(removal_scores(net, graph, [group], "activation", data)[group.axis], wanted)
 
 
 def test_the_units_that_may_go_are_scored_as_if_all_might():
@@ -41,7 +41,7 @@ def test_the_units_that_may_go_are_scored_as_if_all_might():
     graph = trace(net, data[0])
     group = next(g for g in graph.groups if g.size == 96)
     every = unit_scores(net, graph, [group], "obs", data=data)[group.axis]
-    some, most = removal_scores(net, graph, group, "obs", data), int(MAX_CUT * 96)
+    some, most = removal_scores(net, graph, [group], "obs", data)[group.axis], int(MAX_CUT * 96)
     assert local_errors(some, "obs")[:most] == local_errors(every, "obs")[:most]
     assert torch.equal(some.argsort()[:most], every.argsort()[:most])
 

@@ -112,7 +112,7 @@ class PartMeasurer:
         """Return the importance of a group's units."""
         if group.name not in self.scores:
             data = self.few if self.data else []
-            self.scores[group.name] = space.removal_scores(self.dense, graph, group, score, data)
+            self.scores[group.name] = space.removal_scores(self.dense, graph, [group], score, data)[group.axis]
         return self.scores[group.name]
 
     def _halved(self, groups: Sequence[Group], method: str) -> nn.Module:

@@ -31,6 +31,7 @@ from rarefy.search.deploy import (
     variants_of,
 )
 from rarefy.search.frontier import Point
+from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
 from rarefy.search.space import CUTS, Amounts, Part
 from rarefy.search.stages import stages_of
@@ -63,7 +64,9 @@ class Measured:
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
-        self.observed: list[tuple[float, dict[str, float], Point]] = []  # sums of predictions, and what was measured
+        self.joint: JointLoss | None = None
+        # predicted loss and savings, what was measured, and whether the loss is the joint one or a sum
+        self.observed: list[tuple[float, dict[str, float], Point, bool]] = []
         self.skipped = False  # whether a step did not fit into the time
         self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
@@ -248,8 +251,11 @@ class Measured:
 
     def stages(self, amounts: Amounts, parts: Sequence[Part], variant: Variant) -> list[dict[str, Any]]:
         """Return the stages of a choice."""
-        scores = {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
-        return stages_of(amounts, parts, variant, scores, bool(self.task.data))
+        return stages_of(amounts, parts, variant, self.unit_scores(), bool(self.task.data))
+
+    def unit_scores(self) -> dict[str, str]:
+        """Return the score of units by method, of those methods that have one."""
+        return {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
 
 
 def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:

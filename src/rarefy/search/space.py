@@ -20,6 +20,7 @@ from torch import nn
 from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
+from rarefy.dependency.symbolic_dims import Axis
 from rarefy.lowrank.svd import FactorizeOptions, run_factorize, truncated
 from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
@@ -135,16 +136,20 @@ def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Seq
     return ""
 
 
-def removal_scores(model: nn.Module, graph: Graph, group: Group, score: str, data: Sequence[Any]) -> torch.Tensor:
-    """Return the importance of a group's units, as far as they may be removed.
+def removal_scores(
+    model: nn.Module, graph: Graph, groups: Sequence[Group], score: str, data: Sequence[Any]
+) -> dict[Axis, torch.Tensor]:
+    """Return the importance of the units of groups, as far as they may be removed.
 
     Of a group whose units no layer reads that the score observes, such as transposed convolutions, the weights count.
     """
-    removed = {group.axis: int(group.size * MAX_CUT) + 1}
+    removed = {g.axis: int(g.size * MAX_CUT) + 1 for g in groups}
     try:
-        return unit_scores(model, graph, [group], score, data=data or None, removed=removed)[group.axis]
+        return unit_scores(model, graph, groups, score, data=data or None, removed=removed)
     except RarefyError:
-        return unit_scores(model, graph, [group], "magnitude")[group.axis]
+        if len(groups) == 1:
+            return unit_scores(model, graph, groups, "magnitude")
+        return {axis: s for g in groups for axis, s in removal_scores(model, graph, [g], score, data).items()}
 
 
 def local_errors(scores: torch.Tensor, score: str) -> list[float]:
@@ -236,15 +241,20 @@ def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) ->
 def measured_rank_loss(
     model: nn.Module, layer: Layer, level: float, stats: Mapping[str, LayerStats], data: Any, wanted: Any
 ) -> float | None:
-    """Return the loss where one Linear layer alone is factorized, with each input weighted by its size in the data."""
+    """Return the loss where one Linear layer alone is factorized."""
+    with replaced_weight(layer, factorized_weight(layer, level, stats)):
+        return distance(model, wanted, data)
+
+
+def factorized_weight(layer: Layer, level: float, stats: Mapping[str, LayerStats]) -> torch.Tensor:
+    """Return the product of a Linear layer's factors, with each input weighted by its size in the data."""
     weight = layer.weight.detach().float()
     scale = torch.ones(weight.shape[1])
     if layer.full_name in stats and stats[layer.full_name].in_square is not None:
         scale = stats[layer.full_name].in_norm.flatten().float().clamp_min(1e-6)
     rank = max(1, int((1 - level) * weight.numel() / sum(weight.shape)))
     a, b, _ = truncated(weight * scale, None, rank)
-    with replaced_weight(layer, a @ b / scale):
-        return distance(model, wanted, data)
+    return a @ b / scale
 
 
 def setting_of(method: str, amount: float) -> Setting:

@@ -1,0 +1,86 @@
+"""Find how much each part should lose, by the joint loss of all: a climb over factors on the losses of parts.
+
+The loss of a part that was measured alone says little about what it costs beside others. As in SPDY (Frantar and
+Alistarh 2022, section 3.2) each part has a factor on its loss. The factors say which allocation saves a given time for
+the least predicted loss, and the true loss of that allocation says which factors are better. So the climb leaves a
+whole line of allocations, one for each saving, not a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from rarefy.search import solve
+from rarefy.search.solve import Choice
+from rarefy.search.space import Amounts, Part
+
+FACTORS = (2.0, 1.4, 1.2)  # on the losses of parts, one round of the climb after the other
+GAIN = 1e-3  # of the loss: less is not taken as better
+
+Loss = Callable[[Amounts], float | None]
+
+
+def climb(parts: Sequence[Part], starts: Sequence[Sequence[Part]], saving: float, loss: Loss) -> list[Part]:
+    """Return the parts with losses whose best allocation at a saving has the least joint loss.
+
+    Args:
+        parts: all parts, with their measured losses.
+        starts: the same parts with other losses: the best of them is where the climb begins.
+        saving: of a call's time, at which allocations are compared.
+        loss: returns the joint loss of an allocation; None for one that cannot be made, or once there is no time left.
+            It is called for the same allocation once.
+
+    Cost: two allocations for each part and method in each round, until a round finds nothing better.
+    """
+    seen: dict[tuple[tuple[tuple[str, str], float], ...], float | None] = {}
+
+    def joint(candidate: Sequence[Part]) -> float:
+        choices = solve.front(candidate)
+        index = solve.at_saving(choices, saving)
+        key = tuple(sorted(choices[index].amounts.items()))
+        if key not in seen:
+            seen[key] = loss(choices[index].amounts)
+        value = seen[key]
+        return float("inf") if value is None else value * _share_at(choices, index, saving)
+
+    best = min(starts, key=joint)
+    lowest = joint(best)
+    if lowest == float("inf"):
+        return list(best)
+    sets = [[p.key] for p in parts]
+    methods = list(dict.fromkeys(p.method for p in parts))
+    if len(methods) > 1:
+        sets = [[p.key for p in parts if p.method == m] for m in methods] + sets
+    for factor in FACTORS:
+        improved = True
+        while improved:
+            improved = False
+            for keys in sets:
+                for f in (factor, 1 / factor):
+                    trial = scaled(best, dict.fromkeys(keys, f))
+                    value = joint(trial)
+                    if value < (1 - GAIN) * lowest:
+                        best, lowest, improved = trial, value, True
+                        break
+    choices = solve.front(best)
+    predicted = choices[solve.at_saving(choices, saving)].loss
+    return scaled(best, dict.fromkeys((p.key for p in best), lowest / predicted if predicted > 0 else 1.0))
+
+
+def scaled(parts: Sequence[Part], factors: Mapping[tuple[str, str], float]) -> list[Part]:
+    """Return the parts with their losses multiplied by the factors of their keys."""
+    return [replace(p, losses=tuple(factors.get(p.key, 1.0) * l for l in p.losses)) for p in parts]
+
+
+def _share_at(choices: Sequence[Choice], index: int, saving: float) -> float:
+    """Return which part of a choice's loss is expected at a saving just below its own.
+
+    Choices save a little more than is asked, each another amount, which would otherwise count against them.
+    """
+    at = choices[index]
+    if not index or at.loss <= 0 or at.saving <= saving:
+        return 1.0
+    before = choices[index - 1]
+    slope = (at.loss - before.loss) / (at.saving - before.saving)
+    return max(1 - slope * (at.saving - saving) / at.loss, 0.5)

@@ -1,0 +1,190 @@
+"""The loss of many changes at once, without making the model: weights are put in place, the outputs compared.
+
+Losses of single parts add up for small changes only. Here all changed weights stand in the model together. A group
+that loses units keeps its size: the weights that read these units become zero, and those that read the others
+compensate, as after a cut. Distances are taken on samples that no weight was fitted to, since weights fit their own
+samples far better than others: of MiniLM without 29 % of its neurons, 0.017 of the squared length of the outputs on the
+128 texts of the cut and 0.045 on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.calibration.statistics import LayerStats
+from rarefy.dependency.graph import Group, trace
+from rarefy.dependency.symbolic_dims import Axis, kept_mask
+from rarefy.model.layers import all_layers
+from rarefy.pipeline.sensitivity import compressed_weight
+from rarefy.prune.prune import calibrate
+from rarefy.search import space
+from rarefy.search.deploy import distance, outputs_of
+from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part
+from rarefy.structured.compensation import compensation, layers_losing_inputs
+from rarefy.structured.consumers import Consumer, Moments, collect_moments
+from rarefy.structured.unit_selection import keep_masks
+
+Key = tuple[str, str]  # of a part
+JUDGED = 4  # of so many batches the last is kept for distances
+CACHED_BYTES = 1 << 30  # of changed weights that are kept for other allocations
+
+
+class JointLoss:
+    """The distance between the outputs of a model and of itself with some of its parts changed.
+
+    Args:
+        dense: the model. Its weights are replaced during a call, and put back.
+        example: what it can be called with.
+        parts: what may be changed; blocks are ignored.
+        scores: by method the score of units, from `space.cut_score`.
+        data: calibration batches; without any, units go by their weights alone and the example is compared.
+
+    Cost: one pass over the data for the scores and moments; each call is a pass over a quarter of the data, after the
+    weights that have not been seen before were fitted, O(units^3) a layer.
+    """
+
+    def __init__(
+        self, dense: nn.Module, example: Any, parts: Sequence[Part], scores: Mapping[str, str], data: Sequence[Any]
+    ):
+        self.dense = dense
+        self.fitted, self.judged = split(data) if data else ([], [example])
+        weights = sum(p.numel() for p in dense.parameters())
+        self.judged = space.few_samples(self.judged, tokens=space.WORK / max(weights, 1)) if data else self.judged
+        self.wanted = outputs_of(dense, self.judged)
+        self.graph = trace(dense, example)
+        self.groups = self._groups(parts)
+        self.scores = {k: s for m, score in scores.items() for k, s in self._scored(m, score).items()}
+        some = self._masks({k: 1 / g.size for k, g in self.groups.items()})  # each group without one unit
+        self.consumers = layers_losing_inputs(self.graph, some)
+        self.reads = {c.name: [k for k, g in self.groups.items() if _reads(c, g, some)] for c in self.consumers}
+        self.moments: dict[str, Moments] = {}
+        if self.fitted and self.consumers:
+            self.moments = collect_moments(dense, self.consumers, self.fitted)
+        self.layers = {l.full_name: l for l in all_layers(dense)}
+        self.score = "wanda" if self.fitted else "magnitude"
+        self.stats: dict[str, LayerStats] = {}
+        self.cached: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def __call__(self, amounts: Amounts) -> float | None:
+        """Return the squared distance over the squared length of the dense outputs; None where one is not finite."""
+        with replaced(self._changed(amounts)):
+            return distance(self.dense, self.wanted, self.judged)
+
+    # ---- groups of units ---------------------------------------------------------------------------------------
+
+    def _groups(self, parts: Sequence[Part]) -> dict[Key, Group]:
+        """Return the groups of the parts that lose units, by the key of the part."""
+        groups: dict[Key, Group] = {}
+        for method in dict.fromkeys(p.method for p in parts if p.method in CUTS):
+            names = {p.name for p in parts if p.method == method}
+            of_method = space.cuttable_groups(self.dense, self.graph, method, None, None)
+            groups |= {(method, g.name): g for g in of_method if g.name in names}
+        return groups
+
+    def _scored(self, method: str, score: str) -> dict[Key, Tensor]:
+        """Return the importance of the units of all groups of a method."""
+        groups = {k: g for k, g in self.groups.items() if k[0] == method}
+        if not groups:
+            return {}
+        scores = space.removal_scores(self.dense, self.graph, [*groups.values()], score, self.fitted)
+        return {k: scores[g.axis] for k, g in groups.items()}
+
+    def _masks(self, amounts: Amounts) -> dict[Axis, Tensor]:
+        """Return the masks of the units that stay."""
+        cut = {k: a for k, a in amounts.items() if a and k in self.groups}
+        counts = {self.groups[k].axis: self.groups[k].size - round(a * self.groups[k].size) for k, a in cut.items()}
+        return keep_masks({self.groups[k].axis: self.scores[k] for k in cut}, counts)
+
+    def _without_units(self, consumer: Consumer, masks: Mapping[Axis, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return a consumer's weight, and its bias if it has one, after units have gone: zeros where they were."""
+        layer, axis = consumer.module, consumer.axis
+        dense = layer.weight.detach().transpose(0, axis).transpose(0, 1)  # [outputs, inputs, ...]
+        keep, weight = kept_mask(consumer.inputs, masks.get), dense.clone()
+        weight[:, ~keep] = 0.0
+        changed = [(layer.weight, weight)]
+        if consumer.name in self.moments:
+            B, shift = compensation(self.moments[consumer.name], keep, layer.bias is not None)
+            weight[:, keep] = torch.einsum("oc...,cs->os...", dense.double(), B).to(weight.dtype)
+            if layer.bias is not None:
+                more = torch.einsum("oc...,c->o", dense.double(), shift).to(layer.bias.dtype)
+                changed.append((layer.bias, layer.bias.detach() + more))
+        changed[0] = (layer.weight, weight.transpose(0, 1).transpose(0, axis))
+        return changed
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    def _smaller(self, key: Key, amount: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return a layer's weight in a pattern, in 4 bits, or of low rank."""
+        method, name = key
+        layer = self.layers[name]
+        if method != BITS and self.fitted and name not in self.stats:
+            self.stats |= calibrate(self.dense, [layer], self.score, self.fitted, None, 0)
+        if method == RANK:
+            return [(layer.original, space.factorized_weight(layer, amount, self.stats))]
+        weight = compressed_weight(layer, space.setting_of(method, amount), self.stats, self.score)
+        return [(layer.original, weight)]
+
+    def _changed(self, amounts: Amounts) -> dict[nn.Parameter, Tensor]:
+        """Return the changed weights and biases of an allocation."""
+        chosen = {k: a for k, a in amounts.items() if a and k[0] != BLOCK}
+        masks, changed = self._masks(chosen), dict[nn.Parameter, Tensor]()
+        for consumer in self.consumers:
+            read = tuple((k, chosen[k]) for k in self.reads[consumer.name] if k in chosen)
+            if read:
+                changed |= self._cache((consumer.name, read), lambda c=consumer: self._without_units(c, masks))
+        for key, amount in chosen.items():
+            if key in self.groups:
+                continue
+            for parameter, weight in self._cache((key, amount), lambda k=key, a=amount: self._smaller(k, a)):
+                cut = changed.get(parameter)  # a layer whose inputs have gone too
+                changed[parameter] = weight if cut is None else cut * (weight != 0)
+        return changed
+
+    def _cache(self, key: Any, compute: Callable[[], list[tuple[nn.Parameter, Tensor]]]) -> Any:
+        """Return changed weights, computed once as long as there is room."""
+        if key in self.cached:
+            return self.cached[key]
+        changed = compute()
+        while self.cached and _bytes([*chain(*self.cached.values()), *changed]) > CACHED_BYTES:
+            del self.cached[next(iter(self.cached))]
+        self.cached[key] = changed
+        return changed
+
+
+def split(data: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the batches that weights are fitted to, and those that outputs are compared on: all where they are few.
+
+    >>> split([1, 2, 3, 4, 5])
+    ([1, 2, 3, 4], [5])
+    >>> split([1, 2])
+    ([1, 2], [1, 2])
+    """
+    last = len(data) // JUDGED
+    return (list(data[:-last]), list(data[-last:])) if last else (list(data), list(data))
+
+
+@contextmanager
+def replaced(changed: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Give parameters other values for a while. The dense tensors themselves come back, so that no bit can change."""
+    dense = {parameter: parameter.data for parameter in changed}
+    try:
+        for parameter, value in changed.items():
+            parameter.data = value.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, value in dense.items():
+            parameter.data = value
+
+
+def _reads(consumer: Consumer, group: Group, masks: Mapping[Axis, Tensor]) -> bool:
+    return not bool(kept_mask(consumer.inputs, {group.axis: masks[group.axis]}.get).all())
+
+
+def _bytes(changed: Sequence[tuple[nn.Parameter, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for _, t in changed)
