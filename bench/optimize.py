@@ -39,7 +39,7 @@ import texts
 import vision
 import vision_net
 from rarefy.data import builtin, sources
-from rarefy.data.text_pairs import text_pairs
+from rarefy.data.text_pairs import text_pairs, token_batches
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import hf
@@ -88,6 +88,10 @@ def minilm(seed: int) -> Task:
     folder = builtin.model_folder("minilm")
     tokenizer, model = hf.load_tokenizer(folder), hf.load_folder(folder).eval()
     data = frontier.calibration(tokenizer, 128, seed)
+    short = [t for t in texts.of_kind("articles") if 8 < len(t) <= 120]  # as the texts that are searched for
+    order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
+    some = token_batches([short[i] for i in order[: 24 * len(data)]], tokenizer, batch=24, tokens=frontier.TOKENS)
+    data = [batch for pair in zip(data, some) for batch in pair]
     metric, judge = (
         metric_of("retrieval", model, text_pairs(pairs, tokenizer))
         for pairs in (texts.other_articles(), texts.judged_articles())

@@ -2,8 +2,8 @@
 
 Predictions order the models along a line: from the dense one, each next model saves more time for the least predicted
 loss (`solve.front`). True losses rise along it, so the model that a limit allows is found by bisection with
-interpolation. The first line is uniform; then measured losses of the parts, and other balances between methods, are
-tried at the same speed, as long as that helps.
+interpolation. The first line is uniform; the second one is that of the allocation with the least joint loss
+(`allocation.climb`); then other balances between methods are tried at the same speed, as long as that helps.
 """
 
 from __future__ import annotations
