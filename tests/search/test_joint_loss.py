@@ -14,7 +14,7 @@ from rarefy.model.layers import all_layers
 from rarefy.pipeline.sensitivity import compressed_weight
 from rarefy.search import solve, space
 from rarefy.search.allocation import climb
-from rarefy.search.deploy import distance, outputs_of
+from rarefy.search.deploy import distance
 from rarefy.search.joint_loss import JointLoss, split
 from rarefy.search.space import BITS, RANK, Part
 from rarefy.structured.compensation import REPAIRS
