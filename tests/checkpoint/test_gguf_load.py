@@ -106,8 +106,21 @@ def test_wrong_files(tmp_path):
         rarefy.from_gguf(file)
     write(tmp_path, build("Llama"), overwrite=True)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ContainerError, match="is not within the file's"):
-        rarefy.from_gguf(file)
+    for read in (rarefy.from_gguf, rarefy.inspect):
+        with pytest.raises(ContainerError, match="is not within the file's"):
+            read(file)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_tensors_are_listed(kind, tmp_path, run):
+    file = write(tmp_path, build("Llama"), kind)
+    rows = {r["tensor"]: r for r in rarefy.inspect(file).rows}
+    read = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    assert {n: r["bytes"] for n, r in rows.items()} == {n: t.n_bytes for n, t in read.items()}
+    assert rows["blk.0.ffn_up.weight"]["format"] == ("dense" if kind == "f16" else "Q8_0")
+    file.write_bytes(b"no model")
+    ran = run("inspect", file)
+    assert ran.code == 2 and "is no GGUF file that can be read: it does not begin with GGUF" in ran.err
 
 
 def rewrite(file, key=None, value=None, drop=None, add=()):

@@ -367,6 +367,7 @@ HUGE = {"sizes": [{"as_int": 1 << 40}], "strides": [{"as_int": 0}]}
         (None, lambda f: config(f, use_pickle=True), "stored as a pickle, which is never opened"),
         (None, lambda f: config(f, path_name="../../secret"), "the record '../../secret' is missing"),
         (None, lambda f: config(f, dtype=99), "type or layout that is not supported"),
+        (None, lambda f: config(f, dtype=4), "the graph expects float32, the file stores int32"),
         (None, lambda f: config(f, **HUGE), "entries, and its record"),
         (None, lambda f: config(f, sizes=[{"as_int": -1}], strides=[{"as_int": 1}]), "whole number of at least 0"),
         (None, lambda f: {"data/weights/weight_0": b"1234567"}, "bytes do not fit"),

@@ -274,7 +274,7 @@ MISTAKES = {
     "no layer matches, dry": ("compress {model} -r {half} --dry-run --set layers=model.layer.*", "layers: 'model.layer.*' matches no layer; nearest: "),
     "a large seed": (GO + " --seed 99999999999999999999999", "seed: expected a whole number from 0 to 4294967295"),
     "inspect nothing": ("inspect {tmp}/zzz", "no model folder"),
-    "inspect an empty folder": ("inspect {tmp}/empty", "expected a saved folder, a folder with .safetensors files, or one such file"),
+    "inspect an empty folder": ("inspect {tmp}/empty", "expected a saved folder, a folder with .safetensors files, or a .safetensors or .gguf file"),
     "inspect a text": ("inspect {tmp}/short.txt", "expected a saved folder"),
     "bench nothing": ("bench {tmp}/empty", "is neither a folder written by Rarefy nor a Hugging Face folder"),
     "bench against nothing": ("bench {model} --against zzz", "no model folder 'zzz'"),

@@ -389,6 +389,11 @@ def test_wrong_arguments(tmp_path):
         pipeline("text-classification", tmp_path / "base")
     with pytest.raises(ModelError, match="image-classification: transformers has no such model for a bert config"):
         pipeline("image-classification", tmp_path / "base")
+    settings = tmp_path / "base" / "generation_config.json"
+    settings.write_text("[1, 2]")
+    with pytest.raises(ModelError, match=r"generation_config.json: expected a JSON object, got list: correct the file"):
+        pipeline("feature-extraction", tmp_path / "base")
+    settings.unlink()
     config = tmp_path / "base" / "config.json"
     values = json.loads(config.read_text())
     for changes, message in (

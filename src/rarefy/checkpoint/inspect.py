@@ -9,14 +9,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rarefy.checkpoint import compiled_model, legacy_layouts
+from rarefy.checkpoint import compiled_model, gguf_architectures, legacy_layouts
 from rarefy.checkpoint.tensor_slots import aliases, layouts, trusted_shape
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.report import Report
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.profiling import sparsity_of
-from rarefy.formats import container, quantized_encodings
+from rarefy.formats import container, gguf_file, quantized_encodings
 from rarefy.generation.decoder import Decoder
 from rarefy.model.masks import folded_state
 from rarefy.model.sparsity_pattern import detect_pattern
@@ -26,15 +26,15 @@ def inspect(what: str | Path | nn.Module) -> Report:
     """Return a report with a row for each tensor. O(weights).
 
     Args:
-        what: a model, a saved folder, a Hugging Face folder, or a .safetensors file.
+        what: a model, a saved folder, a Hugging Face folder, or a .safetensors or .gguf file.
 
     Returns:
         Rows with tensor, shape, dtype, format, sparsity, the pattern of its zeros, bytes stored and dense; the summary
         has the totals.
 
     Raises:
-        ContainerError: the folder is damaged, or holds no tensors.
-        ModelError: a compiled model in memory; inspect the folder that it was saved to.
+        ContainerError: the folder or file is damaged, or holds no tensors.
+        ModelError: a compiled model in memory; inspect the folder that it was saved to. Or the package gguf is missing.
 
     Example:
         >>> import torch
@@ -75,6 +75,9 @@ def _tensors(what: str | Path | nn.Module, compiled: dict[str, Any]) -> Iterator
     if isinstance(what, Compiled | Decoder):
         raise ModelError("a compiled model: print it, or save it and inspect its folder")
     path = Path(what)
+    if gguf_file.is_file(path):
+        yield from _gguf_tensors(path)
+        return
     if (path / INDEX).is_file():
         saved = container.read(path)
         if compiled_model.is_compiled(saved):
@@ -91,7 +94,9 @@ def _tensors(what: str | Path | nn.Module, compiled: dict[str, Any]) -> Iterator
         return
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise ContainerError(f"{what}: expected a saved folder, a folder with .safetensors files, or one such file")
+        raise ContainerError(
+            f"{what}: expected a saved folder, a folder with .safetensors files, or a .safetensors or .gguf file"
+        )
     for file in files:
         yield from _file_tensors(file)
 
@@ -112,3 +117,11 @@ def _file_tensors(file: Path) -> Iterator[tuple[str, Tensor, str, int, int]]:
                 yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1
     except SafetensorError as error:
         raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
+
+
+def _gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    file = gguf_file.read(path)
+    if any(e.kind not in gguf_file.FLOATS for e in file.tensors.values()):
+        gguf_architectures.gguf()  # which decodes blocks of codes
+    for name, entry in file.tensors.items():
+        yield name, file.tensor(name), "dense" if entry.kind in gguf_file.FLOATS else entry.kind, entry.num_bytes, -1

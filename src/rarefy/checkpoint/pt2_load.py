@@ -107,6 +107,7 @@ def _module(archive: Archive) -> nn.Module:
     graph.call_module(CHECK, tuple(nodes.by_name.values()))
     layers = Layers(module, graph, weights)
     for placeholder, target in weights.items():
+        _check_dtype(target, archive.tensors[target], described["tensor_values"].get(placeholder))
         nodes.add(placeholder, layers.add_weight(placeholder, target, archive.tensors[target]))
     for call in described["nodes"]:
         add_call(nodes, call, layers.call)
@@ -120,6 +121,14 @@ def _module(archive: Archive) -> nn.Module:
     outputs = tuple(o["as_tensor"]["name"] for o in described["outputs"] if "as_tensor" in o)
     set_signature_(result, parameters_of(result, Signature(tuple(listed), outputs)))
     return result
+
+
+def _check_dtype(name: str, weight: Tensor, meta: Mapping[str, Any] | None) -> None:
+    """Raise ContainerError for a weight of another type than the graph says, whose first call would fail."""
+    dtype = weight.dtype if meta is None else DTYPES.get(meta["dtype"])
+    if dtype != weight.dtype:
+        types = [str(d).removeprefix("torch.") for d in (dtype, weight.dtype)]
+        raise ContainerError(f"the tensor {name[:200]!r}: the graph expects {types[0]}, the file stores {types[1]}")
 
 
 def _check_outputs(specs: Any) -> None:

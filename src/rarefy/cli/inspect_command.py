@@ -16,8 +16,8 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="A folder of Rarefy, a Hugging Face folder, a .safetensors, .onnx or .pt2 file, a built-in name, "
-            "timm/NAME, torchvision/NAME, or a model of the hub, ORG/NAME."
+            help="A folder of Rarefy, a Hugging Face folder, a .safetensors, .gguf, .onnx or .pt2 file, a built-in "
+            "name, timm/NAME, torchvision/NAME, or a model of the hub, ORG/NAME."
         ),
     ],
     groups: Annotated[

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.common.errors import ModelError, first_line
+from rarefy.common.atomic_io import read_json_file
+from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.extras import install
 from rarefy.model import embedding_modules
 
@@ -117,6 +118,7 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     """
     config = load_config(path)
     auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
+    _check_generation_config(Path(path) / "generation_config.json")
     try:
         if meta:
             with torch.device("meta"):
@@ -138,6 +140,15 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     if head is not None:
         setattr(model, embedding_modules.HEAD, head)
     return model.eval()
+
+
+def _check_generation_config(file: Path) -> None:
+    """Raise ModelError for JSON that is no object, on which transformers fails; what is no JSON it leaves out."""
+    with suppress(ContainerError):
+        values = read_json_file(file, embedding_modules.MAX_BYTES)
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise ModelError(f"{file}: expected a JSON object, got {kind}: correct the file, or delete it")
 
 
 def load_generation_config_(model: Any, path: str | Path) -> None:
