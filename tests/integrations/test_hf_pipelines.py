@@ -17,6 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from rarefy.integrations.transformers import compile, pipeline
+from rarefy.model.hf import load_folder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [*SPECIAL, *(f"w{i}" for i in range(59))]
@@ -392,7 +393,7 @@ def test_wrong_arguments(tmp_path):
     settings = tmp_path / "base" / "generation_config.json"
     settings.write_text("[1, 2]")
     with pytest.raises(ModelError, match=r"generation_config.json: expected a JSON object, got list: correct the file"):
-        pipeline("feature-extraction", tmp_path / "base")
+        load_folder(tmp_path / "base")
     settings.unlink()
     config = tmp_path / "base" / "config.json"
     values = json.loads(config.read_text())
