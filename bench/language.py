@@ -269,6 +269,7 @@ def llama_cpp(build: str, kind: str) -> tuple[LlamaCpp, dict[str, Any]]:
 OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity, options of quantize_, precision
     "fp32": (0.0, None, None),
     "8 bits": (0.0, None, "int8"),
+    "6 bits": (0.0, {"weights": "int6", "group": 32}, "int8"),
     "4 bits": (0.0, {"weights": "int4", "group": 32, "symmetric": False}, "int8"),
     "50 %, 8 bits": (0.5, None, "int8"),
     "70 %, 8 bits": (0.7, None, "int8"),

@@ -1,4 +1,4 @@
-// AVX2 intrinsics for what compilers translate badly: expansion by a bitmask, int4 unpacking, rounding to int8 and
+// AVX2 intrinsics for what compilers translate badly: expansion by a bitmask, unpacking of codes, rounding to int8 and
 // bf16, transposition.
 #pragma once
 #include <immintrin.h>
@@ -62,6 +62,27 @@ inline void unpack_int4(const uint8_t* v, int8_t low_zero, int8_t high_zero, int
     const __m256i values = _mm256_sub_epi8(nibbles, _mm256_set1_epi8(half ? high_zero : low_zero));
     std::memcpy(out + 32 * half, &values, 32);
   }
+}
+
+// Unpack 64 codes of 5 or 6 bits to int8, 32 at a time; rarefy.h says how they are stored.
+template <int BITS>
+inline void unpack_wide_codes(const uint8_t* v, __m256i (&out)[2]) {
+  const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), fifteen = _mm256_set1_epi8(15);
+  const __m256i low[2] = {_mm256_and_si256(nibbles, fifteen),
+                          _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen)};
+  __m256i plane, left, right;
+  if constexpr (BITS == 6) {
+    plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));
+    left = _mm256_setr_epi64x(4, 4, 2, 2);
+    right = _mm256_setr_epi64x(0, 0, 2, 2);
+  } else {
+    plane = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(v + 32)));
+    left = _mm256_setr_epi64x(4, 3, 2, 1);
+    right = _mm256_setr_epi64x(0, 1, 2, 3);
+  }
+  const __m256i mask = _mm256_set1_epi8(BITS == 6 ? 0x30 : 0x10);
+  out[0] = _mm256_or_si256(low[0], _mm256_and_si256(_mm256_sllv_epi64(plane, left), mask));
+  out[1] = _mm256_or_si256(low[1], _mm256_and_si256(_mm256_srlv_epi64(plane, right), mask));
 }
 
 inline __m256i quantize_32(const float* x, float scale) {

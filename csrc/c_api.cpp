@@ -336,20 +336,23 @@ API int rarefy_run_grouped(int32_t format, const void* const* w, int64_t count, 
 namespace {
 // One row, a run of columns with one scale at a time.
 void dequantize_row(const rarefy_quantized& w, int64_t row, float* out) {
-  const bool int4 = w.dtype == RAREFY_I4;
-  const int64_t groups = w.scale_groups, group_size = groups > 1 ? 32 : 64;
+  const int64_t bytes = cell_bytes(w.dtype), groups = w.scale_groups, group_size = groups > 1 ? 32 : 64;
   const float row_scale = w.row_scales ? w.row_scales[row] : 1.0f;
   for (int64_t c = 0; c < w.cols; c += group_size) {
     const int64_t cell = (row / TILE_ROWS * w.col_blocks + c / 64) * TILE_ROWS + row % TILE_ROWS;
     const int64_t column = c % 64, group = cell * groups + column / group_size;
     const float scale = groups ? row_scale * from_bf16(w.scales[group]) : row_scale;
     const int64_t n = std::min(group_size, w.cols - c);
-    if (int4) {
-      const uint8_t* nibbles = static_cast<const uint8_t*>(w.values) + cell * 32 + column / 2;
+    const uint8_t* values = static_cast<const uint8_t*>(w.values) + cell * bytes;
+    if (w.dtype == RAREFY_I4) {
+      const uint8_t* nibbles = values + column / 2;
       const int zero_point = w.zeros ? w.zeros[group] : 8;
       for (int64_t i = 0; i < n; ++i) out[c + i] = float((nibbles[i / 2] >> i % 2 * 4 & 15) - zero_point) * scale;
+    } else if (w.dtype != RAREFY_I8) {
+      const int bits = value_bits(w.dtype), zero_point = 1 << (bits - 1);
+      for (int64_t i = 0; i < n; ++i) out[c + i] = float(wide_code(values, bits, column + i) - zero_point) * scale;
     } else {
-      const int8_t* codes = static_cast<const int8_t*>(w.values) + cell * 64 + column;
+      const int8_t* codes = reinterpret_cast<const int8_t*>(values) + column;
       for (int64_t i = 0; i < n; ++i) out[c + i] = float(codes[i]) * scale;
     }
   }

@@ -27,9 +27,24 @@ constexpr int64_t SEGMENT_FLOATS = 16;     // maximum length of a segment; copie
 // Whether an activation only limits numbers.
 inline bool is_clamp(int act) { return act == RAREFY_NONE || act == RAREFY_RELU || act == RAREFY_RELU6; }
 
+// Bits of a value of a quantized weight, and the bytes of 64 of them.
+constexpr int value_bits(int32_t dtype) {
+  return dtype == RAREFY_I4 ? 4 : dtype == RAREFY_I5 ? 5 : dtype == RAREFY_I6 ? 6 : 8;
+}
+constexpr int64_t cell_bytes(int32_t dtype) { return 8 * value_bits(dtype); }
+
 // The number of a weight's function among `quantized_gemv`.
 static inline int quantized_variant(const rarefy_quantized& w) {
-  return w.two_terms ? 4 : (w.dtype == RAREFY_I4 ? 2 : 0) + (w.fp32_inputs ? 1 : 0);
+  return 3 * (w.dtype - RAREFY_I8) + (w.two_terms ? 2 : w.fp32_inputs ? 1 : 0);
+}
+
+// A code of 5 or 6 bits; `cell`: the 64 of a row in a block.
+inline int wide_code(const uint8_t* cell, int bits, int64_t column) {
+  const int high_bits = bits - 4;
+  const int64_t plane = 8 * high_bits;  // bytes of high bits
+  const int low = cell[column % 32] >> (column / 32 * 4) & 15;
+  const int high = cell[32 + column % plane] >> (column / plane * high_bits) & ((1 << high_bits) - 1);
+  return low | high << 4;
 }
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
@@ -122,7 +137,7 @@ struct rarefy_kernel_table {
                           int64_t ldy, int64_t n);
   void (*bitmask_epilogue[4])(const rarefy_bitmask&, int64_t from, int64_t to, const float* scales,
                               const float* residual, float* y, int64_t ldy, int64_t n);
-  void (*quantized_gemv[5])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+  void (*quantized_gemv[12])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                             int64_t ldy, int64_t n);  // by quantized_variant
   void (*quantized_epilogue)(const rarefy_quantized&, int64_t from, int64_t to, const float* scales,
                              const float* residual, float* y, int64_t ldy, int64_t n);

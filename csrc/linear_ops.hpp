@@ -45,7 +45,7 @@ struct LinearWeight {
         dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : s.dtype == RAREFY_BF16 ? RAREFY_BF16 : RAREFY_F32;
         col_blocks = w.col_blocks;
         cols = w.cols;
-        two_terms = w.two_terms;
+        two_terms = w.two_terms && dtype == RAREFY_I8;
         epilogue = {w.row_scales, s.row_sums, w.bias, w.act};
       }
     }

@@ -1,4 +1,4 @@
-// Multiplication by dense int8 and int4 weights for few inputs, and its epilogue.
+// Multiplication by dense weights of 4, 5, 6 and 8 bits for few inputs, and its epilogue.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -13,62 +13,66 @@ namespace {
 enum InputKind { INT8_INPUTS, FP32_INPUTS, TWO_TERMS };  // as `fp32_inputs` and `two_terms` of the weight
 
 // Four rows on INPUTS inputs.
-template <bool INT4, InputKind KIND, int INPUTS>
+template <int BITS, InputKind KIND, int INPUTS>
 inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
   using input = typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type;
-  constexpr int64_t cell_bytes = INT4 ? 32 : 64;  // a row in a block of 64 columns
+  using Ops = QuantizedOps<BITS>;
+  constexpr int64_t row_bytes = 8 * BITS;  // a row in a block of 64 columns
   F32Accumulator::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
   for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < INPUTS; ++m) acc[r][m] = F32Accumulator::zero();
   const int64_t cell = row * w.col_blocks, groups = w.scale_groups;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + cell * cell_bytes;
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + cell * row_bytes;
   const uint16_t* scale = w.scales + cell * groups;
   const uint8_t* zero_point = w.zeros ? w.zeros + cell * groups : nullptr;
   const input* in = static_cast<const input*>(x);
-  const QuantizedOps ops{groups};
+  const Ops ops{groups};
   for (int64_t block = 0; block < w.col_blocks; ++block, in += 64) {
 #pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r, value += cell_bytes, scale += groups) {
+    for (int r = 0; r < TILE_ROWS; ++r, value += row_bytes, scale += groups) {
       const auto scales = ops.scales(scale);
-      const auto values = INT4 ? ops.load_int4(value, ops.zero_points(zero_point)) : ops.load_int8(value);
+      const auto values = ops.load(value, ops.zero_points(zero_point));
       zero_point += zero_point ? groups : 0;
 #pragma GCC unroll 4
-      for (int m = 0; m < INPUTS; ++m) acc[r][m] = ops.multiply_add(acc[r][m], values, in + m * ldx, scales);
-      if constexpr (KIND == TWO_TERMS) {
-        const auto lost_scales = ops.divided(scales, LOST_STEPS);
-#pragma GCC unroll 4
-        for (int m = 0; m < INPUTS; ++m)
-          acc[r][m] = ops.multiply_add(acc[r][m], values, in + m * ldx + w.col_blocks * 64, lost_scales);
+      for (int m = 0; m < INPUTS; ++m) {
+        const input* first = in + m * ldx;
+        if constexpr (KIND == TWO_TERMS)
+          acc[r][m] = ops.multiply_add(acc[r][m], values, first, first + w.col_blocks * 64, scales);
+        else
+          acc[r][m] = ops.multiply_add(acc[r][m], values, first, scales);
       }
       prefetch_ahead(value);
     }
   }
   for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
-    for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
+    for (int m = 0; m < INPUTS; ++m)
+      y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]) * (KIND == TWO_TERMS ? Ops::TWO_TERMS_STEP : 1.0f);
 }
 
-template <bool INT4, InputKind KIND, int INPUTS>
+template <int BITS, InputKind KIND, int INPUTS>
 void quantized_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                          int64_t ldy) {
-  for (int64_t row = from; row < to; row += TILE_ROWS) quantized_rows<INT4, KIND, INPUTS>(w, row, x, ldx, y, ldy);
+  for (int64_t row = from; row < to; row += TILE_ROWS) quantized_rows<BITS, KIND, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from` (a multiple of four) to `to` on n inputs, four of them at a time.
-template <bool INT4, InputKind KIND>
+template <int BITS, InputKind KIND>
 void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                     int64_t ldy, int64_t n) {
   const auto* in = static_cast<const typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type*>(x);
+  if constexpr (KIND == TWO_TERMS)
+    if (n == 1 && QuantizedOps<BITS>::multiply_one(w, from, to, in, y)) return;
   for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
     if (n >= 4)
-      quantized_row_range<INT4, KIND, 4>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<BITS, KIND, 4>(w, from, to, in, ldx, y, ldy);
     else if (n == 3)
-      quantized_row_range<INT4, KIND, 3>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<BITS, KIND, 3>(w, from, to, in, ldx, y, ldy);
     else if (n == 2)
-      quantized_row_range<INT4, KIND, 2>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<BITS, KIND, 2>(w, from, to, in, ldx, y, ldy);
     else
-      quantized_row_range<INT4, KIND, 1>(w, from, to, in, ldx, y, ldy);
+      quantized_row_range<BITS, KIND, 1>(w, from, to, in, ldx, y, ldy);
   }
 }
 

@@ -16,7 +16,14 @@ extern "C" {
 enum { RAREFY_ABI_VERSION = 22 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
-enum rarefy_dtype { RAREFY_F32 = 0, RAREFY_BF16 = 1, RAREFY_I8 = 2, RAREFY_I4 = 3 };  // I4: bitmask and quantized only
+enum rarefy_dtype {
+  RAREFY_F32 = 0,
+  RAREFY_BF16 = 1,
+  RAREFY_I8 = 2,
+  RAREFY_I4 = 3,  // bitmask and quantized only
+  RAREFY_I5 = 4,  // quantized only
+  RAREFY_I6 = 5,
+};
 enum rarefy_activation {
   RAREFY_NONE = 0,
   RAREFY_RELU = 1,
@@ -47,21 +54,24 @@ struct rarefy_bitmask {
   int32_t dtype, act;
 };
 
-// Dense int8 or int4 weight in blocks of four rows by 64 columns, zero-padded after the last column. int4 values are
-// nibbles, low nibble first, minus a zero point.
+// Dense weight of 4, 5, 6 or 8 bits in blocks of four rows by 64 columns, zero-padded after the last column. A row of a
+// block has 64 values of int8, or codes minus a zero point:
+//   int4    32 bytes of nibbles, low nibble first
+//   int5/6  the low four bits: byte i holds those of columns i (low nibble) and 32 + i; then the high bits: of int5 bit
+//           k of byte i is that of column 8 k + i (8 bytes), of int6 bits 2 k and 2 k + 1 those of 16 k + i (16 bytes)
 struct rarefy_quantized {
   int64_t rows, cols;       // outputs, inputs
   int64_t col_blocks;       // blocks of 64 columns, (cols + 63) / 64
-  const void* values;       // [rows / 4][col_blocks][4][64 or 32 bytes]
+  const void* values;       // [rows / 4][col_blocks][4][8 bytes for each bit of a value]
   const uint16_t* scales;   // bf16 [rows / 4][col_blocks][4][scale_groups], or null
-  const uint8_t* zeros;     // int4: zero points, shaped like scales; null: all are 8
+  const uint8_t* zeros;     // int4: zero points, shaped like scales; null: 8, of int5 16, of int6 32
   const float* row_scales;  // [rows], one scale for a whole row, or null
   const float* row_sums;    // [rows], sum of values times `scales` (without row_scales)
   const float* bias;        // [rows] or null
-  int32_t dtype, act;       // RAREFY_I8 or RAREFY_I4
+  int32_t dtype, act;       // RAREFY_I8, RAREFY_I4, RAREFY_I5 or RAREFY_I6
   int32_t scale_groups;     // scales of a row in a block: 0 (row_scales only), 1, or 2 (32 columns each)
   int32_t fp32_inputs;      // 1: inputs stay fp32; 0: each input row is quantized to int8
-  int32_t two_terms;        // 1: what that loses is quantized to int8 as well; for int8 values
+  int32_t two_terms;        // 1: what that loses is quantized to int8 as well; not for int4 values
 };
 
 // Sparse weight in row tiles. In each tile the columns are sorted by pattern: which of the four rows are nonzero there.

@@ -112,9 +112,15 @@ inline __m512i in_register(__m512i v) {
   return v;
 }
 
+template <int BITS>
 struct QuantizedOps {
+  static constexpr float TWO_TERMS_STEP = 1.0f;  // of sums with two terms
   const int64_t scale_groups;
-  const __m512i fifteen = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi8(8));
+  const __m512i fifteen = in_register(_mm512_set1_epi8(15));
+  const __m512i middle = in_register(_mm512_set1_epi8(BITS < 8 ? 1 << (BITS - 1) : 0));
+  const __m512i high_mask = in_register(_mm512_set1_epi8(BITS == 6 ? 0x30 : 0x10));
+  const __m512i rotations = in_register(BITS == 6 ? _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62)
+                                                  : _mm512_setr_epi64(4, 3, 2, 1, 0, 63, 62, 61));
   const __m512i byte_of_half =
       in_register(_mm512_mask_blend_epi8(0xffffffff00000000ull, _mm512_setzero_si512(), _mm512_set1_epi8(1)));
   const __m512i shifts = in_register(_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(16), _mm512_setzero_si512()));
@@ -122,7 +128,7 @@ struct QuantizedOps {
 
   // The zero points (and scales) of both halves are broadcast together; each half then selects its own.
   __m512i zero_points(const uint8_t* z) const {
-    if (!z) return eight;
+    if (BITS != 4 || !z) return middle;
     if (scale_groups < 2) return _mm512_set1_epi8(char(*z));
     uint16_t both;
     std::memcpy(&both, z, 2);
@@ -140,16 +146,31 @@ struct QuantizedOps {
     }
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(pairs, shifts), high_bits));
   }
-  static __m512 divided(__m512 scales, float by) { return _mm512_mul_ps(scales, _mm512_set1_ps(1.0f / by)); }
-  __m512i load_int8(const uint8_t* v) const { return _mm512_loadu_si512(v); }
-  __m512i load_int4(const uint8_t* v, __m512i zero_point) const {
-    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
-    return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero_point);
+  __m512i load(const uint8_t* v, __m512i zero_point) const {
+    if constexpr (BITS == 8) return _mm512_loadu_si512(v);
+    const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
+    if constexpr (BITS == 4) {
+      const __m512i w = _mm512_cvtepu8_epi16(nibbles);
+      return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero_point);
+    }
+    const __m512i low =
+        _mm512_inserti64x4(_mm512_castsi256_si512(nibbles), _mm256_srli_epi16(nibbles, 4), 1);
+    __m512i plane;
+    if constexpr (BITS == 6)
+      plane = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));
+    else
+      plane = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(v + 32)));
+    const __m512i high = _mm512_and_si512(_mm512_rolv_epi64(plane, rotations), high_mask);
+    return _mm512_sub_epi8(_mm512_or_si512(_mm512_and_si512(low, fifteen), high), zero_point);
   }
   __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, __m512 scale) const {
     const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, s);
   }
+  __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, const uint8_t* lost, __m512 scale) const {
+    return multiply_add(multiply_add(s, w, x, scale), w, lost, _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / LOST_STEPS)));
+  }
+  static bool multiply_one(const rarefy_quantized&, int64_t, int64_t, const uint8_t*, float*) { return false; }
   template <int QUARTER>
   static __m512 to_f32(__m512i w) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, QUARTER)));

@@ -16,13 +16,12 @@ API int rarefy_check_csr(const rarefy_csr* w, int64_t values) {
 }
 
 API int rarefy_check_quantized(const rarefy_quantized* w, int64_t values) {
-  const bool int4 = w->dtype == RAREFY_I4;
   if (w->rows < 0 || w->cols < 0 || w->col_blocks != (w->cols + 63) / 64) return RAREFY_INVALID;
-  if ((w->dtype != RAREFY_I8 && !int4) || w->scale_groups < 0 || w->scale_groups > 2) return RAREFY_INVALID;
+  if (w->dtype < RAREFY_I8 || w->dtype > RAREFY_I6 || w->scale_groups < 0 || w->scale_groups > 2) return RAREFY_INVALID;
   if ((w->scale_groups == 0) == (w->scales != nullptr)) return RAREFY_INVALID;
-  if (w->zeros && (!w->scale_groups || !int4)) return RAREFY_INVALID;
-  if (w->two_terms && (int4 || w->scale_groups || w->fp32_inputs)) return RAREFY_INVALID;
-  return (w->rows + 3) / 4 * w->col_blocks * 4 * (int4 ? 32 : 64) == values ? RAREFY_OK : RAREFY_INVALID;
+  if (w->zeros && (!w->scale_groups || w->dtype != RAREFY_I4)) return RAREFY_INVALID;
+  if (w->two_terms && (w->dtype == RAREFY_I4 || w->fp32_inputs)) return RAREFY_INVALID;
+  return (w->rows + 3) / 4 * w->col_blocks * 4 * cell_bytes(w->dtype) == values ? RAREFY_OK : RAREFY_INVALID;
 }
 
 API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {

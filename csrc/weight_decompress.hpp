@@ -84,26 +84,24 @@ inline void store_bf16_lanes(const float (&values)[64], int64_t r, uint32_t* out
   }
 }
 
-// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; an int8 weight in blocks as it is, for int8
-// inputs.
-template <int DTYPE>
-void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
-  const bool int4 = w.dtype == RAREFY_I4;
-  const QuantizedOps ops{w.scale_groups};
+// As decompress_quantized, of values of BITS bits.
+template <int DTYPE, int BITS>
+void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
+  const QuantizedOps<BITS> ops{w.scale_groups};
   const int64_t first = row * w.col_blocks, groups = w.scale_groups;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * (int4 ? 32 : 64);
-  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += int4 ? 32 : 64) {
+  const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * 8 * BITS;
+  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += 8 * BITS) {
     const int64_t r = cell % TILE_ROWS;
+    const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
+    alignas(64) int8_t codes[64];
+    const auto loaded = ops.load(value, zero_point);
+    std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
-      store_int8_lanes(value, r, out);
+      store_int8_lanes(codes, r, out);
     } else {
       const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;
       const float low = row_scale * (groups ? from_bf16(w.scales[cell * groups]) : 1.0f);
       const float high = groups > 1 ? row_scale * from_bf16(w.scales[cell * groups + 1]) : low;
-      const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
-      alignas(64) int8_t codes[64];
-      const auto loaded = int4 ? ops.load_int4(value, zero_point) : ops.load_int8(value);
-      std::memcpy(codes, &loaded, 64);
       alignas(64) float values[64];
       for (int64_t c = 0; c < 32; ++c) values[c] = float(codes[c]) * low;
       for (int64_t c = 32; c < 64; ++c) values[c] = float(codes[c]) * high;
@@ -114,6 +112,17 @@ void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out)
     }
     if (r == TILE_ROWS - 1)
       out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_BF16 ? 2 * DENSE_BLOCK : 64 * TILE_ROWS;
+  }
+}
+
+// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks.
+template <int DTYPE>
+void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
+  switch (w.dtype) {
+    case RAREFY_I4: return decompress_values<DTYPE, 4>(w, row, out);
+    case RAREFY_I5: return decompress_values<DTYPE, 5>(w, row, out);
+    case RAREFY_I6: return decompress_values<DTYPE, 6>(w, row, out);
+    default: return decompress_values<DTYPE, 8>(w, row, out);
   }
 }
 

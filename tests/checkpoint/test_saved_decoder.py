@@ -32,6 +32,8 @@ HOW = {
     "int4 grid": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32}, None),
     "int4 asymmetric": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32, "symmetric": False}, None),
     "int4 and int8": ({"hidden_size": 128}, 0.0, {"weights": "int4", "group": 32}, "int8"),
+    "int6 and int8": ({"hidden_size": 128}, 0.0, {"weights": "int6", "group": 32}, "int8"),
+    "int5 grid": ({"hidden_size": 128}, 0.0, {"weights": "int5", "group": 32}, None),
 }
 
 
@@ -56,7 +58,7 @@ def same_logits(a, b):
     assert torch.equal(a(ids[:1, :3], last=True), b(ids[:1, :3], last=True))
 
 
-USUAL = ("fp32", "int8 tied", "int4 asymmetric")  # the others run with the slow tests
+USUAL = ("fp32", "int8 tied", "int4 asymmetric", "int6 and int8")  # the others run with the slow tests
 
 
 @pytest.mark.parametrize("how", [pytest.param(h, marks=() if h in USUAL else pytest.mark.slow) for h in HOW])
@@ -301,6 +303,7 @@ def embedding_as(name):
         (lambda t: t["packed"][weight(t)].update(shape=[1 << 20, 1 << 20]), "packed 'p_"),
         (odd_panels(kind="fp32"), "expected the fields of a packed weight"),
         (odd_panels(kind="int4"), "packed 'p_"),
+        (odd_panels(kind="int6"), "packed 'p_"),
         (odd_panels(exact=1), "expected fp32_inputs True or False"),
         (odd_panels(parts=1), "packed 'p_"),
         (odd_panels(parts=False), "expected panels with scales for rows"),

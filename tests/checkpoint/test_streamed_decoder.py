@@ -47,12 +47,26 @@ def test_bf16_is_that_of_the_files(tmp_path):
     assert torch.equal(rarefy.decoder_from_files(path)(TEXT), rarefy.decoder(hf.load_folder(path))(TEXT))
 
 
-def test_4_bits_are_those_of_quantize(tmp_path):
+@pytest.mark.parametrize("kind", ["int4", "int5", "int6"])
+def test_few_bits_are_those_of_quantize(kind, tmp_path):
     model = build("Llama")
-    streamed = rarefy.decoder_from_files(folder(tmp_path, model), precision="int4")
-    rarefy.quantize_(model, "int4", group=32, symmetric=False, layers="model.layers.*")
+    streamed = rarefy.decoder_from_files(folder(tmp_path, model), precision=kind)
+    rarefy.quantize_(model, kind, group=32, symmetric=kind != "int4", layers="model.layers.*")
     rarefy.fold_(model)
     assert far(logits(streamed), eager(model)) < 5e-2
+    assert kind in {k.held[0].kind for k in streamed.compiled.kernels.values()}
+
+
+@pytest.mark.parametrize("kind", ["int5", "int6"])
+def test_quantized_folders_keep_5_and_6_bits(kind, tmp_path):
+    model = build("Llama")
+    rarefy.quantize_(model, kind, group=32, layers="model.layers.*")
+    rarefy.save(model, tmp_path / "saved")
+    rarefy.fold_(model)
+    streamed = rarefy.decoder_from_files(tmp_path / "saved", precision="int8", out=tmp_path / "out")
+    assert kind in {k.held[0].kind for k in streamed.compiled.kernels.values()}
+    assert far(logits(streamed), eager(model)) < 5e-2
+    assert torch.equal(rarefy.load(tmp_path / "out")(TEXT), streamed(TEXT))
 
 
 def test_quantized_and_cut_folders_of_rarefy(tmp_path):
@@ -87,7 +101,7 @@ def test_wrong_use(tmp_path):
         rarefy.decoder_from_files(tmp_path)
     model = build("Llama")
     path = folder(tmp_path, model)
-    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from bf16, fp32, int4, int8"):
+    with pytest.raises(ModelError, match="unknown precision 'int3'; choose from bf16, fp32, int4, int5, int6, int8"):
         rarefy.decoder_from_files(path, precision="int3")
     state = {n: t for n, t in model.state_dict().items() if n != "model.layers.1.mlp.up_proj.weight"}
     model.save_pretrained(path, state_dict=state)

@@ -25,7 +25,12 @@ from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 transformers = pytest.importorskip("transformers")
 SLOW = pytest.mark.slow
 USUAL = ("Llama", "Mistral", "Qwen3", "GPT2")  # the others run with the slow tests
-ALL_ISAS = [(0.6, None, None), (0.6, None, "int8")]  # of the others one instruction set is enough
+SIX_BITS = {"weights": "int6", "group": 32}
+ALL_ISAS = [
+    (0.6, None, None),
+    (0.6, None, "int8"),
+    (0.0, SIX_BITS, "int8"),
+]  # of the others one instruction set is enough
 OWN_POSITIONS = ("OPT",)  # learned positions that left padding shifts in a way of its own
 WHOLE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2")  # all their layers run as one native call
 
@@ -98,6 +103,9 @@ def formats(made):
         (0.0, {"weights": "int8"}, None, {(QuantizedPanels, "int8"), (Bitmask, "fp32")}, 1e-5),
         (0.0, {"weights": "int4", "group": 32}, None, {(QuantizedPanels, "int4"), (Bitmask, "fp32")}, 1e-4),
         (0.0, {"weights": "int4", "group": 32}, "int8", {(QuantizedPanels, "int4"), (QuantizedPanels, "int8")}, 0.05),
+        (0.0, SIX_BITS, "int8", {(QuantizedPanels, "int6"), (QuantizedPanels, "int8")}, 0.05),
+        (0.0, {"weights": "int6"}, "int8", {(QuantizedPanels, "int6"), (QuantizedPanels, "int8")}, 0.05),
+        (0.0, {"weights": "int5", "group": 32}, None, {(QuantizedPanels, "int5"), (Bitmask, "fp32")}, 1e-4),
         (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
     ],
 )

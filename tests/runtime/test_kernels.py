@@ -480,6 +480,7 @@ def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa)
 GRIDS = [
     ("int8", None, True), ("int4", None, True), ("int4", 32, True), ("int4", 64, True), ("int4", 32, False),
     ("int4", None, False), ("int3", "tensor", True), ("int5", 32, True), ("int4", 128, False), ("int2", 96, True),
+    ("int6", 32, True), ("int6", 64, True), ("int6", None, True), ("int5", "tensor", True), ("int7", 32, True),
 ]  # fmt: skip
 
 
@@ -515,7 +516,9 @@ def test_products_of_panels(size, way, exact, isa):
     W, grid = on_grid(O, C, *way)
     weight = packing.pack_quantized(W, grid, exact)
     torch.testing.assert_close(packing.unpack(weight), W, rtol=1e-6, atol=1e-7)
-    assert packing.nbytes(weight) < 4.1 * (-(-O // 4) * 4) * (-(-C // 64) * 64) / (1 if weight.kind == "int8" else 2)
+    codes = (-(-O // 4) * 4) * (-(-C // 64) * 64)
+    assert weight.values.numel() * 8 == codes * packing.PANEL_BITS[weight.kind]
+    assert weight.kind == {2: "int4", 3: "int4", 7: "int8"}.get(grid.bits, f"int{grid.bits}")
     bias = torch.randn(O)
     for N in (1, 2, 3, 4, 9):
         x = torch.randn(N, C)
@@ -527,10 +530,13 @@ def test_products_of_panels(size, way, exact, isa):
     activations(weight, bias, x, got)
 
 
-@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 128), (100, 1536)], ids=str)
-def test_products_of_inputs_in_two_terms(size, isa):
+@pytest.mark.parametrize(
+    "way", [("int8", None, True), ("int8", 32, True), ("int6", 32, True), ("int5", 96, True)], ids=str
+)
+@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 192), (100, 1536)], ids=str)
+def test_products_of_inputs_in_two_terms(size, way, isa):
     O, C = size
-    W, grid = on_grid(O, C, "int8", None, True)
+    W, grid = on_grid(O, C, *way)
     weight = packing.pack_quantized(W, grid, False, True)
     bias = torch.randn(O)
     for N in (1, 2, 3, 4, 9):
@@ -545,10 +551,18 @@ def test_products_of_inputs_in_two_terms(size, isa):
     activations(weight, bias, x, got)
 
 
-def test_two_terms_are_for_int8_rows():
-    for way in (("int4", 32, True), ("int8", 32, True)):
-        with pytest.raises(FormatError, match="two_terms: expected False, or True for int8 with one scale a row"):
-            Kernel(packing.pack_quantized(*on_grid(8, 96, *way), False, True))
+@pytest.mark.parametrize("way", [("int6", 64, True), ("int5", 32, True)], ids=str)
+def test_products_of_many_inputs_in_two_terms(way, isa):
+    weight = packing.pack_quantized(*on_grid(9, 70 * 64, *way), False, True)
+    x = torch.randn(1, 70 * 64)
+    want = reference.rounded(x, weight).double() @ packing.unpack(weight).double().T
+    assert (Kernel(weight).run(x) - want).abs().max() <= 1e-4 * float(want.abs().max())
+
+
+def test_two_terms_are_for_more_than_4_bits_and_int8_inputs():
+    for way, fp32_inputs in ((("int4", 32, True), False), (("int6", 32, True), True)):
+        with pytest.raises(FormatError, match="two_terms: expected False, or True for codes of more than 4 bits"):
+            Kernel(packing.pack_quantized(*on_grid(8, 96, *way), fp32_inputs, True))
     kernels = [Kernel(packing.pack_quantized(*on_grid(8, 96, "int8", None, True), False, two)) for two in (True, False)]
     assert not can_group(kernels)
 
@@ -576,6 +590,7 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
     ("way", "says"),
     [
         (("int8", None, False), "asymmetric codes of more than 4 bits"),
+        (("int6", 32, False), "asymmetric codes of more than 4 bits"),
         (("int4", 16, True), "groups of 16 inputs"),
         (("int8", 48, True), "groups of 48 inputs"),
     ],
@@ -588,7 +603,7 @@ def test_grids_that_no_kernel_reads(way, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"kind": "fp32"}, "unknown kind 'fp32'; choose from int4, int8"),
+        ({"kind": "fp32"}, "unknown kind 'fp32'; choose from int4, int5, int6, int8"),
         ({"kind": "int8"}, "values: the kernels expect"),
         ({"scale_groups": 3}, "scale_groups 0 to 2, got True and 3"),
         ({"scale_groups": 0}, "scales: the kernels expect no such tensor"),

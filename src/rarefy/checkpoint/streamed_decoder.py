@@ -29,9 +29,13 @@ from rarefy.quantization.grids import fit_grid
 from rarefy.runtime.packed_formats import QuantizedPanels
 from rarefy.runtime.packing import PIECE, join_rows
 
-CHOICES = ("fp32", "bf16", "int8", "int4")
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux: addresses without memory behind them
-INT4 = QuantizeConfig(bits=4, group=32, symmetric=False)
+ROUNDED = {  # grids of linear layers that are not on one yet
+    "int4": QuantizeConfig(bits=4, group=32, symmetric=False),
+    "int5": QuantizeConfig(bits=5, group=32),
+    "int6": QuantizeConfig(bits=6, group=32),
+}
+CHOICES = ("fp32", "bf16", "int8", *ROUNDED)
 
 
 def decoder_from_files(
@@ -51,9 +55,9 @@ def decoder_from_files(
     Args:
         path: a Hugging Face folder with safetensors files, a folder that `save` wrote, or a GGUF file.
         precision: None for that of the files: "bf16" for bf16, "fp32" for fp32 and fp16, "int8" for GGUF files with
-            quantized weights. "int4" rounds linear layers to 4 bits with a scale and a zero point for 32 inputs, the
-            embedding and the output head to 8 bits. Layers that are already on a grid of 4 bits keep it in "int8" and
-            "int4".
+            quantized weights. "int6" and "int5" round linear layers to 6 and 5 bits with a scale for 32 inputs, "int4"
+            to 4 bits with a scale and a zero point for 32 inputs; the embedding and the output head have 8 bits. Layers
+            that are already on a grid of up to 6 bits keep it in all of these, and in "int8".
         out: a folder to write, as `save` does, with the files of the tokenizer. It appears whole or not at all.
             Until then weights are in the folder `.NAME.packing` beside it.
         overwrite: replace an older folder at `out`.
@@ -173,8 +177,8 @@ class _Weights:
     """The weights of a model whose parameters are addresses without memory, found again by these addresses."""
 
     def __init__(self, files: WeightFiles, precision: str | None):
-        self.files, self.int4 = files, precision == "int4"
-        self.precision = "int8" if self.int4 else None if precision == "fp32" else precision
+        self.files, self.rounded = files, ROUNDED.get(precision or "")
+        self.precision = "int8" if self.rounded else None if precision == "fp32" else precision
         model = files.model
         self.names: dict[int, str] = {}  # of placeholders, by their address
         self.mappings: list[mmap.mmap] = []
@@ -218,8 +222,10 @@ class _Weights:
     def _rounded(self, name: str) -> tuple[Tensor, Grid | None]:
         weight, grid = self.files.weight(name)
         weight = weight.float().contiguous()
-        if self.int4 and grid is None and name not in self.ends and weight.dim() == 2 and weight.shape[1] % 32 == 0:
-            grid = fit_grid(weight, (len(weight), weight.shape[1] // 32), INT4)
+        if self.rounded is None or grid is not None or name in self.ends or weight.dim() != 2:
+            return weight, grid
+        if weight.shape[1] % 32 == 0:
+            grid = fit_grid(weight, (len(weight), weight.shape[1] // 32), self.rounded)
             weight = grid.snap(weight)
         return weight, grid
 

@@ -60,8 +60,8 @@ DecoderPrecision = Annotated[
     str | None,
     typer.Option(
         help="bf16 runs linear layers and attention in bfloat16; int8 runs linear layers and convolutions in 8 "
-        "bits. Language models also: int4, with a scale and a zero point for 32 inputs. Outputs change a little. "
-        "Default: fp32; of GGUF files their own, int8 if they are quantized."
+        "bits. Language models also: int6 and int5, with a scale for 32 inputs; int4, with a zero point too. "
+        "Outputs change a little. Default: fp32; of GGUF files their own, int8 if they are quantized."
     ),
 ]
 
@@ -255,10 +255,10 @@ def streamed_precision(source: Source, precision: str | None) -> str | None:
 
 def whole_model_precision(precision: str | None) -> str | None:
     """Return the precision of a decoder that is built from a model in memory."""
-    if precision == "int4":
+    if precision in ("int4", "int5", "int6"):
         raise RecipeError(
-            "--precision int4 rounds weights while they are read one at a time, which this model does not support: "
-            "use int8, or quantize it with `rarefy compress` first"
+            f"--precision {precision} rounds weights while they are read one at a time, which this model does not "
+            "support: use int8, or quantize it with `rarefy compress` first"
         )
     return None if precision == "fp32" else precision
 

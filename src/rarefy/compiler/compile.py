@@ -52,6 +52,7 @@ from rarefy.model.layers import Selector, all_layers, match_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
 from rarefy.model.nesting import input_names, output_names
 from rarefy.runtime.accelerate import check_plain
+from rarefy.runtime.packed_formats import PANEL_BITS
 
 TOLERANCE = {None: 1e-3, "bf16": 0.1, "int8": 0.5}  # largest relative distance of outputs from the model's
 ROUNDED_TOLERANCE = (
@@ -326,8 +327,8 @@ def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
 
 
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
-    """Return whether a linear layer or a convolution has a kernel for 8-bit or 4-bit weights."""
-    return any(k.held[0].kind in ("int8", "int4") for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
+    """Return whether a linear layer or a convolution has a kernel for weights of 8 bits or less."""
+    return any(k.held[0].kind in PANEL_BITS for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
 
 
 def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:

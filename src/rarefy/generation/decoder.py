@@ -402,10 +402,10 @@ def _grid_of(module: nn.Module) -> Grid | None:
 
 
 def _kernels_hold(grid: Grid, precision: str | None) -> bool:
-    """Return whether kernels hold a grid's scales of groups, in bf16, closely enough: exactly, or for 4 bits in "int8",
-    where bf16 adds little to the rounding that is there."""
+    """Return whether kernels hold a grid's scales of groups, in bf16, closely enough: exactly, or for up to 6 bits in
+    "int8", where bf16 adds little to the rounding that is there."""
     exact = grid.scale.shape[1] == 1 or torch.equal(grid.scale.bfloat16().float(), grid.scale.float())
-    return exact or (precision == "int8" and grid.bits <= 4)
+    return exact or (precision == "int8" and grid.bits <= 6)
 
 
 def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
@@ -418,8 +418,7 @@ def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounde
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        in_rows = grid.bits > 4 and grid.scale.shape[1] == 1
-        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and in_rows and not rounded)
+        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and grid.bits > 4 and not rounded)
     if precision != "int8":
         return pack_bitmask(weight, precision or "fp32")
     if zeros >= MIN_ZEROS:

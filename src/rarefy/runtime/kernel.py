@@ -34,6 +34,7 @@ from rarefy.runtime.packed_formats import (
     MAX_INT8_INPUTS,
     MAX_STRIDE,
     PADDING,
+    PANEL_BITS,
     SLAB,
     Bitmask,
     ConvTiles,
@@ -272,9 +273,9 @@ def _check_numbers(packed: Packed) -> None:
         if not right or any(type(v) is not int or not low <= v <= high for v in values):
             raise FormatError(f"{name}: expected whole numbers from {low} to {high}, got {values!r}")
     known = (
-        ("int8", "int4")
+        PANEL_BITS
         if isinstance(packed, QuantizedPanels)
-        else _KINDS
+        else (*LANE, "int4")
         if isinstance(packed, Bitmask)
         else tuple(LANE)
     )
@@ -290,10 +291,10 @@ def _check_numbers(packed: Packed) -> None:
             f"{packed.fp32_inputs!r} and {packed.scale_groups!r}"
         )
     if isinstance(packed, QuantizedPanels):
-        able = packed.kind == "int8" and not packed.scale_groups and not packed.fp32_inputs
+        able = packed.kind != "int4" and not packed.fp32_inputs
         if type(packed.two_terms) is not bool or (packed.two_terms and not able):
             raise FormatError(
-                "two_terms: expected False, or True for int8 with one scale a row and int8 inputs, got "
+                "two_terms: expected False, or True for codes of more than 4 bits and int8 inputs, got "
                 f"{packed.two_terms!r}"
             )
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
@@ -324,11 +325,12 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
     elif isinstance(packed, QuantizedPanels):
         cell = (fours, -(-C // 64), 4)
         want |= {
-            "values": (torch.uint8, (*cell, 64 if packed.kind == "int8" else 32)),
+            "values": (torch.uint8, (*cell, 8 * PANEL_BITS[packed.kind])),
             "row_sums": (torch.float32, (O,)),
         }
         want |= {"scales": (torch.bfloat16, (*cell, packed.scale_groups))} if packed.scale_groups else {}
-        want |= {} if packed.zeros is None else {"zeros": (torch.uint8, (*cell, packed.scale_groups))}
+        zeros = packed.kind == "int4" and packed.zeros is not None
+        want |= {"zeros": (torch.uint8, (*cell, packed.scale_groups))} if zeros else {}
         want |= {} if packed.row_scales is None else {"row_scales": (torch.float32, (O,))}
     elif isinstance(packed, Csr):
         k = packed.columns.numel() if isinstance(packed.columns, Tensor) else None

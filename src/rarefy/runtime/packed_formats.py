@@ -17,6 +17,7 @@ from torch import Tensor
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4}
+PANEL_BITS = {"int8": 8, "int4": 4, "int5": 5, "int6": 6}  # of a code, by the kind of `QuantizedPanels`
 PADDING = 64  # bytes that a kernel may read past the last value
 BLOCK_OUTPUTS = BLOCK_LANES = 16  # of a block of `Dense` in bf16 and int8
 MAX_BLOCK = 65535  # lanes of a block: columns are 16-bit numbers
@@ -148,18 +149,22 @@ class ConvTiles:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedPanels:
-    """Dense int8 or int4 codes, in panels of four outputs by 64 inputs: small batches of quantized weights."""
+    """Dense codes of 4, 5, 6 or 8 bits, in panels of four outputs by 64 inputs: small batches of quantized weights.
+
+    64 codes of a row lie together. int4: nibbles, low nibble first. int5 and int6: their low four bits, byte i those of
+    inputs i (low nibble) and 32 + i; then the high bits. Of int5, bit k of byte i is that of input 8 k + i; of int6,
+    bits 2 k and 2 k + 1 of byte i are those of input 16 k + i."""
 
     shape: tuple[int, int]
-    kind: str  # int8, or int4: nibbles, low nibble first, minus a zero point
+    kind: str  # of PANEL_BITS; codes of less than 8 bits are stored plus a zero point
     fp32_inputs: bool  # inputs stay fp32; else each row of them is quantized to int8
     scale_groups: int  # scales of a row in a panel: 0 (row_scales only), 1, or 2 of 32 inputs each
-    values: Tensor  # uint8 [O / 4, col_blocks, 4, 64 or 32]
+    values: Tensor  # uint8 [O / 4, col_blocks, 4, 8 bytes for each bit of a code]
     row_sums: Tensor  # fp32 [O], sum of values times `scales`
     scales: Tensor | None = None  # bf16 [O / 4, col_blocks, 4, scale_groups]
-    zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: all are 8
+    zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: 8, of int5 16, of int6 32
     row_scales: Tensor | None = None  # fp32 [O], one scale for a whole row
-    two_terms: bool = False  # int8: what rounding the inputs loses is quantized to int8 as well
+    two_terms: bool = False  # not of int4: what rounding the inputs loses is quantized to int8 as well
 
 
 Packed = Bitmask | Csr | Tiles | ConvTiles | QuantizedPanels | Sell | Dense

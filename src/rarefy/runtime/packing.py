@@ -23,6 +23,7 @@ from rarefy.runtime.packed_formats import (
     MAX_CSR_INPUTS,
     MAX_INT8_INPUTS,
     PADDING,
+    PANEL_BITS,
     SLAB,
     Bitmask,
     ConvTiles,
@@ -116,7 +117,7 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
         weight: the dequantized weight.
         grid: its codes, scales and zero points.
         fp32_inputs: whether kernels leave inputs in fp32; else they quantize each row of them to int8.
-        two_terms: whether they also quantize what that loses; for int8 codes with one scale a row, and int8 inputs.
+        two_terms: whether they also quantize what that loses; for codes of more than 4 bits and int8 inputs.
 
     Raises:
         FormatError: no kernel reads scales of these groups.
@@ -127,8 +128,8 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
     """
     O, C = weight.shape
     rows, groups = grid.scale.shape
-    nibbles, group = grid.bits <= 4, C // groups
-    if rows not in (1, O) or (groups > 1 and group % 32) or (grid.zero is not None and not nibbles):
+    kind, group = f"int{max(grid.bits, 4) if grid.bits <= 6 else 8}", C // groups
+    if rows not in (1, O) or (groups > 1 and group % 32) or (grid.zero is not None and kind != "int4"):
         problem = f"groups of {group} inputs" if groups > 1 and group % 32 else "asymmetric codes of more than 4 bits"
         problem = problem if rows in (1, O) else f"scales of {O // rows} outputs"
         raise FormatError(f"no kernel for {problem}")
@@ -147,14 +148,15 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
         zeros = None if zero is None else _panel_cells(zero, col_blocks, 8)
         by = by.bfloat16().float().repeat_interleave(each, 1)[:, :C]
     row_sums = (c.float() * by).sum(1)
-    if nibbles:
-        zero = 8 if grid.zero is None else grid.expand(grid.zero.to(torch.int16), (O, C))
-        full: Any = torch.full((-(-O // 4) * 4, col_blocks * 64), 8, dtype=torch.int16)
+    if kind != "int8":
+        middle = 1 << PANEL_BITS[kind] - 1
+        zero = middle if grid.zero is None else grid.expand(grid.zero.to(torch.int16), (O, C))
+        full: Any = torch.full((-(-O // 4) * 4, col_blocks * 64), middle, dtype=torch.int16)
         if zeros is not None:
             full[:O] = grid.zero.expand(O, groups)[:, -1:].to(torch.int16)  # type: ignore[union-attr]
         full[:O, :C] = c + zero
         cells = full.to(torch.uint8).reshape(-1, 4, col_blocks, 64).transpose(1, 2)
-        values = cells[..., 0::2] | cells[..., 1::2] << 4
+        values = _packed_codes(cells, PANEL_BITS[kind])
     else:
         values = (
             _padded(c.to(torch.int8), 4, 64)
@@ -163,8 +165,27 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
             .contiguous()
             .view(torch.uint8)
         )
-    kind, tensors = "int4" if nibbles else "int8", (values.contiguous(), row_sums, scales, zeros, row_scales)
+    tensors = values.contiguous(), row_sums, scales, zeros, row_scales
     return QuantizedPanels((O, C), kind, fp32_inputs, scale_groups, *tensors, two_terms=two_terms)
+
+
+def _packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Return codes [.., 64] of 4 to 6 bits, uint8, as `QuantizedPanels` stores them, [.., 8 bits]."""
+    if bits == 4:
+        return codes[..., 0::2] | codes[..., 1::2] << 4
+    low, high, each = codes & 15, codes >> 4, bits - 4
+    planes = high.unflatten(-1, (8 // each, 8 * each))
+    shifted = planes << (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None]
+    return torch.cat([low[..., :32] | low[..., 32:] << 4, shifted.sum(-2, dtype=torch.uint8)], -1)
+
+
+def _unpacked_codes(values: Tensor, bits: int) -> Tensor:
+    """Return the codes [.., 64] that `_packed_codes` packed."""
+    if bits == 4:
+        return torch.stack([values & 15, values >> 4], -1).flatten(-2)
+    each, low, plane = bits - 4, values[..., :32], values[..., 32:]
+    high = plane[..., None, :] >> (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None] & (1 << each) - 1
+    return torch.cat([low & 15, low >> 4], -1) | high.flatten(-2) << 4
 
 
 def join_rows(pieces: Sequence[QuantizedPanels]) -> QuantizedPanels:
@@ -194,8 +215,11 @@ def _unpack_panels(packed: QuantizedPanels) -> Tensor:
     if packed.kind == "int8":
         W = packed.values.view(torch.int8).float()
     else:
-        zero: Any = 8 if packed.zeros is None else packed.zeros.float().repeat_interleave(64 // packed.scale_groups, -1)
-        W = torch.stack([packed.values & 15, packed.values >> 4], -1).flatten(-2).float() - zero
+        bits = PANEL_BITS[packed.kind]
+        zero: Any = 1 << bits - 1
+        if packed.zeros is not None:
+            zero = packed.zeros.float().repeat_interleave(64 // packed.scale_groups, -1)
+        W = _unpacked_codes(packed.values, bits).float() - zero
     if packed.scales is not None:
         W = W * packed.scales.float().repeat_interleave(64 // packed.scale_groups, -1)
     W = W.transpose(1, 2).reshape(-1, col_blocks * 64)[:O, :C]

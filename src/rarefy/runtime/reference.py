@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.activation_quant import MIN_SCALE
-from rarefy.runtime.packed_formats import ConvTiles, Csr, Packed, QuantizedPanels
+from rarefy.runtime.packed_formats import PANEL_BITS, ConvTiles, Csr, Packed, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
 LOST_STEPS = 254  # of what rounding to int8 loses, as csrc/kernel_table.h
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 
 
 def rounded(x: Tensor, packed: Packed) -> Tensor:
-    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and int4 each row in 127 steps, each of
+    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and less each row in 127 steps, each of
     them in 254 with two terms; single values meet them as they are."""
     kind = (
         "fp32"
@@ -38,7 +38,7 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     )
     if kind == "bf16":
         return x.bfloat16().float()
-    if kind in ("int8", "int4"):
+    if kind in PANEL_BITS:
         step = x.abs().amax(-1, keepdim=True) / 127
         step = torch.where(step > MIN_SCALE, step, 1.0)
         steps = x * (1 / step)
