@@ -25,7 +25,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_without_kernels_torch_runs_the_words[fp32]",
     ),
     "checkpoint/test_streamed_decoder.py": (
-        "test_4_bits_are_those_of_quantize",
+        "test_few_bits_are_those_of_quantize[int4]",
         "test_bf16_is_that_of_the_files",
         "test_fp32_and_a_folder_of_shards[False]",
         "test_fused_weights_in_8_bits",
