@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ class OutOfTime(Exception):
     """Raised where another measurement does not fit into the time."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A choice that was measured: its amounts, the sum of its parts' losses and savings, and the point."""
+
+    amounts: Amounts
+    loss: float
+    savings: Mapping[str, float]
+    point: Point
+
+
 class Measured:
     """The points of a search: what was measured so far, and the best model of them."""
 
@@ -65,8 +75,8 @@ class Measured:
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
         self.joint: JointLoss | None = None
-        # predicted loss and savings, what was measured, and whether the loss is the joint one or a sum
-        self.observed: list[tuple[float, dict[str, float], Point, bool]] = []
+        self.measures_joint = False  # whether losses of several parts together are measured
+        self.observed: list[Observed] = []
         self.skipped = False  # whether a step did not fit into the time
         self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed

@@ -27,7 +27,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, correction, first_choice, next_choice, predicted_sums
 from rarefy.search.parts import PartMeasurer, few_batches
-from rarefy.search.points import MAX_POINTS, RESERVED, Measured, OutOfTime, digest_of, runs_in
+from rarefy.search.points import MAX_POINTS, RESERVED, Measured, Observed, OutOfTime, digest_of, runs_in
 from rarefy.search.recovery import (
     REMAINS,
     SHARES,
@@ -176,11 +176,12 @@ class Search(Measured):
         """
         lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
         saving = next(
-            (sum(saved.values()) / len(saved) for _, saved, p, _ in reversed(self.observed) if p == best), 0.0
+            (sum(o.savings.values()) / len(o.savings) for o in reversed(self.observed) if o.point == best), 0.0
         )
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
+        self.measures_joint = True
         if self.task.progress:
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
         return [climb(parts, lines, saving, lambda amounts: self._joint_loss(parts, amounts, until))]
@@ -319,27 +320,29 @@ class Search(Measured):
         """Measure one choice."""
         name = describe(choice, parts, variant)
         loss, savings = predicted_sums(choice, parts, self.names)
-        joint = self._joint_loss(parts, choice.amounts)
-        loss, is_joint = (loss, False) if joint is None else (joint, True)
-        predicted = self._predicted(self.bases[variant], loss, savings, is_joint)
+        predicted = self._predicted(self.bases[variant], parts, choice.amounts, loss, savings)
         rows = rows_of(choice, parts, variant, self.bases[variant])
         stages, methods = self.stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
         point = self.point(name, variant, stages, predicted, rows, methods)
         if point.loss is not None:
-            self.observed.append((loss, savings, point, is_joint))
+            self.observed.append(Observed(choice.amounts, loss, savings, point))
         return point
 
-    def _predicted(self, base: Point, loss: float, savings: Mapping[str, float], is_joint: bool) -> dict[str, Any]:
+    def _predicted(
+        self, base: Point, parts: Sequence[Part], amounts: Amounts, loss: float, savings: Mapping[str, float]
+    ) -> dict[str, Any]:
         """Return the expected loss and milliseconds of a choice, corrected by the points measured before."""
-        pairs = [
-            (saved[n], 1 - base.speedup[n] / point.speedup[n])
-            for _, saved, point, _ in self.observed
-            for n in self.names
-        ]
+        pairs = [(o.savings[n], 1 - base.speedup[n] / o.point.speedup[n]) for o in self.observed for n in self.names]
         factor = correction(pairs)
         milliseconds = {n: base.milliseconds[n]["median"] * (1 - factor * s) for n, s in savings.items()}
-        seen = sorted((e, point.loss) for e, _, point, joint in self.observed if joint == is_joint)
-        expected = {"loss": solve.line([(0.0, base.loss), *seen], loss)} if seen else {}  # type: ignore[arg-type]
+        seen = [(o.loss, o.point.loss) for o in self.observed]
+        if self.measures_joint:  # it is better than the sum
+            joint = self._joint_loss(parts, amounts)
+            joints = [(self._joint_loss(parts, o.amounts), o.point.loss) for o in self.observed]
+            if joint is not None and any(j is not None for j, _ in joints):
+                loss, seen = joint, [(j, l) for j, l in joints if j is not None]
+        known = sorted([(0.0, base.loss), *seen])  # type: ignore[list-item]
+        expected = {"loss": solve.line(known, loss)} if seen else {}  # type: ignore[arg-type]
         return {"milliseconds": milliseconds, **expected}
 
 
