@@ -60,9 +60,9 @@ class JointLoss:
         self.graph = trace(dense, example)
         self.groups = self._groups(parts)
         self.scores = {k: s for m, score in scores.items() for k, s in self._scored(m, score).items()}
-        some = self._masks({k: 1 / g.size for k, g in self.groups.items()})  # each group without one unit
-        self.consumers = layers_losing_inputs(self.graph, some)
-        self.reads = {c.name: [k for k, g in self.groups.items() if _reads(c, g, some)] for c in self.consumers}
+        one_less = self._masks({k: 1 / g.size for k, g in self.groups.items()})  # each group without one unit
+        self.consumers = layers_losing_inputs(self.graph, one_less)
+        self.reads = {c.name: [k for k, g in self.groups.items() if _reads(c, g, one_less)] for c in self.consumers}
         self.moments: dict[str, Moments] = {}
         if self.fitted and self.consumers:
             self.moments = collect_moments(dense, self.consumers, self.fitted)
