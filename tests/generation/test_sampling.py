@@ -38,6 +38,7 @@ def given(tmp_path_factory):
     assert ran.exit_code == 0, ran.output
     tiny_bert().save_pretrained(folder / "bert")
     rarefy.save(hf.load_folder(folder / "model"), folder / "wordless")
+    rarefy.save(rarefy.compile(torch.nn.Linear(4, 4).eval(), torch.randn(2, 4)), folder / "compiled")
     return folder
 
 
@@ -175,11 +176,9 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{none} --ids 1", "no model folder"),
     ],
 )
-def test_mistakes_are_one_line(run, given, tmp_path, words, message):
-    rarefy.save(rarefy.compile(torch.nn.Linear(4, 4).eval(), torch.randn(2, 4)), tmp_path / "compiled")
-    names = ("decoder", "wordless", "model", "bert", "none")
-    places = {n: given / n for n in names} | {"compiled": tmp_path / "compiled"}
-    ran = run("generate", *words.format(**places).split())
+def test_mistakes_are_one_line(run, given, words, message):
+    names = ("decoder", "wordless", "model", "bert", "none", "compiled")
+    ran = run("generate", *words.format(**{n: given / n for n in names}).split())
     assert ran.code == 2 and ran.out == "" and message in ran.err and ran.err.count("\n") == 1, ran
 
 

@@ -47,6 +47,10 @@ WORK = {
 }  # fmt: skip
 
 
+QUICK = ("obs", "wanda", "fewer batches than processes", "trained")
+PARTS = {"some": QUICK, "others": tuple(n for n in WORK if n not in QUICK)}
+
+
 def taught(model):
     with torch.no_grad():
         teacher = tiny_llama(tie=False)
@@ -63,11 +67,11 @@ def work(name):
     return {n: t.clone() for n, t in rarefy.fold_(model).state_dict().items()}
 
 
-def _worker(rank: int, out: str) -> None:
+def _worker(rank: int, out: str, names: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for name in WORK:
+    for name in names:
         found.update({f"{name}/{k}": v for k, v in work(name).items()})
     x, y = image_batches()[0]
     part, share = distributed.local_samples((x[:3], y[:3]))
@@ -82,13 +86,14 @@ def _worker(rank: int, out: str) -> None:
     os._exit(0)
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
+def test_two_processes_do_what_one_does(names, tmp_path):
+    mp.spawn(_worker, args=(str(tmp_path), names), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     assert first.pop("share").tolist() == [1, pytest.approx(2 / 3)] and second.pop("share")[0] == 2
     assert first.pop("alone") == second.pop("alone") == 1 and first.pop("refused") == second.pop("refused") == 1
     torch.set_num_threads(1)
-    for name in WORK:
+    for name in names:
         want = work(name)
         for key, tensor in want.items():
             a, b = first[f"{name}/{key}"], second[f"{name}/{key}"]

@@ -48,6 +48,15 @@ class Scaled(nn.Module):
         return self.b(self.a(x).relu()) * scale
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_points():
+    """Predict along one line in each search: other balances are tried in test_optimize.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "UNIFORM", (1.0,))
+        patch.setattr(search, "BALANCES", ())
+        yield
+
+
 # ---- language models ---------------------------------------------------------------------------------------------
 
 
