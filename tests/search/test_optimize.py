@@ -16,6 +16,7 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError
+from rarefy.runtime.bindings import multiplies_bf16
 from rarefy.search import search as search_module
 from rarefy.search import space
 from rarefy.search.frontier import frontier_from_dict
@@ -71,10 +72,15 @@ def test_the_best_model_keeps_the_limit_and_is_what_was_measured(found):
 def test_more_than_precisions_is_tried(found):
     frontier, _ = found
     names = [p.name for p in frontier.points]
-    assert {"dense, fp32", "dense, bf16", "dense, int8"} <= set(names)
+    assert {"dense, fp32", "dense, int8"} <= set(names)
+    assert ("dense, bf16" in names) == multiplies_bf16()
     cut = [p for p in frontier.points if "fewer neurons" in p.name]
     assert len(cut) >= 2 and {"milliseconds"} <= set(cut[0].predicted) and "loss" in cut[-1].predicted
     assert {r["layer"] for r in cut[0].layers} >= {"first.weight:0", "second.weight:0"}
+
+
+def test_bf16_is_tried_where_bytes_are_limited():
+    assert "dense, bf16" in [p.name for p in run(max_loss=0.0, size_mb=0.05).points]
 
 
 def test_the_recipe_gives_the_same_weights(found):

@@ -18,6 +18,7 @@ from typing import Any
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.compiler.executor import Compiled
+from rarefy.runtime.bindings import multiplies_bf16
 from rarefy.search import solve
 from rarefy.search.allocation import climb
 from rarefy.search.deploy import DECODE, Variant, deploy, variants_of
@@ -70,7 +71,10 @@ class Search(Measured):
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
+        tried = {None, "int8"} | ({"bf16"} if multiplies_bf16() or self.task.targets.counts_bytes else set())
         for variant in variants_of(self.task.dense, bool(self.task.data))[1:]:
+            if variant.precision not in tried:  # elsewhere bf16 is slower than fp32
+                continue
             stages = self.stages({}, (), variant)
             self.bases[variant] = self.add(self.point(f"dense, {variant.name}", variant, stages))
         self._mix_precisions()

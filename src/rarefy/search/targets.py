@@ -40,6 +40,11 @@ class Targets:
     memory_mb: float | None = None
     objective: str = "latency"
 
+    @property
+    def counts_bytes(self) -> bool:
+        """Return whether sizes matter, not only loss and time."""
+        return self.size_mb is not None or self.memory_mb is not None or self.objective in ("size", "memory")
+
     def loss(self, dense: float, quality: float, higher_is_better: bool) -> float:
         """Return how much worse a quality is than the dense model's, as a fraction or in points."""
         worse = dense - quality if higher_is_better else quality - dense
