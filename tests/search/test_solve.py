@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from rarefy.search.frontier import Point
+from rarefy.search.line_search import at_speed_of, correction
 from rarefy.search.solve import at_loss, at_saving, front, hull, shrunk
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
 
@@ -93,3 +95,18 @@ def test_few_samples_are_whole_samples_of_the_first_batches():
     assert [len(b["input_ids"]) for b in few_samples(texts, 32, tokens=10)] == [2]
     images = [torch.zeros(8, 3, 32, 32)] * 3
     assert [len(b) for b in few_samples(images, 20)] == [8, 8, 4]
+
+
+def test_predicted_times_follow_the_machine() -> None:
+    def point(milliseconds: float, speedup: float) -> Point:
+        return Point("p", 1.0, 0.0, {"1": {"median": milliseconds}}, {"1": speedup}, 0, 0, {})
+
+    base, slowed = point(10.0, 2.0), point(12.0, 2.5)  # the dense model took 20 ms, then 30
+    assert at_speed_of(slowed, base, {"1": 8.0}) == {"1": pytest.approx(12.0)}
+
+
+def test_values_near_a_prediction_correct_it_most() -> None:
+    pairs = [(0.1, 0.05), (0.4, 0.4)]
+    assert correction(pairs, 0.1) == pytest.approx(0.5, abs=0.1)
+    assert correction(pairs, 0.4) == pytest.approx(1.0, abs=0.01)
+    assert correction([], 0.4) == 1.0

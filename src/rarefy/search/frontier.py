@@ -32,8 +32,8 @@ class Point:
         speedup: batch -> times as fast as the dense model compiled in fp32, in the same run.
         disk_bytes: of the saved compiled model.
         memory_bytes: of its weights in memory.
-        predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}; empty for the first
-            points.
+        predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}, at the speed of the
+            machine when the point was timed; empty for the first points.
         recipe: the stages, as a recipe's dict.
         precision: of the engine: None for fp32, "bf16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.

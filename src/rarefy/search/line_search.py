@@ -79,11 +79,23 @@ def predicted_sums(choice: Choice, parts: Sequence[Part], names: Sequence[str]) 
     return loss, savings
 
 
-def correction(pairs: Sequence[tuple[float, float]]) -> float:
-    """Return the factor that brings predicted savings closest to measured ones; 1 where nothing was measured.
+def correction(pairs: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the factor that brings predicted values closest to measured ones; 1 where nothing was measured.
 
-    >>> correction([(0.2, 0.1), (0.4, 0.2)])
+    Values near `at` count most: factors of small and of large changes differ.
+
+    >>> correction([(0.2, 0.1), (0.4, 0.2)], 0.3)
     0.5
     """
-    squares = sum(p * p for p, _ in pairs)
-    return sum(p * m for p, m in pairs) / squares if squares else 1.0
+    weights = [1 / (abs(p - at) + at / 10 + 1e-9) ** 2 for p, _ in pairs]
+    squares = sum(w * p * p for w, (p, _) in zip(weights, pairs))
+    return sum(w * p * m for w, (p, m) in zip(weights, pairs)) / squares if squares else 1.0
+
+
+def at_speed_of(point: Point, base: Point, milliseconds: Mapping[str, float]) -> dict[str, float]:
+    """Return milliseconds that were predicted from `base` at the speed that the machine had when `point` was timed.
+
+    Other programs may have slowed the machine down, and the dense model that was timed in the same turns as well.
+    """
+    then, now = ({n: p.milliseconds[n]["median"] * p.speedup[n] for n in milliseconds} for p in (base, point))
+    return {n: ms * now[n] / then[n] for n, ms in milliseconds.items()}

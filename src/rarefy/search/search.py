@@ -26,7 +26,7 @@ from rarefy.search.describe import describe, rows_of
 from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
-from rarefy.search.line_search import NEAR, correction, first_choice, next_choice, predicted_sums
+from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
 from rarefy.search.parts import PartMeasurer, few_batches
 from rarefy.search.points import MAX_POINTS, RESERVED, Measured, Observed, OutOfTime, digest_of, runs_in
 from rarefy.search.recovery import (
@@ -328,26 +328,31 @@ class Search(Measured):
         rows = rows_of(choice, parts, variant, self.bases[variant])
         stages, methods = self.stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
         point = self.point(name, variant, stages, predicted, rows, methods)
-        if point.loss is not None:
-            self.observed.append(Observed(choice.amounts, loss, savings, point))
+        if point.loss is None:
+            return point
+        expected = predicted["milliseconds"]
+        point = replace(
+            point, predicted={**predicted, "milliseconds": at_speed_of(point, self.bases[variant], expected)}
+        )
+        self.observed.append(Observed(choice.amounts, loss, savings, point))
         return point
 
     def _predicted(
         self, base: Point, parts: Sequence[Part], amounts: Amounts, loss: float, savings: Mapping[str, float]
     ) -> dict[str, Any]:
         """Return the expected loss and milliseconds of a choice, corrected by the points measured before."""
-        pairs = [(o.savings[n], 1 - base.speedup[n] / o.point.speedup[n]) for o in self.observed for n in self.names]
-        factor = correction(pairs)
-        milliseconds = {n: base.milliseconds[n]["median"] * (1 - factor * s) for n, s in savings.items()}
-        seen = [(o.loss, o.point.loss) for o in self.observed]
-        if self.measures_joint:  # it is better than the sum
-            joint = self._joint_loss(parts, amounts)
-            joints = [(self._joint_loss(parts, o.amounts), o.point.loss) for o in self.observed]
-            if joint is not None and any(j is not None for j, _ in joints):
-                loss, seen = joint, [(j, l) for j, l in joints if j is not None]
-        known = sorted([(0.0, base.loss), *seen])  # type: ignore[list-item]
-        expected = {"loss": solve.line(known, loss)} if seen else {}  # type: ignore[arg-type]
-        return {"milliseconds": milliseconds, **expected}
+        milliseconds = {}
+        for n, saving in savings.items():
+            pairs = [(o.savings[n], 1 - base.speedup[n] / o.point.speedup[n]) for o in self.observed]
+            milliseconds[n] = base.milliseconds[n]["median"] * (1 - correction(pairs, saving) * saving)
+        if not self.observed:
+            return {"milliseconds": milliseconds}
+        losses = [(o.loss, o.point.loss - base.loss) for o in self.observed]  # type: ignore[operator]
+        joint = self._joint_loss(parts, amounts) if self.measures_joint else None
+        if joint is not None:  # it is better than the sum
+            loss, losses = joint, [(self._joint_loss(parts, o.amounts), l) for o, (_, l) in zip(self.observed, losses)]  # type: ignore[misc]
+        known = [(predicted, lost) for predicted, lost in losses if predicted is not None]
+        return {"milliseconds": milliseconds, "loss": base.loss + correction(known, loss) * loss}  # type: ignore[operator]
 
 
 def _variant(point: Point) -> Variant:
