@@ -62,6 +62,13 @@ def test_codes_are_those_of_the_file(kind, tmp_path):
     assert far(eager(rarefy.load(tmp_path / "saved")), eager(model)) < 1e-6
 
 
+def test_a_gemma_2_file_decodes_with_its_caps(tmp_path):
+    model = MODELS["gemma 2"]()
+    step = rarefy.decoder_from_files(write(tmp_path, model))
+    assert model.config.attn_logit_softcapping and model.config.final_logit_softcapping
+    assert far(step(torch.tensor([IDS]))[0].numpy(), eager(model)) < 1e-4
+
+
 @pytest.mark.parametrize("kind, precision, limit", [("bf16", None, 2e-2), ("q8_0", None, 1e-3), ("q4_0", "int8", 5e-2)])
 def test_decoders_of_files(kind, precision, limit, tmp_path):
     file = write(tmp_path, build("Llama"), kind)
