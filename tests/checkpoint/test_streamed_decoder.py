@@ -121,10 +121,11 @@ def test_wrong_use(tmp_path):
 
 
 BUILD = """
-import resource, sys, rarefy, torch
+import sys, rarefy, torch
+from rarefy.evaluation.profiling import peak_rss
 torch.set_num_threads(1)
 step = rarefy.decoder_from_files(sys.argv[1], precision="int8")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - step.compiled.weight_bytes())
+print(peak_rss() - step.compiled.weight_bytes())
 """
 
 
