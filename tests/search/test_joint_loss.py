@@ -74,7 +74,7 @@ def test_it_is_that_of_the_cut_model(net: nn.Module, data: list[torch.Tensor]) -
         amounts = {k: v for k, v in ((parts[0].key, a), (parts[1].key, b)) if v}
         expected = distance(really_cut(net, joint, amounts, joint.fitted), joint.wanted, joint.judged)
         assert joint(amounts) == pytest.approx(expected, rel=1e-3)
-        assert expected > 1e-5
+        assert expected is not None and expected > 1e-5
 
 
 def test_it_is_that_of_a_cut_convnet_with_batchnorm() -> None:
