@@ -68,8 +68,7 @@ inline void unpack_int4(const uint8_t* v, int8_t low_zero, int8_t high_zero, int
 template <int BITS>
 inline void unpack_wide_codes(const uint8_t* v, __m256i (&out)[2]) {
   const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), fifteen = _mm256_set1_epi8(15);
-  const __m256i low[2] = {_mm256_and_si256(nibbles, fifteen),
-                          _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen)};
+  const __m256i low[2] = {_mm256_and_si256(nibbles, fifteen), _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen)};
   __m256i plane, left, right;
   if constexpr (BITS == 6) {
     plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));

@@ -138,7 +138,7 @@ struct rarefy_kernel_table {
   void (*bitmask_epilogue[4])(const rarefy_bitmask&, int64_t from, int64_t to, const float* scales,
                               const float* residual, float* y, int64_t ldy, int64_t n);
   void (*quantized_gemv[12])(const rarefy_quantized&, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
-                            int64_t ldy, int64_t n);  // by quantized_variant
+                             int64_t ldy, int64_t n);  // by quantized_variant
   void (*quantized_epilogue)(const rarefy_quantized&, int64_t from, int64_t to, const float* scales,
                              const float* residual, float* y, int64_t ldy, int64_t n);
   void (*csr_spmm[4])(const rarefy_csr&, int64_t from, int64_t to, const float* x, float* y, int64_t ldy,

@@ -1,6 +1,7 @@
 // Vectors of one instruction set, in which all kernels are written: simd512.hpp where RAREFY_SIMD512 is defined, else
-// simd256.hpp. Each translation unit compiles the kernels for its own instruction set. Everything is in an unnamed
-// namespace: the linker must never merge an inline function compiled for AVX-512 with that of another unit.
+// simd256.hpp with quantized256.hpp. Each translation unit compiles the kernels for its own instruction set. Everything
+// is in an unnamed namespace: the linker must never merge an inline function compiled for AVX-512 with that of another
+// unit.
 //
 // What either file provides:
 //   SIMD_WIDTH, MAX_VECS   32-bit elements of a vector; vectors per row of a 4-row tile whose accumulators fit
@@ -24,7 +25,7 @@
 #if defined(RAREFY_SIMD512)
 #include "simd512.hpp"
 #else
-#include "simd256.hpp"
+#include "quantized256.hpp"
 #endif
 
 namespace {

@@ -9,7 +9,6 @@
 
 #if defined(__AVX2__)
 #include "avx2.hpp"
-#include "avx2_gemv.hpp"
 #endif
 
 namespace {
@@ -77,19 +76,6 @@ inline i32x8 dot_int8(i32x8 s, u32x8 x, i32x8 w) {
   s += i32x8(x >> 8 & 255u) * (w << 16 >> 24);
   s += i32x8(x >> 16 & 255u) * (w << 8 >> 24);
   return s + i32x8(x >> 24) * (w >> 24);
-#endif
-}
-
-// LOST_STEPS times the dot product of four int8 inputs and four int8 weights, plus that of what rounding the inputs lost.
-inline i32x8 dot_two_terms(u32x8 x, u32x8 lost, i32x8 w) {
-#if defined(__AVX2__)
-  const auto pairs = [&](u32x8 in) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(in)), _mm256_sign_epi8(__m256i(w), __m256i(in)));
-  };
-  return i32x8(_mm256_add_epi32(_mm256_madd_epi16(pairs(x), _mm256_set1_epi16(int16_t(LOST_STEPS))),
-                                _mm256_madd_epi16(pairs(lost), _mm256_set1_epi16(1))));
-#else
-  return dot_int8(dot_int8(i32x8{}, x, w) * int32_t(LOST_STEPS), lost, w);
 #endif
 }
 
@@ -190,93 +176,6 @@ struct Int4BitmaskOps {
   static f32x8 multiply_add(f32x8 s, int8_values w, const uint8_t* x, float scale) {
     const i32x8 dot = dot_int8(dot_int8(i32x8{}, load_as<u32x8>(x), w.of[0]), load_as<u32x8>(x + 32), w.of[1]);
     return s + __builtin_convertvector(dot, f32x8) * scale;
-  }
-};
-
-template <int BITS>
-struct QuantizedOps {
-  static constexpr float TWO_TERMS_STEP = 1.0f / LOST_STEPS;  // of sums with two terms
-  const int64_t scale_groups;
-  struct int8_values {
-    i32x8 of[2];
-  };
-  struct zero_point_pair {  // of the first and the last 32 columns
-    int8_t low, high;
-  };
-  zero_point_pair zero_points(const uint8_t* z) const {
-    constexpr int8_t middle = BITS < 8 ? 1 << (BITS - 1) : 0;
-    return BITS == 4 && z ? zero_point_pair{int8_t(z[0]), int8_t(z[scale_groups > 1])} : zero_point_pair{middle, middle};
-  }
-  struct scale_pair {
-    f32x8 low, high;
-  };
-  scale_pair scales(const uint16_t* s) const {
-    if (!scale_groups) return {f32x8{} + 1.0f, f32x8{} + 1.0f};
-    uint32_t both = *s;
-    if (scale_groups > 1)
-      std::memcpy(&both, s, 4);
-    else
-      both |= both << 16;
-    const u32x8 pairs = u32x8{} + both;
-    return {f32x8(pairs << 16), f32x8(pairs & 0xffff0000u)};
-  }
-  int8_values load(const uint8_t* v, zero_point_pair z) const {
-    if constexpr (BITS == 8) return {{load_as<i32x8>(v), load_as<i32x8>(v + 32)}};
-#if defined(__AVX2__)
-    if constexpr (BITS == 4) {
-      int8_t out[64];
-      unpack_int4(v, z.low, z.high, out);
-      return {{load_as<i32x8>(out), load_as<i32x8>(out + 32)}};
-    } else {
-      __m256i codes[2];
-      unpack_wide_codes<BITS>(v, codes);
-      return {{i32x8(_mm256_sub_epi8(codes[0], _mm256_set1_epi8(z.low))),
-               i32x8(_mm256_sub_epi8(codes[1], _mm256_set1_epi8(z.high)))}};
-    }
-#else
-    int8_t out[64];
-    for (int i = 0; i < 64; ++i) {
-      const int code = BITS == 4 ? v[i / 2] >> (i % 2 * 4) & 15 : wide_code(v, BITS, i);
-      out[i] = int8_t(code - (i < 32 ? z.low : z.high));
-    }
-    return {{load_as<i32x8>(out), load_as<i32x8>(out + 32)}};
-#endif
-  }
-  f32x8 multiply_add(f32x8 s, const int8_values& w, const uint8_t* x, scale_pair scale) const {
-    const i32x8 a = dot_int8(i32x8{}, load_as<u32x8>(x), w.of[0]);
-    const i32x8 b = dot_int8(i32x8{}, load_as<u32x8>(x + 32), w.of[1]);
-    return s + __builtin_convertvector(a, f32x8) * scale.low + __builtin_convertvector(b, f32x8) * scale.high;
-  }
-  f32x8 multiply_add(f32x8 s, const int8_values& w, const uint8_t* x, const uint8_t* lost, scale_pair scale) const {
-    const i32x8 a = dot_two_terms(load_as<u32x8>(x), load_as<u32x8>(lost), w.of[0]);
-    const i32x8 b = dot_two_terms(load_as<u32x8>(x + 32), load_as<u32x8>(lost + 32), w.of[1]);
-    return s + __builtin_convertvector(a, f32x8) * scale.low + __builtin_convertvector(b, f32x8) * scale.high;
-  }
-  // Multiply one input of two terms; false where the functions above do so.
-  static bool multiply_one([[maybe_unused]] const rarefy_quantized& w, [[maybe_unused]] int64_t from,
-                           [[maybe_unused]] int64_t to, [[maybe_unused]] const uint8_t* x, [[maybe_unused]] float* y) {
-#if defined(__AVX2__)
-    if constexpr (BITS == 5 || BITS == 6) {
-      if (w.scale_groups == 2) wide_gemv<BITS, 2>(w, from, to, x, y);
-      if (w.scale_groups == 1) wide_gemv<BITS, 1>(w, from, to, x, y);
-      return w.scale_groups > 0;
-    }
-#endif
-    return false;
-  }
-  static f32x8 to_f32(const int8_t* v) {
-    typedef int8_t i8x8 __attribute__((vector_size(8)));
-    return __builtin_convertvector(load_as<i8x8>(v), f32x8);
-  }
-  f32x8 multiply_add(f32x8 s, const int8_values& values, const float* x, scale_pair scale) const {
-    int8_t w[64];
-    std::memcpy(w, values.of, sizeof w);
-    f32x8 a{}, b{};
-    for (int i = 0; i < 32; i += SIMD_WIDTH) {
-      a += to_f32(w + i) * load_as<f32x8>(x + i);
-      b += to_f32(w + 32 + i) * load_as<f32x8>(x + 32 + i);
-    }
-    return s + a * scale.low + b * scale.high;
   }
 };
 

@@ -153,8 +153,7 @@ struct QuantizedOps {
       const __m512i w = _mm512_cvtepu8_epi16(nibbles);
       return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero_point);
     }
-    const __m512i low =
-        _mm512_inserti64x4(_mm512_castsi256_si512(nibbles), _mm256_srli_epi16(nibbles, 4), 1);
+    const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(nibbles), _mm256_srli_epi16(nibbles, 4), 1);
     __m512i plane;
     if constexpr (BITS == 6)
       plane = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));
