@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,17 +214,15 @@ def run(monkeypatch, capsys) -> Run:
     return run
 
 
-def in_process(*words: object) -> Ran:
-    """Run the command line in this process, as the fixture `run` does; for fixtures of a whole module."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["rarefy", *map(str, words)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as error:
-            code = error.code
-    return Ran(code or 0, out.getvalue(), err.getvalue())
+@pytest.fixture(scope="module")
+def one_line():
+    """Predict along one line in each search of a file: others are tried in search/test_optimize.py."""
+    from rarefy.search import search
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "UNIFORM", (1.0,))
+        patch.setattr(search, "BALANCES", ())
+        yield
 
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:

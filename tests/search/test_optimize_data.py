@@ -11,9 +11,10 @@ import rarefy
 from rarefy.common.errors import ContainerError
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.search import optimize as optimize_module
-from rarefy.search import search as search_module
 from rarefy.search.optimize import _split, optimize
 from rarefy.search.search_key import function_key
+
+pytestmark = pytest.mark.usefixtures("one_line")
 
 X = torch.randn(96, 24, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 6, (96,), generator=torch.Generator().manual_seed(1))
@@ -27,15 +28,6 @@ def network(seed=1):
 NET = network()
 BATCHES = list(zip(X.split(16), LABELS.split(16)))
 FAST = {"max_loss": None, "speedup": 1000, "target": "latency", "minutes": 5}  # the fastest one, which is pruned
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_points():
-    """One line of predictions in each search: other balances have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "UNIFORM", (1.0,))
-        patch.setattr(search_module, "BALANCES", ())
-        yield
 
 
 def same_weights(a, b):

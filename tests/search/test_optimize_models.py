@@ -19,6 +19,8 @@ from rarefy.search import search
 from rarefy.search.deploy import timed_tokens
 from rarefy.search.optimize import optimize
 
+pytestmark = pytest.mark.usefixtures("one_line")
+
 X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 TEXTS = [{"input_ids": torch.randint(2, 60, (4, 24), generator=torch.Generator().manual_seed(i))} for i in range(4)]
 
@@ -46,15 +48,6 @@ class Scaled(nn.Module):
 
     def forward(self, x, scale):
         return self.b(self.a(x).relu()) * scale
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_points():
-    """Predict along one line in each search: other balances are tried in test_optimize.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "UNIFORM", (1.0,))
-        patch.setattr(search, "BALANCES", ())
-        yield
 
 
 # ---- language models ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import ContainerError, DataError, RecipeError
 from rarefy.model.masks import masks
-from rarefy.search import recovery, search
+from rarefy.search import recovery
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
 from rarefy.search.recovery import can_train, candidate, fitting, train_stage, with_training
@@ -19,6 +19,8 @@ from rarefy.search.solve import front, shrunk
 from rarefy.search.space import Part, measured_block_loss, measured_rank_loss, removable_blocks
 from rarefy.search.stages import renumbered, stages_of
 from rarefy.search.targets import parse_targets
+
+pytestmark = pytest.mark.usefixtures("one_line")
 
 INT8 = Variant("int8", "int8")
 
@@ -58,15 +60,6 @@ NET = Deep().eval()
 
 def point(name, loss, speed, stages=({"cut": {"units": "neuron"}},), precision="int8"):
     return Point(name, 1 - loss, loss, {"1": {"median": 1 / speed}}, {"1": speed}, 1, 1, {"stages": stages}, precision)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_points():
-    """One line of predictions in each search: other balances have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "UNIFORM", (1.0,))
-        patch.setattr(search, "BALANCES", ())
-        yield
 
 
 # ---- whole blocks and low rank -----------------------------------------------------------------------------------

@@ -255,7 +255,9 @@ def streamed_precision(source: Source, precision: str | None) -> str | None:
 
 def whole_model_precision(precision: str | None) -> str | None:
     """Return the precision of a decoder that is built from a model in memory."""
-    if precision in ("int4", "int5", "int6"):
+    from rarefy.checkpoint.streamed_decoder import ROUNDED
+
+    if precision in ROUNDED:
         raise RecipeError(
             f"--precision {precision} rounds weights while they are read one at a time, which this model does not "
             "support: use int8, or quantize it with `rarefy compress` first"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,16 +161,22 @@ def compressed_weight(layer: Layer, setting: Setting, stats: dict[str, LayerStat
     return fit_grid(weight, scale_shape(layer, config.group), config).snap(weight)
 
 
+def replaced_weight(layer: Layer, weight: Tensor) -> AbstractContextManager[None]:
+    """Give a layer another weight for a while."""
+    return replaced({layer.original: weight})
+
+
 @contextmanager
-def replaced_weight(layer: Layer, weight: Tensor) -> Iterator[None]:
-    """Give a layer another weight for a while. The dense tensor itself comes back, so that no bit can change."""
-    parameter = layer.original
-    dense = parameter.data
+def replaced(changed: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Give parameters other values for a while. The dense tensors themselves come back, so that no bit can change."""
+    dense = {parameter: parameter.data for parameter in changed}
     try:
-        parameter.data = weight.to(dense.dtype)
+        for parameter, value in changed.items():
+            parameter.data = value.to(parameter.dtype)
         yield
     finally:
-        parameter.data = dense
+        for parameter, value in dense.items():
+            parameter.data = value
 
 
 def _row(layer: Layer, setting: Setting, loss: float | None) -> dict[str, Any]:

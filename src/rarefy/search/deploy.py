@@ -24,6 +24,7 @@ from rarefy.model.forward import call, evaluating, without_targets
 from rarefy.model.layers import all_layers
 from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
 from rarefy.pipeline.speed import resize_batch
+from rarefy.runtime.bindings import multiplies_bf16
 
 SECONDS = 1.5  # of calls of one model at one batch size
 REPEATS = (5, 60)  # at least and at most
@@ -163,13 +164,20 @@ class Variant:
         return [{"quantize": {**options, "ignore": list(ignore)} if ignore else options}]
 
 
-def variants_of(model: nn.Module, has_data: bool) -> tuple[Variant, ...]:
-    """Return the precisions of the engine that change a model: bf16 only where it has linear layers, but no decoder."""
-    plain, int8 = Variant("fp32", None), Variant("int8", "int8")
+PLAIN = Variant("fp32", None)
+
+
+def variants_of(model: nn.Module, has_data: bool, counts_bytes: bool) -> tuple[Variant, ...]:
+    """Return the precisions of the engine, beside fp32, that change a model.
+
+    bf16 is only for linear layers outside decoders, where the CPU multiplies it fast or bytes count: elsewhere it is
+    slower than fp32.
+    """
+    int8 = Variant("int8", "int8")
     if hf.is_causal_lm(model):
-        return (plain, int8, Variant("int8 smoothed", "int8", True)) if has_data else (plain, int8)
+        return (int8, Variant("int8 smoothed", "int8", True)) if has_data else (int8,)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
-    return (plain, Variant("bf16", "bf16"), int8) if linear else (plain, int8)
+    return (Variant("bf16", "bf16"), int8) if linear and (multiplies_bf16() or counts_bytes) else (int8,)
 
 
 @torch.no_grad()

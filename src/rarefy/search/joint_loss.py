@@ -9,8 +9,7 @@ samples far better than others: of MiniLM without 29 % of its neurons, 0.017 of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,7 +20,7 @@ from rarefy.calibration.statistics import LayerStats
 from rarefy.dependency.graph import Group, trace
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
 from rarefy.model.layers import all_layers
-from rarefy.pipeline.sensitivity import compressed_weight
+from rarefy.pipeline.sensitivity import compressed_weight, replaced
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import distance, outputs_of
@@ -167,19 +166,6 @@ def split(data: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """
     last = len(data) // JUDGED
     return (list(data[:-last]), list(data[-last:])) if last else (list(data), list(data))
-
-
-@contextmanager
-def replaced(changed: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Give parameters other values for a while. The dense tensors themselves come back, so that no bit can change."""
-    dense = {parameter: parameter.data for parameter in changed}
-    try:
-        for parameter, value in changed.items():
-            parameter.data = value.to(parameter.dtype)
-        yield
-    finally:
-        for parameter, value in dense.items():
-            parameter.data = value
 
 
 def _reads(consumer: Consumer, group: Group, masks: Mapping[Axis, Tensor]) -> bool:

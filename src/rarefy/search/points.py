@@ -21,6 +21,7 @@ from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
 from rarefy.recipe.schema import Recipe, TrainStage
 from rarefy.search.deploy import (
+    PLAIN,
     Deployed,
     Variant,
     deploy,
@@ -28,7 +29,6 @@ from rarefy.search.deploy import (
     sizes_of,
     timed_names,
     times_of,
-    variants_of,
 )
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
@@ -129,11 +129,10 @@ class Measured:
         """Measure the dense model, compiled in fp32."""
         task = self.task
         self.dense_fast = deploy(task.dense, task.example, None, task.data)
-        plain = variants_of(task.dense, False)[0]
-        dense = self.point("dense, fp32", plain, self.stages({}, (), plain))
+        dense = self.point("dense, fp32", PLAIN, self.stages({}, (), PLAIN))
         if dense.quality is not None:
             self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
-        self.reference = self.bases[plain] = self.add(dense)
+        self.reference = self.bases[PLAIN] = self.add(dense)
         return self.reference
 
     def point(
@@ -276,4 +275,9 @@ def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
 def digest_of(recipe: Mapping[str, Any], runs: Variant | Point | None = None) -> str:
     """Return a name for what a recipe does, whatever its own name."""
     same = json.dumps([recipe["stages"], recipe["seed"], *(() if runs is None else runs_in(runs))], sort_keys=True)
-    return hashlib.sha256(same.encode()).hexdigest()[:16]
+    return short_hash(same)
+
+
+def short_hash(text: str) -> str:
+    """Return 16 hexadecimal digits that tell a text from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ interpolation. The first line is uniform; the second one is that of the allocati
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,6 @@ from typing import Any
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.compiler.executor import Compiled
-from rarefy.runtime.bindings import multiplies_bf16
 from rarefy.search import solve
 from rarefy.search.allocation import climb
 from rarefy.search.deploy import DECODE, Variant, deploy, variants_of
@@ -28,7 +26,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
 from rarefy.search.parts import PartMeasurer, few_batches
-from rarefy.search.points import MAX_POINTS, RESERVED, Measured, Observed, OutOfTime, digest_of, runs_in
+from rarefy.search.points import MAX_POINTS, RESERVED, Measured, Observed, OutOfTime, digest_of, runs_in, short_hash
 from rarefy.search.recovery import (
     REMAINS,
     SHARES,
@@ -71,10 +69,8 @@ class Search(Measured):
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
-        tried = {None, "int8"} | ({"bf16"} if multiplies_bf16() or self.task.targets.counts_bytes else set())
-        for variant in variants_of(self.task.dense, bool(self.task.data))[1:]:
-            if variant.precision not in tried:  # elsewhere bf16 is slower than fp32
-                continue
+        task = self.task
+        for variant in variants_of(task.dense, bool(task.data), task.targets.counts_bytes):
             stages = self.stages({}, (), variant)
             self.bases[variant] = self.add(self.point(f"dense, {variant.name}", variant, stages))
         self._mix_precisions()
@@ -194,7 +190,7 @@ class Search(Measured):
         """Return the distance of the outputs with all these parts changed; None without time, or where it fails."""
         if any(method == BLOCK for method, _ in amounts) or (amounts and self._joint_loss(parts, {}, until) is None):
             return None
-        key = f"joint loss {hashlib.sha256(repr(sorted(amounts.items())).encode()).hexdigest()[:16]}"
+        key = f"joint loss {short_hash(repr(sorted(amounts.items())))}"
         if key not in self.journal.values and not self.fits("joint loss", "point", until=until):
             return None
 
