@@ -155,11 +155,39 @@ def test_one_option_everywhere(tmp_path):
     assert run.exit_code == 0, run.output
 
 
+def test_compiled_models_and_decoders_of_files(tmp_path):
+    model, made = pair()
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, V, (1, 80))
+    for other in (
+        rarefy.compile(model, cache_precision="int8"),
+        rarefy.decoder_from_files(tmp_path / "model", cache_precision="int8"),
+        rarefy.decoder_from_files(tmp_path / "model", cache_precision="int8", out=tmp_path / "written"),
+        rarefy.load(tmp_path / "written"),
+    ):
+        assert other.cache_precision == "int8"
+        assert torch.equal(other(ids), made(ids))
+    with pytest.raises(DataError, match="cache_precision has no effect with an example: leave the example out"):
+        rarefy.compile(model, ids, cache_precision="int8")
+
+
+def test_the_command_compile(tmp_path):
+    pair()[0].save_pretrained(tmp_path / "model")
+    small("GPT2").save_pretrained(tmp_path / "gpt2")  # is loaded as a whole
+    for name in ("model", "gpt2"):
+        options = [str(tmp_path / name), "--cache-precision", "int8", "-o", str(tmp_path / f"{name}-out")]
+        run = CliRunner().invoke(app, ["compile", *options])
+        assert run.exit_code == 0, run.output
+        assert rarefy.load(tmp_path / f"{name}-out").cache_precision == "int8"
+
+
 @pytest.mark.parametrize("value", ["int4", "INT8", "", 8, True, ["int8"]])
-def test_unknown_precisions(value):
+def test_unknown_precisions(value, tmp_path):
     model, made = pair()
     for call in (
         lambda: rarefy.decoder(model, cache_precision=value),
+        lambda: rarefy.compile(model, cache_precision=value),
+        lambda: rarefy.decoder_from_files(tmp_path, cache_precision=value),
         lambda: rarefy.generate(model, torch.ones(1, 3, dtype=torch.int64), cache_precision=value),
         lambda: made.cache(1, 8, cache_precision=value),
     ):
@@ -194,6 +222,16 @@ def test_files_with_other_precisions_are_refused(value, tmp_path):
         rarefy.load(tmp_path / "decoder")
 
 
-def test_the_command_line_checks_before_it_loads():
-    run = CliRunner().invoke(app, ["generate", "nowhere", "--ids", "5", "--cache-precision", "int4"])
+@pytest.mark.parametrize("command", [["generate", "nowhere", "--ids", "5"], ["compile", "nowhere", "-o", "out"]])
+def test_the_command_line_checks_before_it_loads(command):
+    run = CliRunner().invoke(app, [*command, "--cache-precision", "int4"])
     assert run.exit_code != 0 and "unknown cache_precision 'int4'" in str(run.exception or run.output) + run.output
+
+
+def test_encoders_have_no_cache(tmp_path):
+    config = transformers.BertConfig(32, 16, 1, 2, 16, max_position_embeddings=32)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    command = ["compile", str(tmp_path / "bert"), "-o", str(tmp_path / "out"), "--tokens", "8"]
+    run = CliRunner().invoke(app, [*command, "--cache-precision", "int8"])
+    message = str(run.exception or "") + run.output
+    assert run.exit_code != 0 and "--cache-precision has no effect: " in message and not (tmp_path / "out").exists()

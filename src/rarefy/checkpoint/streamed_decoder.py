@@ -21,6 +21,7 @@ from rarefy.common.version import __version__
 from rarefy.compiler.compile import tolerance
 from rarefy.compiler.half_precision import PRECISIONS
 from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verify_decoder
+from rarefy.generation.kv_cache import check_cache_precision
 from rarefy.model import hf
 from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid
@@ -42,6 +43,7 @@ def decoder_from_files(
     path: str | Path,
     *,
     precision: str | None = None,
+    cache_precision: str = "fp32",
     out: str | Path | None = None,
     overwrite: bool = False,
     fresh: bool = False,
@@ -58,6 +60,7 @@ def decoder_from_files(
             quantized weights. "int6" and "int5" round linear layers to 6 and 5 bits with a scale for 32 inputs, "int4"
             to 4 bits with a scale and a zero point for 32 inputs; the embedding and the output head have 8 bits. Layers
             that are already on a grid of up to 6 bits keep it in all of these, and in "int8".
+        cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
         out: a folder to write, as `save` does, with the files of the tokenizer. It appears whole or not at all.
             Until then weights are in the folder `.NAME.packing` beside it.
         overwrite: replace an older folder at `out`.
@@ -71,6 +74,7 @@ def decoder_from_files(
         ModelError: no language model that the engine supports, or its logits differ.
         ContainerError: the files are damaged; `out` exists or cannot be written; or an unfinished run had other files
             or options.
+        DataError: there is no such cache_precision, or not for this model.
 
     Cost: the packed weights and less than 1.5 GB of memory; two passes over the files. With `out` 1.5 GB and four times
     the largest weight in fp32; pages of files that are mapped are extra, and the system frees them where it needs
@@ -86,12 +90,13 @@ def decoder_from_files(
         torch.Size([1, 3, 32])
     """
     check_choice(precision)
+    check_cache_precision(cache_precision)
     if out is None and (overwrite or fresh):
         raise ModelError(f"{'overwrite' if overwrite else 'fresh'}= has no effect without out=: leave it out")
     files = language_model_weights(path)
     if out is None:
-        return decoder_of_weights(files, precision)
-    return write_decoder(files, Path(path), precision, out, overwrite=overwrite, fresh=fresh)[0]
+        return decoder_of_weights(files, precision, cache_precision)
+    return write_decoder(files, Path(path), precision, out, cache_precision, overwrite=overwrite, fresh=fresh)[0]
 
 
 def streamed_weights(path: str | Path) -> WeightFiles | None:
@@ -125,11 +130,15 @@ def check_choice(precision: str | None) -> None:
         raise ModelError(unknown("precision", precision, CHOICES))
 
 
-def decoder_of_weights(files: WeightFiles, precision: str | None, hold: Any = None) -> Decoder:
+def decoder_of_weights(
+    files: WeightFiles, precision: str | None, cache_precision: str = "fp32", hold: Any = None
+) -> Decoder:
     """Return the decoder of a language model's weights, as `decoder_from_files` does; `hold` stores packed weights, as
     in `select_kernels`."""
     weights = _Weights(files, precision or _own_precision(files))
     step = build_decoder(files.model, weights.precision, weights, hold)
+    check_cache_precision(cache_precision, step.slots)
+    step.cache_precision = cache_precision
     with weights.reading():
         verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
     step.compiled.forget()
@@ -138,7 +147,14 @@ def decoder_of_weights(files: WeightFiles, precision: str | None, hold: Any = No
 
 
 def write_decoder(
-    files: WeightFiles, source: Path, precision: str | None, out: str | Path, *, overwrite: bool, fresh: bool
+    files: WeightFiles,
+    source: Path,
+    precision: str | None,
+    out: str | Path,
+    cache_precision: str = "fp32",
+    *,
+    overwrite: bool,
+    fresh: bool,
 ) -> tuple[Decoder, int]:
     """Write the decoder of a language model's weights to a folder; see `decoder_from_files`.
 
@@ -147,6 +163,7 @@ def write_decoder(
         source: the folder or file that they are in.
         precision: as for `decoder_from_files`.
         out: the folder.
+        cache_precision: as for `decoder_from_files`. A run that was killed resumes with another one as well.
         overwrite: replace an older folder.
         fresh: remove the state of an earlier run.
 
@@ -158,7 +175,7 @@ def write_decoder(
     with packed_store(out, key, overwrite, fresh) as store:
         beside = engine_files(source)  # errors first
         try:
-            step = decoder_of_weights(files, precision, store.hold)
+            step = decoder_of_weights(files, precision, cache_precision, store.hold)
         except FormatError as error:  # of a kernel, which has checked all indices of a file
             raise ContainerError(f"{store.folder}: {error}: {START_OVER.format(store.folder)}") from error
         if fingerprint(source) != before:

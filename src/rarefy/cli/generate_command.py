@@ -11,7 +11,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.generate_output import Run, Text, print_results, run_steps
-from rarefy.cli.shared import DecoderPrecision, Json, Offline, Quiet, Threads
+from rarefy.cli.shared import CachePrecision, DecoderPrecision, Json, Offline, Quiet, Threads
 from rarefy.common.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -94,11 +94,6 @@ Lookup = Annotated[
 Draft = Annotated[
     str | None,
     typer.Option(help="Speculative decoding by a draft model: a smaller model or decoder of the same vocabulary."),
-]
-
-CachePrecision = Annotated[
-    str | None,
-    typer.Option(help="Precision of the KV cache: fp32, or int8 for a quarter of its memory and faster long texts."),
 ]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.shared import (
+    CachePrecision,
     Checkpoint,
     DecoderPrecision,
     Force,
@@ -33,6 +34,7 @@ def compile_(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears whole or not at all.")],
     precision: DecoderPrecision = None,
+    cache_precision: CachePrecision = None,
     ignore: Ignore = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size of the example input, by default 2. Not for decoders.")
@@ -80,10 +82,13 @@ def compile_(
     from rarefy.common.atomic_io import check_output_folder
     from rarefy.compiler.compile import compile
     from rarefy.generation.decoder import decoder
+    from rarefy.generation.kv_cache import check_cache_precision
     from rarefy.model import hf
 
     check_output_folder(out, force)
     _check_options(precision, data, samples, ignore)
+    cache = "fp32" if cache_precision is None else cache_precision
+    check_cache_precision(cache)
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
         weights = shared.streamed_weights(source)
@@ -91,7 +96,7 @@ def compile_(
             _check_decoder_options(batch, tokens, data, ignore, input_shape)
             own = shared.streamed_precision(source, precision)
             compiled: Any
-            compiled, size = write_decoder(weights, Path(str(source)), own, out, overwrite=force, fresh=fresh)
+            compiled, size = write_decoder(weights, Path(str(source)), own, out, cache, overwrite=force, fresh=fresh)
         else:
             if fresh:
                 raise RecipeError(
@@ -101,8 +106,11 @@ def compile_(
             net = shared.in_fp32(net)
             if hf.is_causal_lm(net):
                 _check_decoder_options(batch, tokens, data, ignore)
-                compiled = decoder(net, precision=shared.whole_model_precision(precision))
+                own = shared.whole_model_precision(precision)
+                compiled = decoder(net, precision=own, cache_precision=cache)
             else:
+                if cache_precision is not None:
+                    raise RecipeError(f"--cache-precision has no effect: {model} is no causal language model")
                 example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
                 compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
             receipt = getattr(net, "rarefy_receipt", None)
