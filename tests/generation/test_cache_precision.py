@@ -229,7 +229,9 @@ def test_the_command_line_checks_before_it_loads(command):
 
 
 def test_encoders_have_no_cache(tmp_path):
-    config = transformers.BertConfig(32, 16, 1, 2, 16, max_position_embeddings=32)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     command = ["compile", str(tmp_path / "bert"), "-o", str(tmp_path / "out"), "--tokens", "8"]
     run = CliRunner().invoke(app, [*command, "--cache-precision", "int8"])

@@ -138,10 +138,10 @@ def decoder_of_weights(
     weights = _Weights(files, precision or _own_precision(files))
     step = build_decoder(files.model, weights.precision, weights, hold)
     check_cache_precision(cache_precision, step.slots)
-    step.cache_precision = cache_precision
     with weights.reading():
         verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
     step.compiled.forget()
+    step.cache_precision = cache_precision
     trim_heap()
     return step
 

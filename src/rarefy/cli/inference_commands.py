@@ -98,10 +98,7 @@ def compile_(
             compiled: Any
             compiled, size = write_decoder(weights, Path(str(source)), own, out, cache, overwrite=force, fresh=fresh)
         else:
-            if fresh:
-                raise RecipeError(
-                    "--fresh has no effect: only language models that are read one weight at a time resume"
-                )
+            _check_not_fresh(fresh)
             net, tokenizer = shared.load(source, input_shape, batch, tokens)
             net = shared.in_fp32(net)
             if hf.is_causal_lm(net):
@@ -109,18 +106,14 @@ def compile_(
                 own = shared.whole_model_precision(precision)
                 compiled = decoder(net, precision=own, cache_precision=cache)
             else:
-                if cache_precision is not None:
-                    raise RecipeError(f"--cache-precision has no effect: {model} is no causal language model")
+                _check_no_cache(model, cache_precision)
                 example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
                 compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
             receipt = getattr(net, "rarefy_receipt", None)
             size = save(compiled, out, files=shared.files_beside_engine(source), receipt=receipt, overwrite=force)
-    step = compiled.compiled if shared.kind_of(compiled) == "decoder" else compiled
-    summary = {
-        "contains": f"a {shared.kind_of(compiled)}",
-        "bytes": size,
-        "operators": "; ".join(repr(step).splitlines()),
-    }
+    kind = shared.kind_of(compiled)
+    operators = repr(compiled.compiled if kind == "decoder" else compiled).splitlines()
+    summary = {"contains": f"a {kind}", "bytes": size, "operators": "; ".join(operators)}
     shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
 
 
@@ -146,6 +139,16 @@ def _check_decoder_options(
         raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
     if ignore:
         raise RecipeError("--ignore has no effect: all layers of a decoder have the same precision")
+
+
+def _check_not_fresh(fresh: bool) -> None:
+    if fresh:
+        raise RecipeError("--fresh has no effect: only language models that are read one weight at a time resume")
+
+
+def _check_no_cache(model: str, cache_precision: str | None) -> None:
+    if cache_precision is not None:
+        raise RecipeError(f"--cache-precision has no effect: {model} is no causal language model")
 
 
 def _inputs(
