@@ -10,8 +10,9 @@
 
 After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
 runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
-Qualities in the table are of data that neither the search nor its calibration has seen. State is kept in
-build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
+Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean
+squared relative distances from the dense model's outputs, which differ where qualities are equal by chance. State is
+kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Task:
         data: calibration batches.
         metric: how good a model is, in the search.
         judge: the same of other data, which the search has not seen.
+        unseen: batches of inputs that it has not seen either.
         max_loss: what may be lost.
         batch: batch sizes that are timed.
         minutes: of the search.
@@ -76,6 +78,7 @@ class Task:
     data: list[Any]
     metric: Metric
     judge: Metric
+    unseen: list[Any]
     max_loss: str
     batch: tuple[int, ...]
     minutes: float
@@ -97,7 +100,11 @@ def minilm(seed: int) -> Task:
         for pairs in (texts.other_articles(), texts.judged_articles())
     )
     train = lambda: [b for epoch in range(40) for b in recover.batches(tokenizer, epoch, seed)]  # noqa: E731
-    return Task(model, frontier.example(tokenizer, 16), data, metric, judge, "1 point", (1, 16), 30, train=train)
+    unseen = token_batches(
+        [text for _, text in texts.judged_articles()[:256]], tokenizer, batch=32, tokens=frontier.TOKENS
+    )
+    example = frontier.example(tokenizer, 16)
+    return Task(model, example, data, metric, judge, unseen, "1 point", (1, 16), 30, train=train)
 
 
 def off_grid(model: Any, seed: int) -> Any:
@@ -130,14 +137,17 @@ def smollm2(seed: int) -> Task:
     data: Any = sources.batches("wiki", sources.Take(samples=32, tokens=512, batch=4, seed=seed), tokenizer=tokenizer)
     held_out: Any = sources.batches("wiki-test", sources.Take(samples=48, tokens=512, batch=8), tokenizer=tokenizer)
     metric, judge = (metric_of("perplexity", model, held_out[i::2]) for i in (0, 1))
-    return Task(model, data[0], data, metric, judge, "3%", (1,), 45, peers=False)
+    return Task(model, data[0], data, metric, judge, held_out[1::2], "3%", (1,), 45, peers=False)
 
 
-def images(name: str, data: Any, metric: Metric, judge: Metric, max_loss: str, minutes: float, seed: int) -> Task:
+def images(
+    name: str, data: Any, metric: Metric, judge: Metric, unseen: Any, max_loss: str, minutes: float, seed: int
+) -> Task:
     """A task of frontier_images.py."""
     task = frontier_images.TASKS[name]
     batches, batch = tuple(task.batches), data[: max(task.batches)].contiguous()
-    return Task(task.dense(seed), batch, list(data.split(16)), metric, judge, max_loss, batches, minutes)
+    model, unseen = task.dense(seed), list(unseen.split(50))
+    return Task(model, batch, list(data.split(16)), metric, judge, unseen, max_loss, batches, minutes)
 
 
 def efficientnet(seed: int) -> Task:
@@ -151,7 +161,7 @@ def efficientnet(seed: int) -> Task:
         return Metric("agreement", True, same, "%")
 
     data = photos.crops(128, judged=False, seed=seed)
-    return images("efficientnet", data, agreement(of_search), agreement(of_judge), "3%", 20, seed)
+    return images("efficientnet", data, agreement(of_search), agreement(of_judge), of_judge[:256], "3%", 20, seed)
 
 
 def fashion(seed: int) -> Task:
@@ -165,7 +175,7 @@ def fashion(seed: int) -> Task:
     data, middle = frontier_images.TASKS["fashion"].calibration(seed), len(x) // 2
     metric, judge = accuracy(slice(middle)), accuracy(slice(middle, None))
     train = lambda: [b for epoch in range(4) for b in vision.data_of(vision_net.load(), seed)["train"](epoch)]  # noqa: E731
-    return replace(images("fashion", data, metric, judge, "1%", 15, seed), train=train)
+    return replace(images("fashion", data, metric, judge, x[middle : middle + 1000], "1%", 15, seed), train=train)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
@@ -225,7 +235,10 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         **{n: make(m, precision=untrained.precision, ignore=untrained.ignore) for n, m in others.items()},
         "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
     }
-    compared: dict[str, Any] = {n: {"quality": task.judge.measure(m)} for n, m in models.items()}
+    distance = metric_of("distance", task.model, task.unseen)
+    compared: dict[str, Any] = {
+        n: {"quality": task.judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
+    }
     decodes = found.batches == DECODE
     times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, compared)
     for label, entry in compared.items():

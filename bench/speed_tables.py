@@ -260,49 +260,6 @@ def _quality(key: str, quality: str, rows: list[Row]) -> str:
     return f"cosine {min(cosines):.4f} or more" if cosines else "not recorded"
 
 
-OPTIMIZE_TITLES = {
-    "minilm": "MiniLM, R@1 of articles",
-    "smollm2": "SmolLM2-135M off its 4-bit grid, perplexity",
-    "efficientnet": "EfficientNet-Lite0, agreement on photographs",
-    "fashion": "Small ResNet, accuracy on Fashion-MNIST",
-}
-
-
-def optimize() -> str:
-    """What `rarefy.optimize` found, beside a uniform model of the same methods and OpenVINO, in one run."""
-
-    def make(rows: list[Row]) -> str:
-        row = rows[-1]
-        compared, times = row["compared"], list(next(iter(row["compared"].values()))["milliseconds"])
-        slow = {b: compared["dense, int8"]["milliseconds"][b]["median"] for b in times}
-        names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform, not trained"}
-        cells = [
-            [names.get(n, n), f"{c['quality']:.4g}"]
-            + [
-                f"{number(c['milliseconds'][b]['median'])} ({slow[b] / c['milliseconds'][b]['median']:.2f}x)"
-                for b in times
-            ]
-            for n, c in compared.items()
-        ]
-        limits = ", ".join(f"{k} {v}" for k, v in row["targets"].items() if k != "objective")
-        training = f", {row['train_minutes']:g} of them of training" if row.get("train_minutes") else ""
-        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}; limit: {limits}."
-        expected, real = row["predicted"], row["measured"]
-        if "loss" in expected:
-            ratios = [expected["milliseconds"][b] / real["milliseconds"][b] for b in times]
-            note += f" Predicted of the best: loss {expected['loss']:.3g} (measured {real['loss']:.3g}), "
-            note += f"time {', '.join(f'{r:.2f}' for r in ratios)} of the measured."
-        return f"{table(['model', row['metric']['name'], *(f'{b}, ms' for b in times)], cells)}\n\n{note}"
-
-    sections = []
-    for run, title in OPTIMIZE_TITLES.items():
-        for trained, words in ((False, ""), (True, ", with training")):
-            rows = [r for r in read("optimize", run=run) if bool(r.get("train_minutes")) == trained]
-            if rows:
-                sections.append(f"### {title}{words}\n\n{per_machine(latest(rows, 'label', 'seed'), make)}")
-    return "\n\n".join(sections)
-
-
 README_MACHINE = "AMD EPYC, AVX-512 VNNI"
 README_ENGINES = {
     "onnxruntime int8": "ONNX Runtime, 8 bits",
@@ -488,7 +445,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier-images": frontier_images,
     "spread": spread,
     "dynamo": dynamo,
-    "optimize": optimize,
     "kernels": kernels,
     "language": language,
     "memory": memory,

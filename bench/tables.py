@@ -16,11 +16,12 @@ from pathlib import Path
 import coverage_tables
 import figures
 import quality_tables
+import search_tables
 import speed_tables
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
-TABLES = speed_tables.TABLES | quality_tables.TABLES | coverage_tables.TABLES
+TABLES = speed_tables.TABLES | search_tables.TABLES | quality_tables.TABLES | coverage_tables.TABLES
 
 
 def show(*names: str) -> None:
