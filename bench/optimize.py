@@ -63,9 +63,10 @@ class Task:
         model: the dense model.
         example: what it is timed with.
         data: calibration batches.
-        metric: how good a model is, in the search.
-        judge: the same of other data, which the search has not seen.
-        unseen: batches of inputs that it has not seen either.
+        evaluate: the metric.
+        eval_data: batches for it, in the search, which holds a third of them back for its last choice.
+        judged: other batches, which the search has not seen.
+        unseen: the inputs of some of these.
         max_loss: what may be lost.
         batch: batch sizes that are timed.
         minutes: of the search.
@@ -76,8 +77,9 @@ class Task:
     model: nn.Module
     example: Any
     data: list[Any]
-    metric: Metric
-    judge: Metric
+    evaluate: str
+    eval_data: list[Any]
+    judged: list[Any]
     unseen: list[Any]
     max_loss: str
     batch: tuple[int, ...]
@@ -95,16 +97,13 @@ def minilm(seed: int) -> Task:
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
     some = token_batches([short[i] for i in order[: 24 * len(data)]], tokenizer, batch=24, tokens=frontier.TOKENS)
     data = [batch for pair in zip(data, some) for batch in pair]
-    metric, judge = (
-        metric_of("retrieval", model, text_pairs(pairs, tokenizer))
-        for pairs in (texts.other_articles(), texts.judged_articles())
-    )
+    searched, judged = (text_pairs(pairs, tokenizer) for pairs in (texts.other_articles(), texts.judged_articles()))
     train = lambda: [b for epoch in range(40) for b in recover.batches(tokenizer, epoch, seed)]  # noqa: E731
     unseen = token_batches(
         [text for _, text in texts.judged_articles()[:256]], tokenizer, batch=32, tokens=frontier.TOKENS
     )
     example = frontier.example(tokenizer, 16)
-    return Task(model, example, data, metric, judge, unseen, "1 point", (1, 16), 30, train=train)
+    return Task(model, example, data, "retrieval", searched, judged, unseen, "1 point", (1, 16), 30, train=train)
 
 
 def off_grid(model: Any, seed: int) -> Any:
@@ -136,46 +135,42 @@ def smollm2(seed: int) -> Task:
     tokenizer, model = hf.load_tokenizer(folder), off_grid(hf.load_folder(folder).eval(), seed)
     data: Any = sources.batches("wiki", sources.Take(samples=32, tokens=512, batch=4, seed=seed), tokenizer=tokenizer)
     held_out: Any = sources.batches("wiki-test", sources.Take(samples=48, tokens=512, batch=8), tokenizer=tokenizer)
-    metric, judge = (metric_of("perplexity", model, held_out[i::2]) for i in (0, 1))
-    return Task(model, data[0], data, metric, judge, held_out[1::2], "3%", (1,), 45, peers=False)
+    searched, judged = held_out[::2], held_out[1::2]
+    return Task(model, data[0], data, "perplexity", searched, judged, judged, "3%", (1,), 45, peers=False)
 
 
 def images(
-    name: str, data: Any, metric: Metric, judge: Metric, unseen: Any, max_loss: str, minutes: float, seed: int
+    name: str,
+    data: Any,
+    evaluate: str,
+    eval_data: list[Any],
+    judged: list[Any],
+    max_loss: str,
+    minutes: float,
+    seed: int,
 ) -> Task:
     """A task of frontier_images.py."""
     task = frontier_images.TASKS[name]
     batches, batch = tuple(task.batches), data[: max(task.batches)].contiguous()
-    model, unseen = task.dense(seed), list(unseen.split(50))
-    return Task(model, batch, list(data.split(16)), metric, judge, unseen, max_loss, batches, minutes)
+    unseen = [x[0] if isinstance(x, tuple) else x for x in judged[: -(-1000 // len(judged[0]))]]
+    model = task.dense(seed)
+    return Task(model, batch, list(data.split(16)), evaluate, eval_data, judged, unseen, max_loss, batches, minutes)
 
 
 def efficientnet(seed: int) -> Task:
     """EfficientNet-Lite0, judged by its agreement with the dense model on photographs."""
-    dense = frontier_images.TASKS["efficientnet"].dense(seed)
-    of_search, of_judge = photos.crops(1000, judged=False, seed=seed + 1000), frontier_images.judged_photos()
-
-    def agreement(x: torch.Tensor) -> Metric:
-        classes = frontier_images.outputs(dense, x).argmax(1)
-        same = lambda m: 100 * float((frontier_images.outputs(m, x).argmax(1) == classes).float().mean())  # noqa: E731
-        return Metric("agreement", True, same, "%")
-
-    data = photos.crops(128, judged=False, seed=seed)
-    return images("efficientnet", data, agreement(of_search), agreement(of_judge), of_judge[:256], "3%", 20, seed)
+    data, more = photos.crops(128, judged=False, seed=seed), photos.crops(1000, judged=False, seed=seed + 1000)
+    searched, judged = list(more.split(50)), list(frontier_images.judged_photos().split(50))
+    return images("efficientnet", data, "agreement", searched, judged, "3%", 20, seed)
 
 
 def fashion(seed: int) -> Task:
     """The small ResNet, judged by its accuracy on one half of the test images, searched on the other."""
     _, _, x, y = vision_net.load()
-
-    def accuracy(half: slice) -> Metric:
-        right = lambda m: 100 * float((frontier_images.outputs(m, x[half]).argmax(1) == y[half]).float().mean())  # noqa: E731
-        return Metric("accuracy", True, right, "%")
-
-    data, middle = frontier_images.TASKS["fashion"].calibration(seed), len(x) // 2
-    metric, judge = accuracy(slice(middle)), accuracy(slice(middle, None))
+    batches, data = list(zip(x.split(250), y.split(250))), frontier_images.TASKS["fashion"].calibration(seed)
+    searched, judged = batches[: len(batches) // 2], batches[len(batches) // 2 :]
     train = lambda: [b for epoch in range(4) for b in vision.data_of(vision_net.load(), seed)["train"](epoch)]  # noqa: E731
-    return replace(images("fashion", data, metric, judge, x[middle : middle + 1000], "1%", 15, seed), train=train)
+    return replace(images("fashion", data, "accuracy", searched, judged, "1%", 15, seed), train=train)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
@@ -214,8 +209,9 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
     training = {"train_minutes": train, "train_data": task.train()} if train and task.train else {}
     with torch.enable_grad():
         found = rarefy.optimize(
-            task.model, task.example, task.data, task.metric, max_loss=task.max_loss, batch=task.batch,
-            minutes=minutes or task.minutes, seed=seed, resume_dir=BUILD / f"{name}-{seed}", progress=True, **training,
+            task.model, task.example, task.data, task.evaluate, eval_data=task.eval_data, max_loss=task.max_loss,
+            batch=task.batch, minutes=minutes or task.minutes, seed=seed, resume_dir=BUILD / f"{name}-{seed}",
+            progress=True, **training,
         )  # fmt: skip
         print(found, flush=True)
         point = found.points[found.best_index or 0]
@@ -235,12 +231,12 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         **{n: make(m, precision=untrained.precision, ignore=untrained.ignore) for n, m in others.items()},
         "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
     }
-    distance = metric_of("distance", task.model, task.unseen)
+    judge, distance = metric_of(task.evaluate, task.model, task.judged), metric_of("distance", task.model, task.unseen)
     compared: dict[str, Any] = {
-        n: {"quality": task.judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
+        n: {"quality": judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
     }
     decodes = found.batches == DECODE
-    times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, compared)
+    times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, judge, compared)
     for label, entry in compared.items():
         entry["milliseconds"] = {b: t[label] for b, t in times.items()}
     yield {
@@ -248,11 +244,12 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         "finished": found.finished, "metric": dict(found.metric), "targets": dict(found.targets),
         "tried": len(found.points), "met": found.met, "best": point.name, "predicted": dict(point.predicted),
         "measured": {"loss": point.loss, "milliseconds": {b: t["median"] for b, t in point.milliseconds.items()}},
-        "speedup": dict(point.speedup), "disk_bytes": point.disk_bytes, "compared": compared,
+        "checked_loss": point.checked_loss, "speedup": dict(point.speedup), "disk_bytes": point.disk_bytes,
+        "compared": compared,
     }  # fmt: skip
 
 
-def _beside_peers(task: Task, models: Mapping[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
+def _beside_peers(task: Task, models: Mapping[str, Any], judge: Metric, compared: dict[str, Any]) -> dict[str, Any]:
     """Return quartiles of milliseconds of our models and of OpenVINO in 8 bits, in turns; add its quality."""
     from rarefy.pipeline.speed import resize_batch
 
@@ -262,7 +259,7 @@ def _beside_peers(task: Task, models: Mapping[str, Any], compared: dict[str, Any
         singles = task.data if hasattr(task.example, "keys") else [x for b in task.data for x in b.split(1)]
         engine, timed = peers.openvino_int8(task.model, singles, examples, Path(place))
         called: Any = lambda *images, **inputs: engine(inputs or images[0])  # noqa: E731
-        compared["openvino int8"] = {"quality": task.judge.measure(called)}
+        compared["openvino int8"] = {"quality": judge.measure(called)}
         for batch, x in examples.items():
             runs: dict[str, Callable[[], Any]] = {
                 n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()
