@@ -1,7 +1,8 @@
 """Quantized models as Hugging Face folders in the layout of compressed-tensors, which transformers and vLLM load.
 
-Weights of 8 bits with a scale an output or tensor are stored as they are (`int-quantized`), all others as streams of
-bits in int32 words, a row at a time (`pack-quantized`); dynamic quantization of inputs is recorded in the config.
+Weights of 8 bits with a scale an output or tensor are stored as they are (`int-quantized`) if inputs are in 8 bits too,
+all others as streams of bits in int32 words, a row at a time (`pack-quantized`): vLLM runs `int-quantized` layers in
+integers and refuses those without rounded inputs. Dynamic quantization of inputs is recorded in the config.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def write(model: nn.Module, folder: Path) -> None:
             raise ModelError(f"{name}: compressed-tensors has no layout for {why}; export to hf (dense) instead")
         assert isinstance(grid, Grid)
         grids[name] = grid
-    plain = all(g.bits == 8 and g.scale.shape[1] == 1 for g in grids.values())
+    plain = all(
+        g.bits == 8 and g.scale.shape[1] == 1 and get_activation_quant(layers[n].module) is not None
+        for n, g in grids.items()
+    )
     tensors: dict[str, Tensor] = {}
     for name, tensor in folded_state(model):
         layer = name.removesuffix(".weight")
