@@ -46,6 +46,7 @@ from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.static_kernels import calibrated_kernels
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
+from rarefy.model.activation_quant import suspended
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.image_config import image_config_of, set_image_config_
 from rarefy.model.layers import Selector, all_layers, match_layers, unwrap
@@ -127,6 +128,7 @@ PASSES = (
     flat_images.linear_to_conv,
 )
 
+ROUNDING_LAYERS = (nn.Linear, nn.Conv2d)  # whose kernels can round inputs in each call, as `quantize_` makes layers do
 SOLVERS = ("obs", "rtn")
 CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of few detections are far off and still useful
 FAR_CALIBRATED = 0.1  # relative distance of outputs in calibrated 8 bits on the example, usually below 0.03
@@ -170,7 +172,8 @@ def compile(
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. Later calls
             may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
             fixed.
-        precision: None for that of the model; those in fp16 run in fp32. "bf16" multiplies the matrices of linear
+        precision: None for that of the model; those in fp16 run in fp32, layers whose inputs are rounded in each call
+            (`quantize_(activations="int8")`) in 8 bits. "bf16" multiplies the matrices of linear
             layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
             fp32. "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
             for each row or image of inputs, and attention as "bf16" does or, where the CPU is not faster so, in 8 bits;
@@ -223,22 +226,24 @@ def compile(
     check_module(model)
     model, notes = fold_copy(model)
     dtype = check_ready(model)
-    ignored = _module_names(model, ignore)
-    if ignored and not (precision or PRECISIONS.get(dtype)):
-        raise ModelError("ignore= names layers that stay in fp32: pass precision='int8' or 'bf16' with it")
     args, kwargs = split_example(example)
     check_example(pytree.tree_leaves((args, kwargs)))
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
-    if dtype == torch.float32:
-        compiled = _compile(model, args, kwargs, precision, ignored, calibrate, solver, tune, notes, dynamic)
-        return _named(compiled, model)
-    if calibrate is not None:
-        calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
-    model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-    compiled = _compile(
-        model, in_fp32(args), in_fp32(kwargs), precision, ignored, calibrate, solver, tune, notes, dynamic
-    )
+    with suspended(model, ROUNDING_LAYERS) as rounding:
+        ignored = _module_names(model, ignore)
+        if ignored and not (precision or PRECISIONS.get(dtype) or rounding):
+            raise ModelError("ignore= names layers that stay in fp32: pass precision='int8' or 'bf16' with it")
+        own = {**dict.fromkeys(rounding, "int8"), **dict.fromkeys(ignored)}
+        if dtype == torch.float32:
+            compiled = _compile(model, args, kwargs, precision, own, calibrate, solver, tune, notes, dynamic)
+            return _named(compiled, model)
+        if calibrate is not None:
+            calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
+        model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
+        compiled = _compile(
+            model, in_fp32(args), in_fp32(kwargs), precision, own, calibrate, solver, tune, notes, dynamic
+        )
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
@@ -259,24 +264,25 @@ def _compile(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     precision: str | None,
-    ignored: frozenset[str],
+    own: Mapping[str, str | None],
     calibrate: Iterable[Any] | None,
     solver: str,
     tune: bool,
     notes: tuple[str, ...],
     dynamic: bool,
 ) -> Compiled:
-    """Return a model in fp32 compiled, but for modules in `ignored` in a precision; see `compile`."""
-    exported = export_graph(model, args, kwargs, passes_for(precision, calibrate is not None), dynamic=dynamic)
+    """Return a model in fp32 compiled in a precision, but for layers that have their `own`; see `compile`."""
+    least = "int8" if "int8" in own.values() else precision
+    exported = export_graph(model, args, kwargs, passes_for(least, calibrate is not None), dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
-    if precision or rounds_values(exported):  # kernels that round would hide a wrong graph
+    if least or rounds_values(exported):  # kernels that round would hide a wrong graph
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
 
     def precision_of(node: Node) -> str | None:
-        return None if exported.layers.get(node) in ignored else precision
+        return own.get(exported.layers.get(node, ""), precision)
 
     select = partial(
         select_kernels, exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of
@@ -287,7 +293,7 @@ def _compile(
     if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
-            f"the engine runs in 8 bits{', or ignore= names all of them' if ignored else ''}; leave it out for fp32"
+            f"the engine runs in 8 bits{', or ignore= names all of them' if own else ''}; leave it out for fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:
@@ -295,7 +301,7 @@ def _compile(
             exported, specs, kernels, depthwise, calibration_batches(calibrate), solver, select
         )
     compiled = Compiled(exported, kernels, specs)
-    allowed = tolerance(exported, precision) if calibrate is None else CALIBRATED_TOLERANCE
+    allowed = tolerance(exported, least) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)

@@ -107,13 +107,17 @@ def is_quant_hook(hook: Any) -> bool:
 
 
 @contextmanager
-def suspended(model: nn.Module) -> Iterator[frozenset[str]]:
-    """Run with the inputs of Linear layers as they are where they are rounded dynamically, for kernels that round them.
+def suspended(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> Iterator[frozenset[str]]:
+    """Run with the inputs of layers as they are where they are rounded dynamically, for kernels that round them.
+
+    Args:
+        model: the model; nobody else may call it meanwhile.
+        kinds: the classes of these layers.
 
     Yields:
         The names of these layers. Their hooks come back at the end.
     """
-    dynamic = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and _is_dynamic(m)}
+    dynamic = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and _is_dynamic(m)}
     inputs = {n: get_activation_quant(m) for n, m in dynamic.items()}
     try:
         for module in dynamic.values():
