@@ -18,9 +18,9 @@ from rarefy.common.errors import RecipeError
 Evaluated = Annotated[
     str | None,
     typer.Option(
-        help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, kl. "
-        "By default the perplexity of language models on data; else how well the model agrees with the dense one, "
-        "which needs no labels."
+        help="What is measured: perplexity, accuracy, retrieval, retrieval@10, ndcg@10, similarity, agreement, "
+        "distance, kl. By default the perplexity of language models on data; else how well the model agrees with the "
+        "dense one, which needs no labels."
     ),
 ]
 EvalData = Annotated[
