@@ -59,6 +59,10 @@ def test_models_that_lose_more_on_data_held_back_are_not_the_result():
 
 
 def test_few_samples_and_functions_are_not_divided():
+    texts = {"input_ids": torch.ones(50, 7, dtype=torch.long), "attention_mask": torch.ones(50, 7)}
+    for batch in (X[:50], texts, (texts, texts), (texts, torch.ones(50)), (X[:50], torch.ones(50))):
+        assert [len(part) for part in hold_back([batch] * 6)] == [4, 2]
+        assert [len(part) for part in hold_back([batch] * 5)] == [5, 0]
     used, held_back = hold_back([X[:50]] * 5)
     assert len(used) == 5 and not held_back
     frontier = optimize(NET, X[:4], None, lambda m: float(m(CLEAR).sum()), max_loss="10%", minutes=0.05)

@@ -31,9 +31,15 @@ def hold_back(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     (6, 3)
     """
     first = len(batches) - len(batches) // SHARE
-    if sum(map(count_samples, batches[first:])) < MIN_SAMPLES:
+    if sum(map(_count, batches[first:])) < MIN_SAMPLES:
         return list(batches), []
     return list(batches[:first]), list(batches[first:])
+
+
+def _count(batch: Any) -> int:
+    """Return the number of samples of a batch: of pairs of texts, of (inputs, target), or of inputs alone."""
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and hasattr(batch[0], "keys")
+    return count_samples(batch[0] if pair else batch)
 
 
 def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
