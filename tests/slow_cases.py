@@ -218,6 +218,12 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_nothing_begins_that_does_not_fit[30.0]",
         "test_nothing_begins_that_does_not_fit[60.0]",
     ),
+    "search/test_several_processes.py": (
+        "test_a_killed_process_ends_the_other_and_one_process_resumes[0]",
+        "test_a_killed_process_ends_the_other_and_one_process_resumes[1]",
+        "test_the_command_line_under_torchrun",
+        "test_two_machines_find_as_fast_a_model_in_less_time[0.02]",
+    ),
     "structured/test_cut.py": (
         "test_a_cut_model_returns_what_the_masked_one_returns[regnet_y_400mf-0.5]",
         "test_a_cut_model_returns_what_the_masked_one_returns[shufflenet_v2_x0_5-0.75]",

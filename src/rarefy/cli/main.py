@@ -12,8 +12,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,7 +175,7 @@ def _compress_and_save(run: _Run) -> Any:
     from rarefy.common.atomic_io import resume_folder
     from rarefy.pipeline.compress import compress_
 
-    with _processes() as (rank, num_processes):
+    with shared.processes() as (rank, num_processes):
         model, tokenizer = shared.load(run.source)
         resumable = run.recipe.solves and num_processes == 1
         state = resume_folder(run.out, run.fresh) if resumable else nullcontext()
@@ -403,23 +402,6 @@ def _leave(error: BaseException | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1 if code else 0)
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """Join the process group that torchrun started, if any; yield this process's rank and the number of processes."""
-    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes == 1:
-        yield 0, 1
-        return
-    import torch
-    import torch.distributed as dist
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield rank, num_processes
-    dist.barrier()  # other processes may still need this one for a reduction
 
 
 def _load_recipe(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,8 +105,9 @@ def optimize(
 
     rarefy optimize model.onnx --data images.npz --max-loss 1% --minutes 30 -o fast/
 
-    Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on. Exit code 1: no
-    model keeps all limits; the nearest one is saved.
+    Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on. torchrun --nnodes 2
+    ... -m rarefy optimize ... divides the search among machines of the same kind. Exit code 1: no model keeps all
+    limits; the nearest one is saved.
     """
     from rarefy.common.atomic_io import check_output_folder, resume_folder
     from rarefy.search.optimize import optimize, save_result
@@ -112,21 +115,22 @@ def optimize(
 
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     parse_targets(_limit(max_loss), objective_of(target, _limit(max_loss)), **limits)
-    check_output_folder(out, force)
+    check_output_folder(out, force or os.environ.get("RANK", "0") != "0")  # of several processes the first one writes
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
-    with shared.threads(threads):
+    with shared.processes() as (rank, _), shared.threads(threads):
         net, tokenizer = shared.load(source, input_shape, max(batch) if batch else None, tokens)
         net = shared.in_fp32(net).eval()
         inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
         training = _training(net, tokenizer, inputs, data, eval_data, train, train_data, train_samples)
-        with resume_folder(out, fresh) as state:
-            frontier = optimize(
+        with nullcontext() if rank else resume_folder(out, fresh) as state:
+            frontier = replace(optimize(
                 net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
                 batch=batch or inputs["batch"], minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
-                ignore=ignore, seed=seed, resume_dir=state / "stage-search", progress=not quiet,
+                ignore=ignore, seed=seed, resume_dir=state and state / "stage-search", progress=not quiet,
                 other_engines=other_engines, **training, **limits,
-            )  # fmt: skip
-            frontier = replace(frontier, model=model)
+            ), model=model)  # fmt: skip
+            if rank:  # the first process has the model
+                return
             if frontier.best is not None:
                 save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
     _show(frontier, out, as_json, quiet)

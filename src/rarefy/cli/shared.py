@@ -73,6 +73,23 @@ CachePrecision = Annotated[
 FILES = (".onnx", ".pt2")  # endings of files that hold one model
 
 
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Join the process group that torchrun started, if any; yield this process's rank and the number of processes."""
+    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes == 1:
+        yield 0, 1
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield rank, num_processes
+    dist.barrier()  # other processes may still need this one for a reduction
+
+
 class Ended(SystemExit):
     """Exit of a command that was stopped and has already reported its partial result."""
 

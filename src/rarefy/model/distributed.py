@@ -7,6 +7,7 @@ The last four functions handle tensors that FSDP2 spreads over the processes (DT
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,14 @@ from torch import Tensor
 from rarefy.model.batches import count_samples, count_tokens, slice_batch, split_batch
 
 _replicated = [0]  # how many times it was said that every process sees all batches
+_alone = [0]  # how many times it was said that every process works by itself
+POLL = 0.005  # seconds between two looks at a message that has not arrived
 
 
 def world_size() -> int:
-    """Return the number of processes."""
+    """Return the number of processes that work together."""
+    if _alone[0]:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -33,6 +38,16 @@ def _backend_device() -> torch.device:
 def rank() -> int:
     """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let every process work by itself within this context: on all batches, with no sums over processes."""
+    _alone[0] += 1
+    try:
+        yield
+    finally:
+        _alone[0] -= 1
 
 
 @contextmanager
@@ -114,6 +129,32 @@ def broadcast_json(value: Any, source: int) -> Any:
     return json.loads(bytes(data.tolist()))
 
 
+def gather_json(value: Any, group: Any = None) -> list[Any]:
+    """Return the plain data of each process on every process, by rank. Sent as JSON, so that nothing is unpickled.
+
+    Args:
+        value: what JSON can hold.
+        group: a group with a backend for CPU tensors; by default that of all processes.
+
+    Raises:
+        RuntimeError: if the connection to a process is lost.
+    """
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    _wait(dist.all_gather(lengths, torch.tensor([len(data)]), group, async_op=True))
+    longest = max(int(n) for n in lengths)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    _wait(dist.all_gather(texts, torch.nn.functional.pad(data, (0, longest - len(data))), group, async_op=True))
+    return [json.loads(text[: int(n)].numpy().tobytes()) for text, n in zip(texts, lengths)]
+
+
+def _wait(work: Any) -> None:
+    """Wait for other processes; unlike a wait inside the backend, Ctrl-C ends this one."""
+    while not work.is_completed():
+        time.sleep(POLL)
+    work.wait()
+
+
 def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
     """Return the tensor of process `source` on every process; the others pass one of the same shape and dtype."""
     if world_size() > 1:
@@ -147,9 +188,8 @@ def shard_like(full: Tensor, tensor: Any) -> Tensor:
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Return the mean over processes, as DDP and FSDP average gradients."""
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+    if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
-    group.all_reduce(total)
-    return total / group.get_world_size()
+    dist.all_reduce(total)
+    return total / world_size()

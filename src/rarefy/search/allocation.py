@@ -8,8 +8,9 @@ whole line of allocations, one for each saving, not a single one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from rarefy.search import solve
 from rarefy.search.solve import Choice
@@ -21,7 +22,13 @@ GAIN = 1e-3  # of the loss: less is not taken as better
 Loss = Callable[[Amounts], float | None]
 
 
-def climb(parts: Sequence[Part], starts: Sequence[Sequence[Part]], saving: float, loss: Loss) -> list[Part]:
+def climb(
+    parts: Sequence[Part],
+    starts: Sequence[Sequence[Part]],
+    saving: float,
+    loss: Loss,
+    look_ahead: Callable[[Iterator[Amounts]], None] = lambda allocations: None,
+) -> list[Part]:
     """Return the parts with losses whose best allocation at a saving has the least joint loss.
 
     Args:
@@ -30,10 +37,15 @@ def climb(parts: Sequence[Part], starts: Sequence[Sequence[Part]], saving: float
         saving: of a call's time, at which allocations are compared.
         loss: returns the joint loss of an allocation; None for one that cannot be made, or once there is no time left.
             It is called for the same allocation once.
+        look_ahead: is told the next allocation and those that follow while none is better.
 
     Cost: two allocations for each part and method in each round, until a round finds nothing better.
     """
     seen: dict[tuple[tuple[tuple[str, str], float], ...], float | None] = {}
+
+    def amounts_of(candidate: Sequence[Part]) -> Amounts:
+        choices = solve.front(candidate)
+        return choices[solve.at_saving(choices, saving)].amounts
 
     def joint(candidate: Sequence[Part]) -> float:
         choices = solve.front(candidate)
@@ -56,13 +68,15 @@ def climb(parts: Sequence[Part], starts: Sequence[Sequence[Part]], saving: float
         improved = True
         while improved:
             improved = False
-            for keys in sets:
-                for f in (factor, 1 / factor):
-                    trial = scaled(best, dict.fromkeys(keys, f))
-                    value = joint(trial)
-                    if value < (1 - GAIN) * lowest:
-                        best, lowest, improved = trial, value, True
-                        break
+            pairs, better = [*product(sets, (factor, 1 / factor))], None
+            for i, (keys, f) in enumerate(pairs):
+                if keys is better:  # with the other factor
+                    continue
+                look_ahead(amounts_of(scaled(best, dict.fromkeys(k, g))) for k, g in pairs[i:])
+                trial = scaled(best, dict.fromkeys(keys, f))
+                value = joint(trial)
+                if value < (1 - GAIN) * lowest:
+                    best, lowest, improved, better = trial, value, True, keys
     choices = solve.front(best)
     predicted = choices[solve.at_saving(choices, saving)].loss
     return scaled(best, dict.fromkeys((p.key for p in best), lowest / predicted if predicted > 0 else 1.0))

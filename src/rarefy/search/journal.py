@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,14 @@ class Journal:
     Attributes:
         values: the results.
         costs: the seconds that each result took, in the order in which they were computed.
+        shared: of results that several processes computed side by side, the seconds that passed for each.
         trouble: why results are not written any more; "" where they are.
+        notes: what a user has to know about how results were measured.
+        processes: how many processes measure, see `SharedJournal`.
+        rank: which of them this one is, from 0.
     """
+
+    processes, rank = 1, 0
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], clock: Callable[[], float] = time.perf_counter):
         """Read the results in a folder, and lock it.
@@ -36,7 +42,9 @@ class Journal:
         """
         self.values: dict[str, Any] = {}
         self.costs: dict[str, float] = {}
+        self.shared: dict[str, float] = {}
         self.trouble = ""
+        self.notes: list[str] = []
         self.clock = clock
         self.file = None if folder is None else folder / SEARCH_FILE
         self.opened: Any = None
@@ -55,8 +63,8 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds that all results took, in this process and in those before."""
-        return sum(self.costs.values())
+        """Return the seconds in which all results were measured, in this run and in those before."""
+        return sum({**self.costs, **self.shared}.values())
 
     def close(self) -> None:
         """Release the folder for other searches."""
@@ -84,6 +92,8 @@ class Journal:
             for record in rest:
                 self.values[record["key"]] = record["value"]
                 self.costs[record["key"]] = float(record["seconds"])
+                if "shared" in record:
+                    self.shared[record["key"]] = float(record["shared"])
             known = first["settings"]
             differs = [n for n in {**known, **settings} if known.get(n) != settings.get(n)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,10 +115,21 @@ class Journal:
         if key not in self.values:
             began = self.clock()
             value = json.loads(json.dumps(compute(), allow_nan=False))
-            self.values[key], self.costs[key] = value, self.clock() - began
-            if keep(value):
-                self._write({"key": key, "value": value, "seconds": self.costs[key]})
+            self._add(key, value, self.clock() - began, keep)
         return self.values[key]
+
+    def prefetch(self, requests: Iterable[Callable[[], Any]], spare: Iterable[Callable[[], Any]] = ()) -> None:
+        """Compute what calls will `get`, side by side. One process does nothing here: it computes when it is asked.
+
+        Args:
+            requests: calls without side effects that ask for results.
+            spare: calls that may follow: for processes that would wait for the others.
+        """
+
+    def _add(self, key: str, value: Any, seconds: float, keep: Callable[[Any], bool], **more: float) -> None:
+        self.values[key], self.costs[key] = value, seconds
+        if keep(value):
+            self._write({"key": key, "value": value, "seconds": seconds, **more})
 
     def seconds_of(self, *kinds: str) -> float | None:
         """Return what the last step took whose key begins with the first of these texts that any begins with."""

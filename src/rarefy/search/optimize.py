@@ -16,13 +16,13 @@ from torch import nn
 from rarefy.checkpoint.save import save
 from rarefy.common.atomic_io import check_output_folder, parse_path
 from rarefy.common.checks import check_int
-from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.errors import DataError, ModelError, RarefyError, RecipeError
 from rarefy.common.progress import say
 from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.compile import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
-from rarefy.model import hf
+from rarefy.model import distributed, hf
 from rarefy.model.batches import count_samples, slice_batch
 from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
@@ -30,11 +30,10 @@ from rarefy.recipe.schema import Data
 from rarefy.search.confirmation import confirm, hold_back
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
-from rarefy.search.journal import Journal
 from rarefy.search.other_engines import measured_engines
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
-from rarefy.search.search_key import search_key
+from rarefy.search.several_processes import ProcessError, open_journal
 from rarefy.search.targets import check_dense, objective_of, parse_targets
 from rarefy.search.task import Task
 
@@ -118,13 +117,17 @@ def optimize(
             and calibrated 8 bits. Their points stand in `peers` and in the report. They take half of the time at most.
         data_options: where a recipe finds the calibration data, for the recipes of the result.
 
+    With torch.distributed, several processes divide the search; each has to be on a machine of its own, of the same
+    kind. The first one reads `resume_dir`, and it alone has `best`.
+
     Returns:
         A `Frontier`: `best.model` is the best model, compiled, `best.compressed` the torch model behind it, `best.data`
         the batches that its recipe reads; `print` it, or read `points`. `met` says whether it keeps all limits; if none
         does, the nearest is the best.
 
     Raises:
-        RarefyError: for a model, data or limits that do not fit, or an evaluation that fails on the dense model.
+        RarefyError: for a model, data or limits that do not fit, an evaluation that fails on the dense model, or where
+            another process of the search has ended.
 
     Cost: `minutes` and `train_minutes`. Memory: the dense model, two copies and two compiled models; training also
     takes gradients and the optimizer's state.
@@ -162,13 +165,15 @@ def optimize(
     targets = check_dense(targets, metric.name)
     task = Task(
         inner, example, calibration, metric, targets, batches, 60 * float(minutes), layers, ignore, recovery,
-        data_options, seed, progress, other_engines, check,
+        data_options, seed, progress and distributed.rank() == 0, other_engines, check,
     )  # fmt: skip
     folder = parse_path(resume_dir)
-    journal = Journal(folder, {} if folder is None else search_key(task, evaluate, held_out))
+    journal = open_journal(folder, task, evaluate, held_out)
     try:
-        with evaluating(inner), torch.random.fork_rng(devices=[]):
+        with evaluating(inner), torch.random.fork_rng(devices=[]), distributed.alone():
             return _run(Search(task, journal))
+    except ProcessError as error:
+        raise RarefyError(str(error)) from error
     finally:
         journal.close()
 
@@ -186,7 +191,7 @@ def _run(search: Search) -> Frontier:
         finished = search.run()
     except KeyboardInterrupt:
         finished = "interrupted"
-    notes += engines["notes"]
+    notes += [*search.journal.notes, *engines["notes"]]
     if search.trouble:
         notes.append(f"training ended early: {search.trouble}")
     if search.journal.trouble:
@@ -197,7 +202,7 @@ def _run(search: Search) -> Frontier:
         index, met, more = confirm(search)
         notes += more
     best = None
-    if index is not None:
+    if index is not None and search.journal.rank == 0:
         point = search.points[index]
         model, deployed = search.models_of(index)
         best = Best(engine_in(deployed), model, point, search.data_of(point.recipe))

@@ -73,11 +73,12 @@ class PartMeasurer:
         """Return all parts that save time, of all methods."""
         result: list[Part] = []
         graph = trace(self.dense, self.example)
-        for method in CUTS:
-            result += self._groups(graph, method)
-        result += self._blocks()
-        for method in (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS:
-            result += self._weights(method)
+        of_weights = (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS
+        measures = [partial(self._groups, graph, method) for method in CUTS]
+        measures += [self._blocks, *(partial(self._weights, method) for method in of_weights)]
+        self.journal.prefetch([*measures, self._times_of_low_rank])
+        for measure in measures:
+            result += measure()
         return result + self._low_rank(result)
 
     # ---- groups ------------------------------------------------------------------------------------------------
@@ -94,11 +95,16 @@ class PartMeasurer:
         if max(saved.values(), default=0.0) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
             return []
         scored = partial(self._scored, graph, score)
-        errors = {}
-        for g in track(groups, f"errors of {method}s", self.progress, len(groups)):
-            key = f"errors of {method} {g.name}"
-            if self._fits(key, f"errors of {method}", "errors of", "point"):
-                errors[g.name] = self.journal.get(key, lambda g=g: space.local_errors(scored(g), score))
+
+        def errors_of(group: Group) -> list[float] | None:
+            key = f"errors of {method} {group.name}"
+            if not self._fits(key, f"errors of {method}", "errors of", "point"):
+                return None
+            return self.journal.get(key, lambda: space.local_errors(scored(group), score))
+
+        self.journal.prefetch(partial(errors_of, g) for g in groups)
+        measured = {g.name: errors_of(g) for g in track(groups, f"errors of {method}s", self.progress, len(groups))}
+        errors = {name: of_group for name, of_group in measured.items() if of_group is not None}
         groups = [g for g in groups if g.name in errors]
         factors = self._group_losses(groups, method, scored, errors)
         shares = space.shares_of_groups(graph, groups)
@@ -236,8 +242,7 @@ class PartMeasurer:
 
     def _low_rank(self, others: Sequence[Part]) -> list[Part]:
         """Return the layers that can be factorized; none where others cost far less for the same time."""
-        layers = space.chosen_layers(self.dense, RANK, self.layers, self.ignore)
-        saved = self._times_of_weights(layers, RANK, RANK_LEVELS) if layers else {}
+        layers, saved = self._times_of_low_rank()
         if not saved:
             return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
@@ -251,13 +256,18 @@ class PartMeasurer:
             stats = self._stats(layers, RANK, score)
             return space.measured_rank_loss(self.dense, layer, level, stats, self.few, self._wanted())
 
-        for layer in track(layers, "losses of low rank", self.progress, len(layers)):
-            name = layer.full_name
+        def measure(layer: Layer) -> list[float | None]:
+            name, of_layer = layer.full_name, list[float | None]()
             for level in RANK_LEVELS:
                 measured = self._losses(f"{RANK} {level}", {name: partial(loss, layer, level)})
-                losses.setdefault(name, []).extend(measured.values())
+                of_layer.extend(measured.values())
                 if (measured.get(name) or 0.0) > limit * max(mean_saved * shares[name], 1e-9):
                     break  # the higher levels of this layer cost even more
+            return of_layer
+
+        self.journal.prefetch(partial(measure, layer) for layer in layers)
+        for layer in track(layers, "losses of low rank", self.progress, len(layers)):
+            losses[layer.full_name] = measure(layer)
         usable = {n: [v for v in of_layer if v is not None] for n, of_layer in losses.items()}
         return [
             Part(
@@ -267,6 +277,11 @@ class PartMeasurer:
             for l in layers
             if len(usable[l.full_name]) == len(RANK_LEVELS) and usable[l.full_name][0] > 0
         ]  # fmt: skip
+
+    def _times_of_low_rank(self) -> tuple[list[Layer], dict[float, dict[str, float]]]:
+        """Return the layers that can be factorized, and what all of them save at each level."""
+        layers = space.chosen_layers(self.dense, RANK, self.layers, self.ignore)
+        return layers, self._times_of_weights(layers, RANK, RANK_LEVELS) if layers else {}
 
     # ---- shared ------------------------------------------------------------------------------------------------
 
@@ -330,10 +345,15 @@ def measured_losses(
         progress: show a progress bar.
     """
     losses: dict[str, float | None] = {}
-    for name in track(measures, f"losses of {what}", progress, len(measures)):
+
+    def measure(name: str) -> None:
         key = f"loss of {what} {name}"
         if key in journal.values or fits(f"loss of {what}"):
             losses[name] = journal.get(key, partial(_unless_refused, measures[name]))
+
+    journal.prefetch(partial(measure, name) for name in measures)
+    for name in track(measures, f"losses of {what}", progress, len(measures)):
+        measure(name)
     return losses
 
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,6 +78,7 @@ class Measured:
         self.measures_joint = False  # whether losses of several parts together are measured
         self.observed: list[Observed] = []
         self.skipped = False  # whether a step did not fit into the time
+        self.announced: set[str] = set()  # keys of points whose names were printed
         self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
@@ -135,6 +136,12 @@ class Measured:
         self.reference = self.bases[PLAIN] = self.add(dense)
         return self.reference
 
+    def prefetch(self, requests: Iterable[Callable[[], Any]], spare: Iterable[Callable[[], Any]] = ()) -> None:
+        """Measure the points that calls will need side by side, where several processes search."""
+        skipped = self.skipped
+        self.journal.prefetch(requests, spare)
+        self.skipped = skipped  # a point that does not fit is missed only where it is needed
+
     def point(
         self,
         name: str,
@@ -149,7 +156,8 @@ class Measured:
         kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {variant.precision}:"
         key = f"{kind} {digest_of(recipe, variant)}"
         self._need_time(key, kind, methods)
-        if self.task.progress and key not in self.journal.values:
+        if self.task.progress and key not in self.journal.values and key not in self.announced:
+            self.announced.add(key)
             say([f"{self.elapsed() / 60:5.1f} min  {name}"])
         measured = self.journal.get(
             key, lambda: self._measured(name, recipe, variant), keep=lambda values: not values["error"]
@@ -192,7 +200,9 @@ class Measured:
         return {n: {"dense": t["model"], **t} for n, t in times.items()}
 
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
-        """Keep the model itself while it is the best one."""
+        """Keep the model itself while it is the best one; of several processes, only one has it."""
+        if self.journal.processes > 1:
+            return
         index, _ = self.task.targets.best([*self.points, point])
         if index is not None and index == len(self.points):
             self.best_models = (index, model, deployed)
