@@ -87,7 +87,8 @@ def processes() -> Iterator[tuple[int, int]]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield rank, num_processes
-    dist.barrier()  # other processes may still need this one for a reduction
+    with suppress(RuntimeError):  # a process that has failed says so itself
+        dist.barrier()  # other processes may still need this one for a reduction
 
 
 class Ended(SystemExit):

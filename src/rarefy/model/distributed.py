@@ -134,18 +134,19 @@ def gather_json(value: Any, group: Any = None) -> list[Any]:
 
     Args:
         value: what JSON can hold.
-        group: a group with a backend for CPU tensors; by default that of all processes.
+        group: a group with a backend for CPU tensors; by default that of all processes, with any backend.
 
     Raises:
         RuntimeError: if the connection to a process is lost.
     """
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    _wait(dist.all_gather(lengths, torch.tensor([len(data)]), group, async_op=True))
+    device = _backend_device() if group is None else torch.device("cpu")
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    _wait(dist.all_gather(lengths, torch.tensor([len(data)], device=device), group, async_op=True))
     longest = max(int(n) for n in lengths)
-    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    texts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in lengths]
     _wait(dist.all_gather(texts, torch.nn.functional.pad(data, (0, longest - len(data))), group, async_op=True))
-    return [json.loads(text[: int(n)].numpy().tobytes()) for text, n in zip(texts, lengths)]
+    return [json.loads(text[: int(n)].cpu().numpy().tobytes()) for text, n in zip(texts, lengths)]
 
 
 def _wait(work: Any) -> None:

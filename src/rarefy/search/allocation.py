@@ -8,9 +8,10 @@ whole line of allocations, one for each saving, not a single one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from rarefy.search import solve
 from rarefy.search.solve import Choice
@@ -27,7 +28,8 @@ def climb(
     starts: Sequence[Sequence[Part]],
     saving: float,
     loss: Loss,
-    look_ahead: Callable[[Iterator[Amounts]], None] = lambda allocations: None,
+    prefetch: Callable[[Sequence[Amounts]], None] = lambda allocations: None,
+    count: int = 1,
 ) -> list[Part]:
     """Return the parts with losses whose best allocation at a saving has the least joint loss.
 
@@ -37,22 +39,28 @@ def climb(
         saving: of a call's time, at which allocations are compared.
         loss: returns the joint loss of an allocation; None for one that cannot be made, or once there is no time left.
             It is called for the same allocation once.
-        look_ahead: is told the next allocation and those that follow while none is better.
+        prefetch: measures allocations side by side, before `loss` is called for each of them.
+        count: how many: the next one, and those that follow it as long as none is better.
 
     Cost: two allocations for each part and method in each round, until a round finds nothing better.
     """
     seen: dict[tuple[tuple[tuple[str, str], float], ...], float | None] = {}
 
-    def amounts_of(candidate: Sequence[Part]) -> Amounts:
-        choices = solve.front(candidate)
-        return choices[solve.at_saving(choices, saving)].amounts
-
-    def joint(candidate: Sequence[Part]) -> float:
+    def at(candidate: Sequence[Part]) -> tuple[list[Choice], int, Any]:
         choices = solve.front(candidate)
         index = solve.at_saving(choices, saving)
-        key = tuple(sorted(choices[index].amounts.items()))
+        return choices, index, tuple(sorted(choices[index].amounts.items()))
+
+    def joint(candidate: Sequence[Part], following: Iterable[Sequence[Part]] = ()) -> float:
+        choices, index, key = at(candidate)
         if key not in seen:
-            seen[key] = loss(choices[index].amounts)
+            new, after = {key: choices[index].amounts}, iter(following)
+            while len(new) < count and (other := next(after, None)) is not None:
+                others, i, other_key = at(other)
+                if other_key not in seen:
+                    new[other_key] = others[i].amounts
+            prefetch([*new.values()])
+            seen.update({k: loss(amounts) for k, amounts in new.items()})
         value = seen[key]
         return float("inf") if value is None else value * _share_at(choices, index, saving)
 
@@ -68,15 +76,14 @@ def climb(
         improved = True
         while improved:
             improved = False
-            pairs, better = [*product(sets, (factor, 1 / factor))], None
-            for i, (keys, f) in enumerate(pairs):
-                if keys is better:  # with the other factor
+            trials, taken = [*product(sets, (factor, 1 / factor))], None
+            for i, (keys, f) in enumerate(trials):
+                if keys is taken:  # with the other factor
                     continue
-                look_ahead(amounts_of(scaled(best, dict.fromkeys(k, g))) for k, g in pairs[i:])
                 trial = scaled(best, dict.fromkeys(keys, f))
-                value = joint(trial)
+                value = joint(trial, (scaled(best, dict.fromkeys(k, g)) for k, g in trials[i + 1 :]))
                 if value < (1 - GAIN) * lowest:
-                    best, lowest, improved, better = trial, value, True, keys
+                    best, lowest, improved, taken = trial, value, True, keys
     choices = solve.front(best)
     predicted = choices[solve.at_saving(choices, saving)].loss
     return scaled(best, dict.fromkeys((p.key for p in best), lowest / predicted if predicted > 0 else 1.0))

@@ -20,14 +20,15 @@ class Journal:
     Attributes:
         values: the results.
         costs: the seconds that each result took, in the order in which they were computed.
-        shared: of results that several processes computed side by side, the seconds that passed for each.
+        wall_seconds: of results that several processes computed side by side, how much longer each made the search.
         trouble: why results are not written any more; "" where they are.
         notes: what a user has to know about how results were measured.
         processes: how many processes measure, see `SharedJournal`.
         rank: which of them this one is, from 0.
+        collecting: whether results are not computed now, but listed, see `prefetch`.
     """
 
-    processes, rank = 1, 0
+    processes, rank, collecting = 1, 0, False
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], clock: Callable[[], float] = time.perf_counter):
         """Read the results in a folder, and lock it.
@@ -42,7 +43,7 @@ class Journal:
         """
         self.values: dict[str, Any] = {}
         self.costs: dict[str, float] = {}
-        self.shared: dict[str, float] = {}
+        self.wall_seconds: dict[str, float] = {}
         self.trouble = ""
         self.notes: list[str] = []
         self.clock = clock
@@ -64,7 +65,7 @@ class Journal:
     @property
     def seconds(self) -> float:
         """Return the seconds in which all results were measured, in this run and in those before."""
-        return sum({**self.costs, **self.shared}.values())
+        return sum({**self.costs, **self.wall_seconds}.values())
 
     def close(self) -> None:
         """Release the folder for other searches."""
@@ -92,8 +93,8 @@ class Journal:
             for record in rest:
                 self.values[record["key"]] = record["value"]
                 self.costs[record["key"]] = float(record["seconds"])
-                if "shared" in record:
-                    self.shared[record["key"]] = float(record["shared"])
+                if "wall_seconds" in record:
+                    self.wall_seconds[record["key"]] = float(record["wall_seconds"])
             known = first["settings"]
             differs = [n for n in {**known, **settings} if known.get(n) != settings.get(n)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -118,18 +119,18 @@ class Journal:
             self._add(key, value, self.clock() - began, keep)
         return self.values[key]
 
-    def prefetch(self, requests: Iterable[Callable[[], Any]], spare: Iterable[Callable[[], Any]] = ()) -> None:
-        """Compute what calls will `get`, side by side. One process does nothing here: it computes when it is asked.
+    def prefetch(self, requests: Iterable[Callable[[], Any]]) -> None:
+        """Compute what calls without side effects will `get`, side by side. One process computes when it is asked."""
 
-        Args:
-            requests: calls without side effects that ask for results.
-            spare: calls that may follow: for processes that would wait for the others.
-        """
-
-    def _add(self, key: str, value: Any, seconds: float, keep: Callable[[Any], bool], **more: float) -> None:
+    def _add(
+        self, key: str, value: Any, seconds: float, keep: Callable[[Any], bool], wall_seconds: float | None = None
+    ) -> None:
         self.values[key], self.costs[key] = value, seconds
+        record = {"key": key, "value": value, "seconds": seconds}
+        if wall_seconds is not None:
+            self.wall_seconds[key] = record["wall_seconds"] = wall_seconds
         if keep(value):
-            self._write({"key": key, "value": value, "seconds": seconds, **more})
+            self._write(record)
 
     def seconds_of(self, *kinds: str) -> float | None:
         """Return what the last step took whose key begins with the first of these texts that any begins with."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -165,17 +166,17 @@ def optimize(
     targets = check_dense(targets, metric.name)
     task = Task(
         inner, example, calibration, metric, targets, batches, 60 * float(minutes), layers, ignore, recovery,
-        data_options, seed, progress and distributed.rank() == 0, other_engines, check,
+        data_options, seed, progress, other_engines, check,
     )  # fmt: skip
     folder = parse_path(resume_dir)
-    journal = open_journal(folder, task, evaluate, held_out)
     try:
-        with evaluating(inner), torch.random.fork_rng(devices=[]), distributed.alone():
+        with (
+            closing(open_journal(folder, task, evaluate, held_out)) as journal, evaluating(inner),
+            torch.random.fork_rng(devices=[]), distributed.alone(),
+        ):  # fmt: skip
             return _run(Search(task, journal))
     except ProcessError as error:
         raise RarefyError(str(error)) from error
-    finally:
-        journal.close()
 
 
 def _run(search: Search) -> Frontier:
@@ -347,9 +348,12 @@ def save_result(
 
     Raises:
         ContainerError: if the folder cannot be written.
-        ModelError: if no model could be made.
+        ModelError: if no model could be made, or for a frontier without its model: one of a file, or of another
+            process than the first.
     """
     check_output_folder(folder, overwrite)
+    if frontier.best is None and frontier.best_index is not None:
+        raise ModelError("this frontier has no model: of several processes the first one has it, and a file has none")
     if frontier.best is None:
         raise ModelError("no model could be made: there is nothing to save")
     recipe = write_yaml(dict(frontier.best.point.recipe)).encode()

@@ -23,6 +23,7 @@ from rarefy.search.journal import Journal
 from rarefy.search.solve import line, mean_savings
 from rarefy.search.space import BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
 from rarefy.structured.cut import run_cut
+from rarefy.structured.layer_drop import Block
 from rarefy.structured.options import CutOptions
 
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
@@ -62,7 +63,7 @@ class PartMeasurer:
     ):
         self.dense, self.example, self.data, self.variant, self.names = dense, example, data, variant, names
         self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
-        self.progress = progress
+        self.progress = progress and journal.processes == 1
         self.few = few_batches(dense, data, example)
         self.wanted: list[Any] = []
         self.stats: dict[str, LayerStats] = {}
@@ -74,24 +75,29 @@ class PartMeasurer:
         result: list[Part] = []
         graph = trace(self.dense, self.example)
         of_weights = (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS
-        measures = [partial(self._groups, graph, method) for method in CUTS]
-        measures += [self._blocks, *(partial(self._weights, method) for method in of_weights)]
-        self.journal.prefetch([*measures, self._times_of_low_rank])
-        for measure in measures:
-            result += measure()
+        times = [partial(self._timed_groups, graph, method) for method in CUTS]
+        times += [self._timed_blocks, *(partial(self._timed_layers, method) for method in (*of_weights, RANK))]
+        self.journal.prefetch(times)
+        for method in CUTS:
+            result += self._groups(graph, method)
+        result += self._blocks()
+        for method in of_weights:
+            result += self._weights(method)
         return result + self._low_rank(result)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
-    def _groups(self, graph: Graph, method: str) -> list[Part]:
+    def _timed_groups(self, graph: Graph, method: str) -> tuple[Sequence[Group], str, dict[str, float]]:
+        """Return the groups that can be cut, the score of their units, and what all groups save at half the units."""
         groups = space.cuttable_groups(self.dense, graph, method, self.layers, self.ignore)
         key, data = f"score of {method}", self.few if self.data else []
         if not groups or not self._fits(key, "score of", "point"):
-            return []
+            return [], "", {}
         score = self.journal.get(key, lambda: space.cut_score(self.dense, self.example, groups, data, method))
-        if not score:
-            return []
-        saved = self._saved(method, lambda: self._halved(groups, method))
+        return groups, score, self._saved(method, lambda: self._halved(groups, method)) if score else {}
+
+    def _groups(self, graph: Graph, method: str) -> list[Part]:
+        groups, score, saved = self._timed_groups(graph, method)
         if max(saved.values(), default=0.0) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
             return []
         scored = partial(self._scored, graph, score)
@@ -153,13 +159,13 @@ class PartMeasurer:
 
     # ---- whole blocks ------------------------------------------------------------------------------------------
 
-    def _blocks(self) -> list[Part]:
-        """Return the blocks that can be left out; one of each list stays."""
+    def _timed_blocks(self) -> tuple[list[Block], dict[str, dict[str, float]]]:
+        """Return the blocks that can be left out, and what each of them saves; one of each list stays."""
         blocks = space.removable_blocks(self.dense, self.example, self.layers, self.ignore)
         lists = [b.stack for b in blocks]
         blocks = [b for b in blocks if lists.count(b.stack) > 1]
         if not blocks:
-            return []
+            return [], {}
         shares = space.shares_of_blocks(
             blocks, space.shares_of_layers(self.dense, all_layers(self.dense), self.example)
         )
@@ -167,23 +173,26 @@ class PartMeasurer:
         share = max(sum(shares[b.name] for b in timed), 1e-9)
         saved = self._saved(BLOCK, lambda: space.without_blocks(self.dense, self.example, timed))
         if max(saved.values(), default=0.0) < space.MIN_SAVING:
+            return [], {}
+        return blocks, {b.name: {n: s * shares[b.name] / share for n, s in saved.items()} for b in blocks}
+
+    def _blocks(self) -> list[Part]:
+        blocks, saved = self._timed_blocks()
+        if not blocks:
             return []
         loss = partial(space.measured_block_loss, self.dense, data=self.few, wanted=self._wanted())
         measured = self._losses(BLOCK, {b.name: partial(loss, b) for b in blocks})
         losses = space.filled(measured, [b.name for b in blocks])
-        savings = {b.name: {n: (s * shares[b.name] / share,) for n, s in saved.items()} for b in blocks}
+        savings = {name: {n: (s,) for n, s in of_block.items()} for name, of_block in saved.items()}
         return [Part(BLOCK, name, 1, (1.0,), (loss,), savings[name]) for name, loss in losses.items()]
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def _weights(self, method: str) -> list[Part]:
-        layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
-        if not layers:
-            return []
-        levels, timed = ((1.0,), (1.0,)) if method == BITS else (PROBE_LEVELS, TIMED_LEVELS)
-        saved = self._times_of_weights(layers, method, timed)
+        layers, saved = self._timed_layers(method)
         if not saved:
             return []
+        levels = (1.0,) if method == BITS else PROBE_LEVELS
         shares = space.shares_of_layers(self.dense, layers, self.example)
         losses = {level: self._layer_losses(layers, method, level) for level in levels}
         usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
@@ -193,16 +202,17 @@ class PartMeasurer:
             if losses[levels[-1]][l.full_name] > 0  # else no output reads it, and no time is saved
         ]
 
-    def _times_of_weights(
-        self, layers: Sequence[Layer], method: str, levels: Sequence[float]
-    ) -> dict[float, dict[str, float]]:
-        """Return what all layers save at each level; nothing where that is little at the largest."""
+    def _timed_layers(self, method: str) -> tuple[list[Layer], dict[float, dict[str, float]]]:
+        """Return the layers that a method can change, and what all of them save at each level; nothing where that is
+        little at the largest."""
+        layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
+        levels = {BITS: (1.0,), RANK: RANK_LEVELS}.get(method, TIMED_LEVELS)
         saved: dict[float, dict[str, float]] = {}
-        for level in reversed(levels):
+        for level in reversed(levels) if layers else ():
             saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
             if not saved[level] or (level == levels[-1] and max(saved[level].values()) < space.MIN_SAVING):
-                return {}
-        return saved
+                return [], {}
+        return layers, saved
 
     def _smaller(self, layers: Sequence[Layer], method: str, level: float) -> nn.Module:
         """Return a copy of the model in which all layers are pruned to a level, factorized or quantized."""
@@ -242,7 +252,7 @@ class PartMeasurer:
 
     def _low_rank(self, others: Sequence[Part]) -> list[Part]:
         """Return the layers that can be factorized; none where others cost far less for the same time."""
-        layers, saved = self._times_of_low_rank()
+        layers, saved = self._timed_layers(RANK)
         if not saved:
             return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
@@ -277,11 +287,6 @@ class PartMeasurer:
             for l in layers
             if len(usable[l.full_name]) == len(RANK_LEVELS) and usable[l.full_name][0] > 0
         ]  # fmt: skip
-
-    def _times_of_low_rank(self) -> tuple[list[Layer], dict[float, dict[str, float]]]:
-        """Return the layers that can be factorized, and what all of them save at each level."""
-        layers = space.chosen_layers(self.dense, RANK, self.layers, self.ignore)
-        return layers, self._times_of_weights(layers, RANK, RANK_LEVELS) if layers else {}
 
     # ---- shared ------------------------------------------------------------------------------------------------
 
@@ -352,7 +357,7 @@ def measured_losses(
             losses[name] = journal.get(key, partial(_unless_refused, measures[name]))
 
     journal.prefetch(partial(measure, name) for name in measures)
-    for name in track(measures, f"losses of {what}", progress, len(measures)):
+    for name in track(measures, f"losses of {what}", progress and journal.processes == 1, len(measures)):
         measure(name)
     return losses
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from rarefy.model.batches import count_samples
 from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
-from rarefy.recipe.schema import Recipe, TrainStage
+from rarefy.recipe.schema import Recipe
 from rarefy.search.deploy import (
     PLAIN,
     Deployed,
@@ -78,7 +79,6 @@ class Measured:
         self.measures_joint = False  # whether losses of several parts together are measured
         self.observed: list[Observed] = []
         self.skipped = False  # whether a step did not fit into the time
-        self.announced: set[str] = set()  # keys of points whose names were printed
         self.trouble = ""  # why training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
 
@@ -93,6 +93,8 @@ class Measured:
         index, _ = self.task.targets.best(self.points)
         in_memory = self.best_models is not None and self.best_models[0] == index
         make_again = 0.0 if index is None or in_memory else self.points[index].seconds
+        if index is not None and self.journal.processes > 1 and trains(self.points[index].recipe):
+            make_again = 0.0  # the first process has it
         return self.seconds * (1 - RESERVED) - self.elapsed() - make_again
 
     def fits(self, *kinds: str, more: float = 0.0, until: float = math.inf) -> bool:
@@ -105,7 +107,7 @@ class Measured:
         """
         seconds = (self.journal.seconds_of(*kinds) or 0.0) + more
         fitting = seconds <= self.left()
-        self.skipped = self.skipped or not fitting
+        self.skipped = self.skipped or not (fitting or self.journal.collecting)
         return fitting and seconds <= until - self.elapsed()
 
     def _need_time(self, key: str, kind: str, methods: Iterable[str]) -> None:
@@ -136,11 +138,17 @@ class Measured:
         self.reference = self.bases[PLAIN] = self.add(dense)
         return self.reference
 
-    def prefetch(self, requests: Iterable[Callable[[], Any]], spare: Iterable[Callable[[], Any]] = ()) -> None:
-        """Measure the points that calls will need side by side, where several processes search."""
-        skipped = self.skipped
-        self.journal.prefetch(requests, spare)
-        self.skipped = skipped  # a point that does not fit is missed only where it is needed
+    def prefetch(self, requests: Iterable[Callable[[], Any]]) -> None:
+        """Measure what calls will need side by side, where several processes search; what they add is taken back."""
+        self.journal.prefetch(partial(self._without_effect, request) for request in requests)
+
+    def _without_effect(self, request: Callable[[], Any]) -> None:
+        before = self.points, self.observed, self.bases
+        self.points, self.observed, self.bases = [*self.points], [*self.observed], {**self.bases}
+        try:
+            request()
+        finally:
+            self.points, self.observed, self.bases = before
 
     def point(
         self,
@@ -156,9 +164,6 @@ class Measured:
         kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {variant.precision}:"
         key = f"{kind} {digest_of(recipe, variant)}"
         self._need_time(key, kind, methods)
-        if self.task.progress and key not in self.journal.values and key not in self.announced:
-            self.announced.add(key)
-            say([f"{self.elapsed() / 60:5.1f} min  {name}"])
         measured = self.journal.get(
             key, lambda: self._measured(name, recipe, variant), keep=lambda values: not values["error"]
         )
@@ -168,6 +173,8 @@ class Measured:
     def _measured(self, name: str, recipe: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
         """Make a model and measure it."""
         began, precision = self.journal.clock(), variant.precision
+        if self.task.progress:
+            say([f"{self.elapsed() / 60:5.1f} min  {name}"])
         try:
             model = self.make(recipe)
             deployed = self._deploy(model, variant)
@@ -200,8 +207,8 @@ class Measured:
         return {n: {"dense": t["model"], **t} for n, t in times.items()}
 
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
-        """Keep the model itself while it is the best one; of several processes, only one has it."""
-        if self.journal.processes > 1:
+        """Keep the model itself while it is the best one; of several processes, only where it was trained."""
+        if self.journal.processes > 1 and not trains(point.recipe):
             return
         index, _ = self.task.targets.best([*self.points, point])
         if index is not None and index == len(self.points):
@@ -235,9 +242,9 @@ class Measured:
         """Return the dense model after the stages of a recipe."""
         parsed = Recipe(**recipe)
         model = copy.deepcopy(self.task.dense)
-        trains = any(isinstance(s, TrainStage) for s in parsed.stages)
-        folder = self.journal.folder_of(f"training {digest_of(recipe)}") if trains else None
-        context = RunContext(RunData(parsed, self.data_of(recipe)), progress=self.task.progress and trains)
+        training = trains(recipe)
+        folder = self.journal.folder_of(f"training {digest_of(recipe)}") if training else None
+        context = RunContext(RunData(parsed, self.data_of(recipe)), progress=self.task.progress and training)
         run_stages(model, parsed, context, folder)
         fold_(model)
         return model.eval()
@@ -245,8 +252,7 @@ class Measured:
     def data_of(self, recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Return the batches that a recipe reads, as `compress_` takes them."""
         data = {"calibrate": list(self.task.data)} if self.task.data else {}
-        trains = any("train" in stage for stage in recipe["stages"])
-        return data | ({"train": self.training_data()} if trains else {})
+        return data | ({"train": self.training_data()} if trains(recipe) else {})
 
     def _recipe(self, name: str, variant: Variant, stages: list[Any]) -> dict[str, Any]:
         ignore = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
@@ -280,6 +286,11 @@ class Measured:
 def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
     """Return the precision that a model runs in, and the layers that do not."""
     return runs.precision, runs.ignore
+
+
+def trains(recipe: Mapping[str, Any]) -> bool:
+    """Return whether a recipe trains the model."""
+    return any("train" in stage for stage in recipe["stages"])
 
 
 def digest_of(recipe: Mapping[str, Any], runs: Variant | Point | None = None) -> str:

@@ -9,10 +9,10 @@ interpolation. The first line is uniform; the second one is that of the allocati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 from rarefy.common.errors import RarefyError
@@ -38,7 +38,7 @@ from rarefy.search.recovery import (
     train_stage,
     with_training,
 )
-from rarefy.search.several_processes import PROCESSES, batches, next_choices
+from rarefy.search.several_processes import PROCESSES, in_groups, next_choices
 from rarefy.search.solve import Choice
 from rarefy.search.space import BLOCK, RANK, Amounts, Part
 from rarefy.search.targets import mean_speedup
@@ -71,14 +71,12 @@ class Search(Measured):
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
-
-        def measure(variant: Variant) -> Point:
-            return self.point(f"dense, {variant.name}", variant, self.stages({}, (), variant))
-
-        variants = variants_of(self.task.dense, bool(self.task.data), self.task.targets.counts_bytes)
-        self.prefetch(partial(measure, v) for v in variants)
-        for variant in variants:
-            self.bases[variant] = self.add(measure(variant))
+        task = self.task
+        variants = variants_of(task.dense, bool(task.data), task.targets.counts_bytes)
+        measures = {v: partial(self.point, f"dense, {v.name}", v, self.stages({}, (), v)) for v in variants}
+        self.prefetch(measures.values())
+        for variant, measure in measures.items():
+            self.bases[variant] = self.add(measure())
         self._mix_precisions()
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         limit = self.task.targets.max_loss
@@ -99,21 +97,14 @@ class Search(Measured):
         parts = self._eight_bit_parts(variant)
         choices = solve.front(parts)
 
-        def mixed_in(choice: Choice) -> Variant:
-            return variant.with_fp32([p.name for p in parts if p.key not in choice.amounts])
-
         def measure(choice: Choice) -> Point:
-            mixed = mixed_in(choice)
+            mixed = variant.with_fp32([p.name for p in parts if p.key not in choice.amounts])
             point = self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed))
-            return replace(point, layers=rows_of(choice, parts, plain, self.bases[plain]))
-
-        def add(choice: Choice, point: Point) -> Point:
-            mixed = mixed_in(choice)
-            self.bases[mixed] = self.add(point)
+            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, plain, self.bases[plain])))
             return self.bases[mixed]
 
         if len(choices) > 2:
-            self._bisect(self.bases[plain], choices, measure, add, last=whole, several=self._side_by_side())
+            self._bisect(self.bases[plain], choices, measure, last=whole)
 
     def _eight_bit_parts(self, variant: Variant) -> list[Part]:
         """Return what each layer saves and loses in 8 bits; the losses may take a quarter of the time that is left."""
@@ -160,10 +151,10 @@ class Search(Measured):
         every, parts = parts, [p for p in parts if p.method != BLOCK]
         line = solve.shrunk(parts, UNIFORM[0])
         best = self._along(variant, parts, solve.front(line))
-        count = self._side_by_side()
-        for others in batches(self._other_lines(parts, best), count):
-            if (better := self._along_several(variant, parts, map(solve.front, others), best)) is not None:
-                best, line = better[0], others[better[1]]
+        for other_line in self._other_lines(parts, best):
+            other = self._along(variant, parts, solve.front(other_line), start=best)
+            if other is not None and (best is None or self._better(other, best)):
+                best, line = other, other_line
         if len(every) > len(parts):  # a cheap block would hide smaller changes inside it
             with_blocks = [*line, *(p for p in every if p.method == BLOCK)]
             other = self._along(variant, every, solve.front(with_blocks), start=best)
@@ -171,19 +162,18 @@ class Search(Measured):
                 best, parts, line = other, every, with_blocks
         scales: dict[str, float] = {}
         methods = sorted({p.method for p in parts})
-        for factors, next_factors in zip(BALANCES, [*BALANCES[1:], ()]) if len(methods) > 1 else ():
+        for factors in BALANCES if len(methods) > 1 else ():
             improved = True
             while improved:
                 improved = False
-                groups = batches([*product(methods, factors)], count)
-                for i, group in enumerate(groups):
-                    after = groups[0] if improved else [*product(methods, next_factors)][:count]
-                    following = [*groups, after][i + 1]
+                for group in in_groups([*product(methods, factors)], self._side_by_side()):
                     trials = [{**scales, m: scales.get(m, 1.0) * f} for m, f in group]
-                    lines = (solve.front(line, trial) for trial in trials)
-                    spare = (solve.front(line, {**scales, m: scales.get(m, 1.0) * f}) for m, f in following)
-                    if (better := self._along_several(variant, parts, lines, best, spare)) is not None:
-                        best, scales, improved = better[0], trials[better[1]], True
+                    searches = [partial(self._along, variant, parts, solve.front(line, t), best, 1) for t in trials]
+                    self.prefetch(searches)
+                    for trial, search in zip(trials, searches):
+                        other = search()
+                        if other is not None and (best is None or self._better(other, best)):
+                            best, scales, improved = other, trial, True
 
     def _other_lines(self, parts: list[Part], best: Point | None) -> list[list[Part]]:
         """Return the parts with losses that give less loss together at the best point's saving.
@@ -203,11 +193,10 @@ class Search(Measured):
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
         joint_loss = partial(self._joint_loss, parts, until=until)
 
-        def look_ahead(allocations: Iterator[Amounts]) -> None:
-            requests = (partial(joint_loss, amounts) for amounts in allocations)
-            self.prefetch(islice(requests, 1), requests)
+        def prefetch(allocations: Sequence[Amounts]) -> None:
+            self.prefetch(partial(joint_loss, amounts) for amounts in allocations)
 
-        return [climb(parts, lines, saving, joint_loss, look_ahead)]
+        return [climb(parts, lines, saving, joint_loss, prefetch, self._side_by_side())]
 
     def _joint_loss(self, parts: Sequence[Part], amounts: Amounts, until: float = math.inf) -> float | None:
         """Return the distance of the outputs with all these parts changed; None without time, or where it fails."""
@@ -256,21 +245,21 @@ class Search(Measured):
         where they are not enough to read the data once."""
         task = self.task
 
-        def epochs() -> int:
+        def fitting_batches() -> tuple[int, int]:
             began = self.journal.clock()
             if seconds < 2 * point.seconds:  # it is made and measured
-                return 0
+                return 0, 0
             student, stage = self.make(point.recipe), train_stage(task.dense, task.example, task.metric.name, 1)
             each = seconds_a_batch(student, task.dense, stage, recovery.data, task.seed)
             left = seconds - (self.journal.clock() - began) - point.seconds
             known = self.journal.values.get("training batches")
-            batches, count = fitting(left, each, known or len(recovery.data))
-            if known is None and batches:
-                self.journal.get("training batches", lambda: batches)
-            return count if known in (None, batches) else 0
+            batches, epochs = fitting(left, each, known or len(recovery.data))
+            return batches, epochs if known in (None, batches) else 0
 
         key = f"epochs of {digest_of(point.recipe, point)}"
-        count = self.journal.get(key, epochs, keep=lambda epochs: epochs > 0)
+        batches, count = self.journal.get(key, fitting_batches, keep=lambda result: result[1] > 0)
+        if batches:
+            self.journal.get("training batches", lambda: batches)
         return train_stage(task.dense, task.example, task.metric.name, count) if count else None
 
     def _better(self, a: Point, b: Point) -> bool:
@@ -278,34 +267,8 @@ class Search(Measured):
         return index == 1
 
     def _side_by_side(self) -> int:
-        """Return how many points or lines are measured at once."""
+        """Return how many candidates are measured at once: as many as there were processes when the search began."""
         return self.journal.values.get(PROCESSES, 1)
-
-    def _along_several(
-        self,
-        variant: Variant,
-        parts: list[Part],
-        lines: Iterable[list[Choice]],
-        start: Point | None,
-        spare: Iterable[list[Choice]] = (),
-    ) -> tuple[Point, int] | None:
-        """Search lines side by side; return the best choice and the number of its line, if it is better than `start`.
-
-        `spare` are lines that may follow.
-        """
-        base, measure, lines = self.bases[variant], partial(self._choice, variant, parts), list(lines)
-        several = max(self._side_by_side() // max(len(lines), 1), 1)
-        requests, spare_requests = (
-            (partial(self._bisect, base, line, measure, lambda _, p: p, start, several=several) for line in group)
-            for group in (lines, spare)
-        )
-        self.prefetch(requests, spare_requests)
-        best, index = start, -1
-        for i, line in enumerate(lines):
-            other = self._along(variant, parts, line, start, several)
-            if other is not None and (best is None or self._better(other, best)):
-                best, index = other, i
-        return None if best is None or index < 0 else (best, index)
 
     def _along(
         self,
@@ -313,22 +276,20 @@ class Search(Measured):
         parts: list[Part],
         choices: list[Choice],
         start: Point | None = None,
-        several: int | None = None,
+        count: int | None = None,
     ) -> Point | None:
         """Find the best choice along one line of predictions; with `start`, only if its neighbourhood is better."""
-        several = self._side_by_side() if several is None else several
-        measure, add = partial(self._choice, variant, parts), partial(self._add_choice, parts)
-        return self._bisect(self.bases[variant], choices, measure, add, start, several=several)
+        measure = lambda c: self.add(self._choice(variant, parts, c))  # noqa: E731
+        return self._bisect(self.bases[variant], choices, measure, start, count=count)
 
     def _bisect(
         self,
         base: Point,
         choices: list[Choice],
         measure: Callable[[Choice], Point],
-        add: Callable[[Choice, Point], Point],
         start: Point | None = None,
         last: Point | None = None,
-        several: int = 1,
+        count: int | None = None,
     ) -> Point | None:
         """Find the best choice along a line from the dense model to the fastest.
 
@@ -338,10 +299,9 @@ class Search(Measured):
             base: the point of the first choice.
             choices: the line.
             measure: returns the point of a choice.
-            add: adds it to those that were tried.
             start: the best point of another line: this one is left where its neighbourhood is not better.
             last: the point of the last choice, where that is known not to keep the loss.
-            several: how many points are measured side by side.
+            count: how many points are measured at once; by default as many as possible.
         """
         end = len(choices) - 1
         seen: dict[int, Point] = {0: base} if last is None else {0: base, end: last}
@@ -351,17 +311,17 @@ class Search(Measured):
         else:
             index = next_choice(choices, seen, low, high, self.task.targets)
         best: Point | None = None
-        indices = next_choices(index, choices, seen, low, high, self.task.targets, several if start is None else 1)
-        while indices[0] not in seen and len(self.points) < MAX_POINTS:
-            self.prefetch(partial(measure, choices[i]) for i in indices)
+        while index not in seen and len(self.points) < MAX_POINTS:
+            indices = next_choices(index, choices, seen, low, high, self.task.targets, count or self._side_by_side())
+            self.prefetch([partial(measure, choices[i]) for i in indices])
             for index in indices:
-                if index >= len(choices):
+                if index >= len(choices):  # a smaller one cannot be made
                     break
-                point = seen[index] = add(choices[index], measure(choices[index]))
+                point = seen[index] = measure(choices[index])
                 if point.loss is None:
                     choices = choices[:index]
                     high = min(high, index)
-                elif self._goes_on(point):
+                elif index < high and self._goes_on(point):
                     low = max(low, index)
                 else:
                     high = min(high, index)
@@ -369,10 +329,7 @@ class Search(Measured):
                     best = point
                 if start is not None and len(seen) == 2 and not self._promises(point, start):
                     return best
-            if low >= high:  # of several at once, a faster one was lucky
-                low = max(i for i, p in seen.items() if i < high and (i == 0 or self._goes_on(p)))
             index = next_choice(choices, seen, low, high, self.task.targets)
-            indices = next_choices(index, choices, seen, low, high, self.task.targets, several)
         return best
 
     def _promises(self, point: Point, start: Point) -> bool:
@@ -389,7 +346,7 @@ class Search(Measured):
         return not rest_kept if targets.objective == "loss" else loss_kept
 
     def _choice(self, variant: Variant, parts: list[Part], choice: Choice) -> Point:
-        """Return the point of one choice."""
+        """Measure one choice."""
         name = describe(choice, parts, variant)
         loss, savings = predicted_sums(choice, parts, self.names)
         predicted = self._predicted(self.bases[variant], parts, choice.amounts, loss, savings)
@@ -398,14 +355,12 @@ class Search(Measured):
         point = self.point(name, variant, stages, predicted, rows, methods)
         if point.loss is None:
             return point
-        expected = at_speed_of(point, self.bases[variant], predicted["milliseconds"])
-        return replace(point, predicted={**predicted, "milliseconds": expected})
-
-    def _add_choice(self, parts: list[Part], choice: Choice, point: Point) -> Point:
-        """Add a point to those that were tried, and to those that correct predictions."""
-        if point.loss is not None:
-            self.observed.append(Observed(choice.amounts, *predicted_sums(choice, parts, self.names), point))
-        return self.add(point)
+        expected = predicted["milliseconds"]
+        point = replace(
+            point, predicted={**predicted, "milliseconds": at_speed_of(point, self.bases[variant], expected)}
+        )
+        self.observed.append(Observed(choice.amounts, loss, savings, point))
+        return point
 
     def _predicted(
         self, base: Point, parts: Sequence[Part], amounts: Amounts, loss: float, savings: Mapping[str, float]
