@@ -34,6 +34,9 @@ EvalData = Annotated[
 CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
 ]
+MaxLoss = Annotated[
+    str, typer.Option(help="Largest accepted loss: 1% of the dense model's number, or points of it, such as 0.5.")
+]
 TrainMinutes = Annotated[
     float,
     typer.Option(min=0, help="Minutes of training after the search: the best models learn from the dense one."),
@@ -54,9 +57,7 @@ def optimize(
     data: CalibrationData = None,
     evaluate: Evaluated = None,
     eval_data: EvalData = None,
-    max_loss: Annotated[
-        str, typer.Option(help="Largest accepted loss: 1% of the dense model's number, or points of it, such as 0.5.")
-    ] = "1%",
+    max_loss: MaxLoss = "1%",
     speedup: Annotated[float | None, typer.Option(help="Times as fast as the dense compiled model.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Longest call, in milliseconds.")] = None,
     size_mb: Annotated[float | None, typer.Option(help="Largest saved model, in megabytes.")] = None,
@@ -115,8 +116,7 @@ def optimize(
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     parse_targets(_limit(max_loss), objective_of(target, _limit(max_loss)), **limits)
     with shared.processes() as (rank, _):
-        if not rank:  # of several processes the first one writes
-            check_output_folder(out, force)
+        check_output_folder(out, force or rank > 0)  # of several processes the first one writes
         source = shared.source(model, checkpoint, random_weights, offline, quiet)
         with shared.threads(threads):
             net, tokenizer = shared.load(source, input_shape, max(batch) if batch else None, tokens)
@@ -132,21 +132,21 @@ def optimize(
                 ), model=model)  # fmt: skip
                 if frontier.best is not None:
                     save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
-        if not rank:
-            _show(frontier, out, as_json, quiet)
-        if frontier.finished == "interrupted":  # other processes are still searching: do not wait for them
-            raise typer.Exit(int(not frontier.met))
+        _show(frontier, out, as_json, quiet, rank)
     if not frontier.met:
         raise typer.Exit(1)
 
 
-def _show(frontier: Any, out: Path, as_json: bool, quiet: bool) -> None:
-    """Print the result, and whether a model keeps all limits."""
-    shared.show(frontier, as_json, quiet)
-    if frontier.best is not None and not quiet:
-        print(f"written to {out}", file=sys.stderr)
-    if not frontier.met:
-        print(f"check failed: {frontier.verdict}", file=sys.stderr)
+def _show(frontier: Any, out: Path, as_json: bool, quiet: bool, rank: int) -> None:
+    """Print the result in the first process. Exit after Ctrl-C: the other processes are not waited for."""
+    if not rank:
+        shared.show(frontier, as_json, quiet)
+        if frontier.best is not None and not quiet:
+            print(f"written to {out}", file=sys.stderr)
+        if not frontier.met:
+            print(f"check failed: {frontier.verdict}", file=sys.stderr)
+    if frontier.finished == "interrupted":
+        raise typer.Exit(int(not frontier.met))
 
 
 def _limit(text: str) -> str | None:

@@ -148,12 +148,12 @@ class SideBySideJournal(Journal):
         """
         waiting, failed = list(requests), set[str]()
         while waiting:
-            steps, asked, unfinished = dict[str, Step](), 0, list[Callable[[], Any]]()
-            while asked < len(waiting) and len(steps) < self.processes:
-                missing = {s.key: s for s in self._missing(waiting[asked]) if s.key not in failed}
-                unfinished += [waiting[asked]] if missing else []
-                steps, asked = steps | missing, asked + 1
-            waiting = unfinished + waiting[asked:]
+            steps, position, unfinished = dict[str, Step](), 0, list[Callable[[], Any]]()
+            while position < len(waiting) and len(steps) < self.processes:
+                missing = {s.key: s for s in self._missing(waiting[position]) if s.key not in failed}
+                unfinished += [waiting[position]] if missing else []
+                steps, position = steps | missing, position + 1
+            waiting = unfinished + waiting[position:]
             if steps and self.collecting:
                 raise MissingSteps([*steps.values()])
             if steps:
