@@ -229,7 +229,7 @@ class Measured:
     def add(self, point: Point) -> Point:
         """Add a point to those that were tried, unless the same model is among them."""
         for other in self.points:
-            if (other.recipe["stages"], runs_in(other)) == (point.recipe["stages"], runs_in(point)):
+            if same_model(other, point):
                 return other
         names = {p.name for p in self.points}
         free = (f"{point.name} ({n})" for n in range(2, MAX_POINTS + 3))
@@ -286,6 +286,11 @@ class Measured:
 def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
     """Return the precision that a model runs in, and the layers that do not."""
     return runs.precision, runs.ignore
+
+
+def same_model(a: Point, b: Point) -> bool:
+    """Return whether two points, which may have other names, are of the same model."""
+    return (a.recipe["stages"], runs_in(a)) == (b.recipe["stages"], runs_in(b))
 
 
 def trains(recipe: Mapping[str, Any]) -> bool:

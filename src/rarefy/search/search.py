@@ -27,7 +27,17 @@ from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
 from rarefy.search.parts import PartMeasurer, few_batches
-from rarefy.search.points import MAX_POINTS, RESERVED, Measured, Observed, OutOfTime, digest_of, runs_in, short_hash
+from rarefy.search.points import (
+    MAX_POINTS,
+    RESERVED,
+    Measured,
+    Observed,
+    OutOfTime,
+    digest_of,
+    runs_in,
+    same_model,
+    short_hash,
+)
 from rarefy.search.recovery import (
     REMAINS,
     SHARES,
@@ -182,9 +192,8 @@ class Search(Measured):
         parts are all there is.
         """
         lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
-        saving = next(
-            (sum(o.savings.values()) / len(o.savings) for o in reversed(self.observed) if o.point == best), 0.0
-        )
+        seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
+        saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
