@@ -216,7 +216,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         print(found, flush=True)
         point = found.points[found.best_index or 0]
         plain = [p for p in found.points if not any("train" in s for s in p.recipe["stages"])]
-        untrained = plain[parse_targets(task.max_loss, "latency").best(plain)[0] or 0]
+        trained = all(p is not point for p in plain)
+        untrained = plain[parse_targets(task.max_loss, "latency").best(plain)[0] or 0] if trained else point
         recipes = {"uniform": uniform(task.model, task.example, untrained.recipe)}
         if untrained is not point:
             recipes["found, before training"] = dict(untrained.recipe)
