@@ -194,7 +194,7 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             weights = {n: model.get_submodule(n).weight.numel() for n in options["per_layer"]}  # type: ignore[union-attr]
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())
             options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
-        elif "weights" in options:
+        elif "weights" in options and "layers" in options:
             linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
             count = len(options["layers"])
             options["layers"] = [linear[i * len(linear) // count] for i in range(count)]
