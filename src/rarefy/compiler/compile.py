@@ -310,7 +310,7 @@ def _compile(
         if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
-        if precision == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
+        if least == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
             compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
     compiled.forget()
