@@ -208,10 +208,11 @@ def dynamo() -> str:
                 r["model"].removeprefix("timm."),
                 f"{r['ms']['eager']:.2f}",
                 f"{r['ms']['compiled']:.2f} ({r['speedup']:.2f}x)",
+                f"{r['dynamo_alone']:.2f}x" if "dynamo_alone" in r else "",
             ]
             for r in sorted(rows, key=lambda r: -r["speedup"])
         ]
-        return table(["model", "eager, ms", "compiled, ms"], cells)
+        return table(["model", "eager, ms", "compiled, ms", "eager graphs by Dynamo"], cells)
 
     return per_machine(latest(read("dynamo", precision=None), "label", "model"), make)
 
