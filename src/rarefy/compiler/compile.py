@@ -272,13 +272,13 @@ def _compile(
     dynamic: bool,
 ) -> Compiled:
     """Return a model in fp32 compiled in a precision, but for layers that have their `own`; see `compile`."""
-    least = "int8" if "int8" in own.values() else precision
-    exported = export_graph(model, args, kwargs, passes_for(least, calibrate is not None), dynamic=dynamic)
+    lowest = "int8" if "int8" in own.values() else precision
+    exported = export_graph(model, args, kwargs, passes_for(lowest, calibrate is not None), dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
     exported.notes += notes
     unit_sizes = None  # open sizes that may be 1
-    if least or rounds_values(exported):  # kernels that round would hide a wrong graph
+    if lowest or rounds_values(exported):  # kernels that round would hide a wrong graph
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
 
     def precision_of(node: Node) -> str | None:
@@ -301,7 +301,7 @@ def _compile(
             exported, specs, kernels, depthwise, calibration_batches(calibrate), solver, select
         )
     compiled = Compiled(exported, kernels, specs)
-    allowed = tolerance(exported, least) if calibrate is None else CALIBRATED_TOLERANCE
+    allowed = tolerance(exported, lowest) if calibrate is None else CALIBRATED_TOLERANCE
     _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)
@@ -310,7 +310,7 @@ def _compile(
         if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
-        if least == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
+        if lowest == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
             why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
             compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
     compiled.forget()
