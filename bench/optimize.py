@@ -179,8 +179,9 @@ TASKS: dict[str, Callable[[int], Task]] = {
 
 
 def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe that removes the same share by each method in every group; layers in 4 bits are spread evenly."""
-    graph, stages = trace(model, example), []
+    """Return a recipe that removes the same share by each method in every group; few bits are spread evenly."""
+    graph, stages = trace(model, example), list[Any]()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
     for stage in copy.deepcopy(list(recipe["stages"])):
         options = next(iter(stage.values()))
         if "counts" in options:
@@ -195,9 +196,9 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())
             options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
         elif "weights" in options and "layers" in options:
-            linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
+            free = [n for n in linear if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
             count = len(options["layers"])
-            options["layers"] = [linear[i * len(linear) // count] for i in range(count)]
+            options["layers"] = [free[i * len(free) // count] for i in range(count)]
         stages.append(stage)
     return {**recipe, "stages": stages}
 

@@ -100,7 +100,7 @@ def test_it_is_that_of_a_cut_convnet_with_batchnorm() -> None:
 
 @pytest.mark.parametrize("method", ["1x4", BITS, RANK])
 def test_changed_weights_are_those_of_the_method(net: nn.Module, data: list[torch.Tensor], method: str) -> None:
-    changed = part(method, "b", 64 * 32, (1.0 if method == BITS else 0.5,))
+    changed = part(method, "b", 64 * 32, (0.5,))
     joint = JointLoss(net, data[0], [changed], {}, data)
     loss = joint({changed.key: changed.amounts[0]})
     other = copy.deepcopy(net)

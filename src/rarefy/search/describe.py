@@ -9,9 +9,8 @@ from rarefy.search import solve
 from rarefy.search.deploy import Variant
 from rarefy.search.frontier import Point
 from rarefy.search.solve import Choice
-from rarefy.search.space import BITS, BLOCK, CUTS, EIGHT_BITS, PATTERNS, RANK, Part
+from rarefy.search.space import BITS, BLOCK, CUTS, EIGHT_BITS, PATTERNS, RANK, Part, bits_at
 
-CHOSEN_BITS = {BITS: 4, EIGHT_BITS: 8}
 BITS_OF = {None: 32, "bf16": 16, "int8": 8}  # by precision of the engine
 
 
@@ -20,16 +19,20 @@ def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:
     words = [variant.name]
     for method in dict.fromkeys(p.method for p in parts):
         sizes = [(p.size, choice.amounts.get(p.key, 0.0)) for p in parts if p.method == method]
-        share = sum(size * amount for size, amount in sizes) / max(sum(size for size, _ in sizes), 1)
-        if share:
+        every = max(sum(size for size, _ in sizes), 1)
+        if method == BITS:
+            for amount in sorted({a for _, a in sizes if a}):
+                share = sum(size for size, a in sizes if a == amount) / every
+                words.append(f"{100 * share:.0f} % in {bits_at(amount)} bits")
+        elif share := sum(size * amount for size, amount in sizes) / every:
             words.append(f"{100 * share:.0f} % {_noun(method)}")
     return ", ".join(words)
 
 
-def _bits(part: Part, chosen: bool, variant: Variant) -> int:
+def _bits(part: Part, amount: float, variant: Variant) -> int:
     """Return the bits of a part's weights."""
-    if chosen and part.method in CHOSEN_BITS:
-        return CHOSEN_BITS[part.method]
+    if amount and part.method in (BITS, EIGHT_BITS):
+        return bits_at(amount) if part.method == BITS else 8
     return 32 if part.name in variant.ignore else BITS_OF[variant.precision]
 
 
@@ -37,7 +40,7 @@ def _noun(method: str) -> str:
     """Return what a share of a method is called."""
     if method in (*CUTS, BLOCK):
         return f"fewer {method}s"
-    return {BITS: "in 4 bits", RANK: "fewer weights (low rank)"}.get(method, f"zeros ({method})")
+    return "fewer weights (low rank)" if method == RANK else f"zeros ({method})"
 
 
 def rows_of(choice: Choice, parts: Sequence[Part], variant: Variant, base: Point) -> tuple[dict[str, Any], ...]:
@@ -62,7 +65,7 @@ def rows_of(choice: Choice, parts: Sequence[Part], variant: Variant, base: Point
             "layer": part.name, "choice": part.method if at is not None else "as it is",
             "sparsity": amount if pruned else 0.0,
             "pattern": part.method if pruned else "",
-            "bits": _bits(part, at is not None, variant),
+            "bits": _bits(part, amount, variant),
             "kept": f"{part.units_left(amount)} of {part.size}" if part.method in (*CUTS, BLOCK) else "",
             "milliseconds": 0.0 if at is None else whole * means[at],
             "loss": 0.0 if at is None else part.losses[at],

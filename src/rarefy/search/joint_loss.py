@@ -119,7 +119,7 @@ class JointLoss:
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def _smaller(self, key: Key, amount: float) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return a layer's weight in a pattern, in 4 bits, or of low rank."""
+        """Return a layer's weight in a pattern, in fewer bits, or of low rank."""
         method, name = key
         layer = self.layers[name]
         if method != BITS and self.fitted and name not in self.stats:

@@ -72,10 +72,10 @@ def optimize(
     """Search the model that loses least and runs fastest on this machine, within the limits that are given.
 
     The search joins what Rarefy can do: precisions of the engine, units removed (neurons, heads, channels, whole
-    blocks), weights pruned in patterns, low-rank factors, layers in 4 bits. It measures what each part of the model
-    gains and costs, predicts the rest (losses add up, SPDY, Frantar 2022; ZipLM, Kurtic 2023), makes the most promising
-    models, measures them as they are deployed, and corrects its predictions. With `train_minutes` the one or two models
-    that promise most then learn from the dense one. The model itself is left as it is.
+    blocks), weights pruned in patterns, low-rank factors, layers in 6, 5 or 4 bits. It measures what each part of the
+    model gains and costs, predicts the rest (losses add up, SPDY, Frantar 2022; ZipLM, Kurtic 2023), makes the most
+    promising models, measures them as they are deployed, and corrects its predictions. With `train_minutes` the one or
+    two models that promise most then learn from the dense one. The model itself is left as it is.
 
     Args:
         model: the model, in evaluation mode, on the CPU, in fp32.

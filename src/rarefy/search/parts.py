@@ -21,7 +21,7 @@ from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
 from rarefy.search.solve import line, mean_savings
-from rarefy.search.space import BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
+from rarefy.search.space import BIT_LEVELS, BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
 from rarefy.structured.cut import run_cut
 from rarefy.structured.layer_drop import Block
 from rarefy.structured.options import CutOptions
@@ -192,7 +192,7 @@ class PartMeasurer:
         layers, saved = self._timed_layers(method)
         if not saved:
             return []
-        levels = (1.0,) if method == BITS else PROBE_LEVELS
+        levels = BIT_LEVELS[-1:] if method == BITS else PROBE_LEVELS
         shares = space.shares_of_layers(self.dense, layers, self.example)
         losses = {level: self._layer_losses(layers, method, level) for level in levels}
         usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
@@ -206,7 +206,7 @@ class PartMeasurer:
         """Return the layers that a method can change, and what all of them save at each level; nothing where that is
         little at the largest."""
         layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
-        levels = {BITS: (1.0,), RANK: RANK_LEVELS}.get(method, TIMED_LEVELS)
+        levels = {BITS: BIT_LEVELS, RANK: RANK_LEVELS}.get(method, TIMED_LEVELS)
         saved: dict[float, dict[str, float]] = {}
         for level in reversed(levels) if layers else ():
             saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
@@ -218,7 +218,7 @@ class PartMeasurer:
         """Return a copy of the model in which all layers are pruned to a level, factorized or quantized."""
         smaller, names = copy.deepcopy(self.dense), [l.full_name for l in layers]
         if method == BITS:
-            space.quantize_(smaller, names)
+            space.quantize_(smaller, names, level)
         elif method == RANK:
             space.factorize_(smaller, names, level)
         else:
@@ -239,9 +239,11 @@ class PartMeasurer:
     def _weight_part(
         self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
     ) -> Part:
-        if method == BITS:
-            savings = {n: (s * share,) for n, s in saved[1.0].items()}
-            return Part(method, layer.full_name, layer.weight.numel(), (1.0,), (losses[1.0],), savings)
+        if method == BITS:  # losses are in proportion to what rounding changes
+            errors = [space.rounding_error(layer, level) for level in BIT_LEVELS]
+            predicted = tuple(losses[BIT_LEVELS[-1]] * e / max(errors[-1], 1e-30) for e in errors)
+            savings = {n: tuple(share * saved[level][n] for level in BIT_LEVELS) for n in self.names}
+            return Part(method, layer.full_name, layer.weight.numel(), BIT_LEVELS, predicted, savings)
         low, high = PROBE_LEVELS
         power = math.log(max(losses[high], 1e-30) / max(losses[low], 1e-30)) / math.log(high / low)
         predicted = tuple(losses[low] * (a / low) ** max(power, 1.0) for a in LEVELS)

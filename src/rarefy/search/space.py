@@ -1,9 +1,9 @@
 """What may be done to each part of a model: the predicted loss and the time saved by each amount of it.
 
 A part is a group of units (neurons, heads, channels) that can be removed together, a whole block, or the weight of a
-layer that can be pruned in a pattern, factorized or quantized to 4 bits. Losses are squared distances of the model's
-outputs where this part alone is changed; they add up for small changes. Times are those of the dense model's call in
-the same precision, taken as 1.
+layer that can be pruned in a pattern, factorized or quantized to 6, 5 or 4 bits. Losses are squared distances of the
+model's outputs where this part alone is changed; they add up for small changes. Times are those of the dense model's
+call in the same precision, taken as 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ BLOCK = "layer"  # whole blocks, such as those of a transformer
 RANK = "low rank"
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
-BITS, EIGHT_BITS = "4 bits", "8 bits"
+BITS, EIGHT_BITS = "fewer bits", "8 bits"
+BIT_LEVELS = (0.25, 0.375, 0.5)  # fractions of 8 bits that a layer of a decoder saves: 6, 5 and 4 bits
 RANK_LEVELS = (0.3, 0.5, 0.7)  # fractions of a layer's weights that its factors save
 MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
@@ -61,10 +62,10 @@ class Part:
     """A part of a model, and what an amount of a method does to it.
 
     Attributes:
-        method: neuron, head, channel or layer (removed), a pattern (pruned), "low rank", or "4 bits".
+        method: neuron, head, channel or layer (removed), a pattern (pruned), "low rank", or "fewer bits".
         name: of the group, block or layer.
         size: units of the group, weights of the layer, or 1 for a block.
-        amounts: fractions that may be removed or pruned, rising; of a block and of 4 bits 1.
+        amounts: fractions that may be removed or pruned, rising; of a block 1.
         losses: predicted loss of each amount.
         savings: by name of what is timed, the part of the call's time that each amount saves.
     """
@@ -258,8 +259,23 @@ def factorized_weight(layer: Layer, level: float, stats: Mapping[str, LayerStats
 
 
 def setting_of(method: str, amount: float) -> Setting:
-    """Return a layer's setting: zeros in a pattern, or 4 bits."""
-    return Setting(bits=4) if method == BITS else Setting(parse_pattern(method), amount)
+    """Return a layer's setting: zeros in a pattern, or fewer bits."""
+    return Setting(bits=bits_at(amount)) if method == BITS else Setting(parse_pattern(method), amount)
+
+
+def bits_at(amount: float) -> int:
+    """Return the bits of weights that save a fraction of 8 bits.
+
+    >>> [bits_at(amount) for amount in BIT_LEVELS]
+    [6, 5, 4]
+    """
+    return round(8 * (1 - amount))
+
+
+def rounding_error(layer: Layer, level: float) -> float:
+    """Return the squared error of a layer's weights where they are rounded to the bits of a level."""
+    weight = layer.weight.detach().float()
+    return float((compressed_weight(layer, setting_of(BITS, level), {}, "magnitude") - weight).square().sum())
 
 
 def measured_layer_loss(
@@ -281,9 +297,9 @@ def factorize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
     run_factorize(model, FactorizeOptions(keep=1 - level, layers=tuple(layers)))
 
 
-def quantize_(model: nn.Module, layers: Sequence[str]) -> None:
-    """Round layers to 4 bits in place, to the nearest."""
-    run_quantize(model, QuantizeOptions(weights="int4", group=GROUP, layers=tuple(layers)))
+def quantize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
+    """Round layers to the bits of a level in place, to the nearest."""
+    run_quantize(model, QuantizeOptions(weights=f"int{bits_at(level)}", group=GROUP, layers=tuple(layers)))
 
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:

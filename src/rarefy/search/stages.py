@@ -7,7 +7,7 @@ from typing import Any
 
 from rarefy.pipeline.sensitivity import GROUP
 from rarefy.search.deploy import Variant
-from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part
+from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part, bits_at
 
 
 def stages_of(
@@ -43,12 +43,14 @@ def stages_of(
 
 def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> list[dict[str, Any]]:
     """Return the stages that prune, factorize or quantize these layers."""
+    levels = sorted(set(amounts.values()))
+    names = {level: [n for n, a in amounts.items() if a == level] for level in levels}
     if method == BITS:
         solver = {"solver": "obs"} if has_data else {}
-        return [{"quantize": {"weights": "int4", "group": GROUP, "layers": list(amounts), **solver}}]
+        return [
+            {"quantize": {"weights": f"int{bits_at(v)}", "group": GROUP, "layers": names[v], **solver}} for v in levels
+        ]
     if method == RANK:
-        levels = sorted(set(amounts.values()))
-        names = {level: [n for n, a in amounts.items() if a == level] for level in levels}
         return [{"factorize": {"keep": round(1 - level, 4), "layers": names[level]}} for level in levels]
     solver = {"solver": "admm"} if has_data else {"score": "magnitude"}
     return [{"prune": {"pattern": method, "per_layer": dict(amounts), **solver}}]

@@ -1,0 +1,85 @@
+"""Layers of language models in 6, 5 and 4 bits: what a search predicts of them, and the recipe that it writes."""
+
+import pytest
+import torch
+
+import rarefy
+from helpers.language_models import small
+from rarefy.model.layers import all_layers
+from rarefy.recipe.schema import Recipe
+from rarefy.search import space
+from rarefy.search.deploy import Variant, distance, outputs_of
+from rarefy.search.describe import describe, rows_of
+from rarefy.search.frontier import Point
+from rarefy.search.solve import Choice
+from rarefy.search.space import BIT_LEVELS, BITS, Part
+from rarefy.search.stages import stages_of, weight_stages
+
+pytest.importorskip("transformers")
+LAYERS = [f"model.layers.0.self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
+INT8 = Variant("int8", "int8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 64, (4, 16), generator=generator)} for _ in range(3)]
+
+
+def parts():
+    return [Part(BITS, n, 100, BIT_LEVELS, (0.1, 0.4, 1.6), {"decode": (0.01, 0.02, 0.03)}) for n in LAYERS]
+
+
+def choice(*amounts):
+    return Choice({(BITS, n): a for n, a in zip(LAYERS, amounts) if a}, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])
+def test_losses_are_in_proportion_to_rounding_errors(model, data, name):
+    layer = next(l for l in all_layers(model) if l.full_name == name)
+    wanted = outputs_of(model, data)
+    losses = [
+        space.measured_layer_loss(model, layer, space.setting_of(BITS, level), {}, "magnitude", data, wanted)
+        for level in BIT_LEVELS
+    ]
+    errors = [space.rounding_error(layer, level) for level in BIT_LEVELS]
+    assert errors[0] < errors[1] < errors[2]
+    for loss, error in zip(losses[:2], errors[:2]):
+        assert losses[2] * error / errors[2] == pytest.approx(loss, rel=0.5)
+
+
+def test_each_number_of_bits_is_a_stage_of_the_recipe():
+    stages = weight_stages(BITS, dict(zip(LAYERS, (0.5, 0.25, 0.375, 0.25))), has_data=True)
+    options = [stage["quantize"] for stage in stages]
+    assert [(o["weights"], o["layers"]) for o in options] == [
+        ("int6", [LAYERS[1], LAYERS[3]]), ("int5", [LAYERS[2]]), ("int4", [LAYERS[0]]),
+    ]  # fmt: skip
+    assert all(o["solver"] == "obs" and o["group"] == 32 for o in options)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_recipe_runs_in_these_bits(data, smooth):
+    made = small()
+    variant = Variant("int8", "int8", smooth)
+    stages = stages_of(choice(0.25, 0.375, 0.5, 0.0).amounts, parts(), variant, {}, has_data=True)
+    rarefy.compress_(made, Recipe(stages=stages, seed=0), {"calibrate": data})
+    step = rarefy.decoder(made, precision="int8")
+    layers, kernels = step.compiled.exported.layers, step.compiled.kernels
+    kinds = {layers[node]: k.held[0].kind for node, k in kernels.items() if layers.get(node) in LAYERS}
+    assert kinds == dict(zip(LAYERS, ("int6", "int5", "int4", "int8")))
+    with torch.no_grad():
+        assert distance(made, outputs_of(small(), data), data) < 0.05
+
+
+def test_a_choice_in_words():
+    chosen = choice(0.25, 0.5, 0.25, 0.0)
+    assert describe(chosen, parts(), INT8) == "int8, 50 % in 6 bits, 25 % in 4 bits"
+    base = Point("dense", 1.0, 0.0, {"decode": {"median": 2.0}}, {"decode": 1.0}, 1, 1, {}, "int8")
+    rows = rows_of(chosen, parts(), INT8, base)
+    assert [(r["choice"], r["bits"]) for r in rows] == [(BITS, 6), (BITS, 4), (BITS, 6), ("as it is", 8)]
+    assert [r["milliseconds"] for r in rows] == [0.02, 0.06, 0.02, 0.0]
