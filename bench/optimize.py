@@ -47,6 +47,7 @@ from rarefy.model import hf
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import DECODE, deploy, times_of
+from rarefy.search.points import trains
 from rarefy.search.targets import parse_targets
 from runtime import alternate, keep_memory
 from values import keep
@@ -216,9 +217,10 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         )  # fmt: skip
         print(found, flush=True)
         point = found.points[found.best_index or 0]
-        plain = [p for p in found.points if not any("train" in s for s in p.recipe["stages"])]
-        trained = all(p is not point for p in plain)
-        untrained = plain[parse_targets(task.max_loss, "latency").best(plain)[0] or 0] if trained else point
+        untrained = point
+        if trains(point.recipe):
+            plain = [p for p in found.points if not trains(p.recipe)]
+            untrained = plain[parse_targets(task.max_loss, "latency").best(plain)[0] or 0]
         recipes = {"uniform": uniform(task.model, task.example, untrained.recipe)}
         if untrained is not point:
             recipes["found, before training"] = dict(untrained.recipe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -40,24 +40,24 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Let every process work by itself within this context: on all batches, with no sums over processes."""
-    _alone[0] += 1
-    try:
-        yield
-    finally:
-        _alone[0] -= 1
+    return _counted(_alone)
+
+
+def replicated_data() -> AbstractContextManager[None]:
+    """Let every process see all batches, and sum nothing over processes, within this context."""
+    return _counted(_replicated)
 
 
 @contextmanager
-def replicated_data() -> Iterator[None]:
-    """Let every process see all batches, and sum nothing over processes, within this context."""
-    _replicated[0] += 1
+def _counted(counter: list[int]) -> Iterator[None]:
+    """Count one more within this context, which others may surround."""
+    counter[0] += 1
     try:
         yield
     finally:
-        _replicated[0] -= 1
+        counter[0] -= 1
 
 
 def num_data_shards() -> int:
