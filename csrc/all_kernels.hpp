@@ -22,6 +22,18 @@
 
 namespace {
 
+// The functions of joined terms, where there are such.
+struct JoinedFunctions {
+  decltype(rarefy_kernel_table::joined_lanes) lanes = nullptr;
+  decltype(rarefy_kernel_table::store_joined) store = nullptr;
+  decltype(rarefy_kernel_table::decompress_joined) decompress = nullptr;
+};
+template <int32_t PAIRS = JOINED_PAIRS>
+constexpr JoinedFunctions joined_functions() {
+  if constexpr (JOINED_TERMS) return {dense_lanes<PAIRS>, store_outputs<PAIRS>, decompress_quantized<PAIRS>};
+  return {};
+}
+
 constexpr rarefy_kernel_table all_kernels(const char* name) {
   return {
       .name = name,
@@ -30,7 +42,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .pack_inputs = {pack_inputs<RAREFY_F32>, pack_inputs<RAREFY_BF16>, pack_inputs<RAREFY_I8>},
       .convert_row = {convert_row<RAREFY_F32>, convert_row<RAREFY_BF16>, convert_row<RAREFY_I8>,
                       convert_row<RAREFY_I8>},
-      .convert_row_lost = convert_row_lost,
+      .convert_row_two_terms = convert_row_two_terms,
       .absmax_bits = absmax_bits,
       .take_even = take_even,
       .gather_lanes = gather_lanes,
@@ -39,7 +51,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .bitmask_epilogue = {rows_epilogue<RAREFY_F32, rarefy_bitmask>, rows_epilogue<RAREFY_BF16, rarefy_bitmask>,
                            rows_epilogue<RAREFY_I8, rarefy_bitmask>, rows_epilogue<RAREFY_I4, rarefy_bitmask>},
       .quantized_gemv = {quantized_gemv<8, INT8_INPUTS>, quantized_gemv<8, FP32_INPUTS>, quantized_gemv<8, TWO_TERMS>,
-                         quantized_gemv<4, INT8_INPUTS>, quantized_gemv<4, FP32_INPUTS>, nullptr,
+                         quantized_gemv<4, INT8_INPUTS>, quantized_gemv<4, FP32_INPUTS>, quantized_gemv<4, TWO_TERMS>,
                          quantized_gemv<5, INT8_INPUTS>, quantized_gemv<5, FP32_INPUTS>, quantized_gemv<5, TWO_TERMS>,
                          quantized_gemv<6, INT8_INPUTS>, quantized_gemv<6, FP32_INPUTS>, quantized_gemv<6, TWO_TERMS>},
       .quantized_epilogue = quantized_epilogue,
@@ -55,6 +67,9 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .begin_dense = begin_dense,
       .end_dense = end_dense,
       .dense_lanes = {dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>},
+      .joined_lanes = joined_functions().lanes,
+      .store_joined = joined_functions().store,
+      .decompress_joined = joined_functions().decompress,
       .lanes_gemv = {lanes_gemv<RAREFY_BF16>, lanes_gemv<RAREFY_I8>},
       .store_outputs = {store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>},
       .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,
@@ -70,7 +85,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .norm_tile = norm_tile,
       .column_absmax = column_absmax,
       .quantize_tile = quantize_tile,
-      .quantize_lost = quantize_lost,
+      .quantize_two_terms = quantize_two_terms,
       .quantize_static = quantize_static,
       .fake_quantize = fake_quantize,
       .channelwise = channelwise,

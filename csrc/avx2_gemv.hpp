@@ -1,7 +1,7 @@
-// One input of two int8 terms times a weight of 5 or 6 bits with scales for groups of inputs, with AVX2.
+// Few inputs of 16 bits, each the two int8 terms of a number in one, times a quantized weight, with AVX2.
 //
-// Codes are multiplied as they are stored, without a sign: a pair of products with int8 fits 16 bits. What they are too
-// large by, the zero point, is multiplied by the sums of the inputs, once for all rows.
+// Codes of less than 8 bits are multiplied as they are stored, without a sign. What they are too large by, the zero
+// point, is multiplied by the sums of the inputs, once for four rows.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,90 +13,259 @@
 
 namespace {
 
-constexpr int64_t GEMV_BLOCKS = 64;  // blocks of columns whose sums of inputs are computed at a time
+constexpr int64_t GEMV_BLOCKS = JOINED_COLUMNS / 64;  // blocks of 64 columns at a time
 
-// LOST_STEPS times the products of 32 codes and inputs, plus those of what rounding the inputs lost.
-inline __m256i multiply_codes(__m256i codes, const uint8_t* x, const uint8_t* lost) {
-  const auto pairs = [&](const uint8_t* in) {
-    return _mm256_maddubs_epi16(codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
-  };
-  return _mm256_add_epi32(_mm256_madd_epi16(pairs(x), _mm256_set1_epi16(int16_t(LOST_STEPS))),
-                          _mm256_madd_epi16(pairs(lost), _mm256_set1_epi16(1)));
+// 64 codes of a row as vectors of 16 bits: of 4 bits columns 0, 4, 8 ... then 1, 5, 9 ..., of 5 and 6 bits the even and
+// the odd ones of each half, of 8 bits all in their order.
+template <int BITS>
+inline void load_words(const uint8_t* v, __m256i (&words)[4]) {
+  const auto all = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v) + i); };
+  if constexpr (BITS == 8) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v) + i));
+  } else if constexpr (BITS == 4) {
+    const __m256i nibbles = all(0), fifteen = _mm256_set1_epi16(15);
+    words[0] = _mm256_and_si256(nibbles, fifteen);
+    words[1] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen);
+    words[2] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), fifteen);
+    words[3] = _mm256_srli_epi16(nibbles, 12);
+  } else {
+    __m256i codes[2];
+    unpack_wide_codes<BITS>(v, codes);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      words[2 * i] = _mm256_and_si256(codes[i], _mm256_set1_epi16(255));
+      words[2 * i + 1] = _mm256_srli_epi16(codes[i], 8);
+    }
+  }
 }
 
-inline float sum_of(__m256i v) {
+// 32 values of 16 bits: the even ones, and the odd ones.
+inline void split_pairs(__m256i first, __m256i second, __m256i& even, __m256i& odd) {
+  const auto low = [](__m256i v) { return _mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16); };
+  const auto high = [](__m256i v) { return _mm256_srai_epi32(v, 16); };
+  even = _mm256_permute4x64_epi64(_mm256_packs_epi32(low(first), low(second)), 0xd8);
+  odd = _mm256_permute4x64_epi64(_mm256_packs_epi32(high(first), high(second)), 0xd8);
+}
+
+// 64 inputs in the order of load_words.
+template <int BITS>
+inline void arrange_inputs(const int16_t* x, __m256i* out) {
+  __m256i in[4];
+  for (int i = 0; i < 4; ++i) in[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i);
+  split_pairs(in[0], in[1], out[0], out[1]);
+  split_pairs(in[2], in[3], out[2], out[3]);
+  if constexpr (BITS == 4) {
+    const __m256i even[2] = {out[0], out[2]}, odd[2] = {out[1], out[3]};
+    split_pairs(even[0], even[1], out[0], out[2]);
+    split_pairs(odd[0], odd[1], out[1], out[3]);
+  }
+}
+
+inline int64_t sum_of(__m256i v) {
   alignas(32) int32_t all[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
-  return float(((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7])));
+  int64_t sum = 0;
+  for (int i = 0; i < 8; ++i) sum += all[i];
+  return sum;
 }
 
-// Four rows; `offsets`: the zero point times the sums of the inputs of each group.
+inline float sum_of(__m256 v) {
+  alignas(32) float all[8];
+  _mm256_store_ps(all, v);
+  return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+}
+
+// Some blocks of inputs as multiply_rows reads them.
+template <int BITS, int INPUTS>
+struct JoinedInputs {
+  JoinedInputs(const uint8_t* x, int64_t ldx, int64_t blocks) {
+    for (int m = 0; m < INPUTS; ++m) {
+      const auto* in = reinterpret_cast<const int16_t*>(x + m * ldx);
+      first[m] = reinterpret_cast<const __m256i*>(in);
+      if constexpr (BITS < 8) {
+        first[m] = words[m];
+        for (int64_t b = 0; b < blocks; ++b, in += 64) {
+          arrange_inputs<BITS>(in, words[m] + 4 * b);
+          for (int half = 0; half < 2; ++half) sums[m][2 * b + half] = half_sum(in + 32 * half);
+        }
+      }
+    }
+  }
+  static float half_sum(const int16_t* x) {
+    const auto pairs = [&](int i) {
+      return _mm256_madd_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i), _mm256_set1_epi16(1));
+    };
+    return float(sum_of(_mm256_add_epi32(pairs(0), pairs(1))));
+  }
+  const __m256i* first[INPUTS];
+  __m256i words[BITS < 8 ? INPUTS : 1][BITS < 8 ? 4 * GEMV_BLOCKS : 1];
+  float sums[BITS < 8 ? INPUTS : 1][BITS < 8 ? 2 * GEMV_BLOCKS : 1];  // of each 32 columns
+};
+
+// The scales (bf16) of four rows for one block, and the zero points of codes times them.
 template <int BITS, int GROUPS>
-inline void multiply_four_rows(const uint8_t* value, const uint16_t* scale, const float* offsets, int64_t blocks,
-                               const uint8_t* x, const uint8_t* lost, float (&sums)[TILE_ROWS]) {
-  __m256 acc[TILE_ROWS], excess = _mm256_setzero_ps();
-  for (__m256& a : acc) a = _mm256_setzero_ps();
-  for (int64_t b = 0; b < blocks; ++b, x += 64, lost += 64, scale += TILE_ROWS * GROUPS) {
-    // the scales of all rows and groups, times the offsets of these groups
+struct BlockScales {
+  BlockScales(const uint16_t* scale, const uint8_t* zero) {
     const __m128i stored = GROUPS == 2 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale))
                                        : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale));
-    const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
-    double pair;
-    std::memcpy(&pair, offsets + 2 * b, 8);
-    excess = _mm256_fmadd_ps(scales, _mm256_castpd_ps(_mm256_set1_pd(pair)), excess);
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r, value += 8 * BITS) {
-      __m256i codes[2];
-      unpack_wide_codes<BITS>(value, codes);
-      const __m256i low = multiply_codes(codes[0], x, lost), high = multiply_codes(codes[1], x + 32, lost + 32);
-      if constexpr (GROUPS == 2) {
-        float both;
-        std::memcpy(&both, scale + 2 * r, 4);
-        const __m256i pairs = _mm256_castps_si256(_mm256_set1_ps(both));
-        const __m256i second = _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)));
-        acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), acc[r]);
-        acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_castsi256_ps(second), acc[r]);
-      } else {
-        const __m256i one_scale = _mm256_slli_epi32(_mm256_set1_epi16(int16_t(scale[r])), 16);
-        const __m256 all = _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
-        acc[r] = _mm256_fmadd_ps(all, _mm256_castsi256_ps(one_scale), acc[r]);
-      }
-      _mm_prefetch(reinterpret_cast<const char*>(value) + PREFETCH_BYTES, _MM_HINT_T0);
-    }
+    all = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
+    excess = _mm256_mul_ps(all, zero ? zeros(zero) : _mm256_set1_ps(BITS < 8 ? 1 << (BITS - 1) : 0));
   }
-  alignas(32) float all[8], over[8];
-  _mm256_store_ps(over, excess);
-  for (int r = 0; r < TILE_ROWS; ++r) {
-    _mm256_store_ps(all, acc[r]);
-    const float sum = ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
-    sums[r] = (sum - (GROUPS == 2 ? over[2 * r] + over[2 * r + 1] : over[r])) / LOST_STEPS;
+  static __m256 zeros(const uint8_t* zero) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, zero, TILE_ROWS * GROUPS);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
+  }
+  // The scales of row r of each half, in all elements; of both halves for nibbles, whose groups are halves of a vector.
+  __m256 of(int r, int half) const { return pick(GROUPS == 2 ? 2 * r + half : r, GROUPS == 2 ? 2 * r + half : r); }
+  __m256 of_nibbles(int r) const { return pick(GROUPS == 2 ? 2 * r : r, GROUPS == 2 ? 2 * r + 1 : r); }
+  __m256 pick(int low, int high) const {
+    return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(low, low, low, low, high, high, high, high));
+  }
+  __m256 all, excess;
+};
+
+// ROWS of four rows, from row `row` of them on, whose scales are for groups of columns.
+template <int BITS, int GROUPS, int ROWS, int INPUTS>
+inline void multiply_rows(const uint8_t* value, const uint16_t* scale, const uint8_t* zero, int row, int64_t blocks,
+                          const JoinedInputs<BITS, INPUTS>& x, float (&out)[TILE_ROWS][INPUTS]) {
+  __m256 acc[ROWS][INPUTS], excess[INPUTS];
+  for (int m = 0; m < INPUTS; ++m) {
+    excess[m] = _mm256_setzero_ps();
+    for (int r = 0; r < ROWS; ++r) acc[r][m] = _mm256_setzero_ps();
+  }
+  value += row * 8 * BITS;
+  for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 8 * BITS, scale += TILE_ROWS * GROUPS) {
+    const BlockScales<BITS, GROUPS> scales(scale, zero);
+    zero += zero ? TILE_ROWS * GROUPS : 0;
+    if constexpr (BITS < 8) {
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const float* sums = x.sums[m] + 2 * b;
+        double pair;
+        std::memcpy(&pair, sums, 8);
+        excess[m] = _mm256_fmadd_ps(
+            scales.excess, GROUPS == 2 ? _mm256_castpd_ps(_mm256_set1_pd(pair)) : _mm256_set1_ps(sums[0] + sums[1]),
+            excess[m]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      __m256i words[4];
+      load_words<BITS>(value + r * 8 * BITS, words);
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const __m256i* in = x.first[m] + 4 * b;
+        const auto pairs = [&](int i) { return _mm256_madd_epi16(words[i], _mm256_loadu_si256(in + i)); };
+        const __m256i low = _mm256_add_epi32(pairs(0), pairs(1)), high = _mm256_add_epi32(pairs(2), pairs(3));
+        if constexpr (BITS == 4 || GROUPS == 1) {
+          acc[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)), scales.of_nibbles(row + r),
+                                      acc[r][m]);
+        } else {
+          acc[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), scales.of(row + r, 0), acc[r][m]);
+          acc[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), scales.of(row + r, 1), acc[r][m]);
+        }
+      }
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(value) + PREFETCH_BYTES, _MM_HINT_T0);
+    if constexpr (BITS > 4) _mm_prefetch(reinterpret_cast<const char*>(value) + PREFETCH_BYTES + 128, _MM_HINT_T0);
+  }
+  for (int m = 0; m < INPUTS; ++m) {
+    alignas(32) float over[8];
+    _mm256_store_ps(over, excess[m]);
+    for (int r = 0; r < ROWS; ++r)
+      out[row + r][m] =
+          sum_of(acc[r][m]) - (GROUPS == 2 ? over[2 * (row + r)] + over[2 * (row + r) + 1] : over[row + r]);
   }
 }
 
-// Rows `from` (a multiple of four) to `to`.
-template <int BITS, int GROUPS>
-void wide_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, float* y) {
-  const int64_t row_bytes = w.col_blocks * 8 * BITS, row_scales = w.col_blocks * GROUPS;
-  const auto* values = static_cast<const uint8_t*>(w.values);
-  const __m256i zero_points = _mm256_set1_epi8(1 << (BITS - 1));
-  for (int64_t first = 0; first < w.col_blocks; first += GEMV_BLOCKS) {
-    const int64_t blocks = std::min(GEMV_BLOCKS, w.col_blocks - first);
-    const uint8_t *in = x + 64 * first, *lost = in + 64 * w.col_blocks;
-    float offsets[2 * GEMV_BLOCKS];
-    for (int64_t b = 0; b < blocks; ++b) {
-      const __m256i low = multiply_codes(zero_points, in + 64 * b, lost + 64 * b);
-      const __m256i high = multiply_codes(zero_points, in + 64 * b + 32, lost + 64 * b + 32);
-      offsets[2 * b] = GROUPS == 2 ? sum_of(low) : sum_of(_mm256_add_epi32(low, high));
-      offsets[2 * b + 1] = GROUPS == 2 ? sum_of(high) : offsets[2 * b];
-    }
-    for (int64_t row = from; row < to; row += TILE_ROWS) {
-      float sums[TILE_ROWS];
-      multiply_four_rows<BITS, GROUPS>(values + row * row_bytes + TILE_ROWS * first * 8 * BITS,
-                                       w.scales + row * row_scales + TILE_ROWS * first * GROUPS, offsets, blocks, in,
-                                       lost, sums);
-      for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r) y[row + r] = sums[r] + (first ? y[row + r] : 0.0f);
+// As multiply_rows, of a weight that has one scale for a row: all sums are integers.
+template <int BITS, int ROWS, int INPUTS>
+inline void multiply_unscaled_rows(const uint8_t* value, int row, int64_t blocks, const JoinedInputs<BITS, INPUTS>& x,
+                                   float (&out)[TILE_ROWS][INPUTS]) {
+  __m256i acc[ROWS][INPUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = _mm256_setzero_si256();
+  value += row * 8 * BITS;
+  for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 8 * BITS) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      __m256i words[4];
+      load_words<BITS>(value + r * 8 * BITS, words);
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          acc[r][m] = _mm256_add_epi32(
+              acc[r][m], _mm256_madd_epi16(words[i], _mm256_loadu_si256(x.first[m] + 4 * b + i)));
+      _mm_prefetch(reinterpret_cast<const char*>(value) + r * 8 * BITS + PREFETCH_BYTES, _MM_HINT_T0);
     }
   }
+  for (int m = 0; m < INPUTS; ++m) {
+    int64_t excess = 0;
+    if constexpr (BITS < 8) {
+      for (int64_t i = 0; i < 2 * blocks; ++i) excess += int64_t(x.sums[m][i]);
+      excess *= 1 << (BITS - 1);
+    }
+    for (int r = 0; r < ROWS; ++r) out[row + r][m] = float(sum_of(acc[r][m]) - excess);
+  }
+}
+
+// Rows `from` (a multiple of four) to `to` on at most four inputs, ldx bytes apart.
+template <int BITS, int GROUPS, int INPUTS>
+void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, int64_t ldx, float* y,
+                 int64_t ldy) {
+  constexpr int ROWS = INPUTS == 1 ? 4 : 2;  // sums and weights fit sixteen registers
+  const auto* values = static_cast<const uint8_t*>(w.values);
+  for (int64_t first = 0; first < w.col_blocks; first += GEMV_BLOCKS) {
+    const int64_t blocks = std::min(GEMV_BLOCKS, w.col_blocks - first);
+    const JoinedInputs<BITS, INPUTS> inputs(x + 128 * first, ldx, blocks);
+    for (int64_t row = from; row < to; row += TILE_ROWS) {
+      const int64_t cell = row * w.col_blocks + TILE_ROWS * first;
+      float sums[TILE_ROWS][INPUTS];
+#pragma GCC unroll 2
+      for (int r = 0; r < TILE_ROWS; r += ROWS) {
+        if constexpr (GROUPS)
+          multiply_rows<BITS, GROUPS, ROWS>(values + cell * 8 * BITS, w.scales + cell * GROUPS,
+                                            w.zeros ? w.zeros + cell * GROUPS : nullptr, r, blocks, inputs, sums);
+        else
+          multiply_unscaled_rows<BITS, ROWS>(values + cell * 8 * BITS, r, blocks, inputs, sums);
+      }
+      for (int m = 0; m < INPUTS; ++m)
+        for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r) {
+          float& out = y[m * ldy + row + r];
+          out = sums[r][m] * (1.0f / LOST_STEPS) + (first ? out : 0.0f);
+        }
+    }
+  }
+}
+
+template <int BITS, int GROUPS>
+void joined_groups(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, int64_t ldx, float* y,
+                   int64_t ldy, int64_t n) {
+  for (; n > 0; n -= 4, x += 4 * ldx, y += 4 * ldy) {
+    if (n >= 4)
+      joined_rows<BITS, GROUPS, 4>(w, from, to, x, ldx, y, ldy);
+    else if (n == 3)
+      joined_rows<BITS, GROUPS, 3>(w, from, to, x, ldx, y, ldy);
+    else if (n == 2)
+      joined_rows<BITS, GROUPS, 2>(w, from, to, x, ldx, y, ldy);
+    else
+      joined_rows<BITS, GROUPS, 1>(w, from, to, x, ldx, y, ldy);
+  }
+}
+
+template <int BITS>
+void joined_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, int64_t ldx, float* y,
+                 int64_t ldy, int64_t n) {
+  if (w.scale_groups == 2)
+    joined_groups<BITS, 2>(w, from, to, x, ldx, y, ldy, n);
+  else if (w.scale_groups == 1)
+    joined_groups<BITS, 1>(w, from, to, x, ldx, y, ldy, n);
+  else
+    joined_groups<BITS, 0>(w, from, to, x, ldx, y, ldy, n);
 }
 
 }  // namespace

@@ -234,11 +234,10 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   char* in = static_cast<char*>(scratch.data);
   if (!in) return RAREFY_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * padded * bytes);
-  const auto convert_row = t.convert_row[fp32_inputs ? RAREFY_F32 : RAREFY_I8];
+  const auto convert_row = two_terms ? t.convert_row_two_terms : t.convert_row[fp32_inputs ? RAREFY_F32 : RAREFY_I8];
   for (int64_t i = 0; i < n; ++i) {
     scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, x + i * ldx, first->cols);
     convert_row(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
-    if (two_terms) t.convert_row_lost(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
   }
   const auto gemv = t.quantized_gemv[quantized_variant(*first)];
   const int64_t row_entries = two_terms ? 2 * padded : padded;

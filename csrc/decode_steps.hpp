@@ -87,8 +87,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
       const float scale = s.dtype == RAREFY_I8 ? rarefy_input_scale(t, x, s.features) : 1.0f;
       s.out_scales.data[part] = scale;
       const int64_t padded = ceil_div(s.features, 64) * 64;
-      t.convert_row[s.dtype](x, s.features, padded, 1.0f / scale, out);
-      if (s.two_terms) t.convert_row_lost(x, s.features, padded, 1.0f / scale, out);
+      (s.two_terms ? t.convert_row_two_terms : t.convert_row[s.dtype])(x, s.features, padded, 1.0f / scale, out);
       break;
     }
     case RAREFY_OP_NORM: {

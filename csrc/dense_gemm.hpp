@@ -52,7 +52,7 @@ template <int DTYPE>
 void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                  int64_t columns) {
   for (int64_t b = 0; b < lane_blocks; b += BLOCKS_IN_L1)
-    for_each_vector_group(columns, [&](auto vectors, int64_t column) {
+    for_each_vector_group<DTYPE == JOINED_PAIRS ? 2 : 3>(columns, [&](auto vectors, int64_t column) {
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         dense_rows<DTYPE, vectors>(
             values + (r / DENSE_ROWS * lane_blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
@@ -70,6 +70,8 @@ inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, 
   if constexpr (DTYPE == RAREFY_I8) {
     const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT + e.zero);
     v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) * (col_scale * e.row_scales[row]);
+  } else if constexpr (DTYPE == JOINED_PAIRS) {
+    v = __builtin_convertvector(i32_vec(v), f32_vec) * (col_scale * e.row_scales[row]);
   }
   if (e.bias) v += e.bias[row];
   if (e.residual) v += load_vec(e.residual + at);
@@ -80,7 +82,7 @@ template <int DTYPE, int ACT>
 void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
   for (int64_t r = 0; r < e.rows; r += TILE_ROWS)
     for (int64_t n = 0; n < e.columns; n += SIMD_WIDTH) {
-      const f32_vec col_scale = DTYPE == RAREFY_I8 ? load_vec(e.col_scales + n) : f32_vec{};
+      const f32_vec col_scale = DTYPE == RAREFY_BF16 ? f32_vec{} : load_vec(e.col_scales + n);
       f32_vec out[TILE_ROWS];
 #pragma GCC unroll 4
       for (int64_t i = 0; i < TILE_ROWS; ++i)  // rows that do not exist repeat the last one

@@ -156,8 +156,7 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
     absmax_to_scales(scales, columns);
   }
   auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
-  t.quantize_tile(x, s.features, columns, scales, codes);
-  if (s.two_terms) t.quantize_lost(x, s.features, columns, scales, codes + ceil_div(s.features, 64) * 16 * TILE_COLS);
+  (s.two_terms ? t.quantize_two_terms : t.quantize_tile)(x, s.features, columns, scales, codes);
 }
 
 int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {

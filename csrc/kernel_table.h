@@ -9,10 +9,12 @@
 constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
+constexpr int64_t JOINED_COLUMNS = 2048;   // products of joined terms and codes of 8 bits whose sum fits 32 bits
 constexpr int64_t MAX_STRIDE = 8;          // of a convolution
 constexpr int64_t MAX_DENSE_STRIDE = 64;   // of a dense one in fp32
 constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
 constexpr int64_t MAX_VECTOR = 16;         // columns of a vector at most
+constexpr int32_t JOINED_PAIRS = 100;      // lanes of two inputs of 16 bits, beside the dtypes of rarefy.h
 constexpr int TILE_ROWS = 4;               // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
@@ -126,7 +128,7 @@ struct rarefy_kernel_table {
   // Input packing.
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
   void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
-  void (*convert_row_lost)(const float* x, int64_t n, int64_t padded, float scale, void* out);
+  void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);
   void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,
@@ -167,6 +169,13 @@ struct rarefy_kernel_table {
   // 16 or 32 rows of a dense weight of bf16 or int8 times a column tile: acc [rows][TILE_COLS].
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
+  // As these, where the two int8 terms of an input are joined to 16 bits, two inputs to a lane, in steps of 1 /
+  // LOST_STEPS: products with at most JOINED_COLUMNS columns, the outputs, and four rows of values. Null where the
+  // terms are multiplied one after the other.
+  void (*joined_lanes)(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
+                       int64_t columns);
+  void (*store_joined)(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
+  void (*decompress_joined)(const rarefy_quantized&, int64_t row, uint32_t* out);
   // One row of lanes, which lie together, times rows of a dense weight of bf16 or int8: acc [rows][TILE_COLS], column
   // 0.
   void (*lanes_gemv[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc);
@@ -187,7 +196,7 @@ struct rarefy_kernel_table {
                     bool subtract_mean, float* out);
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
-  void (*quantize_lost)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
+  void (*quantize_two_terms)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*quantize_static)(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out);
   void (*fake_quantize)(const float* x, float scale, int32_t zero, float* out, int64_t count);
   void (*channelwise)(const float* x, const int32_t* offsets, int64_t lanes, const float* weights, float bias, int act,

@@ -100,6 +100,29 @@ inline void multiply_blocks(const rarefy_kernel_table& t, int32_t dtype, const u
   multiply(x, e);
 }
 
+// As multiply_blocks, of joined terms: as many columns at a time as fit sums of 32 bits.
+inline void multiply_joined(const rarefy_kernel_table& t, const uint32_t* values, int64_t lane_blocks,
+                            const uint32_t* x, int64_t columns, rarefy_tile_epilogue e, float* out) {
+  alignas(64) uint32_t sums[DECOMPRESSED_ROWS * TILE_COLS];
+  alignas(64) float scales[TILE_COLS];
+  for (int64_t n = 0; n < TILE_COLS; ++n) scales[n] = e.col_scales[n] / LOST_STEPS;
+  e.col_scales = scales;
+  constexpr int64_t step = JOINED_COLUMNS / 32;
+  for (int64_t b = 0; b < lane_blocks; b += step) {
+    for (int64_t r = 0; r < e.rows; r += 16)
+      t.joined_lanes(values + (r * lane_blocks + b * 16) * 16, std::min(step, lane_blocks - b), 16,
+                     x + b * 16 * TILE_COLS, sums + r * TILE_COLS, columns);
+    rarefy_tile_epilogue part = e;
+    if (b + step < lane_blocks) {
+      part.bias = nullptr;
+      part.act = RAREFY_NONE;
+    }
+    t.store_joined(part, sums,
+                   {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
+    e.residual = out;
+  }
+}
+
 // Decompress some rows of a weight once and multiply several column tiles by them.
 inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const LinearWeight w(s);
@@ -109,7 +132,8 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   const bool quantized = s.format == RAREFY_QUANTIZED;
   // bf16 and int8 in blocks of 16 rows by 16 lanes; other formats of bf16 become fp32
   const bool blocks = w.dtype == RAREFY_I8 || (quantized && w.dtype == RAREFY_BF16);
-  const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 ? 1 : 2);
+  const bool joined = w.two_terms && t.joined_lanes;
+  const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 && !joined ? 1 : 2);
   const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * (blocks ? lane_blocks * 16 : w.col_blocks * 64)) * 4);
   uint32_t* values = static_cast<uint32_t*>(scratch.data);
   if (!values) return RAREFY_NO_MEMORY;
@@ -117,7 +141,8 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const int64_t r = i * TILE_ROWS;
     uint32_t* first = values + (blocks ? (r / 16 * lane_blocks * 16 + r % 16) * 16 : i * tile_stride);
     if (quantized)
-      t.decompress_quantized[w.dtype](*static_cast<const rarefy_quantized*>(s.weight), row + r, first);
+      (joined ? t.decompress_joined : t.decompress_quantized[w.dtype])(*static_cast<const rarefy_quantized*>(s.weight),
+                                                                       row + r, first);
     else
       t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + r, first);
   }
@@ -129,7 +154,9 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const rarefy_tile_epilogue epilogue =
         tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0, columns_of(s, tile));
     float* out = tile_of(s.out, tile) + row * TILE_COLS;
-    if (blocks) {
+    if (joined) {
+      multiply_joined(t, values, lane_blocks, x, columns, epilogue, out);
+    } else if (blocks) {
       multiply_blocks(t, w.dtype, values, lane_blocks, w.two_terms, x, columns, epilogue, out);
     } else {
       t.dense_gemm(values, tile_stride, row_tiles, w.cols, x, reinterpret_cast<uint32_t*>(out), columns);

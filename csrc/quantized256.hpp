@@ -1,5 +1,7 @@
 // Products with rows of quantized weights in panels, by the vectors of simd256.hpp.
 #pragma once
+#include <algorithm>
+
 #include "simd256.hpp"
 
 #if defined(__AVX2__)
@@ -8,23 +10,8 @@
 
 namespace {
 
-// LOST_STEPS times the dot product of four int8 inputs and four int8 weights, plus that of what rounding the inputs
-// lost.
-inline i32x8 dot_two_terms(u32x8 x, u32x8 lost, i32x8 w) {
-#if defined(__AVX2__)
-  const auto pairs = [&](u32x8 in) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(in)), _mm256_sign_epi8(__m256i(w), __m256i(in)));
-  };
-  return i32x8(_mm256_add_epi32(_mm256_madd_epi16(pairs(x), _mm256_set1_epi16(int16_t(LOST_STEPS))),
-                                _mm256_madd_epi16(pairs(lost), _mm256_set1_epi16(1))));
-#else
-  return dot_int8(dot_int8(i32x8{}, x, w) * int32_t(LOST_STEPS), lost, w);
-#endif
-}
-
 template <int BITS>
 struct QuantizedOps {
-  static constexpr float TWO_TERMS_STEP = 1.0f / LOST_STEPS;  // of sums with two terms
   const int64_t scale_groups;
   struct int8_values {
     i32x8 of[2];
@@ -77,23 +64,6 @@ struct QuantizedOps {
     const i32x8 b = dot_int8(i32x8{}, load_as<u32x8>(x + 32), w.of[1]);
     return s + __builtin_convertvector(a, f32x8) * scale.low + __builtin_convertvector(b, f32x8) * scale.high;
   }
-  f32x8 multiply_add(f32x8 s, const int8_values& w, const uint8_t* x, const uint8_t* lost, scale_pair scale) const {
-    const i32x8 a = dot_two_terms(load_as<u32x8>(x), load_as<u32x8>(lost), w.of[0]);
-    const i32x8 b = dot_two_terms(load_as<u32x8>(x + 32), load_as<u32x8>(lost + 32), w.of[1]);
-    return s + __builtin_convertvector(a, f32x8) * scale.low + __builtin_convertvector(b, f32x8) * scale.high;
-  }
-  // Multiply one input of two terms; false where the functions above do so.
-  static bool multiply_one([[maybe_unused]] const rarefy_quantized& w, [[maybe_unused]] int64_t from,
-                           [[maybe_unused]] int64_t to, [[maybe_unused]] const uint8_t* x, [[maybe_unused]] float* y) {
-#if defined(__AVX2__)
-    if constexpr (BITS == 5 || BITS == 6) {
-      if (w.scale_groups == 2) wide_gemv<BITS, 2>(w, from, to, x, y);
-      if (w.scale_groups == 1) wide_gemv<BITS, 1>(w, from, to, x, y);
-      return w.scale_groups > 0;
-    }
-#endif
-    return false;
-  }
   static f32x8 to_f32(const int8_t* v) {
     typedef int8_t i8x8 __attribute__((vector_size(8)));
     return __builtin_convertvector(load_as<i8x8>(v), f32x8);
@@ -109,5 +79,35 @@ struct QuantizedOps {
     return s + a * scale.low + b * scale.high;
   }
 };
+
+#if !defined(__AVX2__)
+// Rows `from` (a multiple of four) to `to` on inputs of 16 bits, which join two int8 terms; ldx in bytes.
+template <int BITS>
+void joined_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, int64_t ldx, float* y,
+                 int64_t ldy, int64_t n) {
+  const QuantizedOps<BITS> ops{w.scale_groups};
+  for (int64_t row = from; row < std::min(to, w.rows); ++row)
+    for (int64_t i = 0; i < n; ++i) {
+      float sum = 0.0f;
+      for (int64_t block = 0; block < w.col_blocks; ++block) {
+        const int64_t cell = (row / TILE_ROWS * w.col_blocks + block) * TILE_ROWS + row % TILE_ROWS;
+        const auto scales = ops.scales(w.scales + cell * w.scale_groups);
+        const auto values = ops.load(static_cast<const uint8_t*>(w.values) + cell * 8 * BITS,
+                                     ops.zero_points(w.zeros ? w.zeros + cell * w.scale_groups : nullptr));
+        int8_t codes[64];
+        int16_t in[64];
+        std::memcpy(codes, values.of, sizeof codes);
+        std::memcpy(in, x + i * ldx + block * sizeof in, sizeof in);
+        int32_t low = 0, high = 0;
+        for (int c = 0; c < 32; ++c) {
+          low += codes[c] * in[c];
+          high += codes[c + 32] * in[c + 32];
+        }
+        sum += float(low) * scales.low[0] + float(high) * scales.high[0];
+      }
+      y[i * ldy + row] = sum * (1.0f / LOST_STEPS);
+    }
+}
+#endif
 
 }  // namespace

@@ -48,7 +48,7 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
   }
   for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
     for (int m = 0; m < INPUTS; ++m)
-      y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]) * (KIND == TWO_TERMS ? Ops::TWO_TERMS_STEP : 1.0f);
+      y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
 }
 
 template <int BITS, InputKind KIND, int INPUTS>
@@ -62,18 +62,19 @@ template <int BITS, InputKind KIND>
 void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                     int64_t ldy, int64_t n) {
   const auto* in = static_cast<const typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type*>(x);
-  if constexpr (KIND == TWO_TERMS)
-    if (n == 1 && QuantizedOps<BITS>::multiply_one(w, from, to, in, y)) return;
-  for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
-    if (n >= 4)
-      quantized_row_range<BITS, KIND, 4>(w, from, to, in, ldx, y, ldy);
-    else if (n == 3)
-      quantized_row_range<BITS, KIND, 3>(w, from, to, in, ldx, y, ldy);
-    else if (n == 2)
-      quantized_row_range<BITS, KIND, 2>(w, from, to, in, ldx, y, ldy);
-    else
-      quantized_row_range<BITS, KIND, 1>(w, from, to, in, ldx, y, ldy);
-  }
+  if constexpr (KIND == TWO_TERMS && JOINED_TERMS)
+    joined_gemv<BITS>(w, from, to, in, ldx, y, ldy, n);
+  else
+    for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
+      if (n >= 4)
+        quantized_row_range<BITS, KIND, 4>(w, from, to, in, ldx, y, ldy);
+      else if (n == 3)
+        quantized_row_range<BITS, KIND, 3>(w, from, to, in, ldx, y, ldy);
+      else if (n == 2)
+        quantized_row_range<BITS, KIND, 2>(w, from, to, in, ldx, y, ldy);
+      else
+        quantized_row_range<BITS, KIND, 1>(w, from, to, in, ldx, y, ldy);
+    }
 }
 
 // Epilogue in place on y[n][rows], of rows `from`..`to`. `scales`: the int8 scales of the inputs; null for fp32 inputs.
@@ -85,7 +86,7 @@ void quantized_epilogue(const rarefy_quantized& w, int64_t from, int64_t to, con
       float* out = y + i * ldy + r;
       f32_vec v = load_partial(out, count);
       if (scales) {
-        constexpr float both = INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
+        constexpr float both = JOINED_TERMS ? 0.0f : INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
         if constexpr (INPUT_ZERO_POINT != 0)
           v -= load_partial(w.row_sums + r, count) * (w.two_terms ? both : float(INPUT_ZERO_POINT));
         v *= scales[i];

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 23 };
+enum { RAREFY_ABI_VERSION = 24 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -71,7 +71,7 @@ struct rarefy_quantized {
   int32_t dtype, act;       // RAREFY_I8, RAREFY_I4, RAREFY_I5 or RAREFY_I6
   int32_t scale_groups;     // scales of a row in a block: 0 (row_scales only), 1, or 2 (32 columns each)
   int32_t fp32_inputs;      // 1: inputs stay fp32; 0: each input row is quantized to int8
-  int32_t two_terms;        // 1: what that loses is quantized to int8 as well; not for int4 values
+  int32_t two_terms;        // 1: what that loses is quantized to int8 as well
 };
 
 // Sparse weight in row tiles. In each tile the columns are sorted by pattern: which of the four rows are nonzero there.
@@ -321,7 +321,7 @@ struct rarefy_step {
   int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`; LINEAR of grouped RAREFY_QUANTIZED: of x
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
-  int32_t two_terms;       // CONVERT to int8: behind the codes, those of what rounding lost, in scale / LOST_STEPS
+  int32_t two_terms;       // CONVERT to int8: 16 bits for each input, of codes and of what rounding them lost, in scale / LOST_STEPS
   int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;        // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;    // KV_STORE: x are values; 0: keys

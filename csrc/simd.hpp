@@ -10,7 +10,8 @@
 //   F32Accumulator, I32Accumulator   a vector of sums, and its reduction to one number
 //   BitmaskOps<DTYPE>      expand the values of a bitmask, multiply them by an input; Int4BitmaskOps: int4
 //   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
-//   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs
+//   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs, JOINED_PAIRS
+//   JOINED_TERMS           whether the two int8 terms of an input are one number of 16 bits, then joined_terms(steps)
 //   load_first, store_first   the first n floats, then zeros, where n is smaller than a vector
 //   exp2_fast              2^x for x <= 8 with a relative error of 1e-4, at least 2^-100; NaN stays NaN
 //   exp_vec, reciprocal    e^x and 1 / x with a relative error of 1e-7; NaN stays NaN
@@ -77,8 +78,9 @@ inline f32_vec sqrt_vec(f32_vec v) {
 inline void prefetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + PREFETCH_BYTES, 0, 3); }
 
 // Split `columns` into groups of vectors whose accumulators for four rows fit the registers, and call
-// part(vectors, first column) for each. With sixteen registers, groups of three use all of them.
-template <class F>
+// part(vectors, first column) for each. With sixteen registers, groups of three use all of them: MOST is 2 where
+// products need one too.
+template <int MOST = 3, class F>
 inline void for_each_vector_group(int64_t columns, F&& part) {
   int64_t left = (columns + SIMD_WIDTH - 1) / SIMD_WIDTH, column = 0;
   auto take = [&](auto vectors) {
@@ -86,7 +88,7 @@ inline void for_each_vector_group(int64_t columns, F&& part) {
     left -= vectors;
     column += vectors * SIMD_WIDTH;
   };
-  if constexpr (MAX_VECS == 2)
+  if constexpr (MAX_VECS == 2 && MOST == 3)
     while (left == 3 || left > 4) take(std::integral_constant<int, 3>{});
   while (left >= MAX_VECS) take(std::integral_constant<int, MAX_VECS>{});
   if constexpr (MAX_VECS > 2)

@@ -35,6 +35,13 @@ inline V load_as(const void* p) {
 
 using raw_vec = u32x8;
 
+// The two int8 terms of an input are one number of 16 bits, which saturates.
+constexpr bool JOINED_TERMS = true;
+inline int16_t joined_terms(float steps) {
+  const float clamped = steps < 32767.0f ? (steps > -32767.0f ? steps : -32767.0f) : 32767.0f;  // of NaN too
+  return int16_t(int32_t(clamped + 12582912.0f - 12582912.0f));  // 1.5 * 2^23 drops the fraction
+}
+
 inline raw_vec load_raw(const void* p) { return load_as<u32x8>(p); }
 inline void store_raw(void* p, raw_vec v) { std::memcpy(p, &v, sizeof v); }
 
@@ -260,6 +267,18 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   }
 };
 
+template <>
+struct LaneOps<JOINED_PAIRS> : LaneOps<RAREFY_I8> {
+  static constexpr int INPUTS = 2;
+  static i32x8 multiply_add(i32x8 s, u32x8 x, i32x8 w) {
+#if defined(__AVX2__)
+    return i32x8(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(__m256i(x), __m256i(w))));
+#else
+    return s + (i32x8(x) << 16 >> 16) * (w << 16 >> 16) + (i32x8(x) >> 16) * (w >> 16);
+#endif
+  }
+};
+
 // Pairs of bf16 from two vectors: a in the low halves, b in the high ones. NaN stays NaN.
 inline u32x8 round_to_bf16(f32x8 v) {
   const u32x8 u = u32x8(v), rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
@@ -352,12 +371,7 @@ inline code_pairs in_pair_order(raw_vec first, raw_vec second) {
 }
 inline code_pairs in_channel_order(code_pairs p) { return in_pair_order(p.low, p.high); }
 inline raw_vec multiply_add_pairs(raw_vec s, raw_vec x, raw_vec w) {
-#if defined(__AVX2__)
-  return raw_vec(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(__m256i(x), __m256i(w))));
-#else
-  const i32x8 low = (i32x8(x) << 16 >> 16) * (i32x8(w) << 16 >> 16), high = (i32x8(x) >> 16) * (i32x8(w) >> 16);
-  return s + raw_vec(low + high);
-#endif
+  return raw_vec(LaneOps<JOINED_PAIRS>::multiply_add(i32x8(s), x, i32x8(w)));
 }
 
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {

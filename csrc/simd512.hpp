@@ -17,6 +17,8 @@
 namespace {
 constexpr int SIMD_WIDTH = 16, MAX_VECS = 4;
 constexpr int32_t INPUT_ZERO_POINT = 128;
+constexpr bool JOINED_TERMS = false;  // the two int8 terms of an input are multiplied one after the other
+inline int16_t joined_terms(float) { return 0; }
 
 // On Zen 4 and 5 a zero-masked expansion waits for the register that it overwrites. So values are merged into zeros
 // that the compiler cannot recognize as zeros.
@@ -114,7 +116,6 @@ inline __m512i in_register(__m512i v) {
 
 template <int BITS>
 struct QuantizedOps {
-  static constexpr float TWO_TERMS_STEP = 1.0f;  // of sums with two terms
   const int64_t scale_groups;
   const __m512i fifteen = in_register(_mm512_set1_epi8(15));
   const __m512i middle = in_register(_mm512_set1_epi8(BITS < 8 ? 1 << (BITS - 1) : 0));
@@ -169,7 +170,6 @@ struct QuantizedOps {
   __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, const uint8_t* lost, __m512 scale) const {
     return multiply_add(multiply_add(s, w, x, scale), w, lost, _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / LOST_STEPS)));
   }
-  static bool multiply_one(const rarefy_quantized&, int64_t, int64_t, const uint8_t*, float*) { return false; }
   template <int QUARTER>
   static __m512 to_f32(__m512i w) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, QUARTER)));

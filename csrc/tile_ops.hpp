@@ -118,8 +118,22 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
   }
 }
 
-// Quantize what quantize_tile loses, in steps LOST_STEPS times as small.
-void quantize_lost(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
+// As quantize_tile, in two terms: lanes of two joined numbers, or behind the codes those of what they lose.
+void quantize_two_terms(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
+  if constexpr (JOINED_TERMS) {
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+      const f32_vec inverse = LOST_STEPS / load_vec(scales + n);
+      for (int64_t f = 0; f < features; f += 2) {
+        const float* in = x + f * TILE_COLS + n;
+        const u32_vec low = rounded_bits(load_vec(in) * inverse) & 0xffffu;
+        const u32_vec high = f + 1 < features ? rounded_bits(load_vec(in + TILE_COLS) * inverse) << 16 : u32_vec{};
+        store_raw(out + f / 2 * TILE_COLS + n, raw_vec(low | high));
+      }
+    }
+    return;
+  }
+  quantize_tile(x, features, columns, scales, out);
+  out += (features + 63) / 64 * 16 * TILE_COLS;
   for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
     const f32_vec inverse = 1.0f / load_vec(scales + n);
     quantize_columns(x + n, features, out + n, [&](f32_vec v) {

@@ -20,7 +20,7 @@ API int rarefy_check_quantized(const rarefy_quantized* w, int64_t values) {
   if (w->dtype < RAREFY_I8 || w->dtype > RAREFY_I6 || w->scale_groups < 0 || w->scale_groups > 2) return RAREFY_INVALID;
   if ((w->scale_groups == 0) == (w->scales != nullptr)) return RAREFY_INVALID;
   if (w->zeros && (!w->scale_groups || w->dtype != RAREFY_I4)) return RAREFY_INVALID;
-  if (w->two_terms && (w->dtype == RAREFY_I4 || w->fp32_inputs)) return RAREFY_INVALID;
+  if (w->two_terms && w->fp32_inputs) return RAREFY_INVALID;
   return (w->rows + 3) / 4 * w->col_blocks * 4 * cell_bytes(w->dtype) == values ? RAREFY_OK : RAREFY_INVALID;
 }
 

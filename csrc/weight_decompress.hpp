@@ -26,6 +26,14 @@ inline void store_int8_lanes(const void* values, int64_t r, uint32_t* out) {
   std::memcpy(out + r * DENSE_LANES, values, 4 * DENSE_LANES);
 }
 
+// As store_int8_lanes, widened to 16 bits, in two blocks.
+inline void store_wide_lanes(const int8_t (&values)[64], int64_t r, uint32_t* out) {
+  int16_t wide[64];
+  for (int64_t c = 0; c < 64; ++c) wide[c] = values[c];
+  for (int64_t half = 0; half < 2; ++half)
+    std::memcpy(out + half * DENSE_BLOCK + r * DENSE_LANES, wide + 32 * half, 4 * DENSE_LANES);
+}
+
 // A number that is finite, rounded to the nearest even bf16.
 inline uint32_t round_bits_to_bf16(float f) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, f);
@@ -98,6 +106,8 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
       store_int8_lanes(codes, r, out);
+    } else if constexpr (DTYPE == JOINED_PAIRS) {
+      store_wide_lanes(codes, r, out);
     } else {
       const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;
       const float low = row_scale * (groups ? from_bf16(w.scales[cell * groups]) : 1.0f);
@@ -111,11 +121,12 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
         for (int64_t c = 0; c < 64; ++c) out[c * TILE_ROWS + r] = __builtin_bit_cast(uint32_t, values[c]);
     }
     if (r == TILE_ROWS - 1)
-      out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_BF16 ? 2 * DENSE_BLOCK : 64 * TILE_ROWS;
+      out += DTYPE == RAREFY_I8 ? DENSE_BLOCK : DTYPE == RAREFY_F32 ? 64 * TILE_ROWS : 2 * DENSE_BLOCK;
   }
 }
 
-// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks.
+// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks, for
+// joined terms in 16 bits.
 template <int DTYPE>
 void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   switch (w.dtype) {

@@ -128,9 +128,10 @@ def test_formats(isa, sparsity, quantize, precision, found, most):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, tmp_path):
+@pytest.mark.parametrize("width", [200, 4200])
+def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, width, tmp_path):
     """On weights that 8 bits hold exactly, what the decoder loses is what it rounds inputs by."""
-    model = small(hidden_size=128, intermediate_size=200)
+    model = small(hidden_size=128, intermediate_size=width)
     for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
         scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
         layer.weight.data = (layer.weight.detach() / scale).round() * scale

@@ -531,7 +531,21 @@ def test_products_of_panels(size, way, exact, isa):
 
 
 @pytest.mark.parametrize(
-    "way", [("int8", None, True), ("int8", 32, True), ("int6", 32, True), ("int5", 96, True)], ids=str
+    "way",
+    [
+        ("int8", None, True),
+        ("int8", 32, True),
+        ("int8", 64, True),
+        ("int6", 32, True),
+        ("int6", None, True),
+        ("int5", 96, True),
+        ("int4", None, False),
+        ("int4", 32, False),
+        ("int4", 64, True),
+        ("int4", 96, False),
+        ("int4", None, True),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 192), (100, 1536)], ids=str)
 def test_products_of_inputs_in_two_terms(size, way, isa):
@@ -545,13 +559,15 @@ def test_products_of_inputs_in_two_terms(size, way, isa):
         got = Kernel(weight, bias).run(x)
         want = reference.rounded(x, weight).double() @ packing.unpack(weight).double().T + bias
         assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))  # codes of lost parts between two
-        exact = x.double() @ W.double().T + bias
+        exact = x.double() @ packing.unpack(weight).double().T + bias
         once = Kernel(packing.pack_quantized(W, grid, False), bias).run(x)
         assert (got - exact).norm() < 0.1 * (once - exact).norm()
     activations(weight, bias, x, got)
 
 
-@pytest.mark.parametrize("way", [("int6", 64, True), ("int5", 32, True)], ids=str)
+@pytest.mark.parametrize(
+    "way", [("int8", None, True), ("int6", 64, True), ("int5", 32, True), ("int4", 32, False)], ids=str
+)
 def test_products_of_many_inputs_in_two_terms(way, isa):
     weight = packing.pack_quantized(*on_grid(9, 70 * 64, *way), False, True)
     x = torch.randn(1, 70 * 64)
@@ -559,10 +575,9 @@ def test_products_of_many_inputs_in_two_terms(way, isa):
     assert (Kernel(weight).run(x) - want).abs().max() <= 1e-4 * float(want.abs().max())
 
 
-def test_two_terms_are_for_more_than_4_bits_and_int8_inputs():
-    for way, fp32_inputs in ((("int4", 32, True), False), (("int6", 32, True), True)):
-        with pytest.raises(FormatError, match="two_terms: expected False, or True for codes of more than 4 bits"):
-            Kernel(packing.pack_quantized(*on_grid(8, 96, *way), fp32_inputs, True))
+def test_two_terms_are_for_int8_inputs():
+    with pytest.raises(FormatError, match="two_terms: expected False, or True for int8 inputs, got True"):
+        Kernel(packing.pack_quantized(*on_grid(8, 96, "int6", 32, True), True, True))
     kernels = [Kernel(packing.pack_quantized(*on_grid(8, 96, "int8", None, True), False, two)) for two in (True, False)]
     assert not can_group(kernels)
 

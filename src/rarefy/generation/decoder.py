@@ -418,7 +418,7 @@ def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounde
     zeros = float((weight == 0).float().mean())
     quantized = grid is not None and why_not_quantized(weight, grid) is None
     if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and grid.bits > 4 and not rounded)
+        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and not rounded)
     if precision != "int8":
         return pack_bitmask(weight, precision or "fp32")
     if zeros >= MIN_ZEROS:

@@ -291,12 +291,8 @@ def _check_numbers(packed: Packed) -> None:
             f"{packed.fp32_inputs!r} and {packed.scale_groups!r}"
         )
     if isinstance(packed, QuantizedPanels):
-        able = packed.kind != "int4" and not packed.fp32_inputs
-        if type(packed.two_terms) is not bool or (packed.two_terms and not able):
-            raise FormatError(
-                "two_terms: expected False, or True for codes of more than 4 bits and int8 inputs, got "
-                f"{packed.two_terms!r}"
-            )
+        if type(packed.two_terms) is not bool or (packed.two_terms and packed.fp32_inputs):
+            raise FormatError(f"two_terms: expected False, or True for int8 inputs, got {packed.two_terms!r}")
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
     if grouped and packed.counts is None:  # type: ignore[union-attr]
         raise FormatError("dense weights of convolutions need one group")

@@ -164,7 +164,7 @@ class QuantizedPanels:
     scales: Tensor | None = None  # bf16 [O / 4, col_blocks, 4, scale_groups]
     zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: 8, of int5 16, of int6 32
     row_scales: Tensor | None = None  # fp32 [O], one scale for a whole row
-    two_terms: bool = False  # not of int4: what rounding the inputs loses is quantized to int8 as well
+    two_terms: bool = False  # what rounding the inputs loses is quantized to int8 as well
 
 
 Packed = Bitmask | Csr | Tiles | ConvTiles | QuantizedPanels | Sell | Dense

@@ -117,7 +117,7 @@ def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_ter
         weight: the dequantized weight.
         grid: its codes, scales and zero points.
         fp32_inputs: whether kernels leave inputs in fp32; else they quantize each row of them to int8.
-        two_terms: whether they also quantize what that loses; for codes of more than 4 bits and int8 inputs.
+        two_terms: whether they also quantize what that loses; for int8 inputs.
 
     Raises:
         FormatError: no kernel reads scales of these groups.
