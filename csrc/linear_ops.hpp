@@ -117,8 +117,9 @@ inline void multiply_joined(const rarefy_kernel_table& t, const uint32_t* values
       part.bias = nullptr;
       part.act = RAREFY_NONE;
     }
-    t.store_joined(part, sums,
-                   {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
+    t.store_joined(
+        part, sums,
+        {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
     e.residual = out;
   }
 }

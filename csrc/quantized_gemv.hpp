@@ -47,8 +47,7 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
     }
   }
   for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)
-    for (int m = 0; m < INPUTS; ++m)
-      y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
+    for (int m = 0; m < INPUTS; ++m) y[m * ldy + row + r] = F32Accumulator::reduce(acc[r][m]);
 }
 
 template <int BITS, InputKind KIND, int INPUTS>

@@ -321,19 +321,20 @@ struct rarefy_step {
   int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`; LINEAR of grouped RAREFY_QUANTIZED: of x
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
-  int32_t two_terms;       // CONVERT to int8: 16 bits for each input, of codes and of what rounding them lost, in scale / LOST_STEPS
-  int32_t subtract_mean;   // NORM: LayerNorm; 0: RMSNorm
-  int32_t winograd;        // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
-  int32_t store_values;    // KV_STORE: x are values; 0: keys
-  int32_t whole_columns;   // LINEAR of bf16, int8: a part is a column tile with all rows
-  int32_t codes_dtype;     // rarefy_dtype of `out_codes`: bf16 or int8
-  int32_t in_zero;         // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
-  int32_t codes_zero;      // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
-  float in_scale;          // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
-  float codes_scale;       // as codes_zero, of int8: one scale for all; 0: one for each column
-  float eps;               // NORM, GROUP_NORM: added to the variance
-  float pad_value;         // PAD_PLANES: value outside the image; int8 planes are padded with zeros
-  const void* weight;      // LINEAR; NHWC_CONV where it is sparse, else null
+  int32_t two_terms;  // CONVERT to int8: 16 bits for each input, of codes and of what rounding them lost, in scale /
+                      // LOST_STEPS
+  int32_t subtract_mean;  // NORM: LayerNorm; 0: RMSNorm
+  int32_t winograd;       // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
+  int32_t store_values;   // KV_STORE: x are values; 0: keys
+  int32_t whole_columns;  // LINEAR of bf16, int8: a part is a column tile with all rows
+  int32_t codes_dtype;    // rarefy_dtype of `out_codes`: bf16 or int8
+  int32_t in_zero;        // LINEAR, CONV of int8, PAD_PLANES: the code of zero in x
+  int32_t codes_zero;     // CONVERT, FAKE_QUANTIZE, out_codes: the code of zero, with a codes_scale
+  float in_scale;         // LINEAR, CONV of int8: one scale for all of x; 0: in_scales
+  float codes_scale;      // as codes_zero, of int8: one scale for all; 0: one for each column
+  float eps;              // NORM, GROUP_NORM: added to the variance
+  float pad_value;        // PAD_PLANES: value outside the image; int8 planes are padded with zeros
+  const void* weight;     // LINEAR; NHWC_CONV where it is sparse, else null
   const rarefy_attention* attention;      // ATTENTION, KV_STORE
   const rarefy_indirection* indirection;  // PAD_PLANES, CONV, MAX_POOL, DEPTHWISE_CONV
   rarefy_view x;

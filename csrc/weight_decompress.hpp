@@ -125,8 +125,8 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   }
 }
 
-// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks, for
-// joined terms in 16 bits.
+// Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks,
+// for joined terms in 16 bits.
 template <int DTYPE>
 void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   switch (w.dtype) {
