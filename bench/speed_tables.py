@@ -33,6 +33,7 @@ WEIGHTS = {
     "8 bits": "8 bits",
 }
 WEIGHTS |= {
+    "6 bits": "6 bits, groups of 32",
     "4 bits": "4 bits, groups of 32",
     "50 %, 8 bits": "50 % zeros, 8 bits",
     "70 %, 8 bits": "70 % zeros, 8 bits",

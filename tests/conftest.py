@@ -227,7 +227,7 @@ def one_line():
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rarefy.cli.main", *map(str, words)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "rarefy.cli.main", *map(str, words)], capture_output=True, text=True, timeout=400
     )
 
 

