@@ -290,9 +290,10 @@ def _check_numbers(packed: Packed) -> None:
             "expected fp32_inputs True or False and scale_groups 0 to 2, got "
             f"{packed.fp32_inputs!r} and {packed.scale_groups!r}"
         )
-    if isinstance(packed, QuantizedPanels):
-        if type(packed.two_terms) is not bool or (packed.two_terms and packed.fp32_inputs):
-            raise FormatError(f"two_terms: expected False, or True for int8 inputs, got {packed.two_terms!r}")
+    if isinstance(packed, QuantizedPanels) and (
+        type(packed.two_terms) is not bool or (packed.two_terms and packed.fp32_inputs)
+    ):
+        raise FormatError(f"two_terms: expected False, or True for int8 inputs, got {packed.two_terms!r}")
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
     if grouped and packed.counts is None:  # type: ignore[union-attr]
         raise FormatError("dense weights of convolutions need one group")
