@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 24 };
+enum { RAREFY_ABI_VERSION = 25 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -72,6 +72,18 @@ struct rarefy_quantized {
   int32_t scale_groups;     // scales of a row in a block: 0 (row_scales only), 1, or 2 (32 columns each)
   int32_t fp32_inputs;      // 1: inputs stay fp32; 0: each input row is quantized to int8
   int32_t two_terms;        // 1: what that loses is quantized to int8 as well
+};
+
+// Blocks of weights that share a scale, and what is fitted to them: the scale of least squared error among those of the
+// whole range of a block and of `fractions` of it.
+struct rarefy_scale_fit {
+  const float *x, *weigh;  // [blocks][size]; weights of the squared errors, or null
+  int64_t blocks, size;
+  const float* fractions;  // [count]
+  int64_t count;
+  int32_t min_code, max_code;
+  int32_t symmetric;    // 1: no zero points
+  float *scale, *zero;  // [blocks]; null where symmetric
 };
 
 // Sparse weight in row tiles. In each tile the columns are sorted by pattern: which of the four rows are nonzero there.
@@ -381,6 +393,8 @@ enum { RAREFY_CEILING_READ = 3 };
 // or RAREFY_CEILING_READ for bytes per second when each thread reads its share of `memory` [bytes] again and again.
 // Takes `seconds`. Returns 0 for another kind, or memory of less than 64 KB for each thread.
 double rarefy_measure_ceiling(int32_t kind, double seconds, const void* memory, int64_t bytes);
+
+int rarefy_fit_scales(const rarefy_scale_fit* f);
 
 void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet
 int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // planes of one image

@@ -19,8 +19,9 @@ from rarefy.pipeline.dry_run import forecast
 from rarefy.prune import solvers
 from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
-from rarefy.quantization.scale_fitting import FITS
+from rarefy.quantization.scale_fitting import FITS, _squared_error, mse, mse_in_torch
 from rarefy.recipe import parser as recipes
+from rarefy.runtime import bindings
 
 WAYS = [
     {"weights": "int8"},
@@ -643,3 +644,25 @@ def test_weights_whose_grid_overflows():
         rarefy.quantize_(linear(), ["int8"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fit: expected one of minmax"):
         rarefy.quantize_(linear(), fit=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "blocks", "size"), [(4, 1003, 32), (3, 5, 50), (2, 9, 7), (8, 3, 3000)])
+def test_native_scales_are_those_of_torch(isa, bits, blocks, size, symmetric):
+    X = torch.randn(blocks, size) * torch.rand(blocks, 1)
+    X[0] = 0
+    for weigh in (None, torch.rand(blocks, size)):
+        got, want = (fit(X, bits, symmetric, weigh) for fit in (mse, mse_in_torch))
+        errors = [_squared_error(X, bits, *grid, weigh) for grid in (got, want)]
+        assert (errors[0] <= errors[1] * (1 + 1e-5)).all()  # of two as good ones, either
+        for ours, theirs in zip(got, want):
+            assert (ours is None and theirs is None) or float((ours == theirs).float().mean()) > 0.99
+
+
+def test_scales_of_numbers_that_are_not_finite():
+    X = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [0.5, 1.0]])
+    for symmetric in (True, False):
+        got, want = (fit(X, 4, symmetric) for fit in (mse, mse_in_torch))
+        torch.testing.assert_close(got[0], want[0], equal_nan=True)
+        assert symmetric or torch.equal(got[1][1:], want[1][1:])

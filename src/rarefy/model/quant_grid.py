@@ -52,7 +52,7 @@ class Grid:
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the codes c of a weight, int16 in its shape. O(n)."""
-        return self._round(weight)[0].to(torch.int16).reshape(weight.shape)
+        return self._nearest(weight).to(torch.int16).reshape(weight.shape)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weights W of codes c. O(n)."""
@@ -61,12 +61,14 @@ class Grid:
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return the nearest point of the grid for each weight. O(n)."""
-        c, _ = self._round(weight)
-        return (c * broadcast_scales(self.scale.float(), weight.device)).reshape(weight.shape).to(weight.dtype)
+        scale = broadcast_scales(self.scale.float(), weight.device)
+        return self._nearest(weight).mul_(scale).reshape(weight.shape).to(weight.dtype)
 
     def in_range(self, weight: Tensor) -> Tensor:
         """Return where weights are within the range of the grid, bool."""
-        return self._round(weight)[1].reshape(weight.shape)
+        low, high = self.range
+        steps, _ = self._steps(weight)
+        return ((steps >= low) & (steps <= high)).reshape(weight.shape)
 
     def contains(self, weight: Tensor) -> bool:
         """Return whether every weight is a point of the grid."""
@@ -83,14 +85,16 @@ class Grid:
         """Return the grid with a function applied to its tensors."""
         return Grid(self.bits, do(self.scale), None if self.zero is None else do(self.zero))
 
-    def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self.range
-        x = (
-            split_blocks(weight.detach().float(), self.scale.shape)
-            / broadcast_scales(self.scale.float(), weight.device)
-        ).round_()
+    def _steps(self, weight: Tensor) -> tuple[Tensor, Tensor | int]:
+        """Return the nearest codes, in blocks and not limited to the range, and the zero points."""
+        blocks = split_blocks(weight.detach().float(), self.scale.shape)
         zero = 0 if self.zero is None else broadcast_scales(self.zero.float(), weight.device)
-        return (x + zero).clamp_(low, high) - zero, (x + zero >= low) & (x + zero <= high)
+        return (blocks / broadcast_scales(self.scale.float(), weight.device)).round_().add_(zero), zero
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """Return the codes of a weight less their zero points, in fp32 and in blocks."""
+        steps, zero = self._steps(weight)
+        return steps.clamp_(*self.range).sub_(zero)
 
 
 @dataclass(frozen=True, eq=False)

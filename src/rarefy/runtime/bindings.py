@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 24  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 25  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate([*LANE, "int4", "int5", "int6"])}  # rarefy_dtype
@@ -85,6 +85,17 @@ class _Dense(Structure):
     ]
 
 
+class ScaleFit(Structure):
+    _fields_ = [
+        *[(n, c_void_p) for n in ("x", "weigh")],
+        *[(n, c_int64) for n in ("blocks", "size")],
+        ("fractions", c_void_p),
+        ("count", c_int64),
+        *[(n, c_int32) for n in ("min_code", "max_code", "symmetric")],
+        *[(n, c_void_p) for n in ("scale", "zero")],
+    ]
+
+
 class Conv(Structure):
     _fields_ = [
         ("weight", _Tiles),
@@ -125,6 +136,7 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_measure_ceiling.restype = c_double
     library.rarefy_run_program.argtypes = [c_void_p, c_int64, c_void_p]
     library.rarefy_run_conv.argtypes = [POINTER(Conv), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    library.rarefy_fit_scales.argtypes = [POINTER(ScaleFit)]
     library.rarefy_dequantize_rows.argtypes = [POINTER(_Quantized), c_void_p, c_int64, c_void_p]
     library.rarefy_check_conv.argtypes = [POINTER(Conv), c_int64, c_int64]
     library.rarefy_check_csr.argtypes = [POINTER(_Csr), c_int64]
