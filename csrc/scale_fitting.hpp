@@ -100,7 +100,7 @@ void transpose(const float* x, int64_t blocks, int64_t size, float* out) {
 }
 
 int fit_blocks(const rarefy_scale_fit& f, int64_t first, int64_t end) {
-  const ScratchBuffer<0> scratch(size_t(f.size * LANES * (f.weigh ? 2 : 1)) * 4);
+  const ScratchBuffer<1> scratch(size_t(f.size * LANES * (f.weigh ? 2 : 1)) * 4);
   float* x = static_cast<float*>(scratch.data);
   if (!x) return RAREFY_NO_MEMORY;
   float* weigh = f.weigh ? x + f.size * LANES : nullptr;
