@@ -13,8 +13,8 @@
 
 namespace {
 
-constexpr int64_t GEMV_BLOCKS = JOINED_COLUMNS / 64;  // blocks of 64 columns at a time
-constexpr int64_t GEMV_PREFETCH = 1024;               // bytes ahead: two threads read 27 GB/s, 21 with twice as many
+constexpr int64_t GEMV_BLOCKS = JOINED_ROW_COLUMNS / 64;  // blocks of 64 columns at a time
+constexpr int64_t GEMV_PREFETCH = 1024;  // bytes ahead: two threads read 27 GB/s, 21 with twice as many
 
 // 64 codes of a row as vectors of 16 bits: of 4 bits columns 0, 4, 8 ... then 1, 5, 9 ..., of 5 and 6 bits the even and
 // the odd ones of each half, of 8 bits all in their order.

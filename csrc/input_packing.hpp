@@ -45,24 +45,26 @@ void convert_row(const float* x, int64_t n, int64_t padded, float scale, void* o
 
 // As convert_row to int8, in two terms: numbers of 16 bits in steps LOST_STEPS times as small where they are joined;
 // else codes, and behind them those of what rounding lost.
+template <bool JOINED>
 void convert_row_two_terms(const float* x, int64_t n, int64_t padded, float scale, void* out) {
-  if constexpr (JOINED_TERMS) {
+  if constexpr (JOINED) {
     auto* numbers = static_cast<int16_t*>(out);
-    for (int64_t i = 0; i < n; ++i) numbers[i] = joined_terms(x[i] * (scale * LOST_STEPS));
+    for (int64_t i = 0; i < n; ++i)
+      numbers[i] = LaneOps < JOINED ? JOINED_PAIRS : RAREFY_I8 > ::round(x[i] * (scale * LOST_STEPS));
     std::memset(numbers + n, 0, size_t(padded - n) * 2);
-    return;
-  }
-  using L = LaneOps<RAREFY_I8>;
-  constexpr int64_t step = SIMD_WIDTH * L::INPUTS;
-  convert_row<RAREFY_I8>(x, n, padded, scale, out);
-  uint8_t* codes = static_cast<uint8_t*>(out);
-  for (int64_t k = 0; k < padded; k += step) {
-    const int64_t count = n - k < step ? (n > k ? n - k : 0) : step;
-    alignas(64) float lost[step] = {};
-    for (int64_t i = 0; i < count; ++i)
-      lost[i] =
-          x[k + i] * scale - float(INPUT_ZERO_POINT ? int(codes[k + i]) - INPUT_ZERO_POINT : int8_t(codes[k + i]));
-    store_raw(reinterpret_cast<uint32_t*>(codes + padded + k), L::pack(lost, count, LOST_STEPS));
+  } else {
+    using L = LaneOps<RAREFY_I8>;
+    constexpr int64_t step = SIMD_WIDTH * L::INPUTS;
+    convert_row<RAREFY_I8>(x, n, padded, scale, out);
+    uint8_t* codes = static_cast<uint8_t*>(out);
+    for (int64_t k = 0; k < padded; k += step) {
+      const int64_t count = n - k < step ? (n > k ? n - k : 0) : step;
+      alignas(64) float lost[step] = {};
+      for (int64_t i = 0; i < count; ++i)
+        lost[i] =
+            x[k + i] * scale - float(INPUT_ZERO_POINT ? int(codes[k + i]) - INPUT_ZERO_POINT : int8_t(codes[k + i]));
+      store_raw(reinterpret_cast<uint32_t*>(codes + padded + k), L::pack(lost, count, LOST_STEPS));
+    }
   }
 }
 

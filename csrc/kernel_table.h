@@ -9,22 +9,26 @@
 constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
-constexpr int64_t JOINED_COLUMNS = 2048;   // products of joined terms and codes of 8 bits whose sum fits 32 bits
-constexpr int64_t MAX_STRIDE = 8;          // of a convolution
-constexpr int64_t MAX_DENSE_STRIDE = 64;   // of a dense one in fp32
-constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
-constexpr int64_t MAX_VECTOR = 16;         // columns of a vector at most
-constexpr int32_t JOINED_PAIRS = 100;      // lanes of two inputs of 16 bits, beside the dtypes of rarefy.h
-constexpr int TILE_ROWS = 4;               // rows of a row tile
-constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
-constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
-constexpr float MASKED = -1e30f;           // lower scores count as masked; a difference of two is no NaN
-constexpr int64_t CEILING_LANES = 128;     // lanes of the inputs of `multiply_adds`
-constexpr int64_t READ_BYTES = 256;        // bytes that `read_memory` reads at a time
-constexpr int64_t NHWC_OUTPUTS = 64;       // outputs that are computed together
-constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;   // blocks of 64 outputs, 4 KB each, that stay in the L1 cache for all pixels
-constexpr int64_t NHWC_PIXELS = 66;        // pixels that are computed together at most
-constexpr int64_t SEGMENT_FLOATS = 16;     // maximum length of a segment; copies always have this size
+// Columns whose products of joined terms and codes of 8 bits fit a sum of 32 bits: where one sum has all of them, and
+// where eight sums share them.
+constexpr int64_t JOINED_TILE_COLUMNS = 512, JOINED_ROW_COLUMNS = 2048;
+static_assert(JOINED_TILE_COLUMNS * 32767 * 128 < (int64_t(1) << 31));
+static_assert(JOINED_ROW_COLUMNS / 8 * 32767 * 128 < (int64_t(1) << 31));
+constexpr int64_t MAX_STRIDE = 8;         // of a convolution
+constexpr int64_t MAX_DENSE_STRIDE = 64;  // of a dense one in fp32
+constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense weights multiply without a whole tile
+constexpr int64_t MAX_VECTOR = 16;        // columns of a vector at most
+constexpr int32_t JOINED_PAIRS = 100;     // lanes of two inputs of 16 bits, beside the dtypes of rarefy.h
+constexpr int TILE_ROWS = 4;              // rows of a row tile
+constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
+constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
+constexpr float MASKED = -1e30f;          // lower scores count as masked; a difference of two is no NaN
+constexpr int64_t CEILING_LANES = 128;    // lanes of the inputs of `multiply_adds`
+constexpr int64_t READ_BYTES = 256;       // bytes that `read_memory` reads at a time
+constexpr int64_t NHWC_OUTPUTS = 64;      // outputs that are computed together
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;  // blocks of 64 outputs, 4 KB each, that stay in the L1 cache for all pixels
+constexpr int64_t NHWC_PIXELS = 66;       // pixels that are computed together at most
+constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
 
 // Whether an activation only limits numbers.
 inline bool is_clamp(int act) { return act == RAREFY_NONE || act == RAREFY_RELU || act == RAREFY_RELU6; }
@@ -170,7 +174,7 @@ struct rarefy_kernel_table {
   void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
   // As these, where the two int8 terms of an input are joined to 16 bits, two inputs to a lane, in steps of 1 /
-  // LOST_STEPS: products with at most JOINED_COLUMNS columns, the outputs, and four rows of values. Null where the
+  // LOST_STEPS: products with at most JOINED_TILE_COLUMNS columns, the outputs, and four rows of values. Null where the
   // terms are multiplied one after the other.
   void (*joined_lanes)(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                        int64_t columns);

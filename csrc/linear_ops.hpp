@@ -107,7 +107,7 @@ inline void multiply_joined(const rarefy_kernel_table& t, const uint32_t* values
   alignas(64) float scales[TILE_COLS];
   for (int64_t n = 0; n < TILE_COLS; ++n) scales[n] = e.col_scales[n] / LOST_STEPS;
   e.col_scales = scales;
-  constexpr int64_t step = JOINED_COLUMNS / 32;
+  constexpr int64_t step = JOINED_TILE_COLUMNS / 32;
   for (int64_t b = 0; b < lane_blocks; b += step) {
     for (int64_t r = 0; r < e.rows; r += 16)
       t.joined_lanes(values + (r * lane_blocks + b * 16) * 16, std::min(step, lane_blocks - b), 16,

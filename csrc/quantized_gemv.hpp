@@ -85,8 +85,8 @@ void quantized_epilogue(const rarefy_quantized& w, int64_t from, int64_t to, con
       float* out = y + i * ldy + r;
       f32_vec v = load_partial(out, count);
       if (scales) {
-        constexpr float both = JOINED_TERMS ? 0.0f : INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
-        if constexpr (INPUT_ZERO_POINT != 0)
+        constexpr float both = INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
+        if (INPUT_ZERO_POINT != 0 && !(JOINED_TERMS && w.two_terms))
           v -= load_partial(w.row_sums + r, count) * (w.two_terms ? both : float(INPUT_ZERO_POINT));
         v *= scales[i];
       }

@@ -35,12 +35,7 @@ inline V load_as(const void* p) {
 
 using raw_vec = u32x8;
 
-// The two int8 terms of an input are one number of 16 bits, which saturates.
-constexpr bool JOINED_TERMS = true;
-inline int16_t joined_terms(float steps) {
-  const float clamped = steps < 32767.0f ? (steps > -32767.0f ? steps : -32767.0f) : 32767.0f;  // of NaN too
-  return int16_t(int32_t(clamped + 12582912.0f - 12582912.0f));  // 1.5 * 2^23 drops the fraction
-}
+constexpr bool JOINED_TERMS = true;  // the two int8 terms of an input are one number of 16 bits
 
 inline raw_vec load_raw(const void* p) { return load_as<u32x8>(p); }
 inline void store_raw(void* p, raw_vec v) { std::memcpy(p, &v, sizeof v); }
@@ -270,6 +265,10 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
 template <>
 struct LaneOps<JOINED_PAIRS> : LaneOps<RAREFY_I8> {
   static constexpr int INPUTS = 2;
+  static int16_t round(float f) {                                                     // saturates
+    const float clamped = f < 32767.0f ? (f > -32767.0f ? f : -32767.0f) : 32767.0f;  // of NaN too
+    return int16_t(int32_t(clamped + 12582912.0f - 12582912.0f));                     // 1.5 * 2^23 drops the fraction
+  }
   static i32x8 multiply_add(i32x8 s, u32x8 x, i32x8 w) {
 #if defined(__AVX2__)
     return i32x8(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(__m256i(x), __m256i(w))));

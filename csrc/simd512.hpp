@@ -18,7 +18,6 @@ namespace {
 constexpr int SIMD_WIDTH = 16, MAX_VECS = 4;
 constexpr int32_t INPUT_ZERO_POINT = 128;
 constexpr bool JOINED_TERMS = false;  // the two int8 terms of an input are multiplied one after the other
-inline int16_t joined_terms(float) { return 0; }
 
 // On Zen 4 and 5 a zero-masked expansion waits for the register that it overwrites. So values are merged into zeros
 // that the compiler cannot recognize as zeros.

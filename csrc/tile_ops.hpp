@@ -119,8 +119,9 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
 }
 
 // As quantize_tile, in two terms: lanes of two joined numbers, or behind the codes those of what they lose.
+template <bool JOINED>
 void quantize_two_terms(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
-  if constexpr (JOINED_TERMS) {
+  if constexpr (JOINED) {
     for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
       const f32_vec inverse = LOST_STEPS / load_vec(scales + n);
       for (int64_t f = 0; f < features; f += 2) {
@@ -130,16 +131,16 @@ void quantize_two_terms(const float* x, int64_t features, int64_t columns, const
         store_raw(out + f / 2 * TILE_COLS + n, raw_vec(low | high));
       }
     }
-    return;
-  }
-  quantize_tile(x, features, columns, scales, out);
-  out += (features + 63) / 64 * 16 * TILE_COLS;
-  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
-    const f32_vec inverse = 1.0f / load_vec(scales + n);
-    quantize_columns(x + n, features, out + n, [&](f32_vec v) {
-      const f32_vec code = f32_vec(rounded_bits(v * inverse)) - ROUND_TO_INTEGER;
-      return rounded_bits((v * inverse - code) * LOST_STEPS);
-    });
+  } else {
+    quantize_tile(x, features, columns, scales, out);
+    out += (features + 63) / 64 * 16 * TILE_COLS;
+    for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+      const f32_vec inverse = 1.0f / load_vec(scales + n);
+      quantize_columns(x + n, features, out + n, [&](f32_vec v) {
+        const f32_vec code = f32_vec(rounded_bits(v * inverse)) - ROUND_TO_INTEGER;
+        return rounded_bits((v * inverse - code) * LOST_STEPS);
+      });
+    }
   }
 }
 

@@ -21,6 +21,8 @@ API int rarefy_check_quantized(const rarefy_quantized* w, int64_t values) {
   if ((w->scale_groups == 0) == (w->scales != nullptr)) return RAREFY_INVALID;
   if (w->zeros && (!w->scale_groups || w->dtype != RAREFY_I4)) return RAREFY_INVALID;
   if (w->two_terms && w->fp32_inputs) return RAREFY_INVALID;
+  for (int64_t i = 0; w->zeros && i < (w->rows + 3) / 4 * 4 * w->col_blocks * w->scale_groups; ++i)
+    if (w->zeros[i] > 15) return RAREFY_INVALID;
   return (w->rows + 3) / 4 * w->col_blocks * 4 * cell_bytes(w->dtype) == values ? RAREFY_OK : RAREFY_INVALID;
 }
 

@@ -541,3 +541,22 @@ def test_grids_of_weights_that_are_stored_the_other_way_round(options, precision
     with torch.no_grad():
         want = model(ids).logits
     assert far(want, rarefy.decoder(model, precision=precision)(ids)) < (1e-5 if precision is None else 0.01)
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("width", [576, 1024, 4160])
+def test_sums_of_the_largest_codes_and_inputs(isa, width):
+    """All inputs of the head are equal, and so are its weights: no product cancels another."""
+    model = small(
+        hidden_size=width, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1
+    )
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.copy_(torch.arange(1, V + 1)[:, None].expand(V, width))
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    ids = torch.randint(3, V, (1, 80))
+    want = eager(model, ids)
+    assert float(want.min()) > 0.99 * width
+    assert far(want, in_pieces(rarefy.decoder(model, precision="int8"), ids, [70, 1, 3, 6])) < 1e-4

@@ -666,3 +666,17 @@ def test_scales_of_numbers_that_are_not_finite():
         got, want = (fit(X, 4, symmetric) for fit in (mse, mse_in_torch))
         torch.testing.assert_close(got[0], want[0], equal_nan=True)
         assert symmetric or torch.equal(got[1][1:], want[1][1:])
+
+
+def test_scales_do_not_depend_on_the_default_dtype_or_device():
+    X = torch.randn(40, 32)
+    want = mse(X, 4, False)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            torch.testing.assert_close(mse(X, 4, False), want, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        torch.testing.assert_close(mse(X, 4, False), want, rtol=0, atol=0)

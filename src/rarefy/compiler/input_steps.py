@@ -49,7 +49,7 @@ def quantize_input(
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 there is a scale for each token or pixel, or one for each image, whose pixels a
-    convolution sums. With two terms, the codes of what rounding lost stand behind the codes.
+    convolution sums. With two terms, each input takes 16 bits in place of 8.
     """
     key = x, precision + " per image" * per_image + " in two terms" * two_terms
     if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:

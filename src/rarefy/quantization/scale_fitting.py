@@ -45,11 +45,11 @@ def mse(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> t
 
 
 def _native_mse(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    scale = torch.empty(len(X))
-    zero = None if symmetric else torch.empty(len(X))
+    scale = X.new_empty(len(X))
+    zero = None if symmetric else X.new_empty(len(X))
     min_code, max_code = Grid(bits, scale, zero).range
     X, weigh = X.contiguous(), None if weigh is None else weigh.float().expand(X.shape).contiguous()
-    fractions = torch.tensor(FRACTIONS)
+    fractions = X.new_tensor(FRACTIONS)
     x, w, f, s, z = (None if t is None else t.data_ptr() for t in (X, weigh, fractions, scale, zero))
     fit = bindings.ScaleFit(x, w, *X.shape, f, len(FRACTIONS), min_code, max_code, int(symmetric), s, z)
     if bindings.library().rarefy_fit_scales(fit):
@@ -58,7 +58,10 @@ def _native_mse(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None) -> 
 
 
 def mse_in_torch(X: Tensor, bits: int, symmetric: bool, weigh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return what `mse` does, on any device and without native code. O(NUM_RANGES n)."""
+    """Return what `mse` does, or a grid with as small an error, on any device and without native code.
+
+    O(NUM_RANGES n).
+    """
     low, high = X.amin(1).clamp(max=0), X.amax(1).clamp(min=0)
     best, scale, zero = _grid_of_range(low, high, bits, symmetric), *_grid_of_range(low, high, bits, symmetric)
     min_error = _squared_error(X, bits, *best, weigh)
