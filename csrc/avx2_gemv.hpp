@@ -246,16 +246,9 @@ void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint
 template <int BITS, int GROUPS>
 void joined_groups(const rarefy_quantized& w, int64_t from, int64_t to, const uint8_t* x, int64_t ldx, float* y,
                    int64_t ldy, int64_t n) {
-  for (; n > 0; n -= 4, x += 4 * ldx, y += 4 * ldy) {
-    if (n >= 4)
-      joined_rows<BITS, GROUPS, 4>(w, from, to, x, ldx, y, ldy);
-    else if (n == 3)
-      joined_rows<BITS, GROUPS, 3>(w, from, to, x, ldx, y, ldy);
-    else if (n == 2)
-      joined_rows<BITS, GROUPS, 2>(w, from, to, x, ldx, y, ldy);
-    else
-      joined_rows<BITS, GROUPS, 1>(w, from, to, x, ldx, y, ldy);
-  }
+  for_each_four(n, [&](auto inputs, int64_t first) {
+    joined_rows<BITS, GROUPS, inputs>(w, from, to, x + first * ldx, ldx, y + first * ldy, ldy);
+  });
 }
 
 template <int BITS>

@@ -1,6 +1,7 @@
 // Types and constants shared by all kernels, and the table of functions that each instruction set provides.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "rarefy.h"
 
@@ -51,6 +52,19 @@ inline int wide_code(const uint8_t* cell, int bits, int64_t column) {
   const int low = cell[column % 32] >> (column / 32 * 4) & 15;
   const int high = cell[32 + column % plane] >> (column / plane * high_bits) & ((1 << high_bits) - 1);
   return low | high << 4;
+}
+
+// Call f(count, first) for n inputs, four at a time and then the rest; `count` is a constant.
+template <class F>
+inline void for_each_four(int64_t n, F&& f) {
+  int64_t first = 0;
+  for (; first + 4 <= n; first += 4) f(std::integral_constant<int, 4>{}, first);
+  if (n - first == 3)
+    f(std::integral_constant<int, 3>{}, first);
+  else if (n - first == 2)
+    f(std::integral_constant<int, 2>{}, first);
+  else if (n - first == 1)
+    f(std::integral_constant<int, 1>{}, first);
 }
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }

@@ -64,16 +64,9 @@ void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const v
   if constexpr (KIND == TWO_TERMS && JOINED_TERMS)
     joined_gemv<BITS>(w, from, to, in, ldx, y, ldy, n);
   else
-    for (; n > 0; n -= 4, in += 4 * ldx, y += 4 * ldy) {
-      if (n >= 4)
-        quantized_row_range<BITS, KIND, 4>(w, from, to, in, ldx, y, ldy);
-      else if (n == 3)
-        quantized_row_range<BITS, KIND, 3>(w, from, to, in, ldx, y, ldy);
-      else if (n == 2)
-        quantized_row_range<BITS, KIND, 2>(w, from, to, in, ldx, y, ldy);
-      else
-        quantized_row_range<BITS, KIND, 1>(w, from, to, in, ldx, y, ldy);
-    }
+    for_each_four(n, [&](auto inputs, int64_t first) {
+      quantized_row_range<BITS, KIND, inputs>(w, from, to, in + first * ldx, ldx, y + first * ldy, ldy);
+    });
 }
 
 // Epilogue in place on y[n][rows], of rows `from`..`to`. `scales`: the int8 scales of the inputs; null for fp32 inputs.

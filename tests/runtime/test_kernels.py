@@ -638,6 +638,13 @@ def test_panels_that_do_not_fit_together_never_run(change, says):
         Kernel(packing.QuantizedPanels(**{**vars(weight), **change}))
 
 
+def test_zero_points_of_more_than_4_bits_never_run():
+    weight = packing.pack_quantized(*on_grid(8, 96, "int4", 32, False))
+    weight.zeros[1, 0, 2, 1] = 16
+    with pytest.raises(FormatError, match=r"the packed quantizedpanels of shape \[8, 96\] is damaged"):
+        Kernel(weight)
+
+
 def run_with_kernels(tmp_path, option, *words, **env):
     """This file, and tests of what programs run, with kernels built with an option."""
     root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
