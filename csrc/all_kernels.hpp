@@ -22,16 +22,11 @@
 
 namespace {
 
-// The functions of joined terms, where there are such.
-struct JoinedFunctions {
-  decltype(rarefy_kernel_table::joined_lanes) lanes = nullptr;
-  decltype(rarefy_kernel_table::store_joined) store = nullptr;
-  decltype(rarefy_kernel_table::decompress_joined) decompress = nullptr;
-};
-template <int32_t PAIRS = JOINED_PAIRS>
-constexpr JoinedFunctions joined_functions() {
-  if constexpr (JOINED_TERMS) return {dense_lanes<PAIRS>, store_outputs<PAIRS>, decompress_quantized<PAIRS>};
-  return {};
+// What decompresses weights for joined terms, where there are such.
+template <int32_t DTYPE = RAREFY_I16>
+constexpr decltype(rarefy_kernel_table::decompress_joined) decompress_joined() {
+  if constexpr (JOINED_TERMS) return decompress_quantized<DTYPE>;
+  return nullptr;
 }
 
 constexpr rarefy_kernel_table all_kernels(const char* name) {
@@ -57,25 +52,23 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .quantized_epilogue = quantized_epilogue,
       .csr_spmm = {csr_spmm<1>, csr_spmm<4>, csr_spmm<8>, csr_spmm<16>},
       .csr_epilogue = rows_epilogue<RAREFY_F32, rarefy_csr>,
-      .tiles_spmm = {tiles_spmm<RAREFY_F32>, tiles_spmm<RAREFY_BF16>, tiles_spmm<RAREFY_I8>},
+      .tiles_spmm = {tiles_spmm<RAREFY_F32>, tiles_spmm<RAREFY_BF16>, tiles_spmm<RAREFY_I8>, tiles_spmm<RAREFY_I16>},
       .tiles_spmm_block = {tiles_spmm_block<RAREFY_F32>, tiles_spmm_block<RAREFY_I8>},
-      .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>},
+      .sell_spmm = {sell_spmm<RAREFY_F32>, sell_spmm<RAREFY_BF16>, sell_spmm<RAREFY_I8>, sell_spmm<RAREFY_I16>},
       .sell_spmm_block = {sell_spmm_block<RAREFY_F32>, sell_spmm_block<RAREFY_I8>},
       .repeat_column = repeat_column,
       .dense_gemv = dense_gemv,
       .dense_gemm = dense_gemm,
       .begin_dense = begin_dense,
       .end_dense = end_dense,
-      .dense_lanes = {dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>},
-      .joined_lanes = joined_functions().lanes,
-      .store_joined = joined_functions().store,
-      .decompress_joined = joined_functions().decompress,
-      .lanes_gemv = {lanes_gemv<RAREFY_BF16>, lanes_gemv<RAREFY_I8>},
-      .store_outputs = {store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>},
+      .dense_lanes = {nullptr, dense_lanes<RAREFY_BF16>, dense_lanes<RAREFY_I8>, dense_lanes<RAREFY_I16>},
+      .lanes_gemv = {nullptr, lanes_gemv<RAREFY_BF16>, lanes_gemv<RAREFY_I8>, lanes_gemv<RAREFY_I16>},
+      .store_outputs = {nullptr, store_outputs<RAREFY_BF16>, store_outputs<RAREFY_I8>, store_outputs<RAREFY_I16>},
       .decompress_bitmask = {decompress_bitmask<RAREFY_F32>, decompress_bitmask<RAREFY_BF16>,
                              decompress_bitmask<RAREFY_I8>, decompress_bitmask<RAREFY_I4>},
       .decompress_quantized = {decompress_quantized<RAREFY_F32>, decompress_quantized<RAREFY_BF16>,
                                decompress_quantized<RAREFY_I8>},
+      .decompress_joined = decompress_joined(),
       .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
                               transposed_epilogue<RAREFY_I8>},
       .f32_epilogue = f32_epilogue,
@@ -85,6 +78,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .norm_tile = norm_tile,
       .column_absmax = column_absmax,
       .quantize_tile = quantize_tile,
+      .quantize_int16 = quantize_int16,
       .quantize_two_terms = quantize_two_terms<JOINED_TERMS>,
       .quantize_static = quantize_static,
       .fake_quantize = fake_quantize,
@@ -125,7 +119,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .norm_row = norm_row,
       .rope = {rope_tile, rope_row},
       .attention_row = attention_row,
-      .multiply_adds = {multiply_adds<RAREFY_F32>, multiply_adds<RAREFY_BF16>, multiply_adds<RAREFY_I8>},
+      .multiply_adds = {multiply_adds<RAREFY_F32>, multiply_adds<RAREFY_BF16>, multiply_adds<RAREFY_I8>,
+                        multiply_adds<RAREFY_I16>},
       .read_memory = read_memory,
   };
 }

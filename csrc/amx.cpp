@@ -207,8 +207,8 @@ void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
   t.name = "amx";
   t.begin_dense = begin_dense;
   t.end_dense = end_dense;
-  t.dense_lanes[0] = dense_lanes<RAREFY_BF16>;
-  t.dense_lanes[1] = dense_lanes<RAREFY_I8>;
+  t.dense_lanes[RAREFY_BF16] = dense_lanes<RAREFY_BF16>;
+  t.dense_lanes[RAREFY_I8] = dense_lanes<RAREFY_I8>;
   t.nhwc_products[1] = nhwc_products;
   t.nhwc_pixels[1] = 32;
   t.multiply_adds[RAREFY_BF16] = multiply_adds<RAREFY_BF16>;

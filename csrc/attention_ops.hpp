@@ -89,9 +89,9 @@ struct LaneAttention {
     for (int64_t key = begin; key < last; key += chunk) {
       const int64_t n = std::min(chunk, last - key);
       for (int64_t j = 0; j < n; j += 32)
-        t.dense_lanes[0](packed_keys + (key + j) / KEY_BLOCK * dim_blocks * 256, dim_blocks,
-                         n - j > KEY_BLOCK ? 32 : KEY_BLOCK, queries,
-                         reinterpret_cast<uint32_t*>(scores + j * TILE_COLS), count);
+        t.dense_lanes[RAREFY_BF16](packed_keys + (key + j) / KEY_BLOCK * dim_blocks * 256, dim_blocks,
+                                   n - j > KEY_BLOCK ? 32 : KEY_BLOCK, queries,
+                                   reinterpret_cast<uint32_t*>(scores + j * TILE_COLS), count);
       const float* m = mask ? mask + key * a.mask_key_stride + query * a.mask_query_stride : nullptr;
       t.softmax_lanes(a, m, key, n, query, count, scores, weights, max, sum, rescale);
       multiply_values(key, n, count);
@@ -109,8 +109,8 @@ struct LaneAttention {
   void multiply_values(int64_t key, int64_t count, int64_t columns) {
     const int64_t blocks = ceil_div(count, VALUE_BLOCK);
     for (int64_t d = 0; d < head_dim; d += 16)
-      t.dense_lanes[0](packed_values + (d / 16 * value_blocks + key / VALUE_BLOCK) * 256, blocks, 16, weights,
-                       reinterpret_cast<uint32_t*>(sums + d * TILE_COLS), columns);
+      t.dense_lanes[RAREFY_BF16](packed_values + (d / 16 * value_blocks + key / VALUE_BLOCK) * 256, blocks, 16, weights,
+                                 reinterpret_cast<uint32_t*>(sums + d * TILE_COLS), columns);
   }
 
   const rarefy_kernel_table& t;

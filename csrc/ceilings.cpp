@@ -75,12 +75,12 @@ double read_rate(const rarefy_kernel_table& t, const char* memory, int64_t bytes
 API double rarefy_measure_ceiling(int32_t kind, double seconds, const void* memory, int64_t bytes) {
   const rarefy_kernel_table& t = rarefy_active_kernels();
   if (kind == RAREFY_CEILING_READ) return read_rate(t, static_cast<const char*>(memory), bytes, seconds);
-  if (kind < RAREFY_F32 || kind > RAREFY_I8) return 0;
+  if (kind != RAREFY_I16 && (kind < RAREFY_F32 || kind > RAREFY_I8)) return 0;
   alignas(64) uint32_t weights[CEILING_LANES * TILE_ROWS], x[CEILING_LANES * TILE_COLS];
   std::fill_n(weights, CEILING_LANES * TILE_ROWS, ONES);
   std::fill_n(x, CEILING_LANES * TILE_COLS, ONES);
   return best_rate(seconds, [&](uint32_t) {
     alignas(64) uint32_t sums[2 * 16 * TILE_COLS];
-    return t.multiply_adds[kind](weights, x, ROUNDS, sums);
+    return t.multiply_adds[lane_index(kind)](weights, x, ROUNDS, sums);
   });
 }

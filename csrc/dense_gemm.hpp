@@ -1,5 +1,5 @@
-// Dense weights of bf16 and int8 on column tiles: blocks of 16 rows by 16 lanes, 32 rows at a time, and the epilogue
-// that turns their sums into outputs. amx.cpp has the same multiplication on AMX tiles.
+// Dense weights of bf16, int8 and int16 on column tiles: blocks of 16 rows by 16 lanes, 32 rows at a time, and the
+// epilogue that turns their sums into outputs. amx.cpp has the same multiplication on AMX tiles.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -52,7 +52,7 @@ template <int DTYPE>
 void dense_lanes(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                  int64_t columns) {
   for (int64_t b = 0; b < lane_blocks; b += BLOCKS_IN_L1)
-    for_each_vector_group<DTYPE == JOINED_PAIRS ? 2 : 3>(columns, [&](auto vectors, int64_t column) {
+    for_each_vector_group<DTYPE == RAREFY_I16 ? 2 : 3>(columns, [&](auto vectors, int64_t column) {
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         dense_rows<DTYPE, vectors>(
             values + (r / DENSE_ROWS * lane_blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
@@ -70,7 +70,7 @@ inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, 
   if constexpr (DTYPE == RAREFY_I8) {
     const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT + e.zero);
     v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) * (col_scale * e.row_scales[row]);
-  } else if constexpr (DTYPE == JOINED_PAIRS) {
+  } else if constexpr (DTYPE == RAREFY_I16) {
     v = __builtin_convertvector(i32_vec(v), f32_vec) * (col_scale * e.row_scales[row]);
   }
   if (e.bias) v += e.bias[row];
@@ -111,7 +111,7 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
     }
 }
 
-// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32) or int8.
+// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32), int8 or int16.
 template <int DTYPE>
 void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
   with_activation(e.act, [&](auto act) { store_dense_outputs<DTYPE, act>(e, acc, o); });

@@ -104,7 +104,7 @@ void lanes_gemv(const uint32_t* values, int64_t lane_blocks, int64_t rows, const
       for (int i = 0; i < SIMD_WIDTH; ++i) square[i] = __builtin_bit_cast(raw_vec, sums[r + i]);
       transpose(square);
       alignas(64) uint32_t totals[SIMD_WIDTH];
-      if constexpr (DTYPE == RAREFY_I8)
+      if constexpr (DTYPE == RAREFY_I8 || DTYPE == RAREFY_I16)
         store_sum<u32_vec>(square, totals);
       else
         store_sum<f32_vec>(square, totals);

@@ -194,9 +194,10 @@ inline void tile_row_epilogue(const Acc (&acc)[VECS], const rarefy_tile_epilogue
 #pragma GCC unroll 8
   for (int t = 0; t < VECS; ++t) {
     f32_vec v;
-    if constexpr (DTYPE == RAREFY_I8) {
-      const u32_vec zero_point_term =
-          u32_vec{} + uint32_t(exists ? e.row_sums[row] : 0) * uint32_t(INPUT_ZERO_POINT + e.zero);
+    if constexpr (DTYPE == RAREFY_I8 || DTYPE == RAREFY_I16) {
+      u32_vec zero_point_term{};
+      if (DTYPE == RAREFY_I8)
+        zero_point_term += uint32_t(exists ? e.row_sums[row] : 0) * uint32_t(INPUT_ZERO_POINT + e.zero);
       const float scale = exists ? e.row_scales[row] : 0.0f;
       v = __builtin_convertvector(i32_vec(__builtin_bit_cast(u32_vec, acc[t]) - zero_point_term), f32_vec);
       v = v * (load_vec(e.col_scales + column + t * SIMD_WIDTH) * scale) + bias;

@@ -145,6 +145,7 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
     return;
   }
   float* scales = s.out_scales.data + tile * TILE_COLS;
+  auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
   const int64_t columns = columns_of(s, tile);
   if (s.per_image) {
     image_scales(t, s, tile, scales);
@@ -153,9 +154,12 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
       t.column_absmax(tile_of(s.in_absmax, tile), s.absmax_rows, columns, scales);
     else
       t.column_absmax(x, s.features, columns, scales);
+    if (!s.two_terms) {
+      quantize_by_absmax(t, s.dtype, x, s.features, columns, scales, codes);
+      return;
+    }
     absmax_to_scales(scales, columns);
   }
-  auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
   (s.two_terms ? t.quantize_two_terms : t.quantize_tile)(x, s.features, columns, scales, codes);
 }
 
@@ -174,8 +178,7 @@ int run_norm(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   } else if (s.out_codes.data) {
     float* scales = s.out_scales.data + first;
     t.column_absmax(out, s.features, size, scales);
-    absmax_to_scales(scales, size);
-    t.quantize_tile(out, s.features, size, scales, codes_of(s, tile) + column);
+    quantize_by_absmax(t, s.codes_dtype, out, s.features, size, scales, codes_of(s, tile) + column);
   }
   return RAREFY_OK;
 }

@@ -50,7 +50,7 @@ void convert_row_two_terms(const float* x, int64_t n, int64_t padded, float scal
   if constexpr (JOINED) {
     auto* numbers = static_cast<int16_t*>(out);
     for (int64_t i = 0; i < n; ++i)
-      numbers[i] = LaneOps < JOINED ? JOINED_PAIRS : RAREFY_I8 > ::round(x[i] * (scale * LOST_STEPS));
+      numbers[i] = LaneOps < JOINED ? RAREFY_I16 : RAREFY_I8 > ::round(x[i] * (scale * LOST_STEPS));
     std::memset(numbers + n, 0, size_t(padded - n) * 2);
   } else {
     using L = LaneOps<RAREFY_I8>;

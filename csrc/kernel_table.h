@@ -10,6 +10,7 @@
 constexpr int64_t TILE_COLS = 64;          // columns of a column tile
 constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
 constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
+constexpr float INT16_INPUT_STEPS = 8191;  // of the largest magnitude; weights are rounded so that sums fit 32 bits
 // Columns whose products of joined terms and codes of 8 bits fit a sum of 32 bits: where one sum has all of them, and
 // where eight sums share them.
 constexpr int64_t JOINED_TILE_COLUMNS = 512, JOINED_ROW_COLUMNS = 2048;
@@ -19,7 +20,6 @@ constexpr int64_t MAX_STRIDE = 8;         // of a convolution
 constexpr int64_t MAX_DENSE_STRIDE = 64;  // of a dense one in fp32
 constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense weights multiply without a whole tile
 constexpr int64_t MAX_VECTOR = 16;        // columns of a vector at most
-constexpr int32_t JOINED_PAIRS = 100;     // lanes of two inputs of 16 bits, beside the dtypes of rarefy.h
 constexpr int TILE_ROWS = 4;              // rows of a row tile
 constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
 constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
@@ -69,7 +69,16 @@ inline void for_each_four(int64_t n, F&& f) {
 
 static inline float from_bf16(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
 
-static inline int64_t inputs_per_lane(int32_t dtype) { return dtype >= RAREFY_I8 ? 4 : dtype == RAREFY_BF16 ? 2 : 1; }
+static inline int64_t inputs_per_lane(int32_t dtype) {
+  return dtype == RAREFY_F32 ? 1 : dtype == RAREFY_BF16 || dtype == RAREFY_I16 ? 2 : 4;
+}
+
+static inline bool is_lane_dtype(int32_t dtype) {
+  return dtype == RAREFY_I16 || (dtype >= RAREFY_F32 && dtype <= RAREFY_I8);
+}
+
+// The index of a dtype of lanes in tables of functions.
+constexpr int32_t lane_index(int32_t dtype) { return dtype == RAREFY_I16 ? 3 : dtype; }
 
 // Dequantization, bias and activation of a weight, whatever its format.
 struct rarefy_weight_epilogue {
@@ -167,11 +176,11 @@ struct rarefy_kernel_table {
                        float* y, int64_t ldy, int64_t n);
 
   // Column tiles: accumulators, and their epilogues.
-  void (*tiles_spmm[3])(const rarefy_tiles&, int64_t from, int64_t to, const uint32_t* x, uint32_t* acc,
+  void (*tiles_spmm[4])(const rarefy_tiles&, int64_t from, int64_t to, const uint32_t* x, uint32_t* acc,
                         int64_t columns);
   void (*tiles_spmm_block[2])(const rarefy_tiles&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
                               uint32_t* acc, int64_t columns);  // fp32, int8
-  void (*sell_spmm[3])(const rarefy_sell&, int64_t slab, const uint32_t* x, uint32_t* acc, int64_t columns,
+  void (*sell_spmm[4])(const rarefy_sell&, int64_t slab, const uint32_t* x, uint32_t* acc, int64_t columns,
                        const rarefy_tile_epilogue*);
   void (*sell_spmm_block[2])(const rarefy_sell&, int64_t block, int64_t from, int64_t to, const uint32_t* x,
                              uint32_t* acc, int64_t columns, const rarefy_tile_epilogue*);  // fp32, int8
@@ -184,23 +193,19 @@ struct rarefy_kernel_table {
   // Called before and after `dense_lanes` by each thread, with the same state.
   void (*begin_dense)(rarefy_dense_state*);
   void (*end_dense)(const rarefy_dense_state*);
-  // 16 or 32 rows of a dense weight of bf16 or int8 times a column tile: acc [rows][TILE_COLS].
-  void (*dense_lanes[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
+  // 16 or 32 rows of a dense weight times a column tile: acc [rows][TILE_COLS]. Not fp32; by lane_index, as below.
+  void (*dense_lanes[4])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
-  // As these, where the two int8 terms of an input are joined to 16 bits, two inputs to a lane, in steps of 1 /
-  // LOST_STEPS: products with at most JOINED_TILE_COLUMNS columns, the outputs, and four rows of values. Null where the
-  // terms are multiplied one after the other.
-  void (*joined_lanes)(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
-                       int64_t columns);
-  void (*store_joined)(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
-  void (*decompress_joined)(const rarefy_quantized&, int64_t row, uint32_t* out);
   // One row of lanes, which lie together, times rows of a dense weight of bf16 or int8: acc [rows][TILE_COLS], column
   // 0.
-  void (*lanes_gemv[2])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc);
-  void (*store_outputs[2])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
+  void (*lanes_gemv[4])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc);
+  void (*store_outputs[4])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
   // Four rows: int8, and bf16 of quantized weights, for `dense_lanes`, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);
   void (*decompress_quantized[3])(const rarefy_quantized&, int64_t row, uint32_t* out);  // to fp32, bf16, int8
+  // To int16, where the two int8 terms of an input are joined to 16 bits, in steps of 1 / LOST_STEPS: sums fit 32 bits
+  // with at most JOINED_TILE_COLUMNS columns. Null where the terms are multiplied one after the other.
+  void (*decompress_joined)(const rarefy_quantized&, int64_t row, uint32_t* out);
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
                                  const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy);
   void (*f32_epilogue)(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,
@@ -214,6 +219,7 @@ struct rarefy_kernel_table {
                     bool subtract_mean, float* out);
   void (*column_absmax)(const float* x, int64_t features, int64_t columns, float* out);
   void (*quantize_tile)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
+  void (*quantize_int16)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*quantize_two_terms)(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out);
   void (*quantize_static)(const float* x, int64_t features, float inverse_scale, int32_t zero, uint32_t* out);
   void (*fake_quantize)(const float* x, float scale, int32_t zero, float* out, int64_t count);
@@ -296,7 +302,7 @@ struct rarefy_kernel_table {
   void (*attention_row)(const rarefy_attention&, int64_t batch, int64_t token, int64_t head, float* scratch);
 
   // The CPU's ceilings (ceilings.hpp).
-  int64_t (*multiply_adds[3])(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums);
+  int64_t (*multiply_adds[4])(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums);
   void (*read_memory)(const char* p, int64_t bytes, uint32_t* sums);
 };
 

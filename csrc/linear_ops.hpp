@@ -66,7 +66,7 @@ struct LinearWeight {
 // Formats for few inputs are decompressed for column tiles.
 inline bool is_decompressed(const rarefy_step& s) { return s.format == RAREFY_BITMASK || s.format == RAREFY_QUANTIZED; }
 
-// Weights of bf16 and int8 whose inputs are lanes; their steps write codes as well as fp32.
+// Weights of bf16, int8 and int16 whose inputs are lanes; their steps write codes as well as fp32.
 inline bool is_in_lanes(const rarefy_step& s) { return !is_decompressed(s) && LinearWeight(s).dtype != RAREFY_F32; }
 
 inline int64_t linear_parts(const rarefy_step& s, int64_t tiles) {
@@ -82,8 +82,8 @@ inline void multiply_blocks(const rarefy_kernel_table& t, int32_t dtype, const u
   alignas(64) uint32_t sums[DECOMPRESSED_ROWS * TILE_COLS];
   const DenseSection section(t);
   const auto multiply = [&](const uint32_t* in, const rarefy_tile_epilogue& epilogue) {
-    t.dense_lanes[dtype == RAREFY_I8](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
-    t.store_outputs[dtype == RAREFY_I8](
+    t.dense_lanes[lane_index(dtype)](values, lane_blocks, ceil_div(e.rows, 16) * 16, in, sums, columns);
+    t.store_outputs[lane_index(dtype)](
         epilogue, sums,
         {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
   };
@@ -110,14 +110,14 @@ inline void multiply_joined(const rarefy_kernel_table& t, const uint32_t* values
   constexpr int64_t step = JOINED_TILE_COLUMNS / 32;
   for (int64_t b = 0; b < lane_blocks; b += step) {
     for (int64_t r = 0; r < e.rows; r += 16)
-      t.joined_lanes(values + (r * lane_blocks + b * 16) * 16, std::min(step, lane_blocks - b), 16,
-                     x + b * 16 * TILE_COLS, sums + r * TILE_COLS, columns);
+      t.dense_lanes[lane_index(RAREFY_I16)](values + (r * lane_blocks + b * 16) * 16, std::min(step, lane_blocks - b),
+                                            16, x + b * 16 * TILE_COLS, sums + r * TILE_COLS, columns);
     rarefy_tile_epilogue part = e;
     if (b + step < lane_blocks) {
       part.bias = nullptr;
       part.act = RAREFY_NONE;
     }
-    t.store_joined(
+    t.store_outputs[lane_index(RAREFY_I16)](
         part, sums,
         {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
     e.residual = out;
@@ -133,7 +133,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   const bool quantized = s.format == RAREFY_QUANTIZED;
   // bf16 and int8 in blocks of 16 rows by 16 lanes; other formats of bf16 become fp32
   const bool blocks = w.dtype == RAREFY_I8 || (quantized && w.dtype == RAREFY_BF16);
-  const bool joined = w.two_terms && t.joined_lanes;
+  const bool joined = w.two_terms && t.decompress_joined;
   const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 && !joined ? 1 : 2);
   const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * (blocks ? lane_blocks * 16 : w.col_blocks * 64)) * 4);
   uint32_t* values = static_cast<uint32_t*>(scratch.data);
@@ -182,7 +182,7 @@ inline void store_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32
   for (int64_t row = first; row < end; row += SIZE) {
     const int64_t rows = std::min(SIZE, end - row);
     multiply(row, rows, sums);
-    t.store_outputs[dtype == RAREFY_I8](
+    t.store_outputs[lane_index(dtype)](
         tile_epilogue(w, row, rows, col_scales, optional_rows(s.residual, tile, row), s.in_zero, columns_of(s, tile)),
         sums,
         {.out = out ? out + row * TILE_COLS : nullptr,
@@ -212,8 +212,8 @@ inline int store_few_columns(const rarefy_kernel_table& t, const rarefy_step& s,
   store_rows<DENSE_ROWS_PER_CALL>(
       t, s, dtype, w, tile, first, end, col_scales, out, absmax, [&](int64_t row, int64_t rows, uint32_t* sums) {
         for (int64_t n = 0; n < columns; ++n)
-          t.lanes_gemv[dtype == RAREFY_I8](values + row * lanes, lane_blocks, ceil_div(rows, 16) * 16,
-                                           rows_of_lanes + n * lanes, sums + n);
+          t.lanes_gemv[lane_index(dtype)](values + row * lanes, lane_blocks, ceil_div(rows, 16) * 16,
+                                          rows_of_lanes + n * lanes, sums + n);
       });
   return RAREFY_OK;
 }
@@ -226,8 +226,8 @@ inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s,
   const DenseSection section(t);
   store_rows<DENSE_ROWS_PER_CALL>(t, s, dtype, w, tile, first, end, col_scales, out, absmax,
                                   [&](int64_t row, int64_t rows, uint32_t* sums) {
-                                    t.dense_lanes[dtype == RAREFY_I8](values + row * lane_blocks * 16, lane_blocks,
-                                                                      ceil_div(rows, 16) * 16, x, sums, columns);
+                                    t.dense_lanes[lane_index(dtype)](values + row * lane_blocks * 16, lane_blocks,
+                                                                     ceil_div(rows, 16) * 16, x, sums, columns);
                                   });
 }
 
@@ -236,10 +236,10 @@ inline void multiply_sparse(const rarefy_kernel_table& t, const rarefy_step& s, 
                             const uint32_t* x, uint32_t* sums, int64_t columns) {
   if (s.format == RAREFY_SELL) {
     const auto& w = *static_cast<const rarefy_sell*>(s.weight);
-    t.sell_spmm[w.dtype](w, row / SLAB_ROWS, x, sums, columns, nullptr);
+    t.sell_spmm[lane_index(w.dtype)](w, row / SLAB_ROWS, x, sums, columns, nullptr);
   } else {
     const auto& w = *static_cast<const rarefy_tiles*>(s.weight);
-    t.tiles_spmm[w.dtype](w, row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS), x, sums, columns);
+    t.tiles_spmm[lane_index(w.dtype)](w, row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS), x, sums, columns);
   }
 }
 
@@ -258,7 +258,7 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   const int64_t size = s.whole_columns ? s.features : SLAB_ROWS, slabs = ceil_div(s.features, size);
   const int64_t tile = part / slabs, first = part % slabs * size, end = std::min(first + size, s.features);
   const int64_t columns = std::min(TILE_COLS, s.columns - tile * TILE_COLS);
-  const bool quantizes = s.out_codes.data && s.codes_dtype == RAREFY_I8 && s.codes_scale == 0.0f;
+  const bool quantizes = s.out_codes.data && s.codes_dtype != RAREFY_BF16 && s.codes_scale == 0.0f;
   const ScratchBuffer<1> scratch(size_t(quantizes && !s.out.data ? s.features * TILE_COLS : 1) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
   float* out = s.out.data ? tile_of(s.out, tile) : quantizes ? static_cast<float*>(scratch.data) : nullptr;
@@ -283,8 +283,7 @@ inline int run_lanes_linear(const rarefy_kernel_table& t, const rarefy_step& s, 
   if (quantizes) {
     float* out_scales = s.out_scales.data + tile * TILE_COLS;
     std::copy_n(absmax, TILE_COLS, out_scales);
-    absmax_to_scales(out_scales, TILE_COLS);
-    t.quantize_tile(out, s.features, columns_of(s, tile), out_scales, codes_of(s, tile));
+    quantize_by_absmax(t, s.codes_dtype, out, s.features, columns_of(s, tile), out_scales, codes_of(s, tile));
   }
   return RAREFY_OK;
 }
@@ -328,10 +327,10 @@ inline int run_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_
                            row, rows, tile_of(s.x, tile), columns, s.columns <= MAX_GEMV_COLUMNS, acc))
       return code;
   } else if (s.format == RAREFY_SELL) {
-    t.sell_spmm[w.dtype](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);
+    t.sell_spmm[lane_index(w.dtype)](*static_cast<const rarefy_sell*>(s.weight), slab, x, acc, columns, &epilogue);
   } else {
-    t.tiles_spmm[w.dtype](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS, ceil_div(row + rows, TILE_ROWS),
-                          x, acc, columns);
+    t.tiles_spmm[lane_index(w.dtype)](*static_cast<const rarefy_tiles*>(s.weight), row / TILE_ROWS,
+                                      ceil_div(row + rows, TILE_ROWS), x, acc, columns);
   }
   if (s.format != RAREFY_SELL) apply_epilogue(t, epilogue, w.dtype == RAREFY_I8, out);
   write_absmax(t, s, tile, row, rows);

@@ -5,7 +5,7 @@
 //   row, column    an output feature of a weight, and an input feature; of activations, a column is a token or a pixel
 //   column tile    64 columns of activations, stored as [features][64]
 //   row tile       four rows of a weight that a kernel processes together
-//   lane           32 bits of one column: 1 fp32, 2 bf16 or 4 int8 inputs
+//   lane           32 bits of one column: 1 fp32, 2 bf16 or int16, or 4 int8 inputs
 //   decode step    a step on few tokens, whose activations are stored row-major, one token after the other
 #pragma once
 #include <cstdint>
@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 25 };
+enum { RAREFY_ABI_VERSION = 26 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -23,6 +23,7 @@ enum rarefy_dtype {
   RAREFY_I4 = 3,  // bitmask and quantized only
   RAREFY_I5 = 4,  // quantized only
   RAREFY_I6 = 5,
+  RAREFY_I16 = 6,  // tiles, sell and dense only
 };
 enum rarefy_activation {
   RAREFY_NONE = 0,
@@ -95,7 +96,7 @@ struct rarefy_tiles {
   const int64_t* starts;   // [tiles][blocks][2], index of the first column and of the first value
   const uint16_t* columns;
   const uint32_t* values;
-  const float* scales;      // int8: [rows]
+  const float* scales;      // int8, int16: [rows]
   const int32_t* row_sums;  // int8: [rows], sum of values
   const float* bias;
   int32_t dtype, act;
@@ -112,7 +113,7 @@ struct rarefy_sell {
   const uint8_t* order;     // [slabs][blocks][64][2], the two rows of each pair, within the slab
   const uint16_t* columns;  // [n][2], lanes within the block
   const uint32_t* values;   // [n][2]
-  const float* scales;      // int8: [rows]
+  const float* scales;      // int8, int16: [rows]
   const int32_t* row_sums;  // int8: [rows], sum of values
   const float* bias;
   int32_t dtype, act;
@@ -134,7 +135,7 @@ struct rarefy_csr {
 struct rarefy_dense {
   int64_t rows, cols;
   const void* values;       // fp32: [rows / 4][cols][4]; bf16, int8: lanes [rows / 16][lanes / 16][16 rows][16 lanes]
-  const float* scales;      // int8: [rows]
+  const float* scales;      // int8, int16: [rows]
   const int32_t* row_sums;  // int8: [rows], sum of values
   const float* bias;        // [rows] or null
   int32_t dtype, act;
@@ -201,19 +202,19 @@ int rarefy_run_conv(const rarefy_conv* w, const float* x, int64_t height, int64_
 // that no step transposes; in decode steps they are stored row-major, [tokens][features].
 
 enum rarefy_op {
-  RAREFY_OP_PACK = 0,         // x[batch][tokens][features], or with channels_first x[batch][features][tokens] -> out
-  RAREFY_OP_UNPACK = 1,       // x -> out[batch][tokens][features], or as above
-  RAREFY_OP_LINEAR = 2,       // out = act(weight x + bias + residual)
-  RAREFY_OP_CONVERT = 3,      // out = x in `dtype`, and for int8 out_scales; in column tiles bf16 or int8
-  RAREFY_OP_NORM = 4,         // out = norm(x) gamma + bias, for each of `groups` groups of features
-  RAREFY_OP_ADD = 5,          // out = act(x + other)
-  RAREFY_OP_MUL = 6,          // out = act(x) other
-  RAREFY_OP_ATTENTION = 7,    // as `attention` says
-  RAREFY_OP_ROPE = 8,         // out = x with rotary positions in each of `heads` heads
-  RAREFY_OP_KV_STORE = 9,     // write x into the KV cache of `attention`
-  RAREFY_OP_PAD_PLANES = 10,  // out = images x in padded planes, for the convolution of `indirection`
-  RAREFY_OP_CONV = 11,        // out = act(convolution of the planes x + bias + residual)
-  RAREFY_OP_MAX_POOL = 12,    // out = maximum over the kernel window of the planes x
+  RAREFY_OP_PACK = 0,       // x[batch][tokens][features], or with channels_first x[batch][features][tokens] -> out
+  RAREFY_OP_UNPACK = 1,     // x -> out[batch][tokens][features], or as above
+  RAREFY_OP_LINEAR = 2,     // out = act(weight x + bias + residual)
+  RAREFY_OP_CONVERT = 3,    // out = x in `dtype`, and for int8 and int16 out_scales; in column tiles bf16, int8, int16
+  RAREFY_OP_NORM = 4,       // out = norm(x) gamma + bias, for each of `groups` groups of features
+  RAREFY_OP_ADD = 5,        // out = act(x + other)
+  RAREFY_OP_MUL = 6,        // out = act(x) other
+  RAREFY_OP_ATTENTION = 7,  // as `attention` says
+  RAREFY_OP_ROPE = 8,       // out = x with rotary positions in each of `heads` heads
+  RAREFY_OP_KV_STORE = 9,   // write x into the KV cache of `attention`
+  RAREFY_OP_PAD_PLANES = 10,       // out = images x in padded planes, for the convolution of `indirection`
+  RAREFY_OP_CONV = 11,             // out = act(convolution of the planes x + bias + residual)
+  RAREFY_OP_MAX_POOL = 12,         // out = maximum over the kernel window of the planes x
   RAREFY_OP_DEPTHWISE_CONV = 13,   // out = act(depthwise convolution of the planes x + bias)
   RAREFY_OP_GLOBAL_AVG_POOL = 14,  // out[batch] = mean over the pixels of each image of x
   RAREFY_OP_IMAGE_ABSMAX = 15,     // out = largest magnitude of each image in a tile, at its first column there
@@ -354,7 +355,7 @@ struct rarefy_step {
   rarefy_view out_codes;   // LINEAR of bf16, int8 (int8: with whole_columns), NORM: out in lanes of `codes_dtype`
   rarefy_view other;       // ADD (may be null), MUL, CHANNEL_SCALE: second operand
   rarefy_view residual;    // LINEAR, CONV: or null
-  rarefy_view in_scales;   // LINEAR, CONV of int8: scales of the columns of x, or of its images
+  rarefy_view in_scales;   // LINEAR, CONV of int8, LINEAR of int16: scales of the columns of x, or of its images
   rarefy_view in_absmax;   // CONVERT: largest magnitudes of x, [absmax_rows][64] of each tile; null: computed from x
   rarefy_view out_scales;  // CONVERT, out_codes: scales of the columns
   rarefy_view out_absmax;  // LINEAR, CONV: receives the columns' largest magnitudes for every 128 outputs; or null

@@ -10,7 +10,7 @@
 //   F32Accumulator, I32Accumulator   a vector of sums, and its reduction to one number
 //   BitmaskOps<DTYPE>      expand the values of a bitmask, multiply them by an input; Int4BitmaskOps: int4
 //   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
-//   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16, 4 int8 inputs, JOINED_PAIRS
+//   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16 or int16, 4 int8 inputs
 //   JOINED_TERMS           whether the two int8 terms of an input are one number of 16 bits
 //   load_first, store_first   the first n floats, then zeros, where n is smaller than a vector
 //   exp2_fast              2^x for x <= 8 with a relative error of 1e-4, at least 2^-100; NaN stays NaN

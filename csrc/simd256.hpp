@@ -263,7 +263,7 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
 };
 
 template <>
-struct LaneOps<JOINED_PAIRS> : LaneOps<RAREFY_I8> {
+struct LaneOps<RAREFY_I16> : LaneOps<RAREFY_I8> {
   static constexpr int INPUTS = 2;
   static int16_t round(float f) {                                                     // saturates
     const float clamped = f < 32767.0f ? (f > -32767.0f ? f : -32767.0f) : 32767.0f;  // of NaN too
@@ -370,7 +370,7 @@ inline code_pairs in_pair_order(raw_vec first, raw_vec second) {
 }
 inline code_pairs in_channel_order(code_pairs p) { return in_pair_order(p.low, p.high); }
 inline raw_vec multiply_add_pairs(raw_vec s, raw_vec x, raw_vec w) {
-  return raw_vec(LaneOps<JOINED_PAIRS>::multiply_add(i32x8(s), x, i32x8(w)));
+  return raw_vec(LaneOps<RAREFY_I16>::multiply_add(i32x8(s), x, i32x8(w)));
 }
 
 inline void transpose(raw_vec (&r)[SIMD_WIDTH]) {

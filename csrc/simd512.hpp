@@ -240,6 +240,12 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   }
 };
 
+template <>
+struct LaneOps<RAREFY_I16> : LaneOps<RAREFY_I8> {
+  static constexpr int INPUTS = 2;
+  static __m512i multiply_add(__m512i s, __m512i x, __m512i w) { return _mm512_dpwssd_epi32(s, x, w); }
+};
+
 // Pairs of bf16 from two vectors: a in the low halves, b in the high ones.
 inline raw_vec pack_bf16(__m512 a, __m512 b) {
   const __m512i order = _mm512_or_si512(
@@ -288,7 +294,9 @@ inline code_pairs in_channel_order(code_pairs p) {
   return {_mm512_permutex2var_epi64(p.low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), p.high),
           _mm512_permutex2var_epi64(p.low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), p.high)};
 }
-inline __m512i multiply_add_pairs(__m512i s, __m512i x, __m512i w) { return _mm512_dpwssd_epi32(s, x, w); }
+inline __m512i multiply_add_pairs(__m512i s, __m512i x, __m512i w) {
+  return LaneOps<RAREFY_I16>::multiply_add(s, x, w);
+}
 
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];

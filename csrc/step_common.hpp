@@ -84,10 +84,18 @@ class DenseSection {
   rarefy_dense_state state_;
 };
 
-// The int8 scales of columns in place of their largest magnitudes, as rarefy_input_scale finds them.
-inline void absmax_to_scales(float* scales, int64_t columns) {
+// The scales of columns in place of their largest magnitudes, as rarefy_input_scale finds those of int8.
+inline void absmax_to_scales(float* scales, int64_t columns, float steps = 127.0f) {
   for (int64_t n = 0; n < columns; ++n)
-    scales[n] = !(scales[n] < INFINITY) ? NAN : std::max(scales[n] * (1.0f / 127.0f), MIN_INPUT_SCALE);
+    scales[n] = !(scales[n] < INFINITY) ? NAN : std::max(scales[n] * (1.0f / steps), MIN_INPUT_SCALE);
+}
+
+// Lanes of int8 or int16 of a tile's columns. `scales`: their largest magnitudes, which become their scales.
+inline void quantize_by_absmax(const rarefy_kernel_table& t, int32_t dtype, const float* x, int64_t features,
+                               int64_t columns, float* scales, uint32_t* codes) {
+  const bool int16 = dtype == RAREFY_I16;
+  absmax_to_scales(scales, columns, int16 ? INT16_INPUT_STEPS : 127.0f);
+  (int16 ? t.quantize_int16 : t.quantize_tile)(x, features, columns, scales, codes);
 }
 
 // Write out_absmax, where the step has one, for some rows of a tile from the start of a slab on.

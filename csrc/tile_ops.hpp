@@ -118,19 +118,29 @@ void quantize_tile(const float* x, int64_t features, int64_t columns, const floa
   }
 }
 
+// As quantize_tile, to lanes of two numbers of 16 bits, in `steps` of a scale.
+void quantize_pairs(const float* x, int64_t features, int64_t columns, const float* scales, float steps,
+                    uint32_t* out) {
+  for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
+    const f32_vec inverse = steps / load_vec(scales + n);
+    for (int64_t f = 0; f < features; f += 2) {
+      const float* in = x + f * TILE_COLS + n;
+      const u32_vec low = rounded_bits(load_vec(in) * inverse) & 0xffffu;
+      const u32_vec high = f + 1 < features ? rounded_bits(load_vec(in + TILE_COLS) * inverse) << 16 : u32_vec{};
+      store_raw(out + f / 2 * TILE_COLS + n, raw_vec(low | high));
+    }
+  }
+}
+
+void quantize_int16(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
+  quantize_pairs(x, features, columns, scales, 1.0f, out);
+}
+
 // As quantize_tile, in two terms: lanes of two joined numbers, or behind the codes those of what they lose.
 template <bool JOINED>
 void quantize_two_terms(const float* x, int64_t features, int64_t columns, const float* scales, uint32_t* out) {
   if constexpr (JOINED) {
-    for (int64_t n = 0; n < columns; n += SIMD_WIDTH) {
-      const f32_vec inverse = LOST_STEPS / load_vec(scales + n);
-      for (int64_t f = 0; f < features; f += 2) {
-        const float* in = x + f * TILE_COLS + n;
-        const u32_vec low = rounded_bits(load_vec(in) * inverse) & 0xffffu;
-        const u32_vec high = f + 1 < features ? rounded_bits(load_vec(in + TILE_COLS) * inverse) << 16 : u32_vec{};
-        store_raw(out + f / 2 * TILE_COLS + n, raw_vec(low | high));
-      }
-    }
+    quantize_pairs(x, features, columns, scales, LOST_STEPS, out);
   } else {
     quantize_tile(x, features, columns, scales, out);
     out += (features + 63) / 64 * 16 * TILE_COLS;

@@ -46,7 +46,7 @@ API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
 
 API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values) {
   const int64_t lane_inputs = inputs_per_lane(w->dtype);
-  if (w->dtype < 0 || w->dtype > 2 || w->rows < 0 || w->inputs < 0) return RAREFY_INVALID;
+  if (!is_lane_dtype(w->dtype) || w->rows < 0 || w->inputs < 0) return RAREFY_INVALID;
   if (w->block < 1 || w->block > 65536 || w->lanes != (w->inputs + lane_inputs - 1) / lane_inputs)
     return RAREFY_INVALID;
   const int64_t blocks = (w->lanes + w->block - 1) / w->block;
@@ -69,7 +69,7 @@ API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t value
 
 API int rarefy_check_sell(const rarefy_sell* w, int64_t values) {
   const int64_t lane_inputs = inputs_per_lane(w->dtype);
-  if (w->dtype < 0 || w->dtype > 2 || w->rows < 0 || w->inputs < 0) return RAREFY_INVALID;
+  if (!is_lane_dtype(w->dtype) || w->rows < 0 || w->inputs < 0) return RAREFY_INVALID;
   if (w->block < 1 || w->block > 65535 || w->lanes != (w->inputs + lane_inputs - 1) / lane_inputs)
     return RAREFY_INVALID;
   const int64_t blocks = (w->lanes + w->block - 1) / w->block;

@@ -106,7 +106,7 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
       store_int8_lanes(codes, r, out);
-    } else if constexpr (DTYPE == JOINED_PAIRS) {
+    } else if constexpr (DTYPE == RAREFY_I16) {
       store_wide_lanes(codes, r, out);
     } else {
       const float row_scale = w.row_scales && row + r < w.rows ? w.row_scales[row + r] : 1.0f;

@@ -31,7 +31,7 @@ def test_nan_of_one_row_stays_there(isa):
     assert got[1].isnan().all() and torch.allclose(got[::2], want[::2], atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "int16", "bf16"])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 7), (16, 64), (37, 130), (513, 300)])
 def test_few_rows_of_codes(isa, rows, inputs, outputs, precision):
@@ -56,7 +56,7 @@ def test_static_codes_of_few_rows(isa):
     assert "adaptive_avg_pool2d" not in str(made)  # from 4 to 4 pixels: nothing to do
 
 
-@pytest.mark.parametrize("precision", [None, "bf16", "int8"])
+@pytest.mark.parametrize("precision", [None, "bf16", "int16", "int8"])
 @pytest.mark.parametrize("zeros", [0.0, 0.8])
 def test_no_result_depends_on_columns_that_do_not_exist(isa, precision, zeros, monkeypatch):
     """Steps leave the rest of a tile as it is: here NaN, before each call."""

@@ -11,9 +11,9 @@ import rarefy
 from helpers.compile_models import Attends
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops
-from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import DTYPES
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 

@@ -177,7 +177,9 @@ def test_embeddings_stay_in_fp32():
 
 def test_what_cannot_be_ignored():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
-    with pytest.raises(ModelError, match=r"ignore= names layers that stay in fp32: pass precision='int8' or 'bf16'"):
+    with pytest.raises(
+        ModelError, match=r"ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16'"
+    ):
         rarefy.compile(net, x, ignore="0")
     with pytest.raises(SelectorError, match="ignore: '7' matches no layer"):
         rarefy.compile(net, x, precision="int8", ignore="7")

@@ -20,7 +20,7 @@ from rarefy.runtime import bindings, ceilings
 from rarefy.runtime.ceilings import Ceilings
 
 REST = {PYTHON, STARTING, WAITING}
-LEVEL = Ceilings("any", 1, 1e12, 2e12, 4e12, ((1 << 20, 1e11), (1 << 30, 1e10)))
+LEVEL = Ceilings("any", 1, 1e12, 2e12, 4e12, 2e12, ((1 << 20, 1e11), (1 << 30, 1e10)))
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ def test_layers_that_share_a_weight_share_its_format(clock):
     assert len({k.held[0].values.data_ptr() for k in compiled.kernels.values()}) == 1
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int16", "int8"])
 def test_formats_hold_the_same_weight(kind):
     """Both formats of a linear layer, from either of them."""
     W = sparse(40, 96, zeros=0.9)

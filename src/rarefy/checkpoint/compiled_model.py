@@ -34,7 +34,9 @@ from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel, check_packed
 from rarefy.runtime.packed_formats import (
+    LANE,
     PANEL_BITS,
+    ROW_KINDS,
     SLAB,
     Bitmask,
     ConvTiles,
@@ -59,7 +61,6 @@ SCALARS: dict[str, tuple[str, ...]] = {  # fields of a packed weight that are no
     "panels": ("shape", "kind", "exact", "parts"),
 }
 OPTIONAL = {"panels": {"two_terms"}}  # fields that are written where they are not False
-PRECISIONS = ("fp32", "bf16", "int8")  # of packed weights
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
 DECODER_FIELDS = ("vocab_size", "max_tokens", "eos_tokens", "pad_token", "cache_features")
 GENERATION = "generation_defaults"  # is written where a model has any
@@ -375,7 +376,7 @@ def checked_form(scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
     kernel reads. The kernel checks the indices in it."""
     format_: Any = scalars.get("format")
     fields = SCALARS.get(format_, ()) if isinstance(format_, str) else ()
-    precisions = tuple(PANEL_BITS) if format_ == "panels" else PRECISIONS
+    precisions = tuple(PANEL_BITS) if format_ == "panels" else ROW_KINDS if format_ == "bitmask" else tuple(LANE)
     if (
         not fields
         or scalars.get("kind") not in precisions

@@ -124,7 +124,7 @@ def _check_options(precision: str | None, data: str | None, samples: int | None,
     if samples is not None and data is None:
         raise RecipeError("--samples has no effect without --data")
     if ignore and precision is None:
-        raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside --precision int8 or bf16")
+        raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside a --precision")
 
 
 def _check_decoder_options(

@@ -15,10 +15,9 @@ import torch
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.program import Program, Value
-from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import LANE
+from rarefy.runtime.packed_formats import DTYPES, LANE
 
 OVERREAD = 16  # floats that a kernel may read past the last plane
 MAX_PLANE_FLOATS = 1 << 31  # offsets are 32 bits
@@ -48,8 +47,8 @@ def quantize_input(
 ) -> tuple[Value, Value | None]:
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
-    bf16 has no scales. In int8 there is a scale for each token or pixel, or one for each image, whose pixels a
-    convolution sums. With two terms, each input takes 16 bits in place of 8.
+    bf16 has no scales. In int8 and int16 there is a scale for each token or pixel, or one for each image, whose pixels
+    a convolution sums. With two terms, each input takes 16 bits in place of 8.
     """
     key = x, precision + " per image" * per_image + " in two terms" * two_terms
     if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:
@@ -62,7 +61,7 @@ def quantize_input(
             lanes = -(-source.features // 64) * 64 // LANE[precision]
         else:
             lanes = -(-source.features // LANE[precision]) if per_image else p.code_lanes(source, precision)
-        absmax = None if p.decode or precision != "int8" else p.absmax(source)
+        absmax = None if p.decode or precision == "bf16" else p.absmax(source)
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))

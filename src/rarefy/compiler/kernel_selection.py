@@ -25,6 +25,7 @@ from rarefy.runtime.packed_formats import (
     LANE,
     MAX_DENSE_STRIDE,
     MAX_INT8_INPUTS,
+    MAX_INT16_INPUTS,
     MAX_STRIDE,
     MIN_SHARED,
     MIN_ZEROS_SPARSE,
@@ -49,8 +50,10 @@ from rarefy.runtime.packing import (
     unpack,
 )
 
-# share of zero lanes (2 bf16 or 4 int8 inputs) from which skipping them is faster, without and with AMX
-MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int8": (0.15, 0.88)}
+# share of zero lanes (2 bf16 or int16, or 4 int8 inputs) from which skipping them is faster, without and with AMX
+MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int16": (0.2, 0.2), "int8": (0.15, 0.88)}
+BITS = {"int8": 8, "int16": 16}  # of codes with a scale for each output
+ATTENTION_PRECISIONS = ("bf16", "int8")  # beside fp32
 MIN_PACKED_EMBEDDING = 1 << 20  # weights from which an embedding is kept in 8 bits beside layers in 8 bits
 MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
@@ -90,7 +93,7 @@ def select_kernels(
         exported: the graph after all passes.
         pack: packs a linear layer's weight; it is given the weight, the layer's node, and its int8 grid where it has
             one and the model rounds the inputs to 8 bits too.
-        precision_of: of the node of a convolution, an embedding or attention: None for fp32, "bf16" or "int8".
+        precision_of: of the node of a convolution, an embedding or attention: None for fp32, "bf16", "int16" or "int8".
         grids: of weights in 8 bits that are already rounded, by their placeholders.
         read: returns the values of an embedding's weight where constants are placeholders.
         hold: stores the packed weight of a linear layer or embedding: it is given the name of the weight and a function
@@ -122,7 +125,7 @@ def select_kernels(
             if inputs is not None and reads_static_codes(form):
                 kernels[node].input_grid = inputs
     for node in exported.graph.nodes:
-        if node.target is ops.attention and (precision := precision_of(node)):
+        if node.target is ops.attention and (precision := precision_of(node)) in ATTENTION_PRECISIONS:
             node.args = (*node.args[:-1], precision)
     for node in exported.graph.nodes:
         if node.target is not ops.embedding:
@@ -187,6 +190,8 @@ def pack_for_batches(weight: Tensor, precision: str | None, grid: Grid | None = 
     codes."""
     if grid is not None:
         return pack_lanes(weight, "int8", bindings.isa() == "amx", grid)
+    if precision == "int16" and weight.shape[1] > MAX_INT16_INPUTS:
+        precision = None
     if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
     if precision is not None:
@@ -201,7 +206,7 @@ def pack_sparse(weight: Tensor, **options: Any) -> Tiles | Sell:
 
 
 def pack_lanes(weight: Tensor, kind: str, amx: bool, grid: Grid | None = None) -> Dense | Tiles | Sell:
-    """Return a weight [outputs, inputs] in bf16 or int8, dense if that is faster on CPUs with or without AMX."""
+    """Return a weight [outputs, inputs] in bf16, int16 or int8, dense if that is faster on CPUs with or without AMX."""
     if zero_lanes(weight, kind) < MIN_ZERO_LANES[kind][amx]:
         return pack_dense(weight, kind, grid)  # type: ignore[return-value]
     return pack_sparse(weight, kind=kind, grid=grid)
@@ -225,7 +230,7 @@ def repack(packed: Packed, amx: bool) -> Packed:
 def in_other_format(packed: Any, weight: Tensor) -> Packed:
     """Return a packed weight, which is also given unpacked, with its zeros multiplied where they are skipped, and
     skipped where they are multiplied. Convolutions have one group."""
-    grid = None if packed.scales is None else Grid(8, packed.scales[: len(weight), None])
+    grid = None if packed.scales is None else Grid(BITS[packed.kind], packed.scales[: len(weight), None])
     if not isinstance(packed, ConvTiles):
         return (pack_dense if skips_zeros(packed) else pack_sparse)(weight, kind=packed.kind, grid=grid)
     geometry: Any = {n: getattr(packed, n) for n in ("stride", "padding", "dilation")}
@@ -251,7 +256,7 @@ def pack_sparse_conv(weight: Tensor, kind: str, **options: Any) -> ConvTiles:
 
 
 def zero_lanes(weight: Tensor, kind: str) -> float:
-    """Return the share of lanes that are zero, which kernels skip: of two inputs in bf16, of four in int8."""
+    """Return the share of lanes that are zero, which kernels skip: of two inputs in bf16 and int16, of four in int8."""
     padded = torch.nn.functional.pad(weight != 0, (0, -weight.shape[-1] % LANE[kind]))
     return 1 - float(padded.unflatten(-1, (-1, LANE[kind])).any(-1).float().mean())
 

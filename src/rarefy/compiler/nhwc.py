@@ -21,10 +21,10 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import matrix_fields
 from rarefy.compiler.operators.fake_quantize import grid_of
 from rarefy.compiler.program import Program, Value, is_depthwise
-from rarefy.compiler.step_structs import DTYPES
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.nhwc_weights import BLOCK_BYTES, LANES, NhwcWeight, grouped_weight, merged_groups, weight_of
+from rarefy.runtime.packed_formats import DTYPES
 
 OVERREAD_PIXELS = 32  # that steps may read past the last image
 MAX_DROPPED = 1.35  # sums computed for each that is used, up to which inputs are read in place

@@ -44,7 +44,8 @@ class ProfileRow:
         operations: of a call; 2 for each multiply-add of the dense product.
         executed: operations that are left where zeros and hidden keys are skipped.
         bytes_moved: bytes of weights, inputs and outputs in a call.
-        limit: the nearest ceiling: fp32, bf16 or int8 (multiply-adds), memory or cache (bytes); "" where none is known.
+        limit: the nearest ceiling: fp32, bf16, int16 or int8 (multiply-adds), memory or cache (bytes); "" where none is
+            known.
         min_milliseconds: the time at that ceiling.
         count: number of steps and calls.
     """
@@ -143,7 +144,7 @@ class Profile:
             lines.append(f"... and {len(self.rows) - len(costly)} more rows")
         if self.ceilings is not None:
             c = self.ceilings
-            compute = ", ".join(f"{n} {getattr(c, n) / 1e9:,.0f}" for n in ("fp32", "bf16", "int8"))
+            compute = ", ".join(f"{n} {getattr(c, n) / 1e9:,.0f}" for n in ("fp32", "bf16", "int16", "int8"))
             read = f"memory {c.memory / 1e9:.1f}, L2 cache {c.cache / 1e9:.1f} GB/s"
             lines += ["", f"measured ceilings ({c.isa}, {c.threads} threads): {compute} GOP/s; {read}"]
         return "\n".join(lines)

@@ -21,11 +21,11 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
 from rarefy.compiler.row_layout import few_tokens
-from rarefy.compiler.step_structs import DTYPES, OPS, Attention, KVCache, Step, View, data_pointer
+from rarefy.compiler.step_structs import OPS, Attention, KVCache, Step, View, data_pointer
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
 from rarefy.runtime.huge_pages import allocate
-from rarefy.runtime.packed_formats import LANE, SLAB, Bitmask, ConvTiles, Dense, QuantizedPanels, Sell, Tiles
+from rarefy.runtime.packed_formats import DTYPES, LANE, SLAB, Bitmask, ConvTiles, Dense, QuantizedPanels, Sell, Tiles
 
 NT = 64  # tokens of a tile
 VECTOR = 16  # tokens of a vector; several sequences are padded to a multiple of it
@@ -262,7 +262,7 @@ class Program:
         return next((i for i in reversed(range(len(self.steps))) if self.steps[i][1].get("out") is v), None)
 
     def _in_lanes(self, i: int) -> bool:
-        """Return whether a step multiplies lanes of bf16 or int8, so that it can write such lanes."""
+        """Return whether a step multiplies lanes of bf16, int16 or int8, so that it can write such lanes."""
         step = self.steps[i][0]
         struct = LANE_STRUCTS.get(FORMATS[step.format])
         return struct is not None and struct.from_address(step.weight).dtype != 0
@@ -271,20 +271,21 @@ class Program:
         """Return a value in another precision and its scales, written by the step that computes it.
 
         Returns:
-            None where that step cannot: for int8 it must have all features of a token at once. bf16 has no scales.
+            None where that step cannot: for int8 and int16 it must have all features of a token at once. bf16 has no
+            scales.
         """
         if (i := self._producer(v)) is None:
             return None
         step, operands, _ = self.steps[i]
         rounds = -(-v.tokens.tiles // torch.get_num_threads())
         balanced = v.tokens.tiles / (rounds * torch.get_num_threads()) > 1 - MAX_IDLE
-        int8 = precision == "int8"
-        linear = step.op == OPS["linear"] and (balanced or not int8) and self._in_lanes(i)
+        scaled = precision != "bf16"
+        linear = step.op == OPS["linear"] and (balanced or not scaled) and self._in_lanes(i)
         if self.decode or "out_codes" in operands or not (linear or step.op == OPS["norm"]):
             return None
-        step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear and int8)
+        step.codes_dtype, step.whole_columns = DTYPES.index(precision), int(linear and scaled)
         operands["out_codes"] = self._add(Value(v.tokens, self.code_lanes(v, precision), i, False, last=i))
-        if int8:
+        if scaled:
             operands["out_scales"] = self._add(Value(v.tokens, 1, i, False, last=i))
         return operands["out_codes"], operands.get("out_scales")
 

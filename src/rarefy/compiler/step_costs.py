@@ -16,8 +16,8 @@ from rarefy.compiler.fx_utils import Node, aten
 from rarefy.compiler.operators.linear import input_precision
 from rarefy.compiler.packed_program import PackedProgram
 from rarefy.compiler.program import Program, Value
-from rarefy.compiler.step_structs import DTYPES, NAMES, Attention, KVCache, Step
-from rarefy.runtime.packed_formats import LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
+from rarefy.compiler.step_structs import NAMES, Attention, KVCache, Step
+from rarefy.runtime.packed_formats import DTYPES, LANE, Bitmask, ConvTiles, Csr, Sell, Tiles
 
 FORMAT_NAMES = {"QuantizedPanels": "panels"}  # where the class's name in lower case is not the format's name
 PICKS_ROWS = (ops.embedding, aten.embedding.default, aten.index.Tensor, aten.index_select.default)
@@ -30,7 +30,7 @@ class Cost:
     Attributes:
         sizes: the shapes, as text.
         weights: precision and format of the packed weight, as text.
-        precision: in which products are computed: fp32, bf16 or int8; "" without products.
+        precision: in which products are computed: fp32, bf16, int16 or int8; "" without products.
         operations: 2 for each multiply-add of the dense product.
         executed: those that are left without zeros of the weight, hidden keys of attention, and what Winograd's
             algorithm saves.

@@ -12,7 +12,6 @@ NAMES = (  # rarefy_op
     "nhwc_copy", "nhwc_mean", "nhwc_unpack", "nhwc_spread",
 )  # fmt: skip
 OPS = {name: i for i, name in enumerate(NAMES)}
-DTYPES = ("fp32", "bf16", "int8")  # rarefy_dtype
 
 
 class View(Structure):

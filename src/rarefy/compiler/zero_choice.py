@@ -32,7 +32,12 @@ from rarefy.runtime.packed_formats import (
 )
 from rarefy.runtime.packing import unpack
 
-MIN_TRIED = {"fp32": 0.3, "bf16": 0.15, "int8": 0.1}  # fraction of zero lanes from which skipping them is timed
+MIN_TRIED = {
+    "fp32": 0.3,
+    "bf16": 0.15,
+    "int16": 0.15,
+    "int8": 0.1,
+}  # fraction of zero lanes from which skipping them is timed
 MAX_SECONDS = 3.0  # of timing layers, and again of timing the model
 MIN_CALLS, MAX_CALLS = 3, 15  # of each format
 CLEARLY_FASTER = 0.97  # time over that of skipped zeros from which they are multiplied

@@ -81,7 +81,7 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
         >>> step(torch.tensor([[3, 1, 4]])).shape
         torch.Size([1, 3, 32])
     """
-    check_precision(precision)
+    check_precision(precision, ("bf16", "int8"))
     check_cache_precision(cache_precision)
     check_module(model)
     if not hf.is_causal_lm(model):

@@ -38,7 +38,7 @@ class Note:
     """What is known of a compiled model.
 
     Attributes:
-        precision: "fp32", "bf16" or "int8".
+        precision: "fp32", "bf16", "int16" or "int8".
         dense: sha256 of the files that it was made from, by name.
     """
 
@@ -117,7 +117,7 @@ def read_note(folder: Path) -> Note | None:
     value = read_json_file(file, MAX_BYTES)
     value = value if isinstance(value, dict) else {}
     dense = value.get("dense")
-    valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int8")
+    valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int16", "int8")
     if not valid or not isinstance(dense, dict) or not all(isinstance(v, str) for v in dense.values()):
         raise ContainerError(f"{file}: expected schema {SCHEMA}, a precision and hashes of files; {hint}")
     return Note(value["precision"], dense)

@@ -51,7 +51,7 @@ except ImportError as error:
         f"embedding models need sentence-transformers 6 or later: {install('embeddings')} ({first_line(error, 100)})"
     ) from None
 
-PRECISIONS = {"fp32": None, "bf16": "bf16", "int8": "int8"}  # as `rarefy.compile` calls them
+PRECISIONS = {"fp32": None, "bf16": "bf16", "int16": "int16", "int8": "int8"}  # as `rarefy.compile` calls them
 TASKS = ("feature-extraction", "sequence-classification")
 # arguments that say what is downloaded, and how `hub.download` calls them
 HUB = {"revision": "revision", "token": "token", "local_files_only": "offline", "cache_folder": "cache_folder"}
@@ -239,8 +239,8 @@ class SentenceTransformer(_OnEngine, st.SentenceTransformer):
 
     Args:
         model_name_or_path: a folder, a built-in name such as "minilm", or a name of the hub.
-        precision: "fp32", "bf16" or "int8"; see `rarefy.compile`. None: that of a folder that `save_pretrained` wrote,
-            "int8" for others.
+        precision: "fp32", "bf16", "int16" or "int8"; see `rarefy.compile`. None: that of a folder that
+            `save_pretrained` wrote, "int8" for others.
         recipe: of `rarefy.compress_`, to compress the transformer before it is compiled. Its receipt is `receipt`.
         data: for the recipe: texts, or what `compress_` takes.
         tune: whether `rarefy.compile` times kernels.

@@ -21,7 +21,7 @@ import torch
 from rarefy.common.errors import FormatError, unknown
 from rarefy.runtime import reference
 from rarefy.runtime.packed_formats import (
-    LANE,
+    DTYPES,
     Bitmask,
     Csr,
     Dense,
@@ -31,10 +31,10 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 25  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 26  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
-_KINDS = {name: i for i, name in enumerate([*LANE, "int4", "int5", "int6"])}  # rarefy_dtype
+_KINDS = {name: i for i, name in enumerate(DTYPES)}  # rarefy_dtype
 
 
 class _Bitmask(Structure):

@@ -10,7 +10,7 @@ import torch
 
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import allocate, last_cache
-from rarefy.runtime.packed_formats import LANE
+from rarefy.runtime.packed_formats import DTYPES, LANE
 
 READ = 3  # RAREFY_CEILING_READ of csrc/rarefy.h
 COMPUTE_SECONDS, READ_SECONDS = 0.06, 0.03  # for each ceiling
@@ -29,6 +29,7 @@ class Ceilings:
         fp32: operations per second; a multiply-add counts as 2.
         bf16: the same on bf16 inputs.
         int8: the same on int8 inputs.
+        int16: the same on int16 inputs.
         reads: bytes of a buffer, and how many bytes per second the threads read when each reads its share of that
             buffer again and again. The first buffer fits the L2 caches, the last one is larger than the last cache.
     """
@@ -38,6 +39,7 @@ class Ceilings:
     fp32: float
     bf16: float
     int8: float
+    int16: float
     reads: tuple[tuple[int, float], ...]
 
     @property
@@ -80,7 +82,7 @@ def ceilings() -> Ceilings:
 def _measure(isa: str, threads: int) -> Ceilings:
     """Measure with the active instruction set and number of threads, which are the key of the cache."""
     measure = bindings.library().rarefy_measure_ceiling
-    compute = {kind: 2 * measure(i, COMPUTE_SECONDS, None, 0) for i, kind in enumerate(LANE)}
+    compute = {kind: 2 * measure(DTYPES.index(kind), COMPUTE_SECONDS, None, 0) for kind in LANE}
     memory = allocate(max(MIN_MEMORY_BYTES, last_cache() * 3 // 2)).fill_(1)  # pages that are written have memory
     sizes = [CACHE_BYTES * threads]
     while sizes[-1] * SIZE_FACTOR < memory.nbytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_int64, c_void_p
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +33,13 @@ from rarefy.runtime.packed_formats import (
     LANE,
     MAX_DENSE_STRIDE,
     MAX_INT8_INPUTS,
+    MAX_INT16_INPUTS,
+    MAX_INT16_SUM,
     MAX_STRIDE,
     PADDING,
     PANEL_BITS,
+    PROGRAM_KINDS,
+    ROW_KINDS,
     SLAB,
     Bitmask,
     ConvTiles,
@@ -45,6 +50,7 @@ from rarefy.runtime.packed_formats import (
     Sell,
     Tiles,
 )
+from rarefy.runtime.packing import unpack
 
 MAX_GROUPED = 16  # weights of one call
 
@@ -78,6 +84,8 @@ class Kernel:
         self.program_only = "dense weights" if isinstance(matrix, Dense) else None
         if self.is_conv and packed.kind != "fp32":
             self.program_only = f"convolutions in {packed.kind}"
+        if packed.kind in PROGRAM_KINDS:
+            self.program_only = f"weights in {packed.kind}"
         rows, inputs = matrix.shape
         fields: dict[str, Any] = {n: t.data_ptr() for n, t in vars(matrix).items() if isinstance(t, Tensor)}
         fields |= {"rows": rows, "dtype": _KINDS[packed.kind], "act": ACTIVATIONS.index(activation)}
@@ -112,6 +120,8 @@ class Kernel:
                 counted = [0, *counted][-2:]
             self.call = getattr(library, f"rarefy_run_{name}")
             wrong = getattr(library, f"rarefy_check_{name}")(byref(self.struct), *counted)
+        if packed.kind in PROGRAM_KINDS and not wrong:
+            _check_int16_sums(packed)
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.struct)
@@ -184,7 +194,7 @@ class Kernel:
 
 def can_group(kernels: Sequence[Any]) -> bool:
     """Return whether one call can run these kernels."""
-    if not 1 <= len(kernels) <= MAX_GROUPED or not all(isinstance(k, Kernel) for k in kernels):
+    if not 1 <= len(kernels) <= MAX_GROUPED or not all(isinstance(k, Kernel) and not k.program_only for k in kernels):
         return False
     inputs = ("fp32_inputs", "two_terms")
     formats = {
@@ -275,8 +285,8 @@ def _check_numbers(packed: Packed) -> None:
     known = (
         PANEL_BITS
         if isinstance(packed, QuantizedPanels)
-        else (*LANE, "int4")
-        if isinstance(packed, Bitmask)
+        else (*ROW_KINDS, *(("int4",) if isinstance(packed, Bitmask) else ()))
+        if isinstance(packed, Bitmask | Csr)
         else tuple(LANE)
     )
     if isinstance(packed, ConvTiles) and packed.counts is None:
@@ -303,6 +313,13 @@ def _check_numbers(packed: Packed) -> None:
     inputs = packed.matrix.shape[1] if isinstance(packed, ConvTiles) else packed.shape[1]
     if packed.kind == "int8" and inputs > MAX_INT8_INPUTS:
         raise FormatError(f"sums of {inputs} int8 products do not fit 32 bits")
+
+
+def _check_int16_sums(packed: Any) -> None:
+    """Raise FormatError unless sums of products with any inputs fit 32 bits."""
+    codes = unpack(replace(packed, scales=None)).abs_().sum(1, dtype=torch.float64)
+    if packed.shape[1] > MAX_INT16_INPUTS or float(codes.max()) > MAX_INT16_SUM:
+        raise FormatError(f"sums of {packed.shape[1]} int16 products do not fit 32 bits")
 
 
 def check_packed(packed: Packed, bias: Tensor | None) -> None:
@@ -359,6 +376,8 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
     if packed.kind == "int8" and not isinstance(packed, QuantizedPanels):
         want |= {"scales": (torch.float32, (O,))}
         want |= {} if isinstance(packed, Csr) else {"row_sums": (torch.int32, (O,))}
+    if packed.kind == "int16":
+        want |= {"scales": (torch.float32, (O,))}
     tensors = {n: t for n, t in {**vars(packed), "bias": bias}.items() if isinstance(t, Tensor)}
     want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
     for name in {**want, **tensors}:

@@ -1,7 +1,7 @@
 """The formats of packed weights that kernels read: plain tensors and a few numbers.
 
 W      [O, C]        a weight: outputs, inputs
-lane   32 bits       the weights in one 32-bit lane of a vector: 1 fp32, 2 bf16 or 4 int8 weights of a row
+lane   32 bits       the weights in one 32-bit lane of a vector: 1 fp32, 2 bf16 or int16, or 4 int8 weights of a row
 panel  4 x 64        four outputs by 64 inputs of a bitmask
 tile   4 x block     four outputs by a block of lanes
 """
@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-LANE = {"fp32": 1, "bf16": 2, "int8": 4}
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int16": torch.int16}
+LANE = {"fp32": 1, "bf16": 2, "int8": 4, "int16": 2}
+DTYPES = ("fp32", "bf16", "int8", "int4", "int5", "int6", "int16")  # rarefy_dtype of csrc/rarefy.h
+PROGRAM_KINDS = ("int16",)  # that programs alone multiply
+ROW_KINDS = tuple(k for k in LANE if k not in PROGRAM_KINDS)  # of `Bitmask` and `Csr`, whose kernels read rows
 PANEL_BITS = {"int8": 8, "int4": 4, "int5": 5, "int6": 6}  # of a code, by the kind of `QuantizedPanels`
 PADDING = 64  # bytes that a kernel may read past the last value
-BLOCK_OUTPUTS = BLOCK_LANES = 16  # of a block of `Dense` in bf16 and int8
+BLOCK_OUTPUTS = BLOCK_LANES = 16  # of a block of `Dense` that is not in fp32
 MAX_BLOCK = 65535  # lanes of a block: columns are 16-bit numbers
 MAX_INT8_INPUTS = (1 << 31) // (
     255 * 127
 )  # of an int8 weight: sums of products of 0..255 and -127..127 must fit 32 bits
+MAX_INT16_SUM = ((1 << 31) - 1) // 8191  # magnitudes of an int16 weight's row: inputs have 8,191 steps
+MAX_INT16_INPUTS = 1 << 13  # of an int16 weight: with more, that sum would leave its weights few steps
 MAX_CSR_INPUTS = 1 << 16
 MAX_STRIDE = 8  # of a convolution
 MAX_DENSE_STRIDE = 64  # of a dense one in fp32, as patches of images have
@@ -98,13 +103,13 @@ class Sell:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A dense weight, for few zeros. Runs in programs only. fp32: four outputs interleaved. bf16 and int8: blocks of 16
+    """A dense weight, for few zeros. Runs in programs only. fp32: four outputs interleaved. Others: blocks of 16
     outputs by 16 lanes, as AMX reads them."""
 
     shape: tuple[int, int]
     kind: str
     values: Tensor  # fp32 [O / 4, C, 4], or int32 [O / 16, lanes / 16, 16, 16]: lanes; padded with zeros
-    scales: Tensor | None = None  # int8: fp32 [O]
+    scales: Tensor | None = None  # int8, int16: fp32 [O]
     row_sums: Tensor | None = None  # int8: int32 [O]
 
 

@@ -22,6 +22,8 @@ from rarefy.runtime.packed_formats import (
     MAX_BLOCK,
     MAX_CSR_INPUTS,
     MAX_INT8_INPUTS,
+    MAX_INT16_INPUTS,
+    MAX_INT16_SUM,
     PADDING,
     PANEL_BITS,
     SLAB,
@@ -39,14 +41,16 @@ PIECE = 1 << 22  # weights of a large matrix that are packed at a time, to save 
 
 
 def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return W in the dtype of `kind` and, for int8, the scale of each output: that of the grid if it has one for each
-    output, else the largest magnitude over 127."""
+    """Return W in the dtype of `kind` and, for int8 and int16, the scale of each output: in int8 that of the grid if it
+    has one for each output, else the largest magnitude over 127; in int16 see `int16_codes`."""
     if kind not in KINDS:
         raise FormatError(unknown("kind", kind, KINDS))
     if kind == "int8" and weight.dim() == 2 and weight.shape[1] > MAX_INT8_INPUTS:
         raise FormatError(f"sums of {weight.shape[1]} int8 products do not fit 32 bits: at most {MAX_INT8_INPUTS}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise FormatError(f"expected a matrix, got a weight of shape {list(weight.shape)}")
+    if kind == "int16":
+        return int16_codes(weight.detach().float(), None if grid is None else grid.scale[:, 0])
     if kind != "int8":
         return weight.detach().to(KINDS[kind]).contiguous(), None
     W = weight.detach().float()
@@ -54,6 +58,24 @@ def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor,
         return grid.codes(W).to(torch.int8), grid.scale.float().expand(len(W), 1)[:, 0].contiguous()
     scales = W.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (W / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def int16_codes(W: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return W [O, C] in int16 and the scale of each output: by default the smallest with which sums of products with
+    inputs of 8,191 steps fit 32 bits. O(O C).
+
+    >>> codes, scales = int16_codes(torch.tensor([[1.0, -0.5]]))
+    >>> codes.tolist(), round(float(scales[0] * 32767), 3)
+    ([[32767, -16384]], 1.0)
+    """
+    inputs = W.shape[1]
+    if inputs > MAX_INT16_INPUTS:
+        raise FormatError(f"{inputs} inputs leave weights in int16 few steps: at most {MAX_INT16_INPUTS}")
+    if scales is None:
+        magnitudes, rounding = W.abs(), inputs / 2 + 1  # rounding adds at most half a step to each
+        scales = torch.maximum(magnitudes.amax(1) / 32767, magnitudes.sum(1) / (MAX_INT16_SUM - rounding))
+        scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    return (W / scales[:, None]).round().clamp(-32767, 32767).to(torch.int16), scales
 
 
 def pack_bitmask(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -> Bitmask:
@@ -469,4 +491,5 @@ def _padded(V: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _row_sums(V: Tensor, scales: Tensor | None) -> Tensor | None:
-    return None if scales is None else V.sum(1, dtype=torch.int32)
+    """Return the sums of int8 weights, by which kernels correct for inputs without a sign."""
+    return None if scales is None or V.dtype != torch.int8 else V.sum(1, dtype=torch.int32)

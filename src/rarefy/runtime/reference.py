@@ -14,6 +14,7 @@ from rarefy.runtime.packed_formats import PANEL_BITS, ConvTiles, Csr, Packed, Qu
 from rarefy.runtime.packing import unpack
 
 LOST_STEPS = 254  # of what rounding to int8 loses, as csrc/kernel_table.h
+INT16_INPUT_STEPS = 8191  # of the largest input, likewise
 ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
     None: lambda y: y,
     "relu": torch.relu,
@@ -29,8 +30,8 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 
 
 def rounded(x: Tensor, packed: Packed) -> Tensor:
-    """Return inputs as the kernel of a weight sees them: bf16 as such, for int8 and less each row in 127 steps, each of
-    them in 254 with two terms; single values meet them as they are."""
+    """Return inputs as the kernel of a weight sees them: bf16 as such, for int16 each row in 8,191 steps, for int8 and
+    less in 127, each of them in 254 with two terms; single values meet them as they are."""
     kind = (
         "fp32"
         if isinstance(packed, Csr) or (isinstance(packed, QuantizedPanels) and packed.fp32_inputs)
@@ -38,8 +39,8 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     )
     if kind == "bf16":
         return x.bfloat16().float()
-    if kind in PANEL_BITS:
-        step = x.abs().amax(-1, keepdim=True) / 127
+    if kind in PANEL_BITS or kind == "int16":
+        step = x.abs().amax(-1, keepdim=True) / (INT16_INPUT_STEPS if kind == "int16" else 127)
         step = torch.where(step > MIN_SCALE, step, 1.0)
         steps = x * (1 / step)
         codes = steps.round()

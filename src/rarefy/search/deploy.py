@@ -170,14 +170,17 @@ PLAIN = Variant("fp32", None)
 def variants_of(model: nn.Module, has_data: bool, counts_bytes: bool) -> tuple[Variant, ...]:
     """Return the precisions of the engine, beside fp32, that change a model.
 
-    bf16 is only for linear layers outside decoders, where the CPU multiplies it fast or bytes count: elsewhere it is
-    slower than fp32.
+    bf16 and int16 are only for linear layers outside decoders: bf16 where the CPU multiplies it fast or bytes count,
+    since elsewhere it is slower than fp32, int16 on the other CPUs.
     """
     int8 = Variant("int8", "int8")
     if hf.is_causal_lm(model):
         return (int8, Variant("int8 smoothed", "int8", True)) if has_data else (int8,)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
-    return (Variant("bf16", "bf16"), int8) if linear and (multiplies_bf16() or counts_bytes) else (int8,)
+    if not linear:
+        return (int8,)
+    precisions = ("bf16",) if multiplies_bf16() else ("bf16", "int16") if counts_bytes else ("int16",)
+    return (*(Variant(p, p) for p in precisions), int8)
 
 
 @torch.no_grad()

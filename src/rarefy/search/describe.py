@@ -11,7 +11,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.solve import Choice
 from rarefy.search.space import BITS, BLOCK, CUTS, EIGHT_BITS, PATTERNS, RANK, Part, bits_at
 
-BITS_OF = {None: 32, "bf16": 16, "int8": 8}  # by precision of the engine
+BITS_OF = {None: 32, "bf16": 16, "int16": 16, "int8": 8}  # by precision of the engine
 
 
 def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:

@@ -35,7 +35,7 @@ class Point:
         predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}, at the speed of the
             machine when the point was timed; empty for the first points.
         recipe: the stages, as a recipe's dict.
-        precision: of the engine: None for fp32, "bf16" or "int8".
+        precision: of the engine: None for fp32, "bf16", "int16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.
         calibrated: whether scales in 8 bits are static, found on the calibration data.
         checked_loss: the loss on evaluation data that the search has not used, in the unit of `loss`; None for points

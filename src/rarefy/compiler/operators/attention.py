@@ -12,8 +12,9 @@ from torch import Tensor
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import Call, OpSpec
 from rarefy.compiler.program import NT, Program
-from rarefy.compiler.step_structs import DTYPES, Attention
+from rarefy.compiler.step_structs import Attention
 from rarefy.runtime import bindings
+from rarefy.runtime.packed_formats import DTYPES
 
 Pair = tuple[int, int]
 INT8_ISAS = ("avx512", "avx2")  # where attention in int8 is faster than in fp32

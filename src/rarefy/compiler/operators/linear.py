@@ -13,9 +13,8 @@ from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_steps import quantize_input, quantize_static
 from rarefy.compiler.operators.spec import Call, OpSpec, Shape
 from rarefy.compiler.program import Program, Value
-from rarefy.compiler.step_structs import DTYPES
 from rarefy.runtime import bindings
-from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
+from rarefy.runtime.packed_formats import DTYPES, Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
 

@@ -26,7 +26,7 @@ from rarefy.integrations.dynamo.subgraph import Subgraph
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("bf16", "int8")
+NAMES = ("bf16", "int16", "int8")
 
 
 class DynamoOptions(Options):
@@ -39,7 +39,9 @@ class DynamoOptions(Options):
 
     error = ModelError
 
-    precision: Annotated[str, OneOf(NAMES)] | None = Field(None, description='"bf16" or "int8", as in rarefy.compile')
+    precision: Annotated[str, OneOf(NAMES)] | None = Field(
+        None, description='"bf16", "int16" or "int8", as in rarefy.compile'
+    )
     tune: bool = Field(True, description="time the engine against eager torch; False: run all that the engine can run")
     verbose: bool = Field(False, description="print to standard error what ran where, and why")
 

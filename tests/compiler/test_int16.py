@@ -1,0 +1,161 @@
+"""Linear layers in 16-bit integers: exact sums, whatever the numbers, and what the precision refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy
+from rarefy.common.errors import FormatError, ModelError
+from rarefy.compiler import ops
+from rarefy.model.compare import relative_distance
+from rarefy.runtime.kernel import Kernel, can_group
+from rarefy.runtime.packed_formats import MAX_INT16_INPUTS, MAX_INT16_SUM, Dense, Sell, Tiles
+from rarefy.runtime.packing import int16_codes, pack_bitmask, pack_csr, pack_dense, pack_sell, pack_tiles, unpack
+from rarefy.runtime.reference import INT16_INPUT_STEPS
+
+
+def exact(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return a layer's outputs by sums of integers of 64 bits."""
+    weight, scales = int16_codes(layer.weight.detach())
+    step = x.abs().amax(-1, keepdim=True) / INT16_INPUT_STEPS
+    step = torch.where(step > 0, step, 1.0)
+    sums = (x * (1 / step)).round().long() @ weight.long().T
+    assert int(sums.abs().max()) < 1 << 31
+    return sums.double() * step * scales + (0 if layer.bias is None else layer.bias.detach())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (384, 130), (1537, 66)])
+def test_products_equal_sums_of_integers(isa, inputs, outputs, zeros, tokens):
+    torch.manual_seed(inputs)
+    layer = nn.Linear(inputs, outputs).eval()
+    layer.weight.data[torch.rand(layer.weight.shape) < zeros] = 0
+    x = torch.randn(tokens, inputs)
+    compiled = rarefy.compile(nn.Sequential(layer).eval(), x, precision="int16", tune=False)
+    want, got = exact(layer, x), compiled(x).double()
+    assert float((got - want).abs().max()) <= 5e-5 * float(want.abs().max())  # an input between two steps
+    assert relative_distance(got, layer(x).detach().double()) < (2e-3 if inputs > 1000 else 1e-3)
+
+
+@pytest.mark.parametrize("inputs", [2, 512, 525, MAX_INT16_INPUTS])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_do_not_overflow(isa, inputs, sign):
+    """Equal weights and inputs have the largest sum for their sizes, which random numbers never show."""
+    layer = nn.Linear(inputs, 20, bias=False).eval()
+    layer.weight.data.fill_(0.7 * sign)
+    x = torch.full((65, inputs), 3.0)
+    got = rarefy.compile(nn.Sequential(layer).eval(), x, precision="int16", tune=False)(x)
+    torch.testing.assert_close(got, layer(x).detach(), rtol=2e-2 if inputs > 4000 else 2e-3, atol=0)
+
+
+def test_odd_numbers(isa):
+    """Zeros, denormal numbers, and infinite ones, which stay in their row."""
+    layer = nn.Linear(40, 30).eval()
+    layer.weight.data[3] = 0
+    layer.weight.data[4] = 1e-41
+    x = torch.randn(66, 40)
+    x[1], x[2], x[3, 5] = 0, 1e-42, float("inf")
+    got = rarefy.compile(nn.Sequential(layer).eval(), torch.randn(66, 40), precision="int16", tune=False)(x)
+    want = layer(x).detach()
+    rest = [i for i in range(66) if i != 3]
+    assert relative_distance(got[rest], want[rest]) < 1e-3
+    assert got[3].isnan().all() and not got[rest].isnan().any()
+    torch.testing.assert_close(got[:3, 3:5], layer.bias.detach()[3:5].expand(3, 2), rtol=0, atol=1e-6)
+
+
+def test_codes_use_what_sums_allow():
+    weight = torch.randn(6, 300)
+    codes, scales = int16_codes(weight)
+    sums = codes.long().abs().sum(1)
+    assert (sums <= MAX_INT16_SUM).all() and (sums > 0.99 * (MAX_INT16_SUM - 151)).all()
+    assert ((codes * scales[:, None] - weight).abs() <= 0.501 * scales[:, None]).all()
+    few, _ = int16_codes(weight[:, :5])
+    assert (few.abs().amax(1) == 32767).all()
+
+
+def test_between_bf16_and_fp32_on_a_transformer(isa):
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(64, 4, 256, activation="gelu", batch_first=True).eval(), torch.randn(3, 20, 64)
+    with torch.no_grad():
+        far = {
+            p: relative_distance(rarefy.compile(net, x, precision=p, tune=False)(x), net(x))
+            for p in ("bf16", "int16", "int8")
+        }
+    assert 1e-6 < far["int16"] < far["bf16"] / 3 < far["int8"] / 3
+
+
+def test_attention_and_convolutions_stay_in_fp32():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            y = self.stem(x).flatten(2).mT
+            return self.attend(y, y, y, need_weights=False)[0]
+
+    net, x = Net().eval(), torch.randn(2, 3, 9, 9)
+    compiled = rarefy.compile(net, x, precision="int16", tune=False)
+    kinds = {(n.target, k.held[0].kind) for n, k in compiled.kernels.items()}
+    assert kinds == {(ops.linear, "int16"), (ops.conv2d, "fp32")}
+    assert relative_distance(compiled(x), net(x).detach()) < 1e-3
+
+
+def test_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 40)).eval()
+    net[2].weight.data[torch.rand(40, 128) < 0.8] = 0
+    x = torch.randn(9, 96)
+    compiled = rarefy.compile(net, x, precision="int16", tune=False)
+    rarefy.save(compiled, tmp_path / "out")
+    loaded = rarefy.load(tmp_path / "out")
+    assert torch.equal(loaded(x), compiled(x))
+    assert [k.held[0].kind for k in loaded.kernels.values()] == ["int16", "int16"]
+    assert {type(k.held[0]) for k in loaded.kernels.values()} in ({Dense, Sell}, {Dense, Tiles})
+
+
+def test_wide_layers_stay_in_fp32():
+    net = nn.Sequential(nn.Linear(MAX_INT16_INPUTS + 1, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    x = torch.randn(2, MAX_INT16_INPUTS + 1)
+    compiled = rarefy.compile(net, x, precision="int16", tune=False)
+    assert [k.held[0].kind for k in compiled.kernels.values()] == ["fp32", "int16"]
+    with pytest.raises(FormatError, match="8193 inputs leave weights in int16 few steps: at most 8192"):
+        pack_dense(net[0].weight, "int16")
+
+
+def test_where_nothing_runs_in_16_bits():
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(ModelError, match="precision='int16' has no effect: Conv2d has no linear layer"):
+        rarefy.compile(nn.Conv2d(3, 4, 3).eval(), x, precision="int16")
+    net = nn.Sequential(nn.Linear(8, 8)).eval()
+    with pytest.raises(ModelError, match="no linear layer .*, or ignore= names all of them"):
+        rarefy.compile(net, torch.randn(2, 8), precision="int16", ignore="0")
+    with pytest.raises(ModelError, match="calibrate= finds the scales of int8"):
+        rarefy.compile(net, torch.randn(2, 8), precision="int16", calibrate=[torch.randn(2, 8)])
+
+
+@pytest.mark.parametrize("pack", [pack_dense, pack_tiles, pack_sell])
+def test_packed_weights_are_checked(pack):
+    weight = torch.randn(40, 64) * (torch.rand(40, 64) < 0.5)
+    packed = pack(weight, "int16")
+    assert relative_distance(unpack(packed), weight) < 1e-3
+    kernel = Kernel(packed)
+    assert not can_group([kernel, kernel])
+    with pytest.raises(FormatError, match="run in compiled programs only"):
+        kernel.run(torch.randn(2, 64))
+    large = packed.values.clone()
+    large.view(torch.int16).fill_(-32768)
+    with pytest.raises(FormatError, match="sums of 64 int16 products do not fit 32 bits"):
+        Kernel(replace(packed, values=large))
+    with pytest.raises(FormatError, match="scales: the kernels expect"):
+        Kernel(replace(packed, scales=None))
+
+
+@pytest.mark.parametrize("pack", [pack_bitmask, pack_csr])
+def test_formats_for_single_inputs_have_no_int16(pack):
+    with pytest.raises(FormatError, match="int16"):
+        Kernel(pack(torch.randn(8, 8), "int16"))
