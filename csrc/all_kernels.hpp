@@ -11,6 +11,7 @@
 #include "kv_codes.hpp"
 #include "lane_attention.hpp"
 #include "nhwc_f32.hpp"
+#include "nhwc_int16.hpp"
 #include "nhwc_kernels.hpp"
 #include "quantized_gemv.hpp"
 #include "spmm.hpp"
@@ -99,13 +100,17 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .pack_features_as_rows = pack_features_as_rows,
       .softmax_lanes = softmax_lanes,
       .add_rescaled = add_rescaled,
-      .nhwc_products = {nhwc_products<RAREFY_F32>, nhwc_products<RAREFY_I8>},
+      .nhwc_products = {nhwc_products<RAREFY_F32>, nhwc_products<RAREFY_I8>, nhwc_products<RAREFY_I16>},
+      .nhwc_round_int16 = nhwc_round_int16,
+      .nhwc_int16_numbers = nhwc_int16_numbers,
+      .nhwc_scale_sums = nhwc_scale_sums,
       .nhwc_depthwise = {nhwc_depthwise_f32, nhwc_depthwise},
       .nhwc_numbers = nhwc_numbers,
       .nhwc_depthwise_numbers = nhwc_depthwise_numbers,
       .nhwc_lanes = nhwc_lanes,
       .transpose_sums = transpose_sums,
-      .nhwc_pixels = {NHWC_PIXELS_PER_CALL<RAREFY_F32>, NHWC_PIXELS_PER_CALL<RAREFY_I8>},
+      .nhwc_pixels = {NHWC_PIXELS_PER_CALL<RAREFY_F32>, NHWC_PIXELS_PER_CALL<RAREFY_I8>,
+                      NHWC_PIXELS_PER_CALL<RAREFY_I16>},
       .nhwc_store = {nhwc_store_f32, nhwc_store},
       .nhwc_quantize = nhwc_quantize,
       .nhwc_pack_f32 = nhwc_pack_f32,

@@ -252,10 +252,17 @@ struct rarefy_kernel_table {
   void (*add_rescaled)(const float* sums, const float* rescale, const float* total, int64_t features, int64_t columns,
                        float* out);
 
-  // Images in NHWC order, of fp32 numbers [0] or of codes [1]. Sums of up to 64 outputs (groups of 16) of some pixels:
-  // acc [pixels][NHWC_OUTPUTS].
-  void (*nhwc_products[2])(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+  // Images in NHWC order, of fp32 numbers [0] or of codes [1]; products also of inputs in int16 [2]. Sums of up to 64
+  // outputs (groups of 16) of some pixels: acc [pixels][NHWC_OUTPUTS].
+  void (*nhwc_products[3])(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                            int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc);
+  // Inputs of outputs as rows of int16 with a scale for each, and sums of their products as fp32: nhwc_int16.hpp.
+  void (*nhwc_round_int16)(const uint8_t* x, int64_t x_stride, const int64_t* offsets, int64_t runs, int64_t count,
+                           int64_t pixels, int64_t padded, int16_t* out, float* scales);
+  void (*nhwc_int16_numbers)(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
+                             int64_t pixels, const uint32_t* values, const float* scales, uint32_t* acc,
+                             const rarefy_nhwc_outputs&);
+  void (*nhwc_scale_sums)(uint32_t* acc, int64_t pixels, int64_t outputs, const float* scales, const float* factors);
   // Sums of at most NHWC_OUTPUTS channels of some pixels of a depthwise convolution.
   void (*nhwc_depthwise[2])(const rarefy_nhwc_taps& t, const uint8_t* x, int64_t channels, int64_t pixels,
                             uint32_t* acc);
@@ -271,7 +278,7 @@ struct rarefy_kernel_table {
                      int64_t channels, uint32_t* out);
   // Sums [rows][TILE_COLS] of up to NHWC_OUTPUTS rows as [pixels][NHWC_OUTPUTS].
   void (*transpose_sums)(const uint32_t* sums, int64_t rows, int64_t pixels, uint32_t* out);
-  int64_t nhwc_pixels[2];  // a number of pixels whose multiples run at full speed
+  int64_t nhwc_pixels[3];  // a number of pixels whose multiples run at full speed
   void (*nhwc_store[2])(const rarefy_nhwc_outputs&, const uint32_t* acc, int64_t pixels);
   // Codes, or numbers, of pixels: channel c of pixel i is x[c * stride + i].
   void (*nhwc_quantize)(const float* x, int64_t stride, int64_t channels, int64_t pixels, float inverse_scale,

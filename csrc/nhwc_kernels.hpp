@@ -19,7 +19,7 @@ constexpr int GROUP_VECS = 16 / SIMD_WIDTH;                 // vectors of 16 out
 constexpr int NHWC_GROUPS = SIMD_WIDTH == 16 ? 4 : 1;       // groups of 16 outputs whose sums fit the registers
 constexpr int DEPTHWISE_PIXELS = SIMD_WIDTH == 16 ? 7 : 4;  // whose sums fit the registers
 template <int DTYPE>
-constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 || DTYPE == RAREFY_F32 ? 6 : 4;
+constexpr int NHWC_PIXELS_PER_CALL = SIMD_WIDTH == 16 || DTYPE != RAREFY_I8 ? 6 : 4;
 
 // A code as it lies in memory, which is ordered like its value.
 using stored_code = std::conditional_t<INPUT_ZERO_POINT != 0, uint8_t, int8_t>;
@@ -90,18 +90,23 @@ inline void for_each_groups(int64_t groups, F&& f) {
     if (groups - g >= 1) run(std::integral_constant<int, 1>{});
 }
 
+// At most NHWC_BLOCKS_IN_L1 blocks, from block b on, added to the sums of those before.
+template <int DTYPE>
+void nhwc_chunk_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, int64_t b, const uint8_t* x,
+                         int64_t x_stride, int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
+  const int64_t group_stride = num_blocks * NHWC_BLOCK, count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
+  for_each_groups(groups, [&](int64_t g, auto number) {
+    nhwc_group_products<DTYPE, number>(blocks + b, count, x, x_stride, pixels,
+                                       values + g * group_stride + b * NHWC_BLOCK, group_stride,
+                                       SumBuffer<LaneOps<DTYPE>>{acc + g * 16, b > 0});
+  });
+}
+
 template <int DTYPE>
 void nhwc_products(const rarefy_nhwc_block* blocks, int64_t num_blocks, const uint8_t* x, int64_t x_stride,
                    int64_t pixels, const uint32_t* values, int64_t groups, uint32_t* acc) {
-  const int64_t group_stride = num_blocks * NHWC_BLOCK;
-  for (int64_t b = 0; b < num_blocks; b += NHWC_BLOCKS_IN_L1) {
-    const int64_t count = std::min(NHWC_BLOCKS_IN_L1, num_blocks - b);
-    for_each_groups(groups, [&](int64_t g, auto number) {
-      nhwc_group_products<DTYPE, number>(blocks + b, count, x, x_stride, pixels,
-                                         values + g * group_stride + b * NHWC_BLOCK, group_stride,
-                                         SumBuffer<LaneOps<DTYPE>>{acc + g * 16, b > 0});
-    });
-  }
+  for (int64_t b = 0; b < num_blocks; b += NHWC_BLOCKS_IN_L1)
+    nhwc_chunk_products<DTYPE>(blocks, num_blocks, b, x, x_stride, pixels, values, groups, acc);
 }
 
 // At most NHWC_OUTPUTS numbers of evenly spaced pixels from at most NHWC_BLOCKS_IN_L1 blocks.

@@ -87,18 +87,25 @@ inline int run_nhwc_quantize(const rarefy_kernel_table& t, const rarefy_step& s,
 // ones, whose numbers an image takes, run by rows and keep no sums ("direct").
 struct NhwcConv {
   NhwcConv(const rarefy_kernel_table& table, const rarefy_step& step)
-      : t(table), s(step), c(*s.nhwc), features(s.features), kind(nhwc_kind(c.in)), bytes(nhwc_bytes(c.in)) {
+      : t(table),
+        s(step),
+        c(*s.nhwc),
+        features(s.features),
+        kind(nhwc_kind(c.in)),
+        bytes(nhwc_bytes(c.in)),
+        rounds(!kind && c.factors) {
     const int64_t width = c.in.width + 2 * c.padding[1] - c.dilation[1] * (c.kernel[1] - 1) - 1;
     out_width = width / c.stride[1] + 1;
     out_height = s.tokens / out_width;
     const bool sparse = s.weight;
-    direct = stores_numbers() && (c.taps || (!sparse && !c.segments && c.num_blocks <= NHWC_BLOCKS_IN_L1));
+    numbers = stores_numbers();
+    direct = numbers && !rounds && (c.taps || (!sparse && !c.segments && c.num_blocks <= NHWC_BLOCKS_IN_L1));
     by_rows = c.group_outputs || (!c.segments && (direct || c.stride[0] > 1 || c.stride[1] > 1));
     pitch = c.segments || by_rows ? out_width : c.in.width + 2 * c.in.border;
-    const bool one = sparse || (!c.segments && !c.group_outputs && is_pointwise() && !c.padding[0]);
+    const bool one = sparse || ((!c.segments || rounds) && !c.group_outputs && is_pointwise() && !c.padding[0]);
     const int64_t images = one ? 1 : s.batch, rows = one ? s.batch * out_height : out_height;
     positions = (rows - 1) * pitch + out_width;
-    const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[kind];
+    const int64_t most = sparse ? TILE_COLS : NHWC_PIXELS, step_pixels = sparse ? 16 : t.nhwc_pixels[product_kind()];
     const int64_t even = ceil_div(positions, ceil_div(positions, most));
     block_pixels = std::min(ceil_div(even, step_pixels), most / step_pixels) * step_pixels;
     if (direct && !is_even() && out_width <= NHWC_PIXELS) block_pixels = NHWC_PIXELS / out_width * out_width;  // rows
@@ -120,6 +127,8 @@ struct NhwcConv {
     return !kind && s.out_codes.data && !nhwc_kind(c.out) && !s.out.data && !s.winograd && !c.group_outputs &&
            is_clamp(s.act);
   }
+
+  int64_t product_kind() const { return rounds ? 2 : kind; }
 
   int64_t copy_bytes() const { return c.segments && !s.weight ? block_pixels * c.num_blocks * 64 : 0; }  // of a block
 
@@ -164,6 +173,18 @@ struct NhwcConv {
         for (int64_t k = 0; k < c.num_segments; ++k)
           for (int64_t b = 0; b < c.segment_bytes; b += 32)
             std::memcpy(out + k * c.segment_stride + b, source + c.segments[k] + b, 32);
+    });
+  }
+
+  // As copy_inputs, rounded to int16; a scale for each pixel.
+  void round_inputs(int64_t image, int64_t first, int64_t pixels, uint8_t* out, float* scales) const {
+    const int64_t row_numbers = c.num_blocks * 32;
+    auto* numbers = reinterpret_cast<int16_t*>(out);
+    for_each_run(first, pixels, [&](int64_t row, int64_t column, int64_t n) {
+      t.nhwc_round_int16(nhwc_codes(s.x) + input_at(image, row, column), c.stride[1] * c.in.pixel_bytes, c.segments,
+                         c.num_segments, c.segment_bytes / 4, n, row_numbers, numbers, scales);
+      numbers += n * row_numbers;
+      scales += n;
     });
   }
 
@@ -230,8 +251,8 @@ struct NhwcConv {
 
   void multiply(const rarefy_nhwc_block* blocks_of, const uint8_t* in, int64_t stride, int64_t pixels, int64_t output,
                 int64_t n, uint32_t* acc) const {
-    t.nhwc_products[kind](blocks_of, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16,
-                          ceil_div(n, 16), acc);
+    t.nhwc_products[product_kind()](blocks_of, c.num_blocks, in, stride, pixels, c.values + output * c.num_blocks * 16,
+                                    ceil_div(n, 16), acc);
   }
 
   // Each group multiplies its own channels, row by row.
@@ -269,6 +290,25 @@ struct NhwcConv {
         t.nhwc_numbers(c.blocks, c.num_blocks, x, stride, count, c.values + output * c.num_blocks * 16, o);
     };
     if (is_even())
+      run(0, first, pixels);
+    else
+      for_each_run(first, pixels, run);
+  }
+
+  // As store_directly, from rounded inputs.
+  void store_int16(int64_t image, int64_t first, int64_t pixels, int64_t output, int64_t n, const uint8_t* in,
+                   const float* scales, uint32_t* acc) const {
+    rarefy_nhwc_outputs o = outputs_of(output, n);
+    o.factors = c.factors + output;
+    const auto run = [&](int64_t row, int64_t column, int64_t count) {
+      o.codes = codes_at(image, row, column, output);
+      if (s.residual.data) o.residual = residual_at(image, row, column, output);
+      t.nhwc_int16_numbers(c.blocks, c.num_blocks, in, c.num_blocks * 64, count, c.values + output * c.num_blocks * 16,
+                           scales, acc, o);
+      in += count * c.num_blocks * 64;
+      scales += count;
+    };
+    if (is_flat())
       run(0, first, pixels);
     else
       for_each_run(first, pixels, run);
@@ -341,9 +381,11 @@ struct NhwcConv {
 
   int run_dense(int64_t from, int64_t to, int64_t output, int64_t end) const {
     const int64_t copy = copy_bytes();
-    const ScratchBuffer<1> scratch(size_t((to - from) * copy + 64));
+    const int64_t scale_bytes = rounds ? block_pixels * 4 : 0;
+    const ScratchBuffer<1> scratch(size_t((to - from) * (copy + scale_bytes) + 64));
     uint8_t* copies = static_cast<uint8_t*>(scratch.data);
     if (!copies) return RAREFY_NO_MEMORY;
+    auto* all_scales = reinterpret_cast<float*>(copies + (to - from) * copy + 64);
     const uint8_t* x = nhwc_codes(s.x) + nhwc_at(c.in, 0, -c.padding[0], -c.padding[1]);
     alignas(64) uint32_t acc[NHWC_PIXELS * NHWC_OUTPUTS];
     const DenseSection section(t);
@@ -364,8 +406,17 @@ struct NhwcConv {
           multiply_rows(image, first, pixels, o, n, acc);
         } else if (c.segments) {
           uint8_t* in = copies + (b - from) * copy;
-          if (o == output) copy_inputs(image, first, pixels, in);
+          float* scales = all_scales + (b - from) * block_pixels;
+          if (o == output && rounds)
+            round_inputs(image, first, pixels, in, scales);
+          else if (o == output)
+            copy_inputs(image, first, pixels, in);
+          if (rounds && numbers) {
+            store_int16(image, first, pixels, o, n, in, scales, acc);
+            continue;
+          }
           multiply(c.blocks, in, c.num_blocks * 64, pixels, o, n, acc);
+          if (rounds) t.nhwc_scale_sums(acc, pixels, n, scales, c.factors + o);
         } else {
           multiply(c.blocks, x + image * nhwc_image_bytes(c.in) + first * c.in.pixel_bytes, c.in.pixel_bytes, pixels, o,
                    n, acc);
@@ -384,6 +435,8 @@ struct NhwcConv {
   const rarefy_nhwc& c;
   int64_t features;
   int64_t kind, bytes;  // of the inputs: nhwc_kind, nhwc_bytes
+  bool rounds;          // inputs are numbers that are rounded to int16 for the products
+  bool numbers;         // see stores_numbers
   bool direct;          // no sums are kept
   bool by_rows;         // each row of outputs is computed by itself
   int64_t out_width, out_height;

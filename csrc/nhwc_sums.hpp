@@ -42,6 +42,7 @@ struct SumBuffer {
 // Numbers of evenly spaced pixels, from output `first` on: sums + bias + residual, limited as the activation says.
 template <bool RESIDUAL>
 struct NumberSink {
+  static constexpr bool HAS_RESIDUAL = RESIDUAL;
   NumberSink(const rarefy_nhwc_outputs& o, int64_t first)
       : out(o.codes + first * 4),
         residual(RESIDUAL ? o.residual + first * 4 : nullptr),

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 26 };
+enum { RAREFY_ABI_VERSION = 28 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -23,7 +23,7 @@ enum rarefy_dtype {
   RAREFY_I4 = 3,  // bitmask and quantized only
   RAREFY_I5 = 4,  // quantized only
   RAREFY_I6 = 5,
-  RAREFY_I16 = 6,  // tiles, sell and dense only
+  RAREFY_I16 = 6,  // tiles, sell and dense, and dense convolutions
 };
 enum rarefy_activation {
   RAREFY_NONE = 0,
@@ -313,7 +313,8 @@ struct rarefy_nhwc {
   const int64_t* segments;  // offsets in the image of runs of bytes that are copied together, or of taps; or null
   int64_t num_blocks, num_segments;
   int64_t segment_bytes, segment_stride;  // of a segment; from one to the next in the copy
-  const float *factors, *bias;            // scales of weight times input, of codes; bias: [outputs]
+  const float *factors, *bias;            // scales of weight times input, of codes, or, where images are fp32, of a
+                                          // weight in int16, whose inputs `segments` has; bias: [outputs]
   const int32_t* row_sums;                // [outputs], sums of the weight's codes; of codes
   // NHWC_DEPTHWISE: weights of 16 bits, two columns together: [segments][(tap_columns + 1) / 2][outputs]; of fp32
   // images fp32: [segments][tap_columns][outputs]

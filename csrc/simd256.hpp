@@ -320,6 +320,19 @@ inline raw_vec round_to_codes(const f32x8 (&v)[4]) {
 #endif
 }
 
+// Sixteen numbers as int16, rounded, which saturate.
+inline raw_vec round_pair_to_int16(f32x8 a, f32x8 b) {
+#if defined(__AVX2__)
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(__m256(a)), _mm256_cvtps_epi32(__m256(b)));
+  return raw_vec(_mm256_permute4x64_epi64(pairs, 0xd8));
+#else
+  int16_t out[2 * SIMD_WIDTH];
+  for (int i = 0; i < 2 * SIMD_WIDTH; ++i)
+    out[i] = LaneOps<RAREFY_I16>::round(i < SIMD_WIDTH ? a[i] : b[i - SIMD_WIDTH]);
+  return load_raw(out);
+#endif
+}
+
 // The first n of 32 bytes.
 inline void store_bytes(void* p, raw_vec v, int64_t n) {
   if (n >= 32)

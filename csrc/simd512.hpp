@@ -269,6 +269,12 @@ inline __m512i round_to_codes(const __m512 (&v)[4]) {
   return _mm512_xor_si512(codes, _mm512_set1_epi8(char(INPUT_ZERO_POINT)));
 }
 
+// Thirty-two numbers as int16, rounded, which saturate.
+inline __m512i round_pair_to_int16(__m512 a, __m512 b) {
+  const __m512i pairs = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), pairs);
+}
+
 // The first n of 64 bytes.
 inline void store_bytes(void* p, __m512i v, int64_t n) {
   _mm512_mask_storeu_epi8(p, n < 64 ? (1ull << n) - 1 : ~0ull, v);

@@ -97,17 +97,19 @@ API int rarefy_check_sell(const rarefy_sell* w, int64_t values) {
 
 API int rarefy_check_conv(const rarefy_conv* w, int64_t columns, int64_t values) {
   if (w->groups < 1 || w->outputs < 1 || w->inputs < 1) return RAREFY_INVALID;
-  const bool int8 = w->weight.dtype == RAREFY_I8;
-  if (int8 ? w->groups != 1 : w->weight.dtype != RAREFY_F32) return RAREFY_INVALID;
-  const int64_t max_stride = w->dense && !int8 ? MAX_DENSE_STRIDE : MAX_STRIDE;
+  const int32_t dtype = w->weight.dtype;
+  if (dtype != RAREFY_F32 && (w->groups != 1 || !(dtype == RAREFY_I8 || (dtype == RAREFY_I16 && w->dense))))
+    return RAREFY_INVALID;
+  const int64_t max_stride = w->dense && dtype == RAREFY_F32 ? MAX_DENSE_STRIDE : MAX_STRIDE;
   for (int i = 0; i < 2; ++i) {
     if (w->kernel[i] < 1 || w->stride[i] < 1 || w->stride[i] > max_stride) return RAREFY_INVALID;
     if (w->padding[i] < 0 || w->dilation[i] < 1) return RAREFY_INVALID;
   }
   const int64_t rows = w->dense ? w->outputs : w->groups * ((w->outputs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS);
   if (w->weight.rows != rows || (w->dense && (w->groups != 1 || w->weight.block < 1))) return RAREFY_INVALID;
-  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * (int8 ? 4 : 1)) return RAREFY_INVALID;
-  if (w->dense) return w->weight.lanes == w->weight.inputs / (int8 ? 4 : 1) ? RAREFY_OK : RAREFY_INVALID;
+  const int64_t each = inputs_per_lane(dtype);
+  if (w->weight.inputs != w->inputs * w->kernel[0] * w->kernel[1] * each) return RAREFY_INVALID;
+  if (w->dense) return w->weight.lanes == w->weight.inputs / each ? RAREFY_OK : RAREFY_INVALID;
   if (!w->sell) return rarefy_check_tiles(&w->weight, columns, values);
   const rarefy_sell& s = *w->sell;
   if (w->groups != 1 || s.dtype != w->weight.dtype || s.rows != w->weight.rows) return RAREFY_INVALID;

@@ -1,14 +1,16 @@
-"""Linear layers in 16-bit integers: exact sums, whatever the numbers, and what the precision refuses."""
+"""Linear layers and convolutions in 16-bit integers: exact sums, whatever the numbers, and what is refused."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import rarefy
 from rarefy.common.errors import FormatError, ModelError
 from rarefy.compiler import ops
+from rarefy.compiler.executor import Compiled
 from rarefy.model.compare import relative_distance
 from rarefy.runtime.kernel import Kernel, can_group
 from rarefy.runtime.packed_formats import MAX_INT16_INPUTS, MAX_INT16_SUM, Dense, Sell, Tiles
@@ -16,9 +18,10 @@ from rarefy.runtime.packing import int16_codes, pack_bitmask, pack_csr, pack_den
 from rarefy.runtime.reference import INT16_INPUT_STEPS
 
 
-def exact(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Return a layer's outputs by sums of integers of 64 bits."""
-    weight, scales = int16_codes(layer.weight.detach())
+def exact(layer: nn.Module, compiled: Compiled, x: torch.Tensor) -> torch.Tensor:
+    """Return what a layer's packed weight makes of rows of inputs, by sums of integers of 64 bits."""
+    (packed,) = (k.held[0] for k in compiled.kernels.values())
+    weight, scales = unpack(replace(packed, scales=None)).flatten(1), packed.scales[: len(layer.weight)]
     step = x.abs().amax(-1, keepdim=True) / INT16_INPUT_STEPS
     step = torch.where(step > 0, step, 1.0)
     sums = (x * (1 / step)).round().long() @ weight.long().T
@@ -35,9 +38,90 @@ def test_products_equal_sums_of_integers(isa, inputs, outputs, zeros, tokens):
     layer.weight.data[torch.rand(layer.weight.shape) < zeros] = 0
     x = torch.randn(tokens, inputs)
     compiled = rarefy.compile(nn.Sequential(layer).eval(), x, precision="int16", tune=False)
-    want, got = exact(layer, x), compiled(x).double()
+    want, got = exact(layer, compiled, x), compiled(x).double()
     assert float((got - want).abs().max()) <= 5e-5 * float(want.abs().max())  # an input between two steps
     assert relative_distance(got, layer(x).detach().double()) < (2e-3 if inputs > 1000 else 1e-3)
+
+
+GEOMETRIES = [  # inputs, outputs, kernel, stride, padding, dilation, size
+    (64, 64, 1, 1, 0, 1, (14, 14)),
+    (96, 24, 1, 1, 0, 1, (5, 31)),
+    (64, 130, 1, 2, 0, 1, (9, 9)),
+    (3, 32, 3, 2, 1, 1, (33, 20)),
+    (40, 64, 5, 1, 2, 1, (12, 7)),
+    (33, 48, 3, 1, 2, 2, (15, 15)),
+    (320, 24, (1, 3), (1, 2), (0, 1), 1, (3, 8)),
+    (16, 40, 4, 1, 0, 1, (4, 4)),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_convolutions_round_the_inputs_of_each_output_together(isa, geometry, batch):
+    torch.manual_seed(0)
+    inputs, outputs, kernel, stride, padding, dilation, size = geometry
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation)
+    x = torch.randn(batch, inputs, *size)
+    compiled = rarefy.compile(nn.Sequential(layer).eval(), x, precision="int16", tune=False)
+    assert [k.held[0].kind for k in compiled.kernels.values()] == ["int16"]
+    rows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+    got, plain = compiled(x).double(), layer(x).detach().double()
+    want = exact(layer, compiled, rows).mT.reshape(plain.shape)
+    assert float((got - want).abs().max()) <= 5e-5 * float(want.abs().max())
+    assert relative_distance(got, plain) < 2e-3
+
+
+class Block(nn.Module):
+    """A residual block whose images are read by convolutions, a pool and a concatenation."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 32, 3, 2, 1), act
+        self.up, self.down = nn.Conv2d(32, 96, 1), nn.Conv2d(96, 32, 1)
+        self.depthwise, self.last = nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.Conv2d(64, 40, 1)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        y = x + self.down(self.act(self.depthwise(self.act(self.up(x)))))
+        z = torch.cat([F.max_pool2d(y, 2), F.max_pool2d(x, 2)], 1)
+        return self.last(z).mean((2, 3))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.SiLU(), nn.Identity()], ids=lambda a: type(a).__name__)
+def test_networks_of_convolutions(isa, act, tmp_path):
+    torch.manual_seed(0)
+    net, x = Block(act).eval(), torch.randn(2, 3, 30, 26)
+    compiled = rarefy.compile(net, x, precision="int16", tune=False)
+    with torch.no_grad():
+        for batch in (x, torch.randn(5, 3, 30, 26)):
+            assert relative_distance(compiled(batch), net(batch)) < 1e-3
+    rarefy.save(compiled, tmp_path / "out")
+    assert torch.equal(rarefy.load(tmp_path / "out")(x), compiled(x))
+    assert [k.held[0].kind for k in compiled.kernels.values()].count("int16") == 4
+
+
+def test_odd_numbers_in_images(isa):
+    """Of NaN and infinity, only the outputs that read them."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 40, 1).eval()
+    x = torch.randn(2, 32, 9, 9)
+    x[0, :, 0, 0], x[0, :, 0, 1], x[1, 3, 4, 5], x[1, 7, 0, 0] = 0, 1e-42, float("nan"), float("inf")
+    got = rarefy.compile(nn.Sequential(layer).eval(), torch.randn(2, 32, 9, 9), precision="int16", tune=False)(x)
+    wrong = got.isnan().any(1)
+    assert wrong[1, 4, 5] and wrong[1, 0, 0] and int(wrong.sum()) == 2
+    torch.testing.assert_close(got[0, :, 0, :2], layer.bias.detach()[:, None].expand(40, 2), rtol=0, atol=1e-6)
+
+
+def test_convolutions_that_stay_in_fp32():
+    """With few outputs, in groups, on Winograd's algorithm, or with zeros that are skipped."""
+    sparse = nn.Conv2d(32, 32, 1)
+    sparse.weight.data[torch.rand(sparse.weight.shape) < 0.9] = 0
+    layers = [nn.Conv2d(32, 16, 1), nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 1, groups=2), sparse]
+    net, x = nn.Sequential(*layers, nn.Conv2d(32, 32, 1)).eval(), torch.randn(2, 32, 24, 24)
+    compiled = rarefy.compile(net, x, precision="int16", tune=False)
+    kinds = [k.held[0].kind for k in compiled.kernels.values()]
+    assert kinds.count("int16") == 1 and set(kinds) == {"fp32", "int16"}
+    assert relative_distance(compiled(x), net(x).detach()) < 1e-3
 
 
 @pytest.mark.parametrize("inputs", [2, 512, 525, MAX_INT16_INPUTS])
@@ -87,7 +171,7 @@ def test_between_bf16_and_fp32_on_a_transformer(isa):
     assert 1e-6 < far["int16"] < far["bf16"] / 3 < far["int8"] / 3
 
 
-def test_attention_and_convolutions_stay_in_fp32():
+def test_attention_stays_in_fp32():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -129,7 +213,9 @@ def test_wide_layers_stay_in_fp32():
 
 def test_where_nothing_runs_in_16_bits():
     x = torch.randn(1, 3, 8, 8)
-    with pytest.raises(ModelError, match="precision='int16' has no effect: Conv2d has no linear layer"):
+    with pytest.raises(
+        ModelError, match="precision='int16' has no effect: Conv2d has no linear layer and no 2D convolution"
+    ):
         rarefy.compile(nn.Conv2d(3, 4, 3).eval(), x, precision="int16")
     net = nn.Sequential(nn.Linear(8, 8)).eval()
     with pytest.raises(ModelError, match="no linear layer .*, or ignore= names all of them"):

@@ -180,8 +180,9 @@ def compile(
         precision: None for that of the model; those in fp16 run in fp32, layers whose inputs are rounded in each call
             (`quantize_(activations="int8")`) in 8 bits. "bf16" multiplies the matrices of linear
             layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
-            fp32. "int16" runs linear layers in 16-bit integers, with a scale for each output of a weight and one for
-            each row of inputs: outputs change by less than in bf16, and CPUs with AVX2 are as fast in it as in int8.
+            fp32. "int16" runs linear layers and most convolutions of one group in 16-bit integers, with a scale for
+            each output of a weight and one for the inputs of each output: outputs change by less than in bf16. CPUs
+            with AVX2 run linear layers as fast in it as in int8.
             "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
             for each row or image of inputs, and attention as "bf16" does or, where the CPU is not faster so, in 8 bits;
             grouped convolutions stay in fp32. Outputs change a little.
@@ -297,15 +298,13 @@ def _compile(
     kernels = select()
     others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels and precision_of(n)]
     depthwise = [n for n in others if _is_depthwise(exported, n)]
-    if precision == "int8" and not (in_8_bits(kernels) or rounds_values(exported) or depthwise):
+    works = {"int8": in_8_bits(kernels) or rounds_values(exported) or depthwise, "int16": in_16_bits(kernels)}
+    if precision in works and not works[precision]:
+        bits = precision.removeprefix("int")
         raise ModelError(
-            f"precision='int8' has no effect: {type(model).__name__} has no linear layer and no 2D convolution that "
-            f"the engine runs in 8 bits{', or ignore= names all of them' if own else ''}; leave it out for fp32"
-        )
-    if precision == "int16" and not any(k.held[0].kind == "int16" for k in kernels.values()):
-        raise ModelError(
-            f"precision='int16' has no effect: {type(model).__name__} has no linear layer that the engine runs in "
-            f"16 bits{', or ignore= names all of them' if own else ''}; leave it out for fp32"
+            f"precision={precision!r} has no effect: {type(model).__name__} has no linear layer and no 2D convolution "
+            f"that the engine runs in {bits} bits{', or ignore= names all of them' if own else ''}; leave it out for "
+            "fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:
@@ -347,6 +346,11 @@ def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
     """Return whether a linear layer or a convolution has a kernel for weights of 8 bits or less."""
     return any(k.held[0].kind in PANEL_BITS for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
+
+
+def in_16_bits(kernels: Mapping[Node, Any]) -> bool:
+    """Return whether a linear layer or a convolution has a kernel for weights in int16."""
+    return any(k.held[0].kind == "int16" for k in kernels.values())
 
 
 def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:

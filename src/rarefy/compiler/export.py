@@ -18,7 +18,8 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
 from rarefy.model.activation_quant import rounding_by
@@ -192,6 +193,7 @@ def run_passes(program: Any, passes: Sequence[Pass]) -> ExportedGraph:
         graph.eliminate_dead_code()
     graph.lint()
     exported.layers = layer_names(exported)
+    exported.image_sizes = {n: shape(n)[2:] for n in graph.nodes if n.target is ops.conv2d}
     return exported
 
 

@@ -31,6 +31,7 @@ class ExportedGraph:
         notes: sentences for `print(compiled)`.
         names: the model's own names of constants.
         layers: the layer of the model that each node belongs to, where it is known.
+        image_sizes: rows and columns of the outputs of convolutions, which the records of nodes lose once they run.
         cache_features: features of keys and values that a KV cache keeps of each token.
         torch_nodes: operators of the engine that torch runs because it was faster.
         input_names: a name for each input, () where none are known.
@@ -46,6 +47,7 @@ class ExportedGraph:
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     layers: dict[Node, str] = field(default_factory=dict)
+    image_sizes: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
     cache_features: int = 0
     torch_nodes: set[Node] = field(default_factory=set)
     input_names: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.compiler import ops
-from rarefy.compiler.fx_utils import ExportedGraph, Node, shape
+from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.operators import fake_quantize
 from rarefy.compiler.weight_grids import grid_of_largest, int8_grid
 from rarefy.model.quant_grid import Grid
@@ -55,6 +55,7 @@ MIN_ZERO_LANES = {"bf16": (0.2, 0.94), "int16": (0.2, 0.2), "int8": (0.15, 0.88)
 BITS = {"int8": 8, "int16": 16}  # of codes with a scale for each output
 ATTENTION_PRECISIONS = ("bf16", "int8")  # beside fp32
 MIN_PACKED_EMBEDDING = 1 << 20  # weights from which an embedding is kept in 8 bits beside layers in 8 bits
+MIN_INT16_OUTPUTS = 24  # of a convolution in int16: its inputs are rounded in each call
 MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
 
@@ -272,6 +273,12 @@ def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_S
     return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < MIN_SHARED]
 
 
+def _fits_int16(weight: Tensor, groups: int) -> bool:
+    """Return whether a convolution is faster in int16: a dense one with enough outputs for each rounded input."""
+    dense = groups == 1 and is_nearly_dense(weight) and weight[0].numel() <= MAX_INT16_INPUTS
+    return dense and len(weight) >= MIN_INT16_OUTPUTS
+
+
 def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, grid: Grid | None = None) -> Any:
     """Return the packed weight of a convolution, in 8 bits only for one group, by default if it is on a grid.
 
@@ -290,9 +297,12 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     overflows = -(-weight.shape[1] // 4) * 4 * weight[0, 0].numel() > MAX_INT8_INPUTS  # of a sum of int8
     int8 = precision == "int8" or grid is not None
     kind = "int8" if int8 and groups == 1 and not overflows else "fp32"
-    by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), shape(node)[2:])
+    sizes = exported.image_sizes.get(node, ())
+    by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), sizes)
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     large = max(stride) > MAX_STRIDE
+    if precision == "int16" and not by_winograd and _fits_int16(weight, groups) and not large:
+        return pack_conv(weight, precision, **geometry, block=CACHE_BLOCK, dense=True)
     if groups == 1 and (large or (kind == "fp32" and is_nearly_dense(weight, min_zeros))):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
     if kind == "int8":

@@ -1,8 +1,8 @@
 """Steps of a program on images in NHWC order: of int8 codes with one scale for all, or of fp32 numbers.
 
 Int8 convolutions whose inputs have static scales, and depthwise ones of rounded values, read and write codes, so that
-activations between them are bytes. Dense fp32 convolutions, and other depthwise ones, read and write numbers. Other
-operators read fp32 values in tiles.
+activations between them are bytes. Dense convolutions in fp32 and int16, and other depthwise ones, read and write
+numbers. Other operators read fp32 values in tiles.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _format_in(p: Program, node: Node, conv: Node) -> Format | None:
         if grid is None:
             return FP32
         return grid if conv.args[0] is node else grid_of(node)
-    if kernel.held[0].kind == FP32:
+    if kernel.held[0].kind in (FP32, "int16"):
         return FP32
     if conv.args[0] is node:
         return kernel.input_grid
@@ -192,7 +192,7 @@ def lower_conv(p: Program, node: Node) -> None:
         numbers = {"winograd": 1}
     else:
         _set_weight(p, step, weight_of(kernel), kernel.held[1], p.shape(node)[2:])
-        if not source.image.border and _merges_pixels(p, x, node):  # type: ignore[arg-type]
+        if not step.factors and not source.image.border and _merges_pixels(p, x, node):  # type: ignore[arg-type]
             _merge_pixels(step)
     operands, separate = {"x": source.value}, residual is not None and added is None  # an addition of its own
     if added is not None:
@@ -438,7 +438,7 @@ def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None,
     pitch = image.width + 2 * image.border
     dropped = ((sizes[0] - 1) * pitch + sizes[1]) / (sizes[0] * sizes[1])
     strided, in_rows = tuple(step.stride) != (1, 1), weight.factors is None and sizes[1] >= MIN_ROW
-    copied = weight.tight or (strided and not in_rows) or (not strided and dropped > MAX_DROPPED)
+    copied = weight.tight or weight.in_int16 or (strided and not in_rows) or (not strided and dropped > MAX_DROPPED)
     lanes = weight.block_lanes()
     each = len(lanes) // len(starts)  # blocks of a segment
     offsets = [i * BLOCK_BYTES for i in range(len(lanes))]
@@ -451,6 +451,7 @@ def _set_weight(p: Program, step: Nhwc, weight: NhwcWeight, bias: Tensor | None,
     p.held += [blocks, weight]
     step.values, step.blocks, step.num_blocks = weight.values.data_ptr(), addressof(blocks), len(lanes)
     if weight.factors is None or weight.row_sums is None:
+        step.factors = None if weight.factors is None else weight.factors.data_ptr()
         _set_bias(p, step, bias, 16 * len(weight.values))
     else:
         _set_outputs(p, step, weight.factors, weight.row_sums, bias)

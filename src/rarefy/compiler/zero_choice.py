@@ -32,12 +32,8 @@ from rarefy.runtime.packed_formats import (
 )
 from rarefy.runtime.packing import unpack
 
-MIN_TRIED = {
-    "fp32": 0.3,
-    "bf16": 0.15,
-    "int16": 0.15,
-    "int8": 0.1,
-}  # fraction of zero lanes from which skipping them is timed
+# fraction of zero lanes from which skipping them is timed
+MIN_TRIED = {"fp32": 0.3, "bf16": 0.15, "int16": 0.15, "int8": 0.1}
 MAX_SECONDS = 3.0  # of timing layers, and again of timing the model
 MIN_CALLS, MAX_CALLS = 3, 15  # of each format
 CLEARLY_FASTER = 0.97  # time over that of skipped zeros from which they are multiplied
@@ -56,7 +52,9 @@ def formats_of(packed: Packed) -> dict[str, Packed]:
         return {}
     if bindings.isa() == "amx" and packed.kind != "fp32":  # its files have other formats, and its fractions are clear
         return {}
-    if isinstance(packed, ConvTiles) and (packed.groups > 1 or max(packed.stride) > MAX_STRIDE):
+    if isinstance(packed, ConvTiles) and (
+        packed.groups > 1 or max(packed.stride) > MAX_STRIDE or packed.kind == "int16"
+    ):
         return {}
     weight = unpack(packed)
     if zero_lanes(weight.movedim(1, -1), packed.kind) < MIN_TRIED[packed.kind]:

@@ -290,7 +290,7 @@ def _check_numbers(packed: Packed) -> None:
         else tuple(LANE)
     )
     if isinstance(packed, ConvTiles) and packed.counts is None:
-        known = ("fp32", "int8")
+        known = ("fp32", "int8", "int16")
     if packed.kind not in known:
         raise FormatError(unknown("kind", str(packed.kind), known))
     if isinstance(packed, QuantizedPanels) and (
@@ -305,9 +305,10 @@ def _check_numbers(packed: Packed) -> None:
     ):
         raise FormatError(f"two_terms: expected False, or True for int8 inputs, got {packed.two_terms!r}")
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
+    matrix_is_dense = isinstance(packed, ConvTiles) and packed.counts is None
     if grouped and packed.counts is None:  # type: ignore[union-attr]
         raise FormatError("dense weights of convolutions need one group")
-    known = ("fp32",) if grouped else ("fp32", "int8")
+    known = ("fp32",) if grouped else ("fp32", "int8", "int16") if matrix_is_dense else ("fp32", "int8")
     if isinstance(packed, ConvTiles) and (packed.shape[0] % packed.groups or packed.kind not in known):
         raise FormatError(f"no kernel for {packed.shape[0]} outputs in {packed.groups} groups of {packed.kind}")
     inputs = packed.matrix.shape[1] if isinstance(packed, ConvTiles) else packed.shape[1]
@@ -317,9 +318,9 @@ def _check_numbers(packed: Packed) -> None:
 
 def _check_int16_sums(packed: Any) -> None:
     """Raise FormatError unless sums of products with any inputs fit 32 bits."""
-    codes = unpack(replace(packed, scales=None)).abs_().sum(1, dtype=torch.float64)
-    if packed.shape[1] > MAX_INT16_INPUTS or float(codes.max()) > MAX_INT16_SUM:
-        raise FormatError(f"sums of {packed.shape[1]} int16 products do not fit 32 bits")
+    codes = unpack(replace(packed, scales=None)).flatten(1)
+    if codes.shape[1] > MAX_INT16_INPUTS or float(codes.abs_().sum(1, dtype=torch.float64).max()) > MAX_INT16_SUM:
+        raise FormatError(f"sums of {codes.shape[1]} int16 products do not fit 32 bits")
 
 
 def check_packed(packed: Packed, bias: Tensor | None) -> None:

@@ -1,9 +1,9 @@
 """Dense weights of convolutions for images in NHWC order: blocks of 16 lanes of 4 bytes by 16 outputs, where a lane is
-four int8 inputs or one in fp32."""
+four int8 inputs, two in int16 or one in fp32."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from threading import Lock
 from typing import Any
@@ -27,11 +27,11 @@ class NhwcWeight:
     """A convolution's weight for NHWC images, and how its blocks lie in an output's inputs.
 
     Attributes:
-        values: int32 [outputs / 16, blocks, 16, 16], four int8 codes or one fp32 number each.
+        values: int32 [outputs / 16, blocks, 16, 16], four int8 codes, two in int16 or one fp32 number each.
         factors: fp32 [outputs padded to 64], the scales of the codes; None for fp32.
-        row_sums: int32, sums of the codes of each output, padded likewise; None for fp32.
+        row_sums: int32, sums of the codes of each output, padded likewise; None for fp32 and int16.
         segment_bytes: length of a run of inputs that is contiguous in an image: a kernel row, or one pixel where the
-            kernel is dilated.
+            kernel is dilated. In int16 the images are in fp32.
         num_segments: runs of an output.
         tight: the runs follow each other, which needs fewer blocks than a run of its own for each; of codes alone.
     """
@@ -44,6 +44,11 @@ class NhwcWeight:
     tight: bool
 
     @property
+    def in_int16(self) -> bool:
+        """Return whether products are in int16."""
+        return self.factors is not None and self.row_sums is None
+
+    @property
     def segment_stride(self) -> int:
         """Return the bytes from one run to the next where they are copied together."""
         return self.segment_bytes if self.tight else -(-self.segment_bytes // BLOCK_BYTES) * BLOCK_BYTES
@@ -51,6 +56,8 @@ class NhwcWeight:
     def block_lanes(self) -> list[int]:
         """Return how many of the 16 lanes of each block exist."""
         lanes = [self.segment_bytes // 4] * self.num_segments
+        if self.in_int16:
+            lanes = [-(-sum(lanes) // 2)]
         return [min(16, n - i) for n in ([sum(lanes)] if self.tight else lanes) for i in range(0, n, 16)]
 
 
@@ -61,9 +68,13 @@ def pack_nhwc(packed: ConvTiles) -> NhwcWeight:
     >>> pack_nhwc(pack_conv(torch.randn(8, 5, 3, 3), "int8", dense=True)).values.shape
     torch.Size([1, 2, 16, 16])
     """
-    O, _, rows, columns = packed.shape
-    lanes = _fp32_lanes(packed) if packed.scales is None else _code_lanes(packed)
+    O, I, rows, columns = packed.shape
     per_row = packed.dilation[1] == 1
+    if packed.kind == "int16":
+        factors = torch.nn.functional.pad(packed.scales[:O], (0, -O % 64))  # type: ignore[index]
+        runs = rows if per_row else rows * columns
+        return NhwcWeight(_blocks(_int16_lanes(packed)), factors, None, 4 * I * rows * columns // runs, runs, True)
+    lanes = _fp32_lanes(packed) if packed.scales is None else _code_lanes(packed)
     segments = lanes.reshape(O, rows if per_row else rows * columns, -1)
     _, num_segments, length = segments.shape
     tight = packed.scales is not None and -(-num_segments * length // LANES) < num_segments * -(-length // LANES)
@@ -138,6 +149,12 @@ def _code_lanes(packed: ConvTiles) -> Tensor:
 def _fp32_lanes(packed: ConvTiles) -> Tensor:
     """Return fp32 numbers as int32 [outputs, kernel positions, inputs]."""
     return unpack(packed).flatten(2).transpose(1, 2).contiguous().view(torch.int32)
+
+
+def _int16_lanes(packed: ConvTiles) -> Tensor:
+    """Return codes in int16, two in each int32 [outputs, 1, lanes]: kernel positions one after the other."""
+    codes = unpack(replace(packed, scales=None)).permute(0, 2, 3, 1).flatten(1).to(torch.int16)
+    return torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).view(torch.int32)[:, None]
 
 
 def _blocks(segments: Tensor) -> Tensor:
