@@ -96,7 +96,7 @@ def models(folder: Path, place: Path) -> Iterator[tuple[str, Any]]:
         model = load()
         model[0].model = Driven(transformer.config, names, run)
         yield name, model
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int16", "int8"):
         yield f"ours, {precision}", ours.SentenceTransformer(folder, precision)
 
 

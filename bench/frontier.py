@@ -59,6 +59,7 @@ Steps = list[tuple[str, dict[str, Any]]]
 POINTS: dict[str, tuple[Steps, str | None]] = {
     "fp32": ([], None),
     "bf16": ([], "bf16"),
+    "int16": ([], "int16"),
     "int8": ([], "int8"),
     **{
         f"1x4 {percent} %, int8": ([("prune", {"pattern": "1x4", "sparsity": percent / 100, **ADMM})], "int8")

@@ -202,10 +202,9 @@ def measure(name: str, seed: int) -> Iterator[dict[str, Any]]:
             with torch.enable_grad():
                 model = make(dense, seed)
             seconds = time.perf_counter() - began
-            for precision in ("fp32", "int8") if not label else ("int8",):
-                how: dict[str, Any] = (
-                    {"precision": "int8", "calibrate": images.split(16)} if precision == "int8" else {}
-                )
+            for precision in ("fp32", "int16", "int8") if not label else ("int8",):
+                how: dict[str, Any] = {} if precision == "fp32" else {"precision": precision}
+                how |= {"calibrate": images.split(16)} if precision == "int8" else {}
                 fast = rarefy.compile(model, examples[max(task.batches)], **how)
                 add(f"ours, {precision}{label}", fast, {b: partial(fast, x) for b, x in examples.items()})
                 told[f"ours, {precision}{label}"]["seconds"] = seconds

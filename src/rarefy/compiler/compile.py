@@ -298,12 +298,14 @@ def _compile(
     kernels = select()
     others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels and precision_of(n)]
     depthwise = [n for n in others if _is_depthwise(exported, n)]
-    works = {"int8": in_8_bits(kernels) or rounds_values(exported) or depthwise, "int16": in_16_bits(kernels)}
+    works = {
+        "int8": in_8_bits(kernels) or rounds_values(exported) or depthwise,
+        "int16": any(k.held[0].kind == "int16" for k in kernels.values()),
+    }
     if precision in works and not works[precision]:
-        bits = precision.removeprefix("int")
         raise ModelError(
             f"precision={precision!r} has no effect: {type(model).__name__} has no linear layer and no 2D convolution "
-            f"that the engine runs in {bits} bits{', or ignore= names all of them' if own else ''}; leave it out for "
+            f"that the engine runs in {precision[3:]} bits{', or ignore= names all of them' if own else ''}; leave it out for "
             "fp32"
         )
     weights = dict(exported.constants)
@@ -346,11 +348,6 @@ def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
     """Return whether a linear layer or a convolution has a kernel for weights of 8 bits or less."""
     return any(k.held[0].kind in PANEL_BITS for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
-
-
-def in_16_bits(kernels: Mapping[Node, Any]) -> bool:
-    """Return whether a linear layer or a convolution has a kernel for weights in int16."""
-    return any(k.held[0].kind == "int16" for k in kernels.values())
 
 
 def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:

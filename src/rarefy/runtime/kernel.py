@@ -374,11 +374,9 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
         }
     if packed.kind == "int4" and not isinstance(packed, QuantizedPanels):
         want |= {"scales": (torch.bfloat16, (fours, -(-C // 64), 4)), "row_sums": (torch.float32, (O,))}
-    if packed.kind == "int8" and not isinstance(packed, QuantizedPanels):
+    if packed.kind in ("int8", "int16") and not isinstance(packed, QuantizedPanels):
         want |= {"scales": (torch.float32, (O,))}
-        want |= {} if isinstance(packed, Csr) else {"row_sums": (torch.int32, (O,))}
-    if packed.kind == "int16":
-        want |= {"scales": (torch.float32, (O,))}
+        want |= {"row_sums": (torch.int32, (O,))} if packed.kind == "int8" and not isinstance(packed, Csr) else {}
     tensors = {n: t for n, t in {**vars(packed), "bias": bias}.items() if isinstance(t, Tensor)}
     want |= {} if bias is None else {"bias": (torch.float32, (outputs,))}
     for name in {**want, **tensors}:
