@@ -305,8 +305,8 @@ def _compile(
     if precision in works and not works[precision]:
         raise ModelError(
             f"precision={precision!r} has no effect: {type(model).__name__} has no linear layer and no 2D convolution "
-            f"that the engine runs in {precision[3:]} bits{', or ignore= names all of them' if own else ''}; leave it out "
-            "for fp32"
+            f"that the engine runs in {precision[3:]} bits{', or ignore= names all of them' if own else ''}; leave it "
+            "out for fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:
