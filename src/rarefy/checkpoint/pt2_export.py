@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.atomic_io import container_errors, sync
 from rarefy.common.errors import ContainerError, DataError, ModelError
-from rarefy.compiler.compile import check_example, check_module, check_ready, fold_copy
 from rarefy.compiler.export import export_program
+from rarefy.compiler.model_checks import check_example, check_module, check_ready, fold_copy
 from rarefy.evaluation.example_inputs import example_of
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance

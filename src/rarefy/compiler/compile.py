@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, ModelError, first_line, unknown
+from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
 from rarefy.compiler.calibrate import calibration_batches, in_torch
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
-from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32, model_dtype
+from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
+from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
     activation,
@@ -44,15 +43,14 @@ from rarefy.compiler.passes import (
 )
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.static_kernels import calibrated_kernels
+from rarefy.compiler.traced_graph import once_more
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.activation_quant import suspended
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.image_config import image_config_of, set_image_config_
-from rarefy.model.layers import Selector, all_layers, match_layers, unwrap
-from rarefy.model.masks import attached_layers, fold_attached_
+from rarefy.model.layers import Selector, all_layers, match_layers
 from rarefy.model.nesting import input_names, output_names
-from rarefy.runtime.accelerate import check_plain
 from rarefy.runtime.packed_formats import PANEL_BITS
 
 TOLERANCE = {
@@ -65,7 +63,6 @@ ROUNDED_TOLERANCE = (
     0.1  # for models that round values: a sum in another order may lead to the next code, layer by layer
 )
 
-DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
 PASSES = (
@@ -211,8 +208,8 @@ def compile(
             types or is not on the CPU, or the compiled outputs differ from the model's.
         DataError: if the example has no tensor, or the model cannot be called with it.
 
-    Cost: a few seconds for the export, and at most about 6 seconds for timing; where weights have zeros, 6 seconds or
-    20 calls more. Calibration takes two calls a batch in torch, more for very large models, and keeps all batches in
+    Cost: a few seconds for the export, which a model like one of the last four in this process does not need again, and
+    at most about 6 seconds for timing; where weights have zeros, 6 seconds or 20 calls more. Calibration takes two calls a batch in torch, more for very large models, and keeps all batches in
     memory; rounding by obs O(outputs inputs^2 + inputs^3) a layer, on two cores 4 seconds for EfficientNet-Lite0 and 20
     for ResNet-50. `solver="rtn"` leaves it out. Memory: the packed weights (with zeros left out in sparse formats)
     beside the model's own, which may be deleted afterwards; while a model in bf16 or fp16 is compiled, its copy in
@@ -243,15 +240,14 @@ def compile(
         if ignored and not (precision or PRECISIONS.get(dtype) or rounding):
             raise ModelError("ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16' with it")
         own = {**dict.fromkeys(rounding, "int8"), **dict.fromkeys(ignored)}
+        calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
+        options = own, calibrate, solver, tune, notes, dynamic
         if dtype == torch.float32:
-            compiled = _compile(model, args, kwargs, precision, own, calibrate, solver, tune, notes, dynamic)
-            return _named(compiled, model)
+            return _named(once_more(lambda: _compile(model, args, kwargs, precision, *options)), model)
         if calibrate is not None:
-            calibrate = (in_fp32(kw or a) for a, kw in map(split_example, calibrate))
+            options = own, [in_fp32(kw or a) for a, kw in map(split_example, calibrate)], solver, tune, notes, dynamic
         model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-        compiled = _compile(
-            model, in_fp32(args), in_fp32(kwargs), precision, own, calibrate, solver, tune, notes, dynamic
-        )
+        compiled = once_more(lambda: _compile(model, in_fp32(args), in_fp32(kwargs), precision, *options))
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
@@ -429,72 +425,3 @@ def rounds_values(exported: ExportedGraph) -> bool:
 def tolerance(exported: ExportedGraph, precision: str | None = None) -> float:
     """Return the largest relative distance that outputs of a graph may have from the model's."""
     return max(TOLERANCE[precision], ROUNDED_TOLERANCE if rounds_values(exported) else 0.0)
-
-
-def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int16", "int8")) -> None:
-    """Raise ModelError for a precision that the engine does not have."""
-    if precision is not None and precision not in known:
-        raise ModelError(f"{unknown('precision', str(precision), known)}; leave it out for fp32")
-
-
-def check_module(model: Any) -> None:
-    """Raise ModelError for what is not a torch module."""
-    if not isinstance(model, nn.Module):
-        reader = "from_onnx(file)" if str(model).endswith(".onnx") else "load(folder)"
-        hints = {str | PathLike: f": rarefy.{reader} reads one", Compiled: ": it is compiled already"}
-        hint = next((h for kind, h in hints.items() if isinstance(model, kind)), "")
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
-    if unwrap(model) is not model:
-        inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
-        raise ModelError(f"{type(model).__name__} wraps a model: compile the model itself, model.{inside}")
-
-
-def check_example(leaves: Sequence[Any]) -> None:
-    """Raise DataError for an example without numbers to compare: no tensor, an empty one, or NaN."""
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if not tensors:
-        array = any(type(t).__module__ == "numpy" for t in leaves)
-        hint = ", as tensors: torch.from_numpy(array)" if array else ""
-        raise DataError(f"the example has no tensor: give what the model is called with{hint}")
-    empty = next((t for t in tensors if not t.numel()), None)
-    if empty is not None:
-        raise DataError(f"the example has an empty tensor, {describe_batch(empty)}: give at least one sample")
-    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors):
-        raise DataError("the example has NaN: outputs are compared on it, so give ordinary inputs")
-
-
-def fold_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the model without masks and grids, and notes about that.
-
-    A model with masks is copied and the copy is folded; all tensors without masks are shared with the model.
-    """
-    attached = attached_layers(model)
-    if not attached:
-        return model, ()
-    masked = {id(layer.original) for layer in attached}
-    tensors = [*model.parameters(), *model.buffers()]
-    try:
-        model = copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in masked})
-    except Exception as error:  # raised by whatever the model holds
-        name = type(model).__name__
-        raise ModelError(f"{name} has masks and cannot be copied: fold_ it first ({first_line(error)})") from error
-    note = fold_attached_(model)
-    return model, () if note is None else (f"{note}, in a copy of the model",)
-
-
-def check_ready(model: nn.Module) -> torch.dtype:
-    """Return the type of a model's parameters; ModelError for a model in a state that the engine cannot run."""
-    if model.training:
-        raise ModelError("the model is in training mode: call eval() first")
-    part = next((n for n, m in model.named_modules() if m.training and isinstance(m, DIFFERS_IN_TRAINING)), None)
-    if part is not None:
-        raise ModelError(f"{part} is in training mode: call eval() on the whole model")
-    check_plain(list(all_layers(model)))
-    named = [*model.named_parameters(), *model.named_buffers()]
-    elsewhere = next((n for n, t in named if t.device.type != "cpu"), None)
-    if elsewhere is not None:
-        raise ModelError(f"the engine runs on the CPU, but {elsewhere} is on another device: call model.cpu() first")
-    wrong = next((n for n, p in model.named_parameters() if not p.is_meta and bool(p.isnan().any())), None)
-    if wrong is not None:
-        raise ModelError(f"{wrong} has NaN: outputs could not be compared")
-    return model_dtype(model)

@@ -22,6 +22,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
+from rarefy.compiler.traced_graph import TracedGraph, copy_of, key_of, remembered, tensors_of, traced
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
 from rarefy.model.forward import named_arguments
@@ -54,7 +55,13 @@ def export_graph(
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
     """
-    exported, reason = _with_open_sizes(model, args, kwargs, lambda p: run_passes(p, passes), name, dynamic)
+
+    def graph(a: Any, k: Any) -> ExportedGraph:
+        key = key_of(model, (a, dict(k)), dynamic)
+        one = remembered(key, lambda: traced(_export(model, a, k, dynamic), model))
+        return run_passes(one, tensors_of(model), passes)
+
+    exported, reason = _with_open_sizes(model, args, kwargs, graph, name, dynamic)
     if reason:
         exported.notes = (f"only for the example's batch size: {reason}",)
     return exported
@@ -74,22 +81,21 @@ def export_program(
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
     """
-    return _with_open_sizes(model, args, kwargs, lambda program: program, rounding=rounding)
+    return _with_open_sizes(model, args, kwargs, lambda a, k: _export(model, a, k, True, rounding))
 
 
 def _with_open_sizes(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    use: Callable[[ExportedProgram], Result],
+    run: Callable[[Any, Any], Result],
     name: str | None = None,
     dynamic: bool = True,
-    rounding: Any = FAKE_QUANTIZE,
 ) -> tuple[Result, str]:
-    """Return what `use` makes of a model's exported program, and why its sizes are not open, "" where they are."""
+    """Return what `run` exports with arguments and keywords, and why its sizes are not open, "" where they are."""
     two = two_samples(args, kwargs) if dynamic else (args, kwargs)
     try:
-        return use(_export(model, *two, dynamic, rounding)), ""
+        return run(*two), ""
     except ModelError:
         raise
     except Exception as error:  # torch.export raises its own classes, and those of whatever the model calls
@@ -99,7 +105,7 @@ def _with_open_sizes(
         if two[0] is args:
             raise ModelError(reason) from error
     try:
-        return use(_export(model, args, kwargs, dynamic, rounding)), reason
+        return run(args, kwargs), reason
     except ModelError:
         raise
     except Exception:
@@ -173,19 +179,13 @@ def _is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def run_passes(program: Any, passes: Sequence[Pass]) -> ExportedGraph:
-    """Return the graph of torch's exported program after all passes, each of which sees every node in turn."""
-    signature, graph = program.graph_signature, program.graph_module.graph
-    state = {**program.state_dict, **program.constants}
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names |= signature.inputs_to_lifted_tensor_constants
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise ModelError("the model changes its buffers or its inputs when it is called, so it cannot be compiled")
-    constants = {n: state[t].detach() for n, t in names.items()}
+def run_passes(program: TracedGraph, tensors: Mapping[str, Tensor], passes: Sequence[Pass]) -> ExportedGraph:
+    """Return the graph of a model with these tensors after all passes, each of which sees every node in turn."""
+    graph, every = copy_of(program.graph), {**tensors, **program.tensors}
+    constants = {n: every[t] for n, t in program.names.items()}
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
-    ranges = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.range_constraints.items()}
-    specs = program.call_spec.in_spec, program.call_spec.out_spec
-    exported = ExportedGraph(graph, constants, inputs, *specs, ranges, names=names)
+    ranges = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.ranges.items()}
+    exported = ExportedGraph(graph, constants, inputs, program.in_spec, program.out_spec, ranges, names=program.names)
     for run in passes:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:

@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 from rarefy.common.errors import DataError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import compile as compiler
-from rarefy.compiler.compile import check_module
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.exported_program import to_module
+from rarefy.compiler.model_checks import check_module
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
 from rarefy.model.layers import Selector

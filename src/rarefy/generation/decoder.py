@@ -13,21 +13,16 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops
 from rarefy.compiler.calibrate import in_torch
-from rarefy.compiler.compile import (
-    PASSES,
-    check_module,
-    check_precision,
-    check_ready,
-    fold_copy,
-    tolerance,
-)
+from rarefy.compiler.compile import PASSES, tolerance
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
+from rarefy.compiler.model_checks import check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.row_layout import few_tokens
+from rarefy.compiler.traced_graph import once_more
 from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
@@ -93,11 +88,19 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
     if dtype != torch.float32:
         model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     with suspended(model) as rounded:
-        step = _build(model, precision, rounded, notes)
-        check_cache_precision(cache_precision, step.slots)
-        verify_decoder(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
+        step = once_more(lambda: _verified(model, precision, rounded, notes, cache_precision))
     step.compiled.forget()
     step.cache_precision = cache_precision
+    return step
+
+
+def _verified(
+    model: Any, precision: str | None, rounded: frozenset[str], notes: tuple[str, ...], cache: str
+) -> Decoder:
+    """Return the decoder of a model, whose logits are compared with the model's; `cache` is its cache's precision."""
+    step = _build(model, precision, rounded, notes)
+    check_cache_precision(cache, step.slots)
+    verify_decoder(model, step, tolerance(step.compiled.exported, "int8" if rounded else precision))
     return step
 
 

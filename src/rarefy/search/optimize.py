@@ -20,7 +20,7 @@ from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, RarefyError, RecipeError
 from rarefy.common.progress import say
 from rarefy.common.yaml_text import write_yaml
-from rarefy.compiler.compile import check_module, check_ready
+from rarefy.compiler.model_checks import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import distributed, hf
