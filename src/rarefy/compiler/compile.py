@@ -209,12 +209,13 @@ def compile(
         DataError: if the example has no tensor, or the model cannot be called with it.
 
     Cost: a few seconds for the export, which a model like one of the last four in this process does not need again, and
-    at most about 6 seconds for timing; where weights have zeros, 6 seconds or 20 calls more. Calibration takes two calls a batch in torch, more for very large models, and keeps all batches in
-    memory; rounding by obs O(outputs inputs^2 + inputs^3) a layer, on two cores 4 seconds for EfficientNet-Lite0 and 20
-    for ResNet-50. `solver="rtn"` leaves it out. Memory: the packed weights (with zeros left out in sparse formats)
-    beside the model's own, which may be deleted afterwards; while a model in bf16 or fp16 is compiled, its copy in
-    fp32; while layers with zeros are timed, both their formats; while weights are rounded, 0.5 GB; working memory grows
-    with the activations of the largest call.
+    at most about 6 seconds for timing; where weights have zeros, 6 seconds or 20 calls more. Calibration takes two
+    calls a batch in torch, more for very large models, and keeps all batches in memory; rounding by obs O(outputs
+    inputs^2 + inputs^3) a layer, on two cores 4 seconds for EfficientNet-Lite0 and 20 for ResNet-50. `solver="rtn"`
+    leaves it out. Memory: the packed weights (with zeros left out in sparse formats) beside the model's own, which may
+    be deleted afterwards; while a model in bf16 or fp16 is compiled, its copy in fp32; while layers with zeros are
+    timed, both their formats; while weights are rounded, 0.5 GB; working memory grows with the activations of the
+    largest call.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
