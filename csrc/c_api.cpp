@@ -157,6 +157,7 @@ int run_on_column_tiles(const Job<T>* jobs, int64_t count, const float* x, int64
   const rarefy_kernel_table& t = rarefy_active_kernels();
   const T* first = jobs->w;
   const int32_t dtype = first->dtype;
+  if (dtype > RAREFY_I8) return RAREFY_INVALID;  // programs alone have the others
   const bool int8 = dtype == RAREFY_I8;
   const int64_t tiles = (n + TILE_COLS - 1) / TILE_COLS, inputs = first->inputs, lanes = first->lanes;
   const ScratchBuffer<0> scratch(size_t(tiles * lanes * TILE_COLS) * 4 + size_t(tiles * TILE_COLS) * 8);

@@ -70,8 +70,9 @@ inline f32_vec dense_output(const rarefy_tile_epilogue& e, const uint32_t* acc, 
   if constexpr (DTYPE == RAREFY_I8) {
     const uint32_t zero_point_term = uint32_t(e.row_sums[row]) * uint32_t(INPUT_ZERO_POINT + e.zero);
     v = __builtin_convertvector(i32_vec(u32_vec(v) - zero_point_term), f32_vec) * (col_scale * e.row_scales[row]);
-  } else if constexpr (DTYPE == RAREFY_I16) {
-    v = __builtin_convertvector(i32_vec(v), f32_vec) * (col_scale * e.row_scales[row]);
+  } else if constexpr (DTYPE != RAREFY_BF16) {
+    if constexpr (DTYPE == RAREFY_I16) v = __builtin_convertvector(i32_vec(v), f32_vec);
+    v = v * col_scale * e.row_scales[row];  // the product of scales may be denormal
   }
   if (e.bias) v += e.bias[row];
   if (e.residual) v += load_vec(e.residual + at);
@@ -111,10 +112,17 @@ void store_dense_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, con
     }
 }
 
-// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32), int8 or int16.
+// Outputs from accumulators [rows][TILE_COLS] of bf16 (sums in fp32), int8 or int16; of fp32, sums of codes.
 template <int DTYPE>
 void store_outputs(const rarefy_tile_epilogue& e, const uint32_t* acc, const rarefy_tile_outputs& o) {
   with_activation(e.act, [&](auto act) { store_dense_outputs<DTYPE, act>(e, acc, o); });
+}
+
+void add_sums(const uint32_t* sums, int64_t count, bool add, float* out) {
+  for (int64_t i = 0; i < count; i += SIMD_WIDTH) {
+    const f32_vec v = __builtin_convertvector(i32_vec(load_raw(sums + i)), f32_vec);
+    store_vec(out + i, add ? load_vec(out + i) + v : v);
+  }
 }
 
 void begin_dense(rarefy_dense_state*) {}

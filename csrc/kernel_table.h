@@ -7,10 +7,13 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t TILE_COLS = 64;          // columns of a column tile
-constexpr float MIN_INPUT_SCALE = 1e-36f;  // of int8: the reciprocal of a smaller one would be infinite
-constexpr float LOST_STEPS = 254.0f;       // of what rounding to int8 loses, in one step of int8
-constexpr float INT16_INPUT_STEPS = 8191;  // of the largest magnitude; weights are rounded so that sums fit 32 bits
+constexpr int64_t TILE_COLS = 64;            // columns of a column tile
+constexpr float MIN_INPUT_SCALE = 1e-36f;    // of int8: the reciprocal of a smaller one would be infinite
+constexpr float LOST_STEPS = 254.0f;         // of what rounding to int8 loses, in one step of int8
+constexpr int64_t INT16_INPUT_STEPS = 8191;  // of the largest magnitude
+// Weights in int16 are rounded so that sums of products fit 32 bits: of a whole row, of dense rows of so many columns.
+constexpr int64_t INT16_COLUMNS = 1024;
+constexpr int64_t MAX_INT16_SUM = ((int64_t(1) << 31) - 1) / INT16_INPUT_STEPS;  // of the magnitudes of codes
 // Columns whose products of joined terms and codes of 8 bits fit a sum of 32 bits: where one sum has all of them, and
 // where eight sums share them.
 constexpr int64_t JOINED_TILE_COLUMNS = 512, JOINED_ROW_COLUMNS = 2048;
@@ -196,9 +199,12 @@ struct rarefy_kernel_table {
   // 16 or 32 rows of a dense weight times a column tile: acc [rows][TILE_COLS]. Not fp32; by lane_index, as below.
   void (*dense_lanes[4])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc,
                          int64_t columns);
+  // out = sums + (add ? out : 0), as fp32 numbers.
+  void (*add_sums)(const uint32_t* sums, int64_t count, bool add, float* out);
   // One row of lanes, which lie together, times rows of a dense weight of bf16 or int8: acc [rows][TILE_COLS], column
   // 0.
   void (*lanes_gemv[4])(const uint32_t* values, int64_t lane_blocks, int64_t rows, const uint32_t* x, uint32_t* acc);
+  // Of fp32: of sums of codes, with their scales.
   void (*store_outputs[4])(const rarefy_tile_epilogue&, const uint32_t* acc, const rarefy_tile_outputs&);
   // Four rows: int8, and bf16 of quantized weights, for `dense_lanes`, else for `dense_gemm`.
   void (*decompress_bitmask[4])(const rarefy_bitmask&, int64_t row, uint32_t* out);

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t DECOMPRESSED_ROWS = 32;  // rows that are decompressed at a time
 constexpr int64_t DECOMPRESSED_TILES = 4;  // column tiles that they are multiplied by
 constexpr int64_t DENSE_ROWS_PER_CALL = 32;
+constexpr int64_t INT16_BLOCKS = INT16_COLUMNS / 32;  // of lanes of int16, whose sums fit 32 bits
 
 // What the formats have in common.
 struct LinearWeight {
@@ -198,6 +199,25 @@ inline void store_rows(const rarefy_kernel_table& t, const rarefy_step& s, int32
   }
 }
 
+// Whether a dense weight has more columns than sums of int16 have room for; then they are added as fp32 numbers.
+inline bool is_summed_in_parts(int32_t dtype, int64_t lane_blocks) {
+  return dtype == RAREFY_I16 && lane_blocks > INT16_BLOCKS;
+}
+
+// The sums of some rows of a dense weight: multiply(values, blocks, rows, first block, sums) has those of `blocks`
+// blocks of lanes. `values` are those of the first row.
+template <class F>
+inline void sum_dense_rows(const rarefy_kernel_table& t, int32_t dtype, const uint32_t* values, int64_t lane_blocks,
+                           int64_t rows, uint32_t* sums, F&& multiply) {
+  if (!is_summed_in_parts(dtype, lane_blocks)) return multiply(values, lane_blocks, ceil_div(rows, 16) * 16, 0, sums);
+  alignas(64) uint32_t part[16 * TILE_COLS] = {};
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t b = 0; b < lane_blocks; b += INT16_BLOCKS) {
+      multiply(values + (r * lane_blocks + b * 16) * 16, std::min(INT16_BLOCKS, lane_blocks - b), 16, b, part);
+      t.add_sums(part, 16 * TILE_COLS, b > 0, reinterpret_cast<float*>(sums + r * TILE_COLS));
+    }
+}
+
 // As store_rows, for a dense weight times few columns. The caller may hold memory of slot 1.
 inline int store_few_columns(const rarefy_kernel_table& t, const rarefy_step& s, int32_t dtype, const uint32_t* values,
                              int64_t lane_blocks, const rarefy_weight_epilogue& w, const uint32_t* x, int64_t tile,
@@ -209,12 +229,15 @@ inline int store_few_columns(const rarefy_kernel_table& t, const rarefy_step& s,
   if (!rows_of_lanes) return RAREFY_NO_MEMORY;
   for (int64_t n = 0; n < columns; ++n)
     for (int64_t l = 0; l < lanes; ++l) rows_of_lanes[n * lanes + l] = x[l * TILE_COLS + n];
-  store_rows<DENSE_ROWS_PER_CALL>(
-      t, s, dtype, w, tile, first, end, col_scales, out, absmax, [&](int64_t row, int64_t rows, uint32_t* sums) {
-        for (int64_t n = 0; n < columns; ++n)
-          t.lanes_gemv[lane_index(dtype)](values + row * lanes, lane_blocks, ceil_div(rows, 16) * 16,
-                                          rows_of_lanes + n * lanes, sums + n);
-      });
+  const auto multiply = [&](const uint32_t* from, int64_t blocks, int64_t rows, int64_t block, uint32_t* sums) {
+    for (int64_t n = 0; n < columns; ++n)
+      t.lanes_gemv[lane_index(dtype)](from, blocks, rows, rows_of_lanes + n * lanes + block * 16, sums + n);
+  };
+  const int32_t stored = is_summed_in_parts(dtype, lane_blocks) ? RAREFY_F32 : dtype;
+  store_rows<DENSE_ROWS_PER_CALL>(t, s, stored, w, tile, first, end, col_scales, out, absmax,
+                                  [&](int64_t row, int64_t rows, uint32_t* sums) {
+                                    sum_dense_rows(t, dtype, values + row * lanes, lane_blocks, rows, sums, multiply);
+                                  });
   return RAREFY_OK;
 }
 
@@ -224,11 +247,14 @@ inline void store_dense_rows(const rarefy_kernel_table& t, const rarefy_step& s,
                              int64_t first, int64_t end, int64_t columns, const float* col_scales, float* out,
                              float* absmax) {
   const DenseSection section(t);
-  store_rows<DENSE_ROWS_PER_CALL>(t, s, dtype, w, tile, first, end, col_scales, out, absmax,
-                                  [&](int64_t row, int64_t rows, uint32_t* sums) {
-                                    t.dense_lanes[lane_index(dtype)](values + row * lane_blocks * 16, lane_blocks,
-                                                                     ceil_div(rows, 16) * 16, x, sums, columns);
-                                  });
+  const auto multiply = [&](const uint32_t* from, int64_t blocks, int64_t rows, int64_t block, uint32_t* sums) {
+    t.dense_lanes[lane_index(dtype)](from, blocks, rows, x + block * 16 * TILE_COLS, sums, columns);
+  };
+  const int32_t stored = is_summed_in_parts(dtype, lane_blocks) ? RAREFY_F32 : dtype;
+  store_rows<DENSE_ROWS_PER_CALL>(
+      t, s, stored, w, tile, first, end, col_scales, out, absmax, [&](int64_t row, int64_t rows, uint32_t* sums) {
+        sum_dense_rows(t, dtype, values + row * lane_blocks * 16, lane_blocks, rows, sums, multiply);
+      });
 }
 
 // Sums of some rows of a sparse weight, from the start of a slab on.

@@ -44,7 +44,8 @@ void nhwc_round_int16(const uint8_t* x, int64_t x_stride, const int64_t* offsets
     int32_t max = 0;
     for (int64_t r = 0; r < runs; ++r) max = largest_magnitude(run(r), count, max);
     const float magnitude = __builtin_bit_cast(float, max);
-    scales[p] = !(magnitude < INFINITY) ? NAN : std::max(magnitude * (1.0f / INT16_INPUT_STEPS), MIN_INPUT_SCALE);
+    scales[p] =
+        !(magnitude < INFINITY) ? NAN : std::max(magnitude * (1.0f / float(INT16_INPUT_STEPS)), MIN_INPUT_SCALE);
     for (int64_t r = 0; r < runs; ++r) round_to_int16(run(r), count, 1.0f / scales[p], out + r * count);
     std::memset(out + runs * count, 0, size_t(padded - runs * count) * 2);
   }
@@ -56,9 +57,8 @@ struct Int16Sink {
   using L = LaneOps<RAREFY_I16>;
   inline auto begin(int pixel, int vec) const { return sums.begin(pixel, vec); }
   inline void end(int pixel, int vec, L::acc sum) const {
-    numbers.end(pixel, vec,
-                __builtin_convertvector(__builtin_bit_cast(i32_vec, sum), f32_vec) *
-                    (load_vec(factors + vec * SIMD_WIDTH) * scales[pixel]));
+    const f32_vec v = __builtin_convertvector(__builtin_bit_cast(i32_vec, sum), f32_vec);
+    numbers.end(pixel, vec, v * scales[pixel] * load_vec(factors + vec * SIMD_WIDTH));
   }
   inline void skip(int64_t pixels) {
     sums.skip(pixels);
@@ -95,7 +95,8 @@ void nhwc_scale_sums(uint32_t* acc, int64_t pixels, int64_t outputs, const float
   for (int64_t p = 0; p < pixels; ++p, acc += NHWC_OUTPUTS)
     for (int64_t o = 0; o < outputs; o += SIMD_WIDTH) {
       auto* sums = reinterpret_cast<float*>(acc + o);
-      store_vec(sums, __builtin_convertvector(i32_vec(load_vec(sums)), f32_vec) * (load_vec(factors + o) * scales[p]));
+      const f32_vec v = __builtin_convertvector(i32_vec(load_vec(sums)), f32_vec);
+      store_vec(sums, v * scales[p] * load_vec(factors + o));
     }
 }
 

@@ -94,7 +94,7 @@ inline void absmax_to_scales(float* scales, int64_t columns, float steps = 127.0
 inline void quantize_by_absmax(const rarefy_kernel_table& t, int32_t dtype, const float* x, int64_t features,
                                int64_t columns, float* scales, uint32_t* codes) {
   const bool int16 = dtype == RAREFY_I16;
-  absmax_to_scales(scales, columns, int16 ? INT16_INPUT_STEPS : 127.0f);
+  absmax_to_scales(scales, columns, int16 ? float(INT16_INPUT_STEPS) : 127.0f);
   (int16 ? t.quantize_int16 : t.quantize_tile)(x, features, columns, scales, codes);
 }
 

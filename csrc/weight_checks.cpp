@@ -1,5 +1,6 @@
 // Bounds checks of packed weights, for those that come from a file: no index or offset leads outside its arrays.
 #include <algorithm>
+#include <cstdlib>
 
 #include "kernel_table.h"
 #include "rarefy.h"
@@ -44,6 +45,20 @@ API int rarefy_check_bitmask(const rarefy_bitmask* w, int64_t values) {
   return count == values ? RAREFY_OK : RAREFY_INVALID;
 }
 
+namespace {
+
+// Whether sums of products with some lanes of int16 fit 32 bits: of each row, the magnitudes so far.
+struct Int16Sums {
+  bool add(int64_t row, uint32_t lane) {
+    const auto low = int16_t(lane), high = int16_t(lane >> 16);
+    of[row] += std::abs(int64_t(low)) + std::abs(int64_t(high));
+    return of[row] <= MAX_INT16_SUM;
+  }
+  int64_t of[SLAB_ROWS] = {};
+};
+
+}  // namespace
+
 API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t values) {
   const int64_t lane_inputs = inputs_per_lane(w->dtype);
   if (!is_lane_dtype(w->dtype) || w->rows < 0 || w->inputs < 0) return RAREFY_INVALID;
@@ -51,7 +66,9 @@ API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t value
     return RAREFY_INVALID;
   const int64_t blocks = (w->lanes + w->block - 1) / w->block;
   int64_t column = 0, value = 0;
+  Int16Sums sums;
   for (int64_t index = 0; index < (w->rows + 3) / 4 * blocks; ++index) {
+    if (index % blocks == 0) sums = {};
     if (w->starts[2 * index] != column || w->starts[2 * index + 1] != value || w->counts[16 * index])
       return RAREFY_INVALID;
     const int64_t block_lanes = std::min(w->block, w->lanes - index % blocks * w->block);
@@ -61,7 +78,12 @@ API int rarefy_check_tiles(const rarefy_tiles* w, int64_t columns, int64_t value
       for (int64_t i = 0; i < n; ++i)
         if (w->columns[column + i] >= block_lanes) return RAREFY_INVALID;
       column += n;
-      value += n * __builtin_popcount(uint32_t(pattern));
+      const int64_t last = value + n * __builtin_popcount(uint32_t(pattern));
+      if (last > values) return RAREFY_INVALID;
+      for (int64_t i = 0; w->dtype == RAREFY_I16 && value < last; ++i)
+        for (int row = 0; row < 4; ++row)
+          if (pattern >> row & 1 && !sums.add(row, w->values[value++])) return RAREFY_INVALID;
+      value = last;
     }
   }
   return column == columns && value == values ? RAREFY_OK : RAREFY_INVALID;
@@ -74,11 +96,13 @@ API int rarefy_check_sell(const rarefy_sell* w, int64_t values) {
     return RAREFY_INVALID;
   const int64_t blocks = (w->lanes + w->block - 1) / w->block;
   int64_t value = 0;
+  Int16Sums sums;
   for (int64_t index = 0; index < (w->rows + SLAB_ROWS - 1) / SLAB_ROWS * blocks; ++index) {
     if (w->starts[index] != value) return RAREFY_INVALID;
     const int64_t block_lanes = std::min(w->block, w->lanes - index % blocks * w->block);
     const int64_t pairs = (std::min(SLAB_ROWS, w->rows - index / blocks * SLAB_ROWS) + 1) / 2;
     bool seen[SLAB_ROWS] = {};
+    if (index % blocks == 0) sums = {};
     for (int64_t p = 0; p < SLAB_ROWS / 2; ++p) {
       const int64_t n = w->counts[index * (SLAB_ROWS / 2) + p];
       if (value + n > values || (p >= pairs && n)) return RAREFY_INVALID;
@@ -89,6 +113,8 @@ API int rarefy_check_sell(const rarefy_sell* w, int64_t values) {
         const uint8_t row = w->order[index * SLAB_ROWS + 2 * p + r];
         if (row >= 2 * pairs || seen[row]) return RAREFY_INVALID;  // each once; an odd count is padded by one row
         seen[row] = true;
+        for (int64_t i = value - n; w->dtype == RAREFY_I16 && i < value; ++i)
+          if (!sums.add(row, w->values[2 * i + r])) return RAREFY_INVALID;
       }
     }
   }

@@ -853,7 +853,7 @@ def test_models_of_the_zoo(name, places):
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision, most", [("int8", 0.1), ("bf16", 0.05)])
+@pytest.mark.parametrize("precision, most", [("int8", 0.1), ("bf16", 0.05), ("int16", 2e-3)])
 def test_precision(precision, most, places):
     net, a = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval(), x(4, 64)
     with torch.no_grad():
@@ -871,7 +871,7 @@ def test_a_precision_without_effect_runs_in_eager_torch(places):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"options": {"precision": "int7"}}, "unknown precision 'int7'; choose from bf16, int8"),
+        ({"options": {"precision": "int7"}}, "unknown precision 'int7'; choose from bf16, int16, int8"),
         ({"options": {"verbos": True}}, "unknown field 'verbos'; choose from .*did you mean 'verbose'"),
         ({"options": {"tune": 1}}, "tune: expected true or false, got 1"),
         ({"mode": "max-autotune"}, "backend 'rarefy' has no mode="),

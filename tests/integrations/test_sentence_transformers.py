@@ -94,6 +94,8 @@ def test_embeddings_equal_those_of_sentence_transformers(minilm):
     cosine = (int8.encode(texts) * want).sum(1)
     assert cosine.mean() >= 0.997 and cosine.min() > 0.994
     assert isinstance(int8, st.SentenceTransformer) and int8.precision == "int8"
+    between = ours.SentenceTransformer("minilm", "int16", **TUNE)
+    assert (between.encode(texts) * want).sum(1).min() > 0.9999
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_wrong_names_and_options(tmp_path, monkeypatch):
     refused("expected the folder or the name of a model, got None", None)
     (tmp_path / "file.json").write_text("{}")
     refused("is a file: give the folder", "file.json")
-    refused("unknown precision 'int4'; choose from bf16, fp32, int8", "minilm", "int4")
+    refused("unknown precision 'int4'; choose from bf16, fp32, int16, int8", "minilm", "int4")
     refused("data has no effect without recipe", "minilm", data=["a text"], kind=RecipeError)
     refused("backend: the engine is the backend", "minilm", backend="onnx")
     refused("trust_remote_code: code of a model's folder is never run", "minilm", trust_remote_code=True)

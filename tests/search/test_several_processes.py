@@ -106,7 +106,7 @@ class Simulation(Search):
                 amounts |= {(options["pattern"], n): amount for n, amount in options["per_layer"].items()}
         saved = sum(2 * SAVED[m] * a / EACH[m] for (m, _), a in amounts.items())
         lost = lost_by(amounts)
-        speed = {None: 1.0, "bf16": 1.3, "int8": 2.5}[variant.precision]
+        speed = {None: 1.0, "bf16": 1.3, "int16": 1.2, "int8": 2.5}[variant.precision]
         quality = 1 - self.lost * lost - (0.001 if variant.precision else 0)
         quartiles = dict.fromkeys(("low", "median", "high"), max(1 - 0.6 * saved, 0.2) / speed)
         loss = 0.0 if self.reference is None else 1 - quality

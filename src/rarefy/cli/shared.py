@@ -52,9 +52,8 @@ InputShape = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="bf16 runs linear layers and attention in bfloat16; int16 runs linear layers in 16-bit integers, which "
-        "loses less and is fast on all CPUs; int8 runs linear layers and convolutions in 8 bits. Outputs change a "
-        "little. Default: fp32."
+        help="bf16 runs linear layers and attention in bfloat16; int16 runs linear layers and convolutions in 16-bit "
+        "integers, for CPUs without fast bf16; int8 runs them in 8 bits. Outputs change a little. Default: fp32."
     ),
 ]
 DecoderPrecision = Annotated[
@@ -62,8 +61,8 @@ DecoderPrecision = Annotated[
     typer.Option(
         help="bf16 runs linear layers and attention in bfloat16; int8 runs linear layers and convolutions in 8 "
         "bits. Language models also: int6 and int5, with a scale for 32 inputs; int4, with a zero point too. Other "
-        "models also: int16, linear layers in 16-bit integers. Outputs change a little. Default: fp32; of GGUF files "
-        "their own, int8 if they are quantized."
+        "models also: int16, linear layers and convolutions in 16-bit integers. Outputs change a little. Default: "
+        "fp32; of GGUF files their own, int8 if they are quantized."
     ),
 ]
 CachePrecision = Annotated[

@@ -35,6 +35,10 @@ class ModelError(RarefyError):
     """The model cannot be processed: no layer matches, or weights or activations contain NaN."""
 
 
+class OutputsDifferError(ModelError):
+    """A compiled model does not return what the model does."""
+
+
 class DataError(RarefyError):
     """Data is missing, too short, or has a shape that the model does not accept."""
 

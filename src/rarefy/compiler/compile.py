@@ -53,15 +53,10 @@ from rarefy.model.layers import Selector, all_layers, match_layers
 from rarefy.model.nesting import input_names, output_names
 from rarefy.runtime.packed_formats import PANEL_BITS
 
-TOLERANCE = {
-    None: 1e-3,
-    "bf16": 0.1,
-    "int16": 0.1,
-    "int8": 0.5,
-}  # largest relative distance of outputs from the model's
-ROUNDED_TOLERANCE = (
-    0.1  # for models that round values: a sum in another order may lead to the next code, layer by layer
-)
+# largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
+# round to the next code, layer by layer
+TOLERANCE = {None: 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
+ROUNDED_TOLERANCE = 0.1
 
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
@@ -297,7 +292,7 @@ def _compile(
     depthwise = [n for n in others if _is_depthwise(exported, n)]
     works = {
         "int8": in_8_bits(kernels) or rounds_values(exported) or depthwise,
-        "int16": any(k.held[0].kind == "int16" for k in kernels.values()),
+        "int16": in_16_bits(kernels) or rounds_values(exported),
     }
     if precision in works and not works[precision]:
         raise ModelError(
@@ -320,9 +315,10 @@ def _compile(
         if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
-        if lowest == "int8" and not (in_8_bits(compiled.kernels) or rounds_values(exported)):
-            why = "torch is faster in fp32 on the example; tune=False runs 8 bits all the same"
-            compiled.exported.notes += (f"nothing runs in 8 bits: {why}",)
+        runs = {"int8": in_8_bits, "int16": in_16_bits}.get(str(lowest), lambda _: True)
+        if not (runs(compiled.kernels) or rounds_values(exported)):
+            why = f"torch is faster in fp32 on the example; tune=False runs {lowest} all the same"
+            compiled.exported.notes += (f"nothing runs in {str(lowest)[3:]} bits: {why}",)
     compiled.forget()
     return compiled
 
@@ -345,6 +341,11 @@ def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
 def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
     """Return whether a linear layer or a convolution has a kernel for weights of 8 bits or less."""
     return any(k.held[0].kind in PANEL_BITS for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
+
+
+def in_16_bits(kernels: Mapping[Node, Any]) -> bool:
+    """Return whether a linear layer or a convolution has a kernel for weights in int16."""
+    return any(k.held[0].kind == "int16" for k in kernels.values())
 
 
 def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:

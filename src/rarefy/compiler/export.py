@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,8 @@ from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of la
 
 MAX_SIZE = 1 << 62  # of an open size about which nothing is known
 
+_exporting = RLock()  # torch's tracing, and the fake tensors of passes, are of one thread at a time
+
 Pass = Callable[[ExportedGraph, Node], None]
 Result = TypeVar("Result")
 
@@ -41,8 +44,9 @@ def export_graph(
     passes: Sequence[Pass],
     name: str | None = None,
     dynamic: bool = True,
+    again: bool = True,
 ) -> ExportedGraph:
-    """Return a model's graph after all passes, with every size open that can be.
+    """Return a model's graph after all passes, with every size open that can be. One thread at a time exports.
 
     Args:
         model: the model.
@@ -51,17 +55,19 @@ def export_graph(
         passes: run in order, each on every node.
         name: what messages call the model, by default its class.
         dynamic: False: all sizes are fixed to those of the arguments, which takes less time.
+        again: whether the graph of an earlier model may be used again; see `traced_graph.py`. Compare the outputs.
 
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
     """
 
     def graph(a: Any, k: Any) -> ExportedGraph:
-        key = key_of(model, (a, dict(k)), dynamic)
+        key = key_of(model, (a, dict(k)), dynamic) if again else None
         one = remembered(key, lambda: traced(_export(model, a, k, dynamic), model))
         return run_passes(one, tensors_of(model), passes)
 
-    exported, reason = _with_open_sizes(model, args, kwargs, graph, name, dynamic)
+    with _exporting:
+        exported, reason = _with_open_sizes(model, args, kwargs, graph, name, dynamic)
     if reason:
         exported.notes = (f"only for the example's batch size: {reason}",)
     return exported

@@ -191,8 +191,6 @@ def pack_for_batches(weight: Tensor, precision: str | None, grid: Grid | None = 
     codes."""
     if grid is not None:
         return pack_lanes(weight, "int8", bindings.isa() == "amx", grid)
-    if precision == "int16" and weight.shape[1] > MAX_INT16_INPUTS:
-        precision = None
     if precision is None and is_nearly_dense(weight):
         return pack_dense(weight)
     if precision is not None:
@@ -208,7 +206,8 @@ def pack_sparse(weight: Tensor, **options: Any) -> Tiles | Sell:
 
 def pack_lanes(weight: Tensor, kind: str, amx: bool, grid: Grid | None = None) -> Dense | Tiles | Sell:
     """Return a weight [outputs, inputs] in bf16, int16 or int8, dense if that is faster on CPUs with or without AMX."""
-    if zero_lanes(weight, kind) < MIN_ZERO_LANES[kind][amx]:
+    wide = kind == "int16" and weight.shape[1] > MAX_INT16_INPUTS
+    if wide or zero_lanes(weight, kind) < MIN_ZERO_LANES[kind][amx]:
         return pack_dense(weight, kind, grid)  # type: ignore[return-value]
     return pack_sparse(weight, kind=kind, grid=grid)
 
@@ -221,7 +220,7 @@ def repack(packed: Packed, amx: bool) -> Packed:
     if isinstance(packed, ConvTiles):
         if packed.kind != "int8":
             return packed
-    elif not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in MIN_ZERO_LANES:
+    elif not isinstance(packed, Dense | Tiles | Sell) or packed.kind not in ("bf16", "int8"):
         return packed
     weight = unpack(packed)
     sparse = zero_lanes(weight.movedim(1, -1), packed.kind) >= MIN_ZERO_LANES[packed.kind][amx]
@@ -301,7 +300,7 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), sizes)
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     large = max(stride) > MAX_STRIDE
-    if precision == "int16" and not by_winograd and _fits_int16(weight, groups) and not large:
+    if precision == "int16" and grid is None and not by_winograd and _fits_int16(weight, groups) and not large:
         return pack_conv(weight, precision, **geometry, block=CACHE_BLOCK, dense=True)
     if groups == 1 and (large or (kind == "fp32" and is_nearly_dense(weight, min_zeros))):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))

@@ -2,8 +2,9 @@
 
 Exporting takes most of the time of `compile` and depends on a model's code and sizes, not on its weights. So a model
 that is compiled again, with other weights or in another precision, uses the graph of the first time. A graph is used
-again only for modules of the same classes with the same attributes and sizes. Models whose code may depend on anything
-else, such as hooks or closures, are exported each time.
+again only for modules of libraries, of the same classes with the same attributes and sizes. Models with code of the
+user, which may read anything, and with hooks or closures are exported each time. Outputs are compared with the model's
+all the same.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import ModelError
+from rarefy.common.errors import ModelError, OutputsDifferError
 from rarefy.compiler.fx_utils import MODULES
 
 REMEMBERED = 4  # graphs
-MAX_DEPTH = 12  # of nested attributes
+MAX_DEPTH, MAX_VALUES = 12, 20_000  # of attributes: how deep they are nested, and how many
+LIBRARIES = ("torch", "torchvision", "transformers", "huggingface_hub", "timm", "sentence_transformers", "rarefy")
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 LITERALS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, type(None), type(Ellipsis))
 OWN = frozenset(vars(nn.Module()))  # attributes of all modules: their tensors and hooks, which are looked at one by one
@@ -128,11 +130,11 @@ def forget_graphs() -> None:
 
 
 def once_more(make: Callable[[], Any]) -> Any:
-    """Return what `make` does; where it fails with the graph of an earlier model, do it again with a new one."""
+    """Return what `make` does; where outputs differ with the graph of an earlier model, do it again with a new one."""
     before = _reused
     try:
         return make()
-    except ModelError:
+    except OutputsDifferError:
         if _reused == before:
             raise
     forget_graphs()
@@ -147,58 +149,81 @@ def key_of(model: nn.Module, arguments: Any, *options: Any) -> Hashable | None:
         arguments: of the call, nested; tensors count by their sizes.
         options: others on which the export depends.
     """
-    places: dict[int, int] = {}
+    describe = _Description()
     leaves, spec = pytree.tree_flatten(arguments)
     try:
-        modules = tuple(_module(n, m, places) for n, m in model.named_modules(remove_duplicate=False))
-        sizes = tuple(_tensor(t) if isinstance(t, Tensor) else _value(t, 0) for t in leaves)
-        return modules, sizes, str(spec), _value(options, 0), torch.get_default_dtype()
+        modules = tuple(describe.module(n, m) for n, m in model.named_modules(remove_duplicate=False))
+        sizes = tuple(describe.tensor(t) if isinstance(t, Tensor) else describe.value(t) for t in leaves)
+        flags = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+        return modules, sizes, str(spec), describe.value(options), *flags
     except _Unknown:
         return None
 
 
-def _module(name: str, module: nn.Module, places: dict[int, int]) -> Hashable:
-    values = vars(module)
-    if "forward" in values or any(values.get(h) for h in FORWARD_HOOKS):
-        raise _Unknown
-    own = {k: v for k, v in values.items() if k not in OWN}
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    kind = type(module)
-    return (
-        name, kind, Same(kind.forward), module.training, places.setdefault(id(module), len(places)), _value(own, 0),
-        tuple((n, None if t is None else (_tensor(t), places.setdefault(id(t), len(places)))) for n, t in tensors),
-    )  # fmt: skip
+class _Description:
+    """Says what tells modules and values apart, in at most MAX_VALUES values.
+
+    _Unknown is raised for what may change without being told apart: classes and functions of the user, whose globals
+    and attributes are anybody's, and objects that do not show what they hold.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[int, int] = {}  # of tensors and modules, which may have several names
+        self.values = 0
+
+    def place(self, of: Any) -> int:
+        return self.places.setdefault(id(of), len(self.places))
+
+    def module(self, name: str, module: nn.Module) -> Hashable:
+        attributes = vars(module)
+        if not _is_known(type(module)) or "forward" in attributes or any(attributes.get(h) for h in FORWARD_HOOKS):
+            raise _Unknown
+        own = {k: v for k, v in attributes.items() if k not in OWN}
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        of_tensors = tuple((n, None if t is None else (self.tensor(t), self.place(t))) for n, t in tensors)
+        return name, type(module), module.training, self.place(module), self.value(own), of_tensors
+
+    def tensor(self, t: Tensor) -> Hashable:
+        if type(t) not in (Tensor, nn.Parameter, nn.Buffer) or t.layout != torch.strided:
+            raise _Unknown
+        return t.dtype, tuple(t.shape), t.stride(), t.device, t.requires_grad, self.value(vars(t))
+
+    def value(self, value: Any, depth: int = 0) -> Hashable:
+        kind, each = type(value), partial(self.value, depth=depth + 1)
+        self.values += 1
+        if depth > MAX_DEPTH or self.values > MAX_VALUES:
+            raise _Unknown
+        if kind in LITERALS:
+            return kind, repr(value)
+        if kind in (tuple, list, set, frozenset, torch.Size):
+            return kind, tuple(map(each, value))
+        if kind in (dict, OrderedDict):
+            return kind, tuple((each(k), each(v)) for k, v in value.items())
+        if kind is partial:
+            return kind, each(value.func), each(value.args), each(value.keywords)
+        if isinstance(value, Enum | BuiltinFunctionType | torch._ops.OpOverload):
+            return Same(value)
+        if isinstance(value, type) and _is_known(value):
+            return Same(value)
+        if kind is FunctionType and not value.__closure__ and _is_of_library(value):
+            return Same(value), each(value.__defaults__), each(value.__kwdefaults__)
+        if isinstance(value, nn.Module) or not _is_known(kind) or not hasattr(value, "__dict__"):
+            raise _Unknown
+        return kind, each(vars(value))
 
 
-def _tensor(t: Tensor) -> Hashable:
-    if type(t) not in (Tensor, nn.Parameter, nn.Buffer) or t.layout != torch.strided:
-        raise _Unknown
-    return t.dtype, tuple(t.shape), t.stride(), t.device, t.requires_grad
+def _is_of_library(thing: Any) -> bool:
+    return thing.__module__.partition(".")[0] in LIBRARIES
 
 
-def _value(value: Any, depth: int) -> Hashable:
-    """Return what tells values apart; _Unknown for those that may change without being told apart."""
-    kind, each = type(value), partial(_value, depth=depth + 1)
-    if depth > MAX_DEPTH:
-        raise _Unknown
-    if kind in LITERALS:
-        return kind, repr(value)
-    if kind in (tuple, list, torch.Size):
-        return kind, tuple(map(each, value))
-    if kind in (set, frozenset):
-        return kind, frozenset(map(each, value))
-    if isinstance(value, dict):
-        return kind, tuple((each(k), each(v)) for k, v in value.items())
-    if kind is partial:
-        return kind, each(value.func), each(value.args), each(value.keywords)
-    if isinstance(value, type | Enum | BuiltinFunctionType | torch._ops.OpOverload) or (
-        kind is FunctionType and not value.__closure__
-    ):
-        return Same(value)
-    plain = all(c.__flags__ & HEAP_TYPE and "__slots__" not in vars(c) for c in kind.__mro__[:-1])
-    if not plain or isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
-        raise _Unknown
-    return kind, each(vars(value))
+def _is_known(kind: type) -> bool:
+    """Return whether a class and its bases are Python code of libraries, whose objects show all that they hold."""
+    return all(_is_of_library(c) and c.__flags__ & HEAP_TYPE and "__slots__" not in vars(c) for c in _bases(kind))
+
+
+def _bases(kind: type) -> list[type]:
+    """Return a class and its bases, without those that hold nothing."""
+    return [c for c in kind.__mro__ if c is not object and c.__module__ not in ("abc", "typing", "collections.abc")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import ModelError, RarefyError
+from rarefy.common.errors import OutputsDifferError, RarefyError
 from rarefy.model.compare import relative_distance
 from rarefy.model.rounding_noise import is_excused, noise_of_sums
 
@@ -52,7 +52,7 @@ def verify(
             compiled.exported.notes = (*known, note)
         elif not d <= tolerance:
             where = " where a size is 1" if names else ""
-            raise ModelError(
+            raise OutputsDifferError(
                 f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
                 f"at most {tolerance:g} is allowed (a random model, or outliers in 8 bits?)"
             )

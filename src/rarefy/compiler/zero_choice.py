@@ -21,6 +21,7 @@ from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import (
+    INT16_COLUMNS,
     LANE,
     MAX_STRIDE,
     ConvTiles,
@@ -52,10 +53,10 @@ def formats_of(packed: Packed) -> dict[str, Packed]:
         return {}
     if bindings.isa() == "amx" and packed.kind != "fp32":  # its files have other formats, and its fractions are clear
         return {}
-    if isinstance(packed, ConvTiles) and (
-        packed.groups > 1 or max(packed.stride) > MAX_STRIDE or packed.kind == "int16"
-    ):
+    if isinstance(packed, ConvTiles) and (packed.groups > 1 or max(packed.stride) > MAX_STRIDE):
         return {}
+    if packed.kind == "int16" and (isinstance(packed, ConvTiles) or packed.shape[1] > INT16_COLUMNS):
+        return {}  # sparse kernels sum whole rows, for which codes of these are too large
     weight = unpack(packed)
     if zero_lanes(weight.movedim(1, -1), packed.kind) < MIN_TRIED[packed.kind]:
         return {}

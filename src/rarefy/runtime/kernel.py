@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_int64, c_void_p
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from rarefy.runtime.bindings import (
     _Tiles,
     library,
 )
+from rarefy.runtime.int16_codes import check_sums
 from rarefy.runtime.packed_formats import (
     BLOCK_LANES,
     BLOCK_OUTPUTS,
@@ -33,8 +33,6 @@ from rarefy.runtime.packed_formats import (
     LANE,
     MAX_DENSE_STRIDE,
     MAX_INT8_INPUTS,
-    MAX_INT16_INPUTS,
-    MAX_INT16_SUM,
     MAX_STRIDE,
     PADDING,
     PANEL_BITS,
@@ -50,7 +48,6 @@ from rarefy.runtime.packed_formats import (
     Sell,
     Tiles,
 )
-from rarefy.runtime.packing import unpack
 
 MAX_GROUPED = 16  # weights of one call
 
@@ -120,8 +117,8 @@ class Kernel:
                 counted = [0, *counted][-2:]
             self.call = getattr(library, f"rarefy_run_{name}")
             wrong = getattr(library, f"rarefy_check_{name}")(byref(self.struct), *counted)
-        if packed.kind in PROGRAM_KINDS and not wrong:
-            _check_int16_sums(packed)
+        if packed.kind == "int16" and isinstance(matrix, Dense):
+            check_sums(matrix, whole=self.is_conv)
         if wrong:
             raise FormatError(f"the packed {type(packed).__name__.lower()} of shape {list(packed.shape)} is damaged")
         self.at = byref(self.struct)
@@ -314,13 +311,6 @@ def _check_numbers(packed: Packed) -> None:
     inputs = packed.matrix.shape[1] if isinstance(packed, ConvTiles) else packed.shape[1]
     if packed.kind == "int8" and inputs > MAX_INT8_INPUTS:
         raise FormatError(f"sums of {inputs} int8 products do not fit 32 bits")
-
-
-def _check_int16_sums(packed: Any) -> None:
-    """Raise FormatError unless sums of products with any inputs fit 32 bits."""
-    codes = unpack(replace(packed, scales=None)).flatten(1)
-    if codes.shape[1] > MAX_INT16_INPUTS or float(codes.abs_().sum(1, dtype=torch.float64).max()) > MAX_INT16_SUM:
-        raise FormatError(f"sums of {codes.shape[1]} int16 products do not fit 32 bits")
 
 
 def check_packed(packed: Packed, bias: Tensor | None) -> None:

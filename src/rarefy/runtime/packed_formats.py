@@ -27,8 +27,9 @@ MAX_BLOCK = 65535  # lanes of a block: columns are 16-bit numbers
 MAX_INT8_INPUTS = (1 << 31) // (
     255 * 127
 )  # of an int8 weight: sums of products of 0..255 and -127..127 must fit 32 bits
-MAX_INT16_SUM = ((1 << 31) - 1) // 8191  # magnitudes of an int16 weight's row: inputs have 8,191 steps
-MAX_INT16_INPUTS = 1 << 13  # of an int16 weight: with more, that sum would leave its weights few steps
+MAX_INT16_SUM = ((1 << 31) - 1) // 8191  # magnitudes of codes in int16 that are summed at once: inputs have 8,191 steps
+INT16_COLUMNS = 1024  # of a dense weight in int16 that are summed at once
+MAX_INT16_INPUTS = 1 << 11  # of convolutions and sparse weights, whose rows are: with more, codes would have few steps
 MAX_CSR_INPUTS = 1 << 16
 MAX_STRIDE = 8  # of a convolution
 MAX_DENSE_STRIDE = 64  # of a dense one in fp32, as patches of images have

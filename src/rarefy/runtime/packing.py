@@ -12,18 +12,18 @@ from torch import Tensor
 from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model.quant_grid import Grid
+from rarefy.runtime.int16_codes import int16_codes
 from rarefy.runtime.packed_formats import (
     BLOCK_LANES,
     BLOCK_OUTPUTS,
     CACHE_BLOCK,
     CONV_BLOCK,
+    INT16_COLUMNS,
     KINDS,
     LANE,
     MAX_BLOCK,
     MAX_CSR_INPUTS,
     MAX_INT8_INPUTS,
-    MAX_INT16_INPUTS,
-    MAX_INT16_SUM,
     PADDING,
     PANEL_BITS,
     SLAB,
@@ -50,7 +50,7 @@ def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor,
     if weight.dim() != 2 or 0 in weight.shape:
         raise FormatError(f"expected a matrix, got a weight of shape {list(weight.shape)}")
     if kind == "int16":
-        return int16_codes(weight.detach().float(), None if grid is None else grid.scale[:, 0])
+        return int16_codes(weight.detach().float(), weight.shape[1], None if grid is None else grid.scale[:, 0])
     if kind != "int8":
         return weight.detach().to(KINDS[kind]).contiguous(), None
     W = weight.detach().float()
@@ -58,24 +58,6 @@ def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor,
         return grid.codes(W).to(torch.int8), grid.scale.float().expand(len(W), 1)[:, 0].contiguous()
     scales = W.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (W / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
-
-
-def int16_codes(W: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return W [O, C] in int16 and the scale of each output: by default the smallest with which sums of products with
-    inputs of 8,191 steps fit 32 bits. O(O C).
-
-    >>> codes, scales = int16_codes(torch.tensor([[1.0, -0.5]]))
-    >>> codes.tolist(), round(float(scales[0] * 32767), 3)
-    ([[32767, -16384]], 1.0)
-    """
-    inputs = W.shape[1]
-    if inputs > MAX_INT16_INPUTS:
-        raise FormatError(f"{inputs} inputs leave weights in int16 few steps: at most {MAX_INT16_INPUTS}")
-    if scales is None:
-        magnitudes, rounding = W.abs(), inputs / 2 + 1  # rounding adds at most half a step to each
-        scales = torch.maximum(magnitudes.amax(1) / 32767, magnitudes.sum(1) / (MAX_INT16_SUM - rounding))
-        scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    return (W / scales[:, None]).round().clamp(-32767, 32767).to(torch.int16), scales
 
 
 def pack_bitmask(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -> Bitmask:
@@ -384,7 +366,9 @@ def pack_conv(
     if grid is not None:  # outputs are padded
         grid = replace(grid, scale=_padded(grid.scale, 4, 1).clamp(min=torch.finfo(torch.float32).tiny / 127))
     if dense:
-        matrix: Any = pack_dense(W[:O], kind, None if grid is None else replace(grid, scale=grid.scale[:O]))
+        matrix: Any = _pack_lanes(
+            W[:O], kind, None if grid is None else replace(grid, scale=grid.scale[:O]), W.shape[1]
+        )
     else:
         matrix = (pack_sell if sell else pack_tiles)(W, kind, block, grid)
     tensors: dict[str, Any] = {n: t for n, t in vars(matrix).items() if isinstance(t, Tensor)}
@@ -400,7 +384,7 @@ def pack_dense(weight: Tensor, kind: str = "fp32", grid: Grid | None = None, **o
     [[[1.0, 3.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]]]
     """
     if kind != "fp32":
-        return _pack_lanes(weight, kind, grid)
+        return _pack_lanes(weight, kind, grid, INT16_COLUMNS)
     values, _ = stored(weight.flatten(1), "fp32")
     values = _padded(values, 4, 1).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
     if weight.dim() == 2:
@@ -409,8 +393,12 @@ def pack_dense(weight: Tensor, kind: str = "fp32", grid: Grid | None = None, **o
     return ConvTiles((O, I, rows, columns), 1, **options, block=CACHE_BLOCK, values=values)
 
 
-def _pack_lanes(weight: Tensor, kind: str, grid: Grid | None) -> Dense:
-    V, scales = stored(weight, kind, grid)
+def _pack_lanes(weight: Tensor, kind: str, grid: Grid | None, columns: int) -> Dense:
+    """Return a dense weight that is not in fp32; in int16, sums of so many columns fit 32 bits."""
+    if kind == "int16" and grid is None:
+        V, scales = int16_codes(weight.detach().float(), columns)
+    else:
+        V, scales = stored(weight, kind, grid)
     O, C = V.shape
     each = LANE[kind]
     full = _padded(V, BLOCK_OUTPUTS, BLOCK_LANES * each)
