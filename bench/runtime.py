@@ -28,7 +28,7 @@ from rarefy.evaluation.profiling import commit, compare, machine
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
-from rarefy.runtime.packed_formats import KINDS
+from rarefy.runtime.packed_formats import KINDS, ROW_KINDS
 from rarefy.runtime.packing import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
 from rarefy.runtime.sparse_layers import SparseLinear
 
@@ -140,7 +140,7 @@ def convolution(shape: tuple[int, ...], n: int, sparsity: float) -> dict[str, An
 def cases() -> list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     found: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
     found.append(("overhead", {"kind": "fp32", "shape": "8x8", "batch": 1, "pattern": "", "sparsity": 0.98}, overhead))
-    for kind in (*KINDS, "int4"):
+    for kind in (*ROW_KINDS, "int4"):
         for s in (0.5, 0.7, 0.9):
             about = {"kind": kind, "shape": "4096x4096", "batch": 1, "pattern": "unstructured", "sparsity": s}
             found.append(("bitmask", about, lambda kind=kind, s=s: few("bitmask", kind, s)))

@@ -26,6 +26,7 @@ from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import GroupedKernels, Kernel, can_group
+from rarefy.runtime.packed_formats import ROW_KINDS
 from rarefy.runtime.packing import pack_quantized
 from rarefy.runtime.sparse_layers import QuantizedEmbedding
 
@@ -54,7 +55,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("kind", packing.KINDS)
+@pytest.mark.parametrize("kind", ROW_KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(shape, kind, how, isa):
     O, C, N, sparsity = shape
@@ -453,7 +454,7 @@ def test_errors():
 
 @pytest.mark.parametrize(
     ("how", "kind"),
-    [*((how, kind) for how in FORMATS for kind in packing.KINDS), ("bitmask", "int4"), ("convolution", "fp32")],
+    [*((how, kind) for how in FORMATS for kind in ROW_KINDS), ("bitmask", "int4"), ("convolution", "fp32")],
 )
 def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa):
     """Random damage: what passes the check must be safe to run (`make test-all` runs this under ASan too)."""
@@ -707,7 +708,7 @@ def test_torchs_defaults_are_not_ours():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", packing.KINDS)
+@pytest.mark.parametrize("kind", ROW_KINDS)
 @pytest.mark.parametrize("how", FORMATS)
 def test_what_is_not_finite_stays_so(how, kind, bad, isa):
     W, x = random(9, 40, 0.0).abs() + 0.1, torch.rand(6, 40)
