@@ -28,7 +28,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ran(place):
     out = place / "fast"
-    options = ["--evaluate", "perplexity", "--max-loss", "50%", *TIMES, "--minutes", "2"]
+    options = ["--evaluate", "perplexity", "--max-loss", "50%", *TIMES, "--minutes", "0.5"]
     result = shell("optimize", place / "model", "--data", place / "text.txt", "-o", out, "--json", *options)
     return result, out
 
