@@ -273,7 +273,8 @@ struct LaneOps<RAREFY_I16> : LaneOps<RAREFY_I8> {
 #if defined(__AVX2__)
     return i32x8(_mm256_add_epi32(__m256i(s), _mm256_madd_epi16(__m256i(x), __m256i(w))));
 #else
-    return s + (i32x8(x) << 16 >> 16) * (w << 16 >> 16) + (i32x8(x) >> 16) * (w >> 16);
+    const i32x8 low = (i32x8(x) << 16 >> 16) * (w << 16 >> 16), high = (i32x8(x) >> 16) * (w >> 16);
+    return i32x8(u32x8(s) + u32x8(low) + u32x8(high));  // of numbers without a scale, such as NaN, sums may overflow
 #endif
   }
 };
