@@ -28,8 +28,9 @@ def exports(monkeypatch):
         return real(model, *args, **kwargs)
 
     monkeypatch.setattr(export, "export", counted)
-    with traced_graph.without_remembered_graphs():
-        yield seen
+    traced_graph.forget_graphs()
+    yield seen
+    traced_graph.forget_graphs()
 
 
 def net(seed=0):

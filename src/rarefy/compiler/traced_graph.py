@@ -10,8 +10,7 @@ all the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -224,13 +223,3 @@ def _is_known(kind: type) -> bool:
 def _bases(kind: type) -> list[type]:
     """Return a class and its bases, without those that hold nothing."""
     return [c for c in kind.__mro__ if c is not object and c.__module__ not in ("abc", "typing", "collections.abc")]
-
-
-@contextmanager
-def without_remembered_graphs() -> Iterator[None]:
-    """Export each model anew within the block, as tests of the export itself want."""
-    forget_graphs()
-    try:
-        yield
-    finally:
-        forget_graphs()
