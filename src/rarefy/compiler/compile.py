@@ -57,6 +57,7 @@ from rarefy.runtime.packed_formats import PANEL_BITS
 # round to the next code, layer by layer
 TOLERANCE = {None: 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
 ROUNDED_TOLERANCE = 0.1
+INTEGER_KINDS = {"int8": tuple(PANEL_BITS), "int16": ("int16",)}  # of packed weights; 8 bits or less count as int8
 
 
 # Every pass sees each node once, in this order: what a pass matches is what the passes before it left.
@@ -290,11 +291,7 @@ def _compile(
     kernels = select()
     others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels and precision_of(n)]
     depthwise = [n for n in others if _is_depthwise(exported, n)]
-    works = {
-        "int8": in_8_bits(kernels) or rounds_values(exported) or depthwise,
-        "int16": in_16_bits(kernels) or rounds_values(exported),
-    }
-    if precision in works and not works[precision]:
+    if precision in INTEGER_KINDS and not (has_kernels(kernels, precision) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision={precision!r} has no effect: {type(model).__name__} has no linear layer and no 2D convolution "
             f"that the engine runs in {precision[3:]} bits{', or ignore= names all of them' if own else ''}; leave it "
@@ -315,10 +312,9 @@ def _compile(
         if choose_formats_(compiled, *example):
             _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
-        runs = {"int8": in_8_bits, "int16": in_16_bits}.get(str(lowest), lambda _: True)
-        if not (runs(compiled.kernels) or rounds_values(exported)):
+        if lowest in INTEGER_KINDS and not (has_kernels(compiled.kernels, lowest) or rounds_values(exported)):
             why = f"torch is faster in fp32 on the example; tune=False runs {lowest} all the same"
-            compiled.exported.notes += (f"nothing runs in {str(lowest)[3:]} bits: {why}",)
+            compiled.exported.notes += (f"nothing runs in {lowest[3:]} bits: {why}",)
     compiled.forget()
     return compiled
 
@@ -338,14 +334,10 @@ def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
     return frozenset(name for layer in chosen for name, *_ in layer.owners)
 
 
-def in_8_bits(kernels: Mapping[Node, Any]) -> bool:
-    """Return whether a linear layer or a convolution has a kernel for weights of 8 bits or less."""
-    return any(k.held[0].kind in PANEL_BITS for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
-
-
-def in_16_bits(kernels: Mapping[Node, Any]) -> bool:
-    """Return whether a linear layer or a convolution has a kernel for weights in int16."""
-    return any(k.held[0].kind == "int16" for k in kernels.values())
+def has_kernels(kernels: Mapping[Node, Any], precision: str) -> bool:
+    """Return whether a linear layer or a convolution has a kernel in a precision of INTEGER_KINDS."""
+    layers = (k for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
+    return any(k.held[0].kind in INTEGER_KINDS[precision] for k in layers)
 
 
 def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:
