@@ -72,10 +72,18 @@ inline int64_t sum_of(__m256i v) {
   return sum;
 }
 
-inline float sum_of(__m256 v) {
+// The sum of each of N vectors, at most eight.
+template <int N>
+inline void sums_of(const __m256* v, float* out) {
+  const auto at = [&](int i) { return i < N ? v[i] : _mm256_setzero_ps(); };
+  const auto four = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(at(i), at(i + 1)), _mm256_hadd_ps(at(i + 2), at(i + 3)));
+  };
+  const __m256 first = four(0), second = N > 4 ? four(4) : _mm256_setzero_ps();
+  const __m256 low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
   alignas(32) float all[8];
-  _mm256_store_ps(all, v);
-  return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+  _mm256_store_ps(all, _mm256_add_ps(low, high));
+  std::memcpy(out, all, N * sizeof(float));
 }
 
 // Some blocks of inputs as multiply_rows reads them.
@@ -173,16 +181,17 @@ inline void multiply_rows(const uint8_t* value, const uint16_t* scale, const uin
       }
     }
   }
+  float sums[ROWS][INPUTS];
+  sums_of<ROWS * INPUTS>(acc[0], sums[0]);
   for (int m = 0; m < INPUTS; ++m) {
     alignas(32) float over[8];
     _mm256_store_ps(over, excess[m]);
     for (int r = 0; r < ROWS; ++r)
-      out[row + r][m] =
-          sum_of(acc[r][m]) - (GROUPS == 2 ? over[2 * (row + r)] + over[2 * (row + r) + 1] : over[row + r]);
+      out[row + r][m] = sums[r][m] - (GROUPS == 2 ? over[2 * (row + r)] + over[2 * (row + r) + 1] : over[row + r]);
   }
 }
 
-// As multiply_rows, of a weight that has one scale for a row: all sums are integers.
+// As multiply_rows, of codes of less than 8 bits that have one scale for a row: all sums are integers.
 template <int BITS, int ROWS, int INPUTS>
 inline void multiply_unscaled_rows(const uint8_t* value, int row, int64_t blocks, const JoinedInputs<BITS, INPUTS>& x,
                                    float (&out)[TILE_ROWS][INPUTS]) {
@@ -206,12 +215,51 @@ inline void multiply_unscaled_rows(const uint8_t* value, int row, int64_t blocks
   }
   for (int m = 0; m < INPUTS; ++m) {
     int64_t excess = 0;
-    if constexpr (BITS < 8) {
-      for (int64_t i = 0; i < 2 * blocks; ++i) excess += int64_t(x.sums[m][i]);
-      excess *= 1 << (BITS - 1);
-    }
+    for (int64_t i = 0; i < 2 * blocks; ++i) excess += int64_t(x.sums[m][i]);
+    excess *= 1 << (BITS - 1);
     for (int r = 0; r < ROWS; ++r) out[row + r][m] = float(sum_of(acc[r][m]) - excess);
   }
+}
+
+// Keep GCC from adding products to each other before they are added to a sum: that takes more registers than there are.
+inline void in_register(__m256i& v) { asm("" : "+x"(v)); }
+
+// As multiply_unscaled_rows, of 8 bits: a vector of inputs is read once for all rows.
+template <int ROWS, int INPUTS>
+inline void multiply_int8_rows(const uint8_t* value, int row, int64_t blocks, const JoinedInputs<8, INPUTS>& x,
+                               float (&out)[TILE_ROWS][INPUTS]) {
+  __m256i acc[ROWS][INPUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = _mm256_setzero_si256();
+  value += row * 64;
+  for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 64) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+      _mm_prefetch(reinterpret_cast<const char*>(value) + r * 64 + GEMV_PREFETCH, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      __m256i word[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+        word[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(value + r * 64) + i));
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const __m256i in = _mm256_loadu_si256(x.first[m] + 4 * b + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          acc[r][m] = _mm256_add_epi32(acc[r][m], _mm256_madd_epi16(word[r], in));
+          in_register(acc[r][m]);
+        }
+      }
+    }
+  }
+  __m256 numbers[ROWS][INPUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < INPUTS; ++m) numbers[r][m] = _mm256_cvtepi32_ps(acc[r][m]);
+  float sums[ROWS][INPUTS];
+  sums_of<ROWS * INPUTS>(numbers[0], sums[0]);
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < INPUTS; ++m) out[row + r][m] = sums[r][m];
 }
 
 // Rows `from` (a multiple of four) to `to` on at most four inputs, ldx bytes apart.
@@ -231,6 +279,8 @@ void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint
         if constexpr (GROUPS)
           multiply_rows<BITS, GROUPS, ROWS>(values + cell * 8 * BITS, w.scales + cell * GROUPS,
                                             w.zeros ? w.zeros + cell * GROUPS : nullptr, r, blocks, inputs, sums);
+        else if constexpr (BITS == 8)
+          multiply_int8_rows<ROWS>(values + cell * 64, r, blocks, inputs, sums);
         else
           multiply_unscaled_rows<BITS, ROWS>(values + cell * 8 * BITS, r, blocks, inputs, sums);
       }

@@ -49,8 +49,12 @@ template <bool JOINED>
 void convert_row_two_terms(const float* x, int64_t n, int64_t padded, float scale, void* out) {
   if constexpr (JOINED) {
     auto* numbers = static_cast<int16_t*>(out);
-    for (int64_t i = 0; i < n; ++i)
-      numbers[i] = LaneOps < JOINED ? RAREFY_I16 : RAREFY_I8 > ::round(x[i] * (scale * LOST_STEPS));
+    const float steps = scale * LOST_STEPS;
+    int64_t i = 0;
+    for (; i + 2 * SIMD_WIDTH <= n; i += 2 * SIMD_WIDTH)
+      store_raw(reinterpret_cast<uint32_t*>(numbers + i),
+                round_pair_to_int16(load_vec(x + i) * steps, load_vec(x + i + SIMD_WIDTH) * steps));
+    for (; i < n; ++i) numbers[i] = LaneOps < JOINED ? RAREFY_I16 : RAREFY_I8 > ::round(x[i] * steps);
     std::memset(numbers + n, 0, size_t(padded - n) * 2);
   } else {
     using L = LaneOps<RAREFY_I8>;
