@@ -375,6 +375,8 @@ def test_a_missing_sample_names_its_command(monkeypatch):
     monkeypatch.setitem(builtin.SOURCES, "minilm", builtin.Source("json", "nothing", "pip install minilm", "MIT"))
     with pytest.raises(DataError, match="minilm is not installed; get it with: pip install minilm"):
         builtin.model_folder("minilm")
+    with pytest.raises(DataError, match=r"unknown built-in model 'minlm'; .*\(did you mean 'minilm'\?\)"):
+        builtin.model_folder("minlm")
 
 
 def test_every_built_in_name_has_a_source():

@@ -293,6 +293,10 @@ def test_a_file_size_limit_counts_as_no_space(tmp_path):
             lambda f: (f.mkdir(), (f / "config.json").touch()),
             "it looks like a Hugging Face folder: `rarefy compress` takes it",
         ),
+        (
+            lambda f: (f.mkdir(), (f / "config.json").write_text('{"quant_method": "rarefy"}')),
+            "its rarefy.json is missing, without which its weights cannot be read; copy the whole folder",
+        ),
         (lambda f: (f.mkdir(), (f / "weights.bin").touch()), r"it holds weights.bin\.\.\."),
         (lambda f: (f.mkdir(), (f / INDEX).symlink_to("x")), "its rarefy.json is a link or no plain file; copy"),
         (lambda f: (f.mkdir(), os.mkfifo(f / INDEX)), "its rarefy.json is a link or no plain file"),

@@ -321,6 +321,11 @@ def test_folders_that_are_damaged_or_not_trusted(tmp_path):
     broken("pytorch_model.bin is a pickle", lambda: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
     broken("does not load", lambda: (folder / "model.safetensors").write_bytes(b"damaged"))
     broken("does not load", lambda: (folder / "model.safetensors").unlink())
+    pooling = folder / "1_Pooling"
+    broken("does not load: .*; .*1_Pooling is missing: copy it again", lambda: shutil.rmtree(pooling))
+    broken("does not load: .*; .*config.json is missing: copy it", lambda: (pooling / "config.json").unlink())
+    tokenizer = folder / "tokenizer.json"
+    broken("tokenizer.json is damaged", lambda: tokenizer.write_bytes(tokenizer.read_bytes()[:-9]))
 
 
 def test_compiled_models_that_are_damaged(minilm, tmp_path):
@@ -393,6 +398,7 @@ def test_a_recipe_compresses_first_and_its_weights_are_saved(tmp_path):
     assert np.abs(dense.encode(TEXTS) - fast.encode(TEXTS)).max() < 1e-5
     assert (dense[0].model.encoder.layer[0].output.dense.weight == 0).float().mean() > 0.45
     refused("got one text", folder, recipe=recipe, data="a text", kind=DataError)
+    refused("expected texts or batches, got int among them", folder, recipe=recipe, data=[1, 2], kind=DataError)
 
 
 def test_the_compiled_model_is_never_saved_beside_other_weights(tmp_path, monkeypatch):

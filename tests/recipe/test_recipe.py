@@ -364,11 +364,16 @@ def test_an_override_that_is_set_nowhere():
     assert all(s.ignore == ("a",) for s in recipes.load(recipe, ignore="a").stages)
 
 
-def test_an_override_of_a_block_that_is_not_there():
-    with pytest.raises(
-        RecipeError, match=r"unknown override 'evaluate.data'; choose from .*evaluate.* \[recipe recipe\]"
-    ):
-        recipes.load({"stages": [{"cast": {"dtype": "bf16"}}]}, **{"evaluate.data": "x"})
+def test_an_override_of_a_section_that_is_not_there():
+    plain = {"stages": [{"cast": {"dtype": "bf16"}}]}
+    recipe = recipes.load(plain, **{"data.train": "x.txt", "data.tokens": 8, "evaluate.metric": "perplexity"})
+    assert (recipe.data.train, recipe.data.tokens, recipe.evaluate.metric) == ("x.txt", 8, "perplexity")
+    with pytest.raises(RecipeError, match="evaluate: metric is required"):
+        recipes.load(plain, **{"evaluate.data": "y.txt"})
+    with pytest.raises(RecipeError, match=r"data: unknown field 'trian'.*did you mean 'train'"):
+        recipes.load(plain, **{"data.trian": "x"})
+    with pytest.raises(RecipeError, match=r"unknown override 'dta.train'"):
+        recipes.load(plain, **{"dta.train": "x"})
 
 
 def test_a_recipe_never_imports_code(tmp_path, monkeypatch):

@@ -252,6 +252,12 @@ def test_rows_and_receipts_are_logged_to_mlflow(tmp_path, monkeypatch):
     assert json.loads(text) == receipt.to_dict()
     log_receipt(receipt)  # a run of its own
     assert mlflow.active_run() is None
+    with pytest.raises(ModelError, match="expected a receipt, as rarefy.compress_ returns, got dict"):
+        log_receipt({})
+    mlflow.set_tracking_uri("nowhere://runs")
+    for log in (lambda: log_receipt(receipt), lambda: fit_(Net(), image_batches(), log="mlflow:toy")):
+        with pytest.raises(ModelError, match="MLflow cannot log to nowhere://runs: .*Install all of MLflow"):
+            log()
 
 
 def test_without_mlflow_the_error_names_it(monkeypatch):

@@ -48,8 +48,7 @@ def model_card(folder: str | Path, name: str, licence: str | None = None) -> str
     origin = read_origin(folder)
     if licence is None and "licence" not in origin:
         raise ModelError(
-            f"{folder}: the licence of the model is not known: pass licence='apache-2.0' or another "
-            "(shell: pass --licence apache-2.0)"
+            f"{folder}: the licence of the model is not known: pass licence=NAME, such as 'mit' (shell: --licence NAME)"
         )
     facts = {**origin, **({} if licence is None else {"licence": licence})}
     receipt = _receipt(folder)

@@ -112,6 +112,8 @@ def _write_errors(name: str):
             hint = "run hf auth login, or set HF_TOKEN" if status in (401, 403, 404) else first_line(error, 120)
             raise ModelError(f"{name}: the hub refused to write it ({status}): {hint}") from None
         except Exception as error:  # of the library that carries HTTP, which differs between versions
-            raise ModelError(f"{name}: the hub cannot be reached ({first_line(error, 120)}): try again later") from None
+            raise ModelError(
+                f"{name}: {hub.address()} cannot be reached ({first_line(error, 120)}): try again later"
+            ) from None
 
     return errors()

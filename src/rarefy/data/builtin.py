@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.atomic_io import atomic_folder, container_errors
-from rarefy.common.errors import DataError
+from rarefy.common.errors import DataError, unknown
 from rarefy.common.extras import install
 from rarefy.model import hf
 
@@ -74,8 +74,10 @@ def cache() -> Path:
 def model_folder(name: str) -> Path:
     """Return the Hugging Face folder (config, tokenizer, safetensors) of a built-in model, created on first use.
 
-    smollm2-135m is dequantized to fp32 from the 4-bit GGUF file in its package.
+    smollm2-135m is dequantized to fp32 from the 4-bit GGUF file in its package. DataError for another name.
     """
+    if name not in MODELS:
+        raise DataError(unknown("built-in model", name, MODELS))
     if name == "minilm":
         return find(name).parent
     folder = cache() / name

@@ -69,9 +69,10 @@ def resolve(
         raise ModelError(f"{path} is a file: give the folder that it is in")
     if str(name) in builtin.MODELS:
         return builtin.model_folder(str(name))
-    siblings = [str(path.with_name(p.name)) for p in path.parent.glob("*") if p.is_dir()]
-    near = nearest(str(name), [*builtin.MODELS, *siblings])
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    siblings = {p.name: str(path.with_name(p.name)) for p in path.parent.glob("*") if p.is_dir()}
+    known = siblings | ({} if "/" in str(name) else dict.fromkeys(builtin.MODELS))
+    near = nearest(path.name, known)
+    hint = f"; did you mean {known[near[0]] or near[0]!r}?" if near else ""
     missing = f"no model folder {str(name)!r} and no built-in model of that name ({', '.join(builtin.MODELS)})"
     named = hub.parse_hub_name(str(name) if "/" in str(name) or organization is None else f"{organization}/{name}")
     if named is None or ("/" in str(name) and path.parent.is_dir()):  # as on the command line
@@ -100,6 +101,22 @@ def check_folder(folder: Path) -> None:
     tokenizes = not entries or entries[0]["type"].endswith(".Transformer")
     if tokenizes and not any(file for pattern in TOKENIZERS for file in first.glob(pattern)):
         raise ModelError(f"{first} has no tokenizer, such as tokenizer.json: copy the files of the original there")
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Return which file of a folder is missing or is no JSON; None where all are there."""
+    for entry in check_modules(folder):
+        part = folder / entry["path"]
+        if not part.is_dir() and not entry["type"].endswith(".Normalize"):
+            return f"{part} is missing"
+        if entry["type"].endswith((".Pooling", ".Dense")) and not (part / "config.json").is_file():
+            return f"{part / 'config.json'} is missing"
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            return f"{file} is damaged"
+    return None
 
 
 def read_note(folder: Path) -> Note | None:

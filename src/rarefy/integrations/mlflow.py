@@ -7,6 +7,7 @@ from typing import Any
 
 from rarefy.common.errors import ModelError
 from rarefy.evaluation.receipt import Receipt
+from rarefy.train.loggers import mlflow_errors
 
 OTHER = re.compile(r"[^\w\-. :/]+")  # characters that MLflow's names do not have
 
@@ -18,7 +19,7 @@ def log_receipt(receipt: Receipt) -> None:
     receipt.json and receipt.txt. Where they go is set in MLflow itself: `mlflow.set_tracking_uri`.
 
     Raises:
-        ModelError: MLflow is not installed.
+        ModelError: this is no receipt, or MLflow is not installed or cannot store it.
 
     Example:
         >>> import rarefy
@@ -27,16 +28,19 @@ def log_receipt(receipt: Receipt) -> None:
         >>> sorted(metrics_of(receipt))[:2]
         ['bytes in memory/after', 'bytes in memory/before']
     """
+    if not isinstance(receipt, Receipt):
+        raise ModelError(f"expected a receipt, as rarefy.compress_ returns, got {type(receipt).__name__}")
     try:
         import mlflow  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ModelError("log_receipt needs MLflow: pip install mlflow") from None
     own = mlflow.active_run() is None  # MLflow starts one where there is none
     try:
-        mlflow.log_metrics(metrics_of(receipt))
-        mlflow.set_tag("rarefy.recipe", receipt.name)
-        for name, data in receipt.files().items():
-            mlflow.log_text(data.decode(), name)
+        with mlflow_errors():
+            mlflow.log_metrics(metrics_of(receipt))
+            mlflow.set_tag("rarefy.recipe", receipt.name)
+            for name, data in receipt.files().items():
+                mlflow.log_text(data.decode(), name)
     finally:
         if own:
             mlflow.end_run()

@@ -34,6 +34,7 @@ from rarefy.integrations.embedding_folder import (
     check_folder,
     config_labels,
     copy_missing,
+    damaged_file,
     dense_hashes,
     dense_stamps,
     note_bytes,
@@ -133,7 +134,9 @@ class _OnEngine:
         except Exception as error:  # a damaged folder makes it raise anything
             if isinstance(error, TypeError) and "unexpected keyword" in str(error):
                 raise
-            raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}") from error
+            damage = damaged_file(folder)
+            hint = "" if damage is None else f"; {damage}: copy it again"
+            raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}{hint}") from error
         self.eval()  # type: ignore[attr-defined]
 
     def _compile_(self, module: Transformer, recipe: Any, data: Any, tune: bool) -> None:
@@ -317,6 +320,9 @@ def _batches(data: Any, module: Transformer) -> Any:
         raise DataError("data: expected texts or batches, got one text; a recipe names files itself")
     if isinstance(data, Iterable) and not hasattr(data, "keys"):
         data = list(data)
+        wrong = next((item for item in data if isinstance(item, int | float | bytes | None)), data)
+        if wrong is not data:
+            raise DataError(f"data: expected texts or batches, got {type(wrong).__name__} among them")
         if data and all(isinstance(text, str) for text in data):
             return token_batches(data, module.tokenizer, batch=8, tokens=min(TOKENS, module.max_seq_length or TOKENS))
     return data

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.common.errors import ModelError, RarefyError, first_line, nearest
+from rarefy.common.errors import ModelError, RarefyError, first_line, nearest, unknown
 from rarefy.common.extras import install
 from rarefy.compiler.compile import compile as compile_graph
 from rarefy.data import builtin
 from rarefy.generation.decoder import decoder
-from rarefy.model import hf
+from rarefy.model import hf, hub
+from rarefy.model.embedding_modules import refuse_pickles
 
 try:
     import transformers
-except ImportError:
-    raise ModelError(f"pipelines need transformers: {install('hf')}") from None
+except ImportError as error:
+    raise ModelError(f"pipelines need transformers: {install('hf')} ({first_line(error)})") from None
 
 from rarefy.integrations.hf_adapter import OnEngine, adapter
 from rarefy.integrations.hf_quantizer import register
@@ -159,6 +160,7 @@ def load(
     Arguments, errors and cost are those of `pipeline`.
     """
     classes = _auto_classes(task)
+    _check_compile_options(compile_options)
     folder = None if isinstance(model, nn.Module) else _folder(model)
     if folder is not None:
         model = _load(folder, classes, task)
@@ -170,6 +172,17 @@ def load(
             raise ModelError("the model is compiled already: leave out precision, example and compile_options")
         return model, parts
     return compile(model, example, precision=precision, **parts, **(compile_options or {})), parts
+
+
+def _check_compile_options(options: Any) -> None:
+    """Raise ModelError for what `compile` does not take as further options."""
+    if not isinstance(options, Mapping | None):
+        raise ModelError(f"compile_options: expected a dict such as {{'tune': False}}, got {type(options).__name__}")
+    own = {"model", "precision", "example", "tokenizer", "image_processor"}  # arguments of `pipeline` itself
+    known = [n for n in inspect.signature(compile_graph).parameters if n not in own]
+    for name in options or {}:
+        if name not in known:
+            raise ModelError(unknown("compile option", name, known))
 
 
 def _auto_classes(task: str) -> tuple[Any, ...]:
@@ -193,7 +206,11 @@ def _folder(model: Any) -> Path:
     folder = path if path.is_dir() or model not in builtin.MODELS else Path(builtin.model_folder(str(model)))
     if not hf.is_folder(folder):
         kind = "has no config.json" if folder.is_dir() else "does not exist"
-        raise ModelError(f"{folder} {kind}: expected a model folder, or one of {', '.join(builtin.MODELS)}")
+        near = nearest(str(model), builtin.MODELS)
+        hint = f" (did you mean {near[0]!r}?)" if near and not folder.is_dir() else ""
+        if hub.parse_hub_name(str(model)) is not None and not folder.is_dir():
+            hint = "; rarefy.model.hub.download(name) returns the folder of a model of the hub"
+        raise ModelError(f"{folder} {kind}: expected a model folder, or one of {', '.join(builtin.MODELS)}{hint}")
     return folder
 
 
@@ -204,6 +221,7 @@ def _load(folder: Path, classes: tuple[Any, ...], task: str) -> Any:
     if auto is None:
         raise ModelError(f"{task}: transformers has no such model for a {config.model_type} config")
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    refuse_pickles(folder)
     try:
         model, info = auto.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except RarefyError:

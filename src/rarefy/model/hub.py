@@ -55,7 +55,7 @@ def parse_hub_name(text: str) -> HubName | None:
         >>> parse_hub_name("org/model@main"), parse_hub_name("a/b/c"), parse_hub_name("./model")
         (HubName(repo='org/model', revision='main'), None, None)
     """
-    match = NAME.fullmatch(text)
+    match = NAME.fullmatch(text) if isinstance(text, str) else None
     if match is None or ".." in text or "--" in match["repo"] or text.endswith((".git", ".ipynb")):
         return None
     return HubName(match["repo"], match["revision"])
@@ -246,12 +246,19 @@ def bars(progress: bool) -> Any:
             enable_progress_bars()
 
 
+def address() -> str:
+    """Return the hub's address, and where it was set."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT + (" (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else "")
+
+
 @contextmanager
 def _errors(named: HubName) -> Any:
     """Raise what the hub answers, and a network that is not there, as ModelError in one line."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    where = constants.ENDPOINT
+    where = address()
     try:
         yield
     except ModelError:
@@ -268,6 +275,6 @@ def _errors(named: HubName) -> Any:
         ) from None
     except Exception as error:  # of the library that carries HTTP, which differs between versions
         raise ModelError(
-            f"{named}: {where} cannot be reached ({first_line(error, 120)}): give a local folder, or "
-            "HF_HUB_OFFLINE=1 (commands: --offline) for a model in the cache"
+            f"{named}: {where} cannot be reached ({first_line(error, 120)}): give a local folder, or set "
+            "HF_HUB_OFFLINE=1 for a model in the cache"
         ) from None

@@ -125,5 +125,7 @@ def class_ids(names: Sequence[str], config: ImageConfig, what: str) -> list[int]
     if unknown and len(unknown) < len(names):
         near = nearest(unknown[0].lower(), index)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"{what}: {unknown[0]!r} is no class of the model{hint}: give its name, or its number for all")
+        raise DataError(
+            f"{what}: {unknown[0]!r} is no class of the model{hint}: name all classes, or give the number of each"
+        )
     return ids

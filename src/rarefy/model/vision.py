@@ -163,6 +163,8 @@ def _check_name(named: VisionName) -> None:
     if architecture not in known:
         near = nearest(architecture, known, 3)
         hint = f"; did you mean {', '.join(f'{named.library}/{n}' for n in near)}?" if near else ""
+        if named.library == "torchvision" and architecture in _library("torchvision").models.list_models():
+            raise ModelError(f"{named} is no classifier: only those are loaded by name; build it, and pass the module")
         raise ModelError(f"{named.library} has no model {architecture!r}{hint}")
     tags = _tags(named.library, architecture)
     if dot and tag not in tags:
@@ -217,8 +219,9 @@ def _labels(named: VisionName, model: nn.Module) -> tuple[tuple[str, ...], ...]:
 def _misfit(error: Exception, named: VisionName, file: Path | None) -> ModelError:
     """Return the error for weights that are not those of a model."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[1:2] or lines[:1])[:200]
-    return ModelError(f"{file or 'the weights'} does not hold the weights of {named}: {said}")
+    said = " ".join(lines[1:2] or lines[:1])
+    said = f"{said[:200]} ..." if len(said) > 200 else said
+    return ModelError(f"{file or 'the weights'} does not hold the weights of {named}: {said}; give its own file")
 
 
 # ---- timm -----------------------------------------------------------------------------------------------------------

@@ -111,13 +111,15 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Args:
         recipe: the recipe, which stays as it is.
         changes: new values by field. `sparsity` replaces every value that is set; a field that is null everywhere is
-            set wherever it exists. `prune.sparsity` replaces it in stages of this name only.
+            set wherever it exists. `prune.sparsity` replaces it in stages of this name only. `data.train` adds a data
+            section where there is none.
 
     Raises:
         RecipeError: for a field that the recipe does not have, or a value that it cannot have.
     """
     values = recipe.to_dict()
     hints: list[str] = []
+    made: dict[str, dict[str, Any]] = {}  # what the recipe lacks, by name
     for key, new in changes.items():
         if key in FIELDS:
             raise RecipeError(f"override: {key} is called {FIELDS[key]} now")
@@ -126,6 +128,13 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         matches = [(p, b) for p, b in blocks if field in b and list(p[len(p) - len(parents) :]) == parents]
         if parents:  # `prune.sparsity` is that of a stage, not that of train.prune, unless there is only the latter
             matches = [(p, b) for p, b in matches if list(p) == parents] or matches
+        outer = [b for _, b in blocks if parents and b.get(parents[-1], ...) is None]
+        if not matches and len(outer) == 1:
+            made[key.rpartition(".")[0]] = outer[0][parents[-1]] = {field: new}
+            continue
+        if not matches and parents and (block := made.get(key.rpartition(".")[0])) is not None:
+            block[field] = new
+            continue
         if not matches:
             names = {name for _, block in blocks for name in block}
             raise RecipeError(unknown("override", key, names, f"recipe {recipe.name}"))

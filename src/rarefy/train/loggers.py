@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.atomic_io import container_errors
-from rarefy.common.errors import RecipeError, unknown
+from rarefy.common.errors import ModelError, RecipeError, first_line, unknown
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -92,14 +92,29 @@ def _mlflow(experiment: str, stack: ExitStack) -> Write:
     import mlflow  # pyright: ignore[reportMissingImports]
 
     if mlflow.active_run() is None:
-        mlflow.set_experiment(experiment)
-        stack.enter_context(mlflow.start_run())
+        with mlflow_errors():
+            mlflow.set_experiment(experiment)
+            stack.enter_context(mlflow.start_run())
 
     def write(row: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in row.items() if name != "epoch"}
         mlflow.log_metrics(values, step=int(row["epoch"]))
 
     return write
+
+
+@contextmanager
+def mlflow_errors() -> Iterator[None]:
+    """Raise what MLflow cannot store as a ModelError of one line."""
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        raise ModelError(
+            f"MLflow cannot log to {mlflow.get_tracking_uri()}: {first_line(error, 160)}. Install all of MLflow (pip "
+            "install mlflow; mlflow-skinny has no database), or set MLFLOW_TRACKING_URI to the address of a server"
+        ) from None
 
 
 PACKAGES: dict[str, tuple[Callable[[str, ExitStack], Write], str]] = {  # and what a name stands for

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -78,6 +78,10 @@ def backend(
     """
     if other:
         raise ModelError(f"backend 'rarefy' has no {', '.join(other)}=: leave it out, or put options into options={{}}")
+    if not isinstance(options, Mapping | None):
+        raise ModelError(f"options: expected a dict such as {{'precision': 'int8'}}, got {type(options).__name__}")
+    if (options or {}).get("precision") == "fp32":
+        raise ModelError("precision: leave it out for fp32")
     chosen = DynamoOptions(**(options or {}))
     place = place_of(graph)
 
