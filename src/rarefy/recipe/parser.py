@@ -119,7 +119,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """
     values = recipe.to_dict()
     hints: list[str] = []
-    made: dict[str, dict[str, Any]] = {}  # what the recipe lacks, by name
+    added: dict[str, dict[str, Any]] = {}  # what the recipe lacks, by name
     for key, new in changes.items():
         if key in FIELDS:
             raise RecipeError(f"override: {key} is called {FIELDS[key]} now")
@@ -130,9 +130,9 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             matches = [(p, b) for p, b in matches if list(p) == parents] or matches
         outer = [b for _, b in blocks if parents and b.get(parents[-1], ...) is None]
         if not matches and len(outer) == 1:
-            made[key.rpartition(".")[0]] = outer[0][parents[-1]] = {field: new}
+            added[key.rpartition(".")[0]] = outer[0][parents[-1]] = {field: new}
             continue
-        if not matches and parents and (block := made.get(key.rpartition(".")[0])) is not None:
+        if not matches and parents and (block := added.get(key.rpartition(".")[0])) is not None:
             block[field] = new
             continue
         if not matches:
