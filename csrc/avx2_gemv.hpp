@@ -97,30 +97,38 @@ struct JoinedInputs {
         first[m] = words[m];
         for (int64_t b = 0; b < blocks; ++b, in += 64) {
           arrange_inputs<BITS>(in, words[m] + 4 * b);
-          for (int half = 0; half < 2; ++half) sums[m][2 * b + half] = half_sum(in + 32 * half);
+          sum_halves(in, sums[m] + 2 * b);
         }
       }
     }
   }
-  static float half_sum(const int16_t* x) {
+  // The sums of the first and the last 32 of 64 inputs.
+  static void sum_halves(const int16_t* x, float* out) {
     const auto pairs = [&](int i) {
       return _mm256_madd_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i), _mm256_set1_epi16(1));
     };
-    return float(sum_of(_mm256_add_epi32(pairs(0), pairs(1))));
+    const __m256i low = _mm256_add_epi32(pairs(0), pairs(1)), high = _mm256_add_epi32(pairs(2), pairs(3));
+    const __m256i fours = _mm256_hadd_epi32(low, high), eights = _mm256_hadd_epi32(fours, fours);
+    const __m128i both = _mm_add_epi32(_mm256_castsi256_si128(eights), _mm256_extracti128_si256(eights, 1));
+    _mm_storel_pi(reinterpret_cast<__m64*>(out), _mm_cvtepi32_ps(both));
   }
   const __m256i* first[INPUTS];
   __m256i words[BITS < 8 ? INPUTS : 1][BITS < 8 ? 4 * GEMV_BLOCKS : 1];
   float sums[BITS < 8 ? INPUTS : 1][BITS < 8 ? 2 * GEMV_BLOCKS : 1];  // of each 32 columns
 };
 
-// The scales (bf16) of four rows for one block, and the zero points of codes times them.
-template <int BITS, int GROUPS>
+// The scales (bf16) of four rows for one block.
+template <int GROUPS>
 struct BlockScales {
-  BlockScales(const uint16_t* scale, const uint8_t* zero) {
+  explicit BlockScales(const uint16_t* scale) {
     const __m128i stored = GROUPS == 2 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale))
                                        : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale));
     all = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
-    excess = _mm256_mul_ps(all, zero ? zeros(zero) : _mm256_set1_ps(BITS < 8 ? 1 << (BITS - 1) : 0));
+  }
+  // The zero points of codes times them.
+  template <int BITS>
+  __m256 excess(const uint8_t* zero) const {
+    return _mm256_mul_ps(all, zero ? zeros(zero) : _mm256_set1_ps(BITS < 8 ? 1 << (BITS - 1) : 0));
   }
   static __m256 zeros(const uint8_t* zero) {
     uint64_t bytes = 0;
@@ -134,33 +142,45 @@ struct BlockScales {
   __m256 pick(int low, int high) const {
     return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(low, low, low, low, high, high, high, high));
   }
-  __m256 all, excess;
+  __m256 all;
 };
+
+// What codes without a sign are too large by, times the sums of inputs: of four rows.
+template <int BITS, int GROUPS, int INPUTS>
+inline void excess_of_rows(const uint16_t* scale, const uint8_t* zero, int64_t blocks,
+                           const JoinedInputs<BITS, INPUTS>& x, float (&out)[TILE_ROWS][INPUTS]) {
+  __m256 acc[INPUTS];
+  for (int m = 0; m < INPUTS; ++m) acc[m] = _mm256_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, scale += TILE_ROWS * GROUPS) {
+    const BlockScales<GROUPS> scales(scale);
+    const __m256 excess = scales.template excess<BITS>(zero);
+    zero += zero ? TILE_ROWS * GROUPS : 0;
+#pragma GCC unroll 4
+    for (int m = 0; m < INPUTS; ++m) {
+      const float* sums = x.sums[m] + 2 * b;
+      double pair;
+      std::memcpy(&pair, sums, 8);
+      const __m256 both = GROUPS == 2 ? _mm256_castpd_ps(_mm256_set1_pd(pair)) : _mm256_set1_ps(sums[0] + sums[1]);
+      acc[m] = _mm256_fmadd_ps(excess, both, acc[m]);
+    }
+  }
+  for (int m = 0; m < INPUTS; ++m) {
+    alignas(32) float all[8];
+    _mm256_store_ps(all, acc[m]);
+    for (int r = 0; r < TILE_ROWS; ++r) out[r][m] = GROUPS == 2 ? all[2 * r] + all[2 * r + 1] : all[r];
+  }
+}
 
 // ROWS of four rows, from row `row` of them on, whose scales are for groups of columns.
 template <int BITS, int GROUPS, int ROWS, int INPUTS>
-inline void multiply_rows(const uint8_t* value, const uint16_t* scale, const uint8_t* zero, int row, int64_t blocks,
+inline void multiply_rows(const uint8_t* value, const uint16_t* scale, int row, int64_t blocks,
                           const JoinedInputs<BITS, INPUTS>& x, float (&out)[TILE_ROWS][INPUTS]) {
-  __m256 acc[ROWS][INPUTS], excess[INPUTS];
-  for (int m = 0; m < INPUTS; ++m) {
-    excess[m] = _mm256_setzero_ps();
-    for (int r = 0; r < ROWS; ++r) acc[r][m] = _mm256_setzero_ps();
-  }
+  __m256 acc[ROWS][INPUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < INPUTS; ++m) acc[r][m] = _mm256_setzero_ps();
   value += row * 8 * BITS;
   for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 8 * BITS, scale += TILE_ROWS * GROUPS) {
-    const BlockScales<BITS, GROUPS> scales(scale, zero);
-    zero += zero ? TILE_ROWS * GROUPS : 0;
-    if constexpr (BITS < 8) {
-#pragma GCC unroll 4
-      for (int m = 0; m < INPUTS; ++m) {
-        const float* sums = x.sums[m] + 2 * b;
-        double pair;
-        std::memcpy(&pair, sums, 8);
-        excess[m] = _mm256_fmadd_ps(
-            scales.excess, GROUPS == 2 ? _mm256_castpd_ps(_mm256_set1_pd(pair)) : _mm256_set1_ps(sums[0] + sums[1]),
-            excess[m]);
-      }
-    }
+    const BlockScales<GROUPS> scales(scale);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       __m256i words[4];
@@ -181,14 +201,7 @@ inline void multiply_rows(const uint8_t* value, const uint16_t* scale, const uin
       }
     }
   }
-  float sums[ROWS][INPUTS];
-  sums_of<ROWS * INPUTS>(acc[0], sums[0]);
-  for (int m = 0; m < INPUTS; ++m) {
-    alignas(32) float over[8];
-    _mm256_store_ps(over, excess[m]);
-    for (int r = 0; r < ROWS; ++r)
-      out[row + r][m] = sums[r][m] - (GROUPS == 2 ? over[2 * (row + r)] + over[2 * (row + r) + 1] : over[row + r]);
-  }
+  sums_of<ROWS * INPUTS>(acc[0], out[row]);
 }
 
 // As multiply_rows, of codes of less than 8 bits that have one scale for a row: all sums are integers.
@@ -256,10 +269,7 @@ inline void multiply_int8_rows(const uint8_t* value, int row, int64_t blocks, co
   __m256 numbers[ROWS][INPUTS];
   for (int r = 0; r < ROWS; ++r)
     for (int m = 0; m < INPUTS; ++m) numbers[r][m] = _mm256_cvtepi32_ps(acc[r][m]);
-  float sums[ROWS][INPUTS];
-  sums_of<ROWS * INPUTS>(numbers[0], sums[0]);
-  for (int r = 0; r < ROWS; ++r)
-    for (int m = 0; m < INPUTS; ++m) out[row + r][m] = sums[r][m];
+  sums_of<ROWS * INPUTS>(numbers[0], out[row]);
 }
 
 // Rows `from` (a multiple of four) to `to` on at most four inputs, ldx bytes apart.
@@ -273,21 +283,24 @@ void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint
     const JoinedInputs<BITS, INPUTS> inputs(x + 128 * first, ldx, blocks);
     for (int64_t row = from; row < to; row += TILE_ROWS) {
       const int64_t cell = row * w.col_blocks + TILE_ROWS * first;
-      float sums[TILE_ROWS][INPUTS];
+      const uint8_t* value = values + cell * 8 * BITS;
+      const uint16_t* scale = GROUPS ? w.scales + cell * GROUPS : nullptr;
+      float sums[TILE_ROWS][INPUTS], excess[TILE_ROWS][INPUTS] = {};
+      if constexpr (GROUPS && BITS < 8)
+        excess_of_rows<BITS, GROUPS>(scale, w.zeros ? w.zeros + cell * GROUPS : nullptr, blocks, inputs, excess);
 #pragma GCC unroll 2
       for (int r = 0; r < TILE_ROWS; r += ROWS) {
         if constexpr (GROUPS)
-          multiply_rows<BITS, GROUPS, ROWS>(values + cell * 8 * BITS, w.scales + cell * GROUPS,
-                                            w.zeros ? w.zeros + cell * GROUPS : nullptr, r, blocks, inputs, sums);
+          multiply_rows<BITS, GROUPS, ROWS>(value, scale, r, blocks, inputs, sums);
         else if constexpr (BITS == 8)
-          multiply_int8_rows<ROWS>(values + cell * 64, r, blocks, inputs, sums);
+          multiply_int8_rows<ROWS>(value, r, blocks, inputs, sums);
         else
-          multiply_unscaled_rows<BITS, ROWS>(values + cell * 8 * BITS, r, blocks, inputs, sums);
+          multiply_unscaled_rows<BITS, ROWS>(value, r, blocks, inputs, sums);
       }
       for (int m = 0; m < INPUTS; ++m)
         for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r) {
           float& out = y[m * ldy + row + r];
-          out = sums[r][m] * (1.0f / LOST_STEPS) + (first ? out : 0.0f);
+          out = (sums[r][m] - excess[r][m]) * (1.0f / LOST_STEPS) + (first ? out : 0.0f);
         }
     }
   }

@@ -181,13 +181,20 @@ struct CachedCodes {
 
 // One head of one token attends to the tiles of keys `begin`..`end`, of which the keys `first`..`last` are visible.
 template <class Cached>
-void attend_to(const Cached& cached, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t head_dim,
-               float* scratch, float* out) {
+void attend_to(const Cached& cached, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch,
+               float* out) {
+  const int64_t head_dim = cached.a.head_dim;
   constexpr int VECS = TILE_COLS / SIMD_WIDTH;
   f32_vec max = f32_vec{} + MASKED, total{};
   for (int64_t tile = begin; tile < end; ++tile) {
     float* scores = scratch + (tile - begin) * TILE_COLS;
     cached.score(tile, scores);
+    if (cached.a.cap != 0.0f) {
+      f32_vec all[VECS];
+      std::memcpy(all, scores, sizeof all);
+      cap_scores(cached.a.cap, all, VECS);
+      std::memcpy(scores, all, sizeof all);
+    }
     if (tile * TILE_COLS < first || (tile + 1) * TILE_COLS > last)
       for (int64_t j = 0; j < TILE_COLS; ++j)
         if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
@@ -219,9 +226,7 @@ void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int6
   const int64_t begin = first / TILE_COLS, end = (last + TILE_COLS - 1) / TILE_COLS;
   const float* q = a.q + row * a.q_stride + head * head_dim;
   float* out = a.out + row * a.out_stride + head * head_dim;
-  const auto attend = [&](const auto& cached) {
-    attend_to(cached, begin, end, first, last, head_dim, scratch + head_dim, out);
-  };
+  const auto attend = [&](const auto& cached) { attend_to(cached, begin, end, first, last, scratch + head_dim, out); };
   if (a.cache->codes)
     attend(CachedCodes(a, q, batch, kv_head, scratch));
   else

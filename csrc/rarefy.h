@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 29 };
+enum { RAREFY_ABI_VERSION = 30 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -276,6 +276,7 @@ struct rarefy_attention {
   float scale;
   int32_t causal;
   int32_t dtype;          // of the products: fp32, or without a cache bf16 or int8
+  float cap;              // with a cache, a score s becomes cap tanh(s / cap); 0: it stays
   int64_t kv_seq_stride;  // columns from one sequence of keys and values to the next, without a cache
   const int64_t* bounds;  // [batch][2], first column and tokens of each sequence, without a cache and a mask; `queries`
                           // and `keys` are those of the longest. null: as seq_stride, queries and keys say

@@ -53,6 +53,12 @@ inline void add_values(const f32_vec (*p)[VECS], const float* v, int64_t keys, c
     for (int t = 0; t < VECS; ++t) store_vec(out + r * TILE_COLS + t * SIMD_WIDTH, acc[r][t]);
 }
 
+// Scores s become cap tanh(s / cap), as in Gemma 2.
+inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
+  const float inverse = 1.0f / cap;
+  for (int64_t i = 0; i < count; ++i) scores[i] = tanh_vec(scores[i] * inverse) * cap;
+}
+
 // Keys or values: those of the step, or those of this layer in the cache.
 inline const float* keys_or_values(const rarefy_attention& a, const float* own, int64_t cache_offset) {
   return a.cache ? a.cache->data + cache_offset * a.cache->batch * a.cache->capacity : own;
@@ -142,6 +148,7 @@ struct QueryVectors {
     int64_t j = 0, d = 0;
     for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, a.head_dim, a.scale, scores + j);
+    if (a.cap != 0.0f) cap_scores(a.cap, scores[0], keys * VECS);
     if (mask) add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);

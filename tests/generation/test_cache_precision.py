@@ -77,9 +77,9 @@ def test_prompts_padded_on_the_left(isa):
 
 
 @NATIVE
-@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_torch_reads_and_writes_the_same_cache(family, monkeypatch):
-    """A cache that kernels wrote and torch goes on with, and the other way round; Gemma 2 runs in torch anyway."""
+    """A cache that kernels wrote and torch goes on with, and the other way round."""
     model, native = pair(family)
     with monkeypatch.context() as without:
         without.setattr(bindings, "missing", lambda: "none")

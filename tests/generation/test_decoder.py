@@ -446,6 +446,7 @@ def test_caps_of_logits_change_what_gemma_2_says(tmp_path):
     model = small("Gemma2", **caps)
     step, want = rarefy.decoder(model), eager(model, ids)
     rarefy.save(step, tmp_path / "saved")
+    assert "1 capped_cached_attention" in repr(step).partition("in torch")[0]
     for made in (step, rarefy.load(tmp_path / "saved")):
         assert far(want, in_pieces(made, ids, [20, 1, 19])) < 1e-5
     assert all(far(want, eager(small("Gemma2", **caps | {name: None}), ids)) > 1e-4 for name in list(caps)[:2])

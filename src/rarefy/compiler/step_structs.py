@@ -58,6 +58,7 @@ class Attention(Structure):
         ("scale", c_float),
         ("causal", c_int32),
         ("dtype", c_int32),
+        ("cap", c_float),
         ("kv_seq_stride", c_int64),
         ("bounds", c_void_p),
     ]

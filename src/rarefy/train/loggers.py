@@ -107,10 +107,11 @@ def _mlflow(experiment: str, stack: ExitStack) -> Write:
 def mlflow_errors() -> Iterator[None]:
     """Raise what MLflow cannot store as a ModelError of one line."""
     import mlflow  # pyright: ignore[reportMissingImports]
+    from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
     try:
         yield
-    except mlflow.exceptions.MlflowException as error:
+    except MlflowException as error:
         raise ModelError(
             f"MLflow cannot log to {mlflow.get_tracking_uri()}: {first_line(error, 160)}. Install all of MLflow (pip "
             "install mlflow; mlflow-skinny has no database), or set MLFLOW_TRACKING_URI to the address of a server"

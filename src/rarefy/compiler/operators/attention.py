@@ -18,6 +18,7 @@ from rarefy.runtime.packed_formats import DTYPES
 
 Pair = tuple[int, int]
 INT8_ISAS = ("avx512", "avx2")  # where attention in int8 is faster than in fp32
+MIN_CAP = 1e-6  # of scores: the reciprocal of a smaller one may be infinite
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
 
 
@@ -96,10 +97,7 @@ def capped_cached_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: Any, slots: Pair, heads: int, kv_heads: int, scale: float, window: int,
     cap: float,
 ) -> Tensor:  # fmt: skip
-    """Return what `cached_attention` does with scores s replaced by cap tanh(s / cap), as Gemma 2 has it.
-
-    It runs in torch: no kernel has the cap.
-    """
+    """Return what `cached_attention` does with scores s replaced by cap tanh(s / cap), as Gemma 2 has it."""
     keys, values = (cache.append(slot, t) for slot, t in zip(slots, (k, v)))
     query, key, value = (
         t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (keys, kv_heads), (values, kv_heads))
@@ -153,7 +151,7 @@ def _lower_rope(p: Program, node: Node) -> None:
 
 
 def _lower_cached_attention(p: Program, node: Node) -> None:
-    q, k, v, _, slots, heads, kv_heads, scale, window = node.args
+    q, k, v, _, slots, heads, kv_heads, scale, window, *cap = node.args
     out = p.make(node)
     head_dim = out.features // heads
     a = Attention(
@@ -169,6 +167,7 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         window=window,
         scale=scale,
         causal=1,
+        cap=cap[0] if cap else 0.0,
     )
     a.k_stride = a.v_stride = kv_heads * head_dim * NT
     values = {"q": p.use(p.values[q]), "out": p.use(out)}
@@ -210,6 +209,9 @@ def _cached_attention_fits(call: Call) -> bool:
     q, k, v = call.shapes
     features = values_at - keys_at
     whole_heads = len(q) == 3 and features > 0 and not features % kv_heads and not heads % kv_heads
+    capped = call.node.args[9:]
+    if capped and not capped[0] >= MIN_CAP:
+        return False
     return whole_heads and k == v == (*q[:2], features) and q[2] == heads * (features // kv_heads)
 
 
@@ -236,5 +238,9 @@ OPERATORS = (
     OpSpec(
         reference=capped_cached_attention,
         arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
+        lower=_lower_cached_attention,
+        fits=_cached_attention_fits,
+        heavy=True,
+        whole_sequences=True,
     ),
 )
