@@ -18,7 +18,6 @@ from rarefy.runtime.packed_formats import DTYPES
 
 Pair = tuple[int, int]
 INT8_ISAS = ("avx512", "avx2")  # where attention in int8 is faster than in fp32
-MIN_CAP = 1e-6  # of scores: the reciprocal of a smaller one may be infinite
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
 
 
@@ -209,9 +208,6 @@ def _cached_attention_fits(call: Call) -> bool:
     q, k, v = call.shapes
     features = values_at - keys_at
     whole_heads = len(q) == 3 and features > 0 and not features % kv_heads and not heads % kv_heads
-    capped = call.node.args[9:]
-    if capped and not capped[0] >= MIN_CAP:
-        return False
     return whole_heads and k == v == (*q[:2], features) and q[2] == heads * (features // kv_heads)
 
 
