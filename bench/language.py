@@ -271,6 +271,7 @@ OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity
     "8 bits": (0.0, None, "int8"),
     "6 bits": (0.0, {"weights": "int6", "group": 32}, "int8"),
     "4 bits": (0.0, {"weights": "int4", "group": 32, "symmetric": False}, "int8"),
+    "4 bits, calibrated": (0.0, {"weights": "int4", "group": 32, "solver": "obs"}, "int8"),
     "50 %, 8 bits": (0.5, None, "int8"),
     "70 %, 8 bits": (0.7, None, "int8"),
 }
@@ -304,17 +305,18 @@ class Ours:
 
 
 def ours(name: str) -> tuple[Ours, dict[str, Any]]:
-    """Return a decoder and its record. Masks are Wanda's, and `refit` updates the remaining weights."""
+    """Return a decoder and its record. Masks are Wanda's, and `refit` updates the remaining weights. Articles that no
+    perplexity is measured on calibrate both it and what is calibrated of 4 bits (GPTQ)."""
     sparsity, quantize, precision = OURS[name]
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
     calibration = sources.Take(samples=16, tokens=512, batch=4)
+    data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder))
     if sparsity:
-        data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder))
         settings = {"score": "wanda", "solver": "refit", "layers": "model.layers.*", "data": data}
         rarefy.prune_(model, "unstructured", sparsity=sparsity, **settings)
     if quantize:
-        rarefy.quantize_(model, layers="model.layers.*", **quantize)
+        rarefy.quantize_(model, layers="model.layers.*", **quantize, data=data if "solver" in quantize else None)
     rarefy.fold_(model)
     made = rarefy.decoder(model, precision=precision)
     with TemporaryDirectory() as out:

@@ -35,9 +35,11 @@ WEIGHTS = {
 WEIGHTS |= {
     "6 bits": "6 bits, groups of 32",
     "4 bits": "4 bits, groups of 32",
+    "4 bits, calibrated": "4 bits, groups of 32, GPTQ",
     "50 %, 8 bits": "50 % zeros, 8 bits",
     "70 %, 8 bits": "70 % zeros, 8 bits",
 }
+NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "70 %, 8 bits")
 
 
 def _language() -> list[Row]:
@@ -67,7 +69,7 @@ def language() -> str:
 def readme() -> str:
     """README's table: the rows of `language` of the machine that was measured last, perplexity beside each speed."""
     label = read("language")[-1]["label"]
-    rows = [r for r in _language() if r["file"] not in ("F32", "fp32", "70 %, 8 bits") and r["label"] == label]
+    rows = [r for r in _language() if r["file"] not in NOT_IN_README and r["label"] == label]
     labels = [label]
     head = ["SmolLM2-135M, engine and weights", "MB", "perplexity"]
     for label in labels:
