@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -398,8 +398,9 @@ def _what_is(folder: Path) -> str:
         near = nearest(folder.name, [f.name for f in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         return "it does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
     if (folder / "config.json").is_file():
-        if b'"quant_method": "rarefy"' in (folder / "config.json").read_bytes():
-            return f"its {INDEX} is missing, without which its weights cannot be read; copy the whole folder again"
+        with suppress(OSError), (folder / "config.json").open("rb") as config:
+            if b'"quant_method": "rarefy"' in config.read(1 << 20):
+                return f"its {INDEX} is missing, without which its weights cannot be read; copy the whole folder again"
         return "it looks like a Hugging Face folder: `rarefy compress` takes it as it is, transformers loads it"
     names = sorted(f.name for f in folder.iterdir())
     return f"it holds {', '.join(names[:3])}..." if names else "it is empty"
