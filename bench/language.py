@@ -311,12 +311,13 @@ def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
     calibration = sources.Take(samples=16, tokens=512, batch=4)
-    data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder))
+    calibrated = sparsity or "solver" in (quantize or {})
+    data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder)) if calibrated else None
     if sparsity:
         settings = {"score": "wanda", "solver": "refit", "layers": "model.layers.*", "data": data}
         rarefy.prune_(model, "unstructured", sparsity=sparsity, **settings)
     if quantize:
-        rarefy.quantize_(model, layers="model.layers.*", **quantize, data=data if "solver" in quantize else None)
+        rarefy.quantize_(model, layers="model.layers.*", **quantize, data=data)
     rarefy.fold_(model)
     made = rarefy.decoder(model, precision=precision)
     with TemporaryDirectory() as out:

@@ -320,9 +320,9 @@ def _batches(data: Any, module: Transformer) -> Any:
         raise DataError("data: expected texts or batches, got one text; a recipe names files itself")
     if isinstance(data, Iterable) and not hasattr(data, "keys"):
         data = list(data)
-        wrong = next((item for item in data if isinstance(item, int | float | bytes | None)), data)
-        if wrong is not data:
-            raise DataError(f"data: expected texts or batches, got {type(wrong).__name__} among them")
+        wrong = [type(item).__name__ for item in data if isinstance(item, int | float | bytes | None)]
+        if wrong:
+            raise DataError(f"data: expected texts or batches, got {wrong[0]} among them")
         if data and all(isinstance(text, str) for text in data):
             return token_batches(data, module.tokenizer, batch=8, tokens=min(TOKENS, module.max_seq_length or TOKENS))
     return data

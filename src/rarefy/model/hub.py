@@ -256,9 +256,9 @@ def address() -> str:
 @contextmanager
 def _errors(named: HubName) -> Any:
     """Raise what the hub answers, and a network that is not there, as ModelError in one line."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    where = address()
+    where = constants.ENDPOINT
     try:
         yield
     except ModelError:
@@ -275,6 +275,6 @@ def _errors(named: HubName) -> Any:
         ) from None
     except Exception as error:  # of the library that carries HTTP, which differs between versions
         raise ModelError(
-            f"{named}: {where} cannot be reached ({first_line(error, 120)}): give a local folder, or set "
+            f"{named}: {address()} cannot be reached ({first_line(error, 120)}): give a local folder, or set "
             "HF_HUB_OFFLINE=1 for a model in the cache"
         ) from None

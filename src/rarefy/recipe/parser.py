@@ -128,13 +128,14 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         matches = [(p, b) for p, b in blocks if field in b and list(p[len(p) - len(parents) :]) == parents]
         if parents:  # `prune.sparsity` is that of a stage, not that of train.prune, unless there is only the latter
             matches = [(p, b) for p, b in matches if list(p) == parents] or matches
-        outer = [b for _, b in blocks if parents and b.get(parents[-1], ...) is None]
-        if not matches and len(outer) == 1:
-            added[key.rpartition(".")[0]] = outer[0][parents[-1]] = {field: new}
-            continue
-        if not matches and parents and (block := added.get(key.rpartition(".")[0])) is not None:
-            block[field] = new
-            continue
+        if parents and not matches:
+            path = ".".join(parents)
+            outer = [b for _, b in blocks if b.get(parents[-1], ...) is None]
+            if len(outer) == 1:
+                added[path] = outer[0][parents[-1]] = {}
+            if path in added:
+                added[path][field] = new
+                continue
         if not matches:
             names = {name for _, block in blocks for name in block}
             raise RecipeError(unknown("override", key, names, f"recipe {recipe.name}"))
