@@ -20,6 +20,9 @@
 #include "tile_ops.hpp"
 #include "weight_decompress.hpp"
 #include "winograd.hpp"
+#if defined(RAREFY_SIMD512)
+#include "blocked_inputs.hpp"
+#endif
 
 namespace {
 
@@ -72,6 +75,15 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .decompress_quantized = {decompress_quantized<RAREFY_F32>, decompress_quantized<RAREFY_BF16>,
                                decompress_quantized<RAREFY_I8>},
       .decompress_joined = decompress_joined(),
+#if defined(RAREFY_SIMD512)
+      .quantize_blocks = quantize_blocks,
+      .decompress_offset = decompress_quantized<RAREFY_I8, true>,
+      .multiply_blocked = multiply_blocked,
+#else
+      .quantize_blocks = nullptr,
+      .decompress_offset = nullptr,
+      .multiply_blocked = nullptr,
+#endif
       .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
                               transposed_epilogue<RAREFY_I8>},
       .f32_epilogue = f32_epilogue,

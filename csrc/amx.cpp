@@ -205,6 +205,7 @@ bool rarefy_has_amx() {
 
 void rarefy_set_amx_kernels(rarefy_kernel_table& t) {
   t.name = "amx";
+  t.quantize_blocks = nullptr;  // sums leave a tile too slowly for scales of each block
   t.begin_dense = begin_dense;
   t.end_dense = end_dense;
   t.dense_lanes[RAREFY_BF16] = dense_lanes<RAREFY_BF16>;

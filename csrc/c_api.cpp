@@ -87,6 +87,7 @@ const rarefy_kernel_table& rarefy_active_kernels() {
 
 API int32_t rarefy_abi_version(void) { return RAREFY_ABI_VERSION; }
 
+API int rarefy_scales_blocks(void) { return rarefy_active_kernels().quantize_blocks != nullptr; }
 API int rarefy_multiplies_bf16(void) { return rarefy_active_kernels().multiplies_bf16; }
 
 API const char* rarefy_isa(void) { return rarefy_active_kernels().name; }

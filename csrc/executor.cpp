@@ -147,6 +147,10 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
   float* scales = s.out_scales.data + tile * TILE_COLS;
   auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
   const int64_t columns = columns_of(s, tile);
+  if (s.two_terms && t.quantize_blocks) {
+    t.quantize_blocks(x, s.features, columns, codes);
+    return;
+  }
   if (s.per_image) {
     image_scales(t, s, tile, scales);
   } else {

@@ -212,6 +212,11 @@ struct rarefy_kernel_table {
   // To int16, where the two int8 terms of an input are joined to 16 bits, in steps of 1 / LOST_STEPS: sums fit 32 bits
   // with at most JOINED_TILE_COLUMNS columns. Null where the terms are multiplied one after the other.
   void (*decompress_joined)(const rarefy_quantized&, int64_t row, uint32_t* out);
+  // Inputs with a scale for each 32 features, in place of two terms: blocked_inputs.hpp. Null where that is no faster.
+  void (*quantize_blocks)(const float* x, int64_t features, int64_t columns, uint32_t* out);
+  void (*decompress_offset)(const rarefy_quantized&, int64_t row, uint32_t* out);
+  void (*multiply_blocked)(const rarefy_quantized&, int64_t row, const uint32_t* values, int64_t rows,
+                           const uint32_t* x, int64_t columns, float* out);
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
                                  const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy);
   void (*f32_epilogue)(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,

@@ -43,7 +43,7 @@ struct LinearWeight {
       default: {
         const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
         rows = w.rows;
-        dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : s.dtype == RAREFY_BF16 ? RAREFY_BF16 : RAREFY_F32;
+        dtype = !w.scale_groups && !w.fp32_inputs ? RAREFY_I8 : s.dtype;
         col_blocks = w.col_blocks;
         cols = w.cols;
         two_terms = w.two_terms && dtype == RAREFY_I8;
@@ -125,6 +125,20 @@ inline void multiply_joined(const rarefy_kernel_table& t, const uint32_t* values
   }
 }
 
+// Some rows of a quantized weight, decompressed to codes plus 128, times a column tile with scales of blocks.
+inline void multiply_scaled_blocks(const rarefy_kernel_table& t, const rarefy_quantized& w, int64_t row,
+                                   const uint32_t* values, const uint32_t* x, int64_t columns, rarefy_tile_epilogue e,
+                                   float* out) {
+  alignas(64) float sums[DECOMPRESSED_ROWS * TILE_COLS], ones[TILE_COLS];
+  std::fill_n(ones, TILE_COLS, 1.0f);
+  t.multiply_blocked(w, row, values, ceil_div(e.rows, TILE_ROWS) * TILE_ROWS, x, columns, sums);
+  e.col_scales = ones;
+  const int32_t stored = e.row_scales ? RAREFY_F32 : RAREFY_BF16;  // with their scales, or as they are
+  t.store_outputs[lane_index(stored)](
+      e, reinterpret_cast<const uint32_t*>(sums),
+      {.out = out, .absmax = nullptr, .bf16 = nullptr, .codes = nullptr, .inverse_scale = 0.0f, .zero = 0});
+}
+
 // Decompress some rows of a weight once and multiply several column tiles by them.
 inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const LinearWeight w(s);
@@ -134,7 +148,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   const bool quantized = s.format == RAREFY_QUANTIZED;
   // bf16 and int8 in blocks of 16 rows by 16 lanes; other formats of bf16 become fp32
   const bool blocks = w.dtype == RAREFY_I8 || (quantized && w.dtype == RAREFY_BF16);
-  const bool joined = w.two_terms && t.decompress_joined;
+  const bool joined = w.two_terms && t.decompress_joined, blocked = w.two_terms && t.quantize_blocks;
   const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 && !joined ? 1 : 2);
   const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * (blocks ? lane_blocks * 16 : w.col_blocks * 64)) * 4);
   uint32_t* values = static_cast<uint32_t*>(scratch.data);
@@ -143,8 +157,9 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const int64_t r = i * TILE_ROWS;
     uint32_t* first = values + (blocks ? (r / 16 * lane_blocks * 16 + r % 16) * 16 : i * tile_stride);
     if (quantized)
-      (joined ? t.decompress_joined : t.decompress_quantized[w.dtype])(*static_cast<const rarefy_quantized*>(s.weight),
-                                                                       row + r, first);
+      (blocked  ? t.decompress_offset
+       : joined ? t.decompress_joined
+                : t.decompress_quantized[w.dtype])(*static_cast<const rarefy_quantized*>(s.weight), row + r, first);
     else
       t.decompress_bitmask[w.dtype](*static_cast<const rarefy_bitmask*>(s.weight), row + r, first);
   }
@@ -156,7 +171,10 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
     const rarefy_tile_epilogue epilogue =
         tile_epilogue(w.epilogue, row, rows, col_scales, optional_rows(s.residual, tile, row), 0, columns_of(s, tile));
     float* out = tile_of(s.out, tile) + row * TILE_COLS;
-    if (joined) {
+    if (blocked) {
+      multiply_scaled_blocks(t, *static_cast<const rarefy_quantized*>(s.weight), row, values, x, columns, epilogue,
+                             out);
+    } else if (joined) {
       multiply_joined(t, values, lane_blocks, x, columns, epilogue, out);
     } else if (blocks) {
       multiply_blocks(t, w.dtype, values, lane_blocks, w.two_terms, x, columns, epilogue, out);

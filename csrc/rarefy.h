@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 30 };
+enum { RAREFY_ABI_VERSION = 31 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -153,6 +153,7 @@ struct rarefy_conv {
 
 int32_t rarefy_abi_version(void);
 const char* rarefy_isa(void);          // the active instruction set
+int rarefy_scales_blocks(void);        // 1: inputs of column tiles have a scale for each 32 features, not two terms
 int rarefy_multiplies_bf16(void);      // 1: it multiplies bf16 faster than fp32 on this CPU
 int rarefy_set_isa(const char* name);  // "amx", "avx512", "avx2", "portable"; RAREFY_INVALID where the CPU lacks it
 void rarefy_set_parallel_for(rarefy_parallel_for_fn run, int (*num_threads)(uint32_t*));

@@ -92,8 +92,8 @@ inline void store_bf16_lanes(const float (&values)[64], int64_t r, uint32_t* out
   }
 }
 
-// As decompress_quantized, of values of BITS bits.
-template <int DTYPE, int BITS>
+// As decompress_quantized, of values of BITS bits; OFFSET: int8 codes plus 128.
+template <int DTYPE, int BITS, bool OFFSET>
 void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   const QuantizedOps<BITS> ops{w.scale_groups};
   const int64_t first = row * w.col_blocks, groups = w.scale_groups;
@@ -105,6 +105,8 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
     const auto loaded = ops.load(value, zero_point);
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
+      if constexpr (OFFSET)
+        for (int8_t& code : codes) code = int8_t(code ^ -128);
       store_int8_lanes(codes, r, out);
     } else if constexpr (DTYPE == RAREFY_I16) {
       store_wide_lanes(codes, r, out);
@@ -127,13 +129,13 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
 
 // Four rows from `row` on, dequantized to fp32, or to bf16 in blocks; for int8 inputs the values as int8, in blocks,
 // for joined terms in 16 bits.
-template <int DTYPE>
+template <int DTYPE, bool OFFSET = false>
 void decompress_quantized(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   switch (w.dtype) {
-    case RAREFY_I4: return decompress_values<DTYPE, 4>(w, row, out);
-    case RAREFY_I5: return decompress_values<DTYPE, 5>(w, row, out);
-    case RAREFY_I6: return decompress_values<DTYPE, 6>(w, row, out);
-    default: return decompress_values<DTYPE, 8>(w, row, out);
+    case RAREFY_I4: return decompress_values<DTYPE, 4, OFFSET>(w, row, out);
+    case RAREFY_I5: return decompress_values<DTYPE, 5, OFFSET>(w, row, out);
+    case RAREFY_I6: return decompress_values<DTYPE, 6, OFFSET>(w, row, out);
+    default: return decompress_values<DTYPE, 8, OFFSET>(w, row, out);
   }
 }
 

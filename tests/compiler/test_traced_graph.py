@@ -185,6 +185,13 @@ def test_only_the_last_graphs_are_remembered(exports):
     assert len(exports) == 6 and len(traced_graph._graphs) == traced_graph.REMEMBERED
 
 
+def test_the_order_of_a_set_does_not_count():
+    several = [nn.Identity() for _ in range(2)]
+    several[0].names, several[1].names = {0, 8}, {8, 0}  # both want the first place
+    assert list(several[0].names) != list(several[1].names)
+    assert traced_graph.key_of(several[0], ()) == traced_graph.key_of(several[1], ()) is not None
+
+
 def test_an_encoder_and_its_copy(exports):
     pytest.importorskip("transformers")
     model = tiny_bert()

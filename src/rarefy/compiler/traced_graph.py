@@ -194,8 +194,10 @@ class _Description:
             raise _Unknown
         if kind in LITERALS:
             return kind, repr(value)
-        if kind in (tuple, list, set, frozenset, torch.Size):
+        if kind in (tuple, list, torch.Size):
             return kind, tuple(map(each, value))
+        if kind in (set, frozenset):  # a copy may have another order
+            return kind, frozenset(map(each, value))
         if kind in (dict, OrderedDict):
             return kind, tuple((each(k), each(v)) for k, v in value.items())
         if kind is partial:

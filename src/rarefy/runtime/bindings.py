@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 30  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 31  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate(DTYPES)}  # rarefy_dtype
@@ -173,6 +173,12 @@ def multiplies_bf16() -> bool:
     """Return whether the instruction set multiplies bf16 faster than fp32 on this CPU: AMX, and AVX-512 of AMD."""
     library, _ = _open()
     return library is not None and bool(library.rarefy_multiplies_bf16())
+
+
+def scales_blocks() -> bool:
+    """Return whether prompts read inputs with an int8 scale for each 32 features, in place of two terms."""
+    library, _ = _open()
+    return library is not None and bool(library.rarefy_scales_blocks())
 
 
 @cache

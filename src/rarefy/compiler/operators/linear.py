@@ -38,13 +38,13 @@ def _lower(p: Program, node: Node) -> None:
     elif precision != "fp32" or (p.decode and source.features % 64):
         source, scales = quantize_input(p, x, precision, two_terms=getattr(packed, "two_terms", False))
         extra |= {} if scales is None else {"in_scales": scales}
-    if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode:
+    if isinstance(packed, QuantizedPanels) and precision == "int8" and not (p.decode or packed.scale_groups):
         p.held.append(packed.row_sums.to(torch.int32))
         extra["row_sums"] = p.held[-1].data_ptr()
     out = p.make(node)
     fields = {n: p.use(v) if isinstance(v, Value) else v for n, v in extra.items()}
     fields |= {"weight": addressof(kernel.struct), "format": bindings.FORMATS.index(type(packed))}
-    if isinstance(packed, QuantizedPanels) and precision == "bf16":
+    if isinstance(packed, QuantizedPanels):
         fields["dtype"] = DTYPES.index(precision)
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields, **static)
 
@@ -53,6 +53,8 @@ def input_precision(packed: Any, decode: bool) -> str:
     """Return the precision in which a kernel reads its inputs. A weight that is unpacked for many tokens reads them in
     fp32, or where the CPU is fast in it and single tokens are rounded anyway, in bf16."""
     if isinstance(packed, QuantizedPanels) and packed.scale_groups and not (decode or packed.fp32_inputs):
+        if packed.two_terms and bindings.scales_blocks():
+            return "int8"
         whole = not 0 < packed.shape[1] % 64 <= 32  # blocks of bf16 have 32 inputs, those of panels 64
         return "bf16" if whole and bindings.multiplies_bf16() else "fp32"
     if isinstance(packed, QuantizedPanels):
