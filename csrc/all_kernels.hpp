@@ -33,6 +33,20 @@ constexpr decltype(rarefy_kernel_table::decompress_joined) decompress_joined() {
   return nullptr;
 }
 
+// Inputs with a scale for each 32, where there are kernels for them.
+struct BlockedTiles {
+  decltype(rarefy_kernel_table::quantize_blocks) quantize;
+  decltype(rarefy_kernel_table::decompress_offset) decompress;
+  decltype(rarefy_kernel_table::multiply_blocked) multiply;
+};
+#if defined(RAREFY_SIMD512)
+constexpr BlockedTiles BLOCKED_TILES{quantize_blocks, decompress_quantized<RAREFY_I8, true>, multiply_blocked};
+constexpr auto CONVERT_ROW_BLOCKS = convert_row_blocks;
+#else
+constexpr BlockedTiles BLOCKED_TILES{};
+constexpr decltype(rarefy_kernel_table::convert_row_blocks) CONVERT_ROW_BLOCKS = nullptr;
+#endif
+
 constexpr rarefy_kernel_table all_kernels(const char* name) {
   return {
       .name = name,
@@ -42,6 +56,7 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .convert_row = {convert_row<RAREFY_F32>, convert_row<RAREFY_BF16>, convert_row<RAREFY_I8>,
                       convert_row<RAREFY_I8>},
       .convert_row_two_terms = convert_row_two_terms<JOINED_TERMS>,
+      .convert_row_blocks = CONVERT_ROW_BLOCKS,
       .absmax_bits = absmax_bits,
       .take_even = take_even,
       .gather_lanes = gather_lanes,
@@ -75,15 +90,9 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .decompress_quantized = {decompress_quantized<RAREFY_F32>, decompress_quantized<RAREFY_BF16>,
                                decompress_quantized<RAREFY_I8>},
       .decompress_joined = decompress_joined(),
-#if defined(RAREFY_SIMD512)
-      .quantize_blocks = quantize_blocks,
-      .decompress_offset = decompress_quantized<RAREFY_I8, true>,
-      .multiply_blocked = multiply_blocked,
-#else
-      .quantize_blocks = nullptr,
-      .decompress_offset = nullptr,
-      .multiply_blocked = nullptr,
-#endif
+      .quantize_blocks = BLOCKED_TILES.quantize,
+      .decompress_offset = BLOCKED_TILES.decompress,
+      .multiply_blocked = BLOCKED_TILES.multiply,
       .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
                               transposed_epilogue<RAREFY_I8>},
       .f32_epilogue = f32_epilogue,

@@ -21,8 +21,9 @@ inline int64_t attention_tiles(const rarefy_attention& a) {
   return ceil_div(a.queries + (a.dtype == RAREFY_I8 ? 0 : TILE_COLS - 1), TILE_COLS);
 }
 
+// Whether keys and values are packed for dense products; those of a cache are packed tile by tile (tile_attention.hpp).
 inline bool multiplies_bf16(const rarefy_attention& a) {
-  return a.dtype == RAREFY_BF16 && rarefy_active_kernels().multiplies_bf16;
+  return a.dtype == RAREFY_BF16 && !a.cache && rarefy_active_kernels().multiplies_bf16;
 }
 
 // Whether a part is a head of a sequence, so that its keys and values are packed once; else a column tile of it.

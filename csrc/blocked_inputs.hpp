@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t PARTS = 2, PART_LANES = DENSE_LANES / PARTS, PART_FEATURES = 4 * PART_LANES;  // of a block
 constexpr int64_t HEADER = 2 * TILE_COLS;  // words of a part that are no codes
 
+constexpr int64_t BLOCKED_IN_L1 = 4;  // blocks whose inputs and weights stay in the L1 cache for all rows
+
 // Four features of a column as signed codes in a lane; `sum` grows by the codes.
 inline u32_vec signed_lane(const float* x, int64_t features, f32_vec inverse, u32_vec& sum) {
   u32_vec lane{};
@@ -99,12 +101,12 @@ void blocked_sums(const rarefy_quantized& w, int64_t row, const uint32_t* values
                   int64_t columns, float* out) {
   const int64_t blocks = w.col_blocks;
   const uint32_t* headers = x + blocks * DENSE_LANES * TILE_COLS;
-  for (int64_t b = 0; b < blocks; b += BLOCKS_IN_L1)
+  for (int64_t b = 0; b < blocks; b += BLOCKED_IN_L1)
     for_each_vector_group(columns, [&](auto vectors, int64_t column) {
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         blocked_rows<vectors, GROUPS>(
             values + (r / DENSE_ROWS * blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
-            w.scales + ((row + r) * blocks + b * TILE_ROWS) * GROUPS, std::min(BLOCKS_IN_L1, blocks - b),
+            w.scales + ((row + r) * blocks + b * TILE_ROWS) * GROUPS, std::min(BLOCKED_IN_L1, blocks - b),
             blocks * DENSE_BLOCK, b > 0, x + b * DENSE_LANES * TILE_COLS + column,
             headers + b * PARTS * HEADER + column, out + r * TILE_COLS + column);
     });

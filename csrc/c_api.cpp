@@ -87,7 +87,10 @@ const rarefy_kernel_table& rarefy_active_kernels() {
 
 API int32_t rarefy_abi_version(void) { return RAREFY_ABI_VERSION; }
 
-API int rarefy_scales_blocks(void) { return rarefy_active_kernels().quantize_blocks != nullptr; }
+API int rarefy_scales_blocks(int rows) {
+  const rarefy_kernel_table& t = rarefy_active_kernels();
+  return rows ? t.convert_row_blocks != nullptr : t.quantize_blocks != nullptr;
+}
 API int rarefy_multiplies_bf16(void) { return rarefy_active_kernels().multiplies_bf16; }
 
 API const char* rarefy_isa(void) { return rarefy_active_kernels().name; }
@@ -237,7 +240,10 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   if (!in) return RAREFY_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * padded * bytes);
   const auto convert_row = two_terms ? t.convert_row_two_terms : t.convert_row[fp32_inputs ? RAREFY_F32 : RAREFY_I8];
-  for (int64_t i = 0; i < n; ++i) {
+  const bool blocks = two_terms && first->dtype == RAREFY_I4 && t.convert_row_blocks;
+  for (int64_t i = 0; blocks && i < n; ++i)
+    t.convert_row_blocks(x + i * ldx, first->cols, padded, in + i * padded * bytes);
+  for (int64_t i = 0; !blocks && i < n; ++i) {
     scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, x + i * ldx, first->cols);
     convert_row(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
   }

@@ -147,7 +147,7 @@ void run_convert(const rarefy_kernel_table& t, const rarefy_step& s, int64_t til
   float* scales = s.out_scales.data + tile * TILE_COLS;
   auto* codes = reinterpret_cast<uint32_t*>(tile_of(s.out, tile));
   const int64_t columns = columns_of(s, tile);
-  if (s.two_terms && t.quantize_blocks) {
+  if (s.two_terms == 2) {
     t.quantize_blocks(x, s.features, columns, codes);
     return;
   }
@@ -367,7 +367,7 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_
         for (int spins = 0; counters[finished].remaining.load(std::memory_order_acquire) > 0;) pause_or_yield(spins);
       const int64_t ready = times ? now() : 0;
       // every other step backwards: what the last one wrote last is still in the cache
-      const int64_t ran = run_and_steal(ranges + k * threads, threads, thread, k % 2, [&](int64_t part) {
+      const int64_t ran = run_and_steal(ranges + k * threads, threads, thread, k % 2 && !steps[k].decode, [&](int64_t part) {
         if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
       });
       if (ran) counters[k].remaining.fetch_sub(ran, std::memory_order_acq_rel);

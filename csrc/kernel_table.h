@@ -159,6 +159,8 @@ struct rarefy_kernel_table {
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
   void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
   void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
+  // For 4-bit weights, in place of two terms: avx512_gemv.hpp. Null where those are read.
+  void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, void* out);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);
   void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,

@@ -148,7 +148,7 @@ inline int run_decompressed_linear(const rarefy_kernel_table& t, const rarefy_st
   const bool quantized = s.format == RAREFY_QUANTIZED;
   // bf16 and int8 in blocks of 16 rows by 16 lanes; other formats of bf16 become fp32
   const bool blocks = w.dtype == RAREFY_I8 || (quantized && w.dtype == RAREFY_BF16);
-  const bool joined = w.two_terms && t.decompress_joined, blocked = w.two_terms && t.quantize_blocks;
+  const bool joined = w.two_terms && t.decompress_joined, blocked = s.two_terms == 2;
   const int64_t lane_blocks = w.col_blocks * (w.dtype == RAREFY_I8 && !joined ? 1 : 2);
   const ScratchBuffer<1> scratch(size_t(DECOMPRESSED_ROWS * (blocks ? lane_blocks * 16 : w.col_blocks * 64)) * 4);
   uint32_t* values = static_cast<uint32_t*>(scratch.data);

@@ -18,6 +18,7 @@ namespace {
 constexpr int SIMD_WIDTH = 16, MAX_VECS = 4;
 constexpr int32_t INPUT_ZERO_POINT = 128;
 constexpr bool JOINED_TERMS = false;  // the two int8 terms of an input are multiplied one after the other
+constexpr bool BLOCK_SCALES = true;   // inputs of 4-bit weights have a scale for each 32 in place of two terms
 
 // On Zen 4 and 5 a zero-masked expansion waits for the register that it overwrites. So values are merged into zeros
 // that the compiler cannot recognize as zeros.

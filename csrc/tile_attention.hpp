@@ -53,6 +53,85 @@ inline void add_values(const f32_vec (*p)[VECS], const float* v, int64_t keys, c
     for (int t = 0; t < VECS; ++t) store_vec(out + r * TILE_COLS + t * SIMD_WIDTH, acc[r][t]);
 }
 
+// Keys and values of a tile, and their products with queries and weights of the softmax, in bf16: pairs of features of
+// keys and queries, pairs of keys of values and weights. HEAD_DIM is the largest.
+template <int VECS>
+struct Bf16Tile {
+  static constexpr int64_t HEAD_DIM = 128, PAIRS = TILE_COLS / 2;
+  using L = LaneOps<RAREFY_BF16>;
+  alignas(64) uint32_t queries[HEAD_DIM / 2][VECS * SIMD_WIDTH], words[HEAD_DIM / 2 * TILE_COLS];
+
+  static bool fits(int64_t head_dim) { return head_dim <= HEAD_DIM && head_dim % 8 == 0; }
+
+  void pack_queries(const float* q, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 2, q += 2 * TILE_COLS)
+      for (int t = 0; t < VECS; ++t)
+        store_raw(queries[d / 2] + t * SIMD_WIDTH,
+                  pack_bf16(load_vec(q + t * SIMD_WIDTH), load_vec(q + TILE_COLS + t * SIMD_WIDTH)));
+  }
+
+  void score(const float* k, int64_t keys, int64_t head_dim, float scale, f32_vec (*out)[VECS]) {
+    for (int64_t d = 0; d < head_dim; d += 2, k += 2 * TILE_COLS)
+      for (int64_t j = 0; j < keys; j += SIMD_WIDTH)
+        store_raw(words + d / 2 * TILE_COLS + j,
+                  pack_bf16(load_partial(k + j, keys - j), load_partial(k + TILE_COLS + j, keys - j)));
+    for (int64_t j = 0; j < keys; j += 4) {
+      typename L::acc acc[4][VECS];
+      multiply(queries[0], words + j, head_dim / 2, TILE_COLS, 1, acc, [](int, int) { return L::zero(); });
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECS; ++t)
+          if (j + r < keys) out[j + r][t] = f32_vec(acc[r][t]) * scale;
+    }
+  }
+
+  // As add_values, for all features; the weights p are packed in place.
+  void add(f32_vec (*p)[VECS], const float* v, int64_t keys, int64_t head_dim, const f32_vec* rescale, float* out) {
+    uint32_t* weights = reinterpret_cast<uint32_t*>(p);
+    const int64_t pairs = (keys + 1) / 2;
+    for (int64_t i = 0; i < pairs; ++i)
+      for (int t = 0; t < VECS; ++t)
+        store_raw(weights + (i * VECS + t) * SIMD_WIDTH,
+                  pack_bf16(p[2 * i][t], 2 * i + 1 < keys ? p[2 * i + 1][t] : f32_vec{}));
+    for (int64_t d = 0; d < head_dim; ++d)
+      for (int64_t j = 0; j < keys; j += 2 * SIMD_WIDTH)
+        store_raw(words + d * PAIRS + j / 2, L::pack(v + d * TILE_COLS + j, std::min<int64_t>(keys - j, 32), 1.0f));
+    for (int64_t d = 0; d < head_dim; d += 4, out += 4 * TILE_COLS) {
+      typename L::acc acc[4][VECS];
+      multiply(weights, words + d * PAIRS, pairs, 1, PAIRS, acc, [&](int r, int t) {
+        return typename L::acc(load_vec(out + r * TILE_COLS + t * SIMD_WIDTH) * rescale[t]);
+      });
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECS; ++t) store_vec(out + r * TILE_COLS + t * SIMD_WIDTH, f32_vec(acc[r][t]));
+    }
+  }
+
+ private:
+  // acc[r] = start(r) + the sum over pairs of in[pair] times the word of r.
+  template <class F>
+  static void multiply(const uint32_t* in, const uint32_t* of, int64_t pairs, int64_t pair_stride, int64_t stride,
+                       typename L::acc (&acc)[4][VECS], F&& start) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < VECS; ++t) acc[r][t] = start(r, t);
+    for (int64_t i = 0; i < pairs; ++i, in += VECS * SIMD_WIDTH, of += pair_stride) {
+      typename L::input x[VECS];
+#pragma GCC unroll 4
+      for (int t = 0; t < VECS; ++t) x[t] = L::load(in + t * SIMD_WIDTH);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const auto w = L::broadcast(of[r * stride]);
+#pragma GCC unroll 4
+        for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], x[t], w);
+      }
+    }
+  }
+};
+
 // Scores s become cap tanh(s / cap), as in Gemma 2.
 inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
   const float inverse = 1.0f / cap;
@@ -87,13 +166,19 @@ inline void add_mask(const rarefy_attention& a, const float* m, int64_t query, i
 template <int VECS>
 inline void mask_hidden_keys(const rarefy_attention& a, int64_t first_key, int64_t keys, int64_t first_query,
                              int64_t start, f32_vec (*scores)[VECS]) {
-  for (int64_t j = 0; j < keys; ++j)
-    for (int t = 0; t < VECS; ++t)
-      for (int i = 0; i < SIMD_WIDTH; ++i) {
-        const int64_t key = first_key + j, query = first_query + t * SIMD_WIDTH + i;
-        if ((a.causal && key > query) || (key < start && start <= query) || (a.window && key + a.window <= query))
-          scores[j][t][i] = MASKED * 2;
-      }
+  i32_vec lanes{};
+  for (int i = 0; i < SIMD_WIDTH; ++i) lanes[i] = i;
+  const int32_t last = a.causal ? 0 : INT32_MAX, window = a.window ? int32_t(std::min<int64_t>(a.window, 1 << 30)) : 0;
+  for (int t = 0; t < VECS; ++t) {
+    const i32_vec query = lanes + int32_t(first_query - first_key + t * SIMD_WIDTH);  // positions from the first key
+    const i32_vec unpadded = query >= int32_t(start - first_key);
+    for (int32_t j = 0; j < keys; ++j) {
+      i32_vec hidden = j - query > last;
+      if (first_key + j < start) hidden |= unpadded;
+      if (window) hidden |= query - j >= window;
+      scores[j][t] = hidden ? f32_vec{} + MASKED * 2 : scores[j][t];
+    }
+  }
 }
 
 // Turn scores into exponentials relative to the new maximum; `rescale` corrects what was summed before. They are at
@@ -132,6 +217,7 @@ struct QueryVectors {
   const float* q;
   float* out;
   f32_vec max[VECS], sum[VECS];
+  Bf16Tile<VECS>* bf16 = nullptr;  // where products are in bf16
 
   void begin() {
     for (int t = 0; t < VECS; ++t) {
@@ -146,6 +232,10 @@ struct QueryVectors {
   void attend(const float* k, const float* v, int64_t from, int64_t keys) {
     f32_vec scores[TILE_COLS][VECS], rescale[VECS];
     int64_t j = 0, d = 0;
+    if (bf16) {
+      bf16->score(k, keys, a.head_dim, a.scale, scores);
+      j = keys;
+    }
     for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     if (a.cap != 0.0f) cap_scores(a.cap, scores[0], keys * VECS);
@@ -153,6 +243,7 @@ struct QueryVectors {
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);
     update_softmax<VECS>(keys, scores, max, sum, rescale);
+    if (bf16) return bf16->add(scores, v, keys, a.head_dim, rescale, out + lane);
     for (; d + 4 <= a.head_dim; d += 4)
       add_values<VECS, 4>(scores, v + d * TILE_COLS, keys, rescale, out + d * TILE_COLS + lane);
     for (; d < a.head_dim; ++d)
@@ -180,6 +271,11 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
   const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0;
   QueryVectors<VECS> queries{a, mask, start, lane, query, past + query, q, out, {}, {}};
   queries.begin();
+  Bf16Tile<VECS> bf16;
+  if (a.cache && a.dtype == RAREFY_BF16 && bf16.fits(a.head_dim)) {
+    bf16.pack_queries(q + lane, a.head_dim);
+    queries.bf16 = &bf16;
+  }
   const KeyRange range = keys_of_queries(a, visible, past + query, VECS * SIMD_WIDTH, start);
   for (int64_t from = range.begin; from < range.end;) {
     const int64_t at = first_column + from, column = at % TILE_COLS;

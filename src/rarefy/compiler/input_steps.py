@@ -43,14 +43,14 @@ def conv_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
 
 
 def quantize_input(
-    p: Program, x: Node, precision: str, per_image: bool = False, two_terms: bool = False
+    p: Program, x: Node, precision: str, per_image: bool = False, two_terms: int = 0
 ) -> tuple[Value, Value | None]:
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 and int16 there is a scale for each token or pixel, or one for each image, whose pixels
-    a convolution sums. With two terms, each input takes 16 bits in place of 8.
+    a convolution sums. With two terms (1), or a scale for each 32 inputs of a decode step (2), an input takes 16 bits.
     """
-    key = x, precision + " per image" * per_image + " in two terms" * two_terms
+    key = x, precision + " per image" * per_image + (f" terms {two_terms}" if two_terms else "")
     if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:
         written = p.codes(p.values[x], precision)
         if written is not None:
@@ -65,8 +65,8 @@ def quantize_input(
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
-        fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image), "two_terms": int(two_terms)}
-        codes, scales = p.new_like(source, (1 + two_terms) * lanes), p.new_like(source, 1)
+        fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image), "two_terms": two_terms}
+        codes, scales = p.new_like(source, (2 if two_terms else 1) * lanes), p.new_like(source, 1)
         extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
         p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)
         p.quantized[key] = codes, scales

@@ -175,10 +175,11 @@ def multiplies_bf16() -> bool:
     return library is not None and bool(library.rarefy_multiplies_bf16())
 
 
-def scales_blocks() -> bool:
-    """Return whether prompts read inputs with an int8 scale for each 32 features, in place of two terms."""
+def scales_blocks(rows: bool) -> bool:
+    """Return whether inputs have an int8 scale for each 32 features in place of two terms: those of prompts, or with
+    `rows` single tokens that 4-bit weights read."""
     library, _ = _open()
-    return library is not None and bool(library.rarefy_scales_blocks())
+    return library is not None and bool(library.rarefy_scales_blocks(int(rows)))
 
 
 @cache

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.activation_quant import MIN_SCALE
+from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import PANEL_BITS, ConvTiles, Csr, Packed, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
@@ -40,14 +41,24 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     if kind == "bf16":
         return x.bfloat16().float()
     if kind in PANEL_BITS or kind == "int16":
+        two_terms = isinstance(packed, QuantizedPanels) and packed.two_terms
+        if two_terms and kind == "int4" and bindings.scales_blocks(rows=True):
+            return _rounded_by_blocks(x)
         step = x.abs().amax(-1, keepdim=True) / (INT16_INPUT_STEPS if kind == "int16" else 127)
         step = torch.where(step > MIN_SCALE, step, 1.0)
         steps = x * (1 / step)
         codes = steps.round()
-        if isinstance(packed, QuantizedPanels) and packed.two_terms:
+        if two_terms:
             return (codes + ((steps - codes) * LOST_STEPS).round() / LOST_STEPS) * step
         return codes * step
     return x
+
+
+def _rounded_by_blocks(x: Tensor) -> Tensor:
+    """Return inputs rounded in 127 steps of the largest of each 32."""
+    blocks = F.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=MIN_SCALE)
+    return ((blocks * (1 / step)).round() * step).flatten(-2)[..., : x.shape[-1]]
 
 
 def run(

@@ -167,6 +167,7 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         scale=scale,
         causal=1,
         cap=cap[0] if cap else 0.0,
+        dtype=DTYPES.index("bf16" if bindings.scales_blocks(rows=False) and _reads_codes(p) else "fp32"),
     )
     a.k_stride = a.v_stride = kv_heads * head_dim * NT
     values = {"q": p.use(p.values[q]), "out": p.use(out)}
@@ -177,6 +178,11 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         p.step("kv_store", value, [(*spans[i], True)], x=value, attention=addressof(a), store_values=i)
     p.use(p.values[q])
     p.step("attention", out, [(*s, False) for s in spans], attention=addressof(a), **values)
+
+
+def _reads_codes(p: Program) -> bool:
+    """Return whether a program has weights whose inputs are rounded anyway."""
+    return any(getattr(k.held[0], "two_terms", False) for k in p.kernels.values())
 
 
 def _attention_fits(call: Call) -> bool:

@@ -18,6 +18,9 @@ from rarefy.runtime.packed_formats import DTYPES, Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
 
+EXACT = 3  # times fewer outputs than inputs, or twice as many times more
+
+
 def linear(
     x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str | None = None
 ) -> Tensor:
@@ -30,13 +33,14 @@ def _lower(p: Program, node: Node) -> None:
     x, _, _, residual, _ = node.args
     kernel = p.kernels[node]
     packed = kernel.held[0]
-    source, extra = p.values[x], {} if residual is None else {"residual": p.values[residual]}
     precision = input_precision(packed, p.decode)
+    source, terms = p.values[x], input_terms(packed, p.decode) if precision == "int8" else 0
+    extra: dict[str, Any] = {"two_terms": terms} | ({} if residual is None else {"residual": p.values[residual]})
     static: dict[str, Any] = {}
     if precision == "int8" and kernel.input_grid is not None and not p.decode:
         source, static = quantize_static(p, x, kernel.input_grid)
     elif precision != "fp32" or (p.decode and source.features % 64):
-        source, scales = quantize_input(p, x, precision, two_terms=getattr(packed, "two_terms", False))
+        source, scales = quantize_input(p, x, precision, two_terms=terms)
         extra |= {} if scales is None else {"in_scales": scales}
     if isinstance(packed, QuantizedPanels) and precision == "int8" and not (p.decode or packed.scale_groups):
         p.held.append(packed.row_sums.to(torch.int32))
@@ -49,11 +53,25 @@ def _lower(p: Program, node: Node) -> None:
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields, **static)
 
 
+def input_terms(packed: Any, decode: bool) -> int:
+    """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or 2, with a scale for each 32.
+
+    The latter are as fast as one term and lose little more than two, on CPUs that have kernels for them. Weights that
+    cost prompts little stay exact: those of few outputs, as keys and values have, and the head, which reads one token.
+    """
+    if not getattr(packed, "two_terms", False):
+        return 0
+    outputs, inputs = packed.shape
+    exact = packed.kind == "int8" and (decode or EXACT * outputs <= inputs or outputs >= 2 * EXACT * inputs)
+    rows = decode and packed.kind == "int4"
+    return 2 if not exact and (rows or not decode) and bindings.scales_blocks(rows=rows) else 1
+
+
 def input_precision(packed: Any, decode: bool) -> str:
     """Return the precision in which a kernel reads its inputs. A weight that is unpacked for many tokens reads them in
     fp32, or where the CPU is fast in it and single tokens are rounded anyway, in bf16."""
     if isinstance(packed, QuantizedPanels) and packed.scale_groups and not (decode or packed.fp32_inputs):
-        if packed.two_terms and bindings.scales_blocks():
+        if packed.two_terms and bindings.scales_blocks(rows=False):
             return "int8"
         whole = not 0 < packed.shape[1] % 64 <= 32  # blocks of bf16 have 32 inputs, those of panels 64
         return "bf16" if whole and bindings.multiplies_bf16() else "fp32"

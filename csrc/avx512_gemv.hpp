@@ -1,0 +1,219 @@
+// Few inputs times quantized weights of 8 and 4 bits, with AVX-512 and VNNI.
+//
+// Weights of 8 bits with one scale for a row: products of both terms of the inputs are added up as integers for a whole
+// row. Weights of 4 bits: inputs have a scale for each 32 of them, as in column tiles (blocked_inputs.hpp). Two rows
+// share a vector, and codes are multiplied as they are stored, without a sign; the zero points are multiplied by the
+// sums of the inputs.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "rarefy.h"
+#include "simd512.hpp"
+
+namespace {
+
+// 64 inputs of weights of 4 bits. A lane of 32 bits has 8 inputs: four even ones, and four odd ones.
+struct alignas(64) NibbleInputs {
+  int8_t even[32], odd[32];
+  int32_t negative_sums[8];  // of the codes of each lane, negated
+  float scales[8];           // of each lane
+};
+static_assert(sizeof(NibbleInputs) == 128);  // as many bytes as two terms
+
+inline __m512i load_twice(const void* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)); }
+
+// The sums of four vectors.
+inline __m128 sum_vectors(const __m512 (&v)[4]) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  const __m512 all =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  const __m128 low = _mm_add_ps(_mm512_extractf32x4_ps(all, 0), _mm512_extractf32x4_ps(all, 1));
+  return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3)));
+}
+
+inline void store_sums(const __m128& sums, int64_t rows, float* y) {
+  float four[4];
+  std::memcpy(four, &sums, sizeof four);
+  std::copy_n(four, std::min<int64_t>(rows, 4), y);
+}
+
+// Quantize one row of n inputs with a scale for each 32, zero-padded to `padded`.
+void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
+  NibbleInputs* block = static_cast<NibbleInputs*>(out);
+  for (int64_t k = 0; k < padded; k += 64, ++block) {
+    alignas(64) int8_t codes[64];
+    alignas(64) int32_t sums[16];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t left = std::clamp<int64_t>(n - k - 32 * half, 0, 32);
+      const auto mask = left < 32 ? (1u << left) - 1 : ~0u;
+      const float* in = x + (left ? k + 32 * half : 0);
+      const __m512 a = _mm512_maskz_loadu_ps(__mmask16(mask), in),
+                   b = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), in + (left > 16 ? 16 : 0));
+      const __m512i sign = _mm512_set1_epi32(0x7fffffff);  // magnitudes as integers: NaN is larger than all others
+      const __m512i larger = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
+                                              _mm512_and_si512(_mm512_castps_si512(b), sign));
+      alignas(64) int32_t bits[16];
+      _mm512_store_si512(bits, larger);
+      const float max = __builtin_bit_cast(float, *std::max_element(bits, bits + 16)) / 127.0f;
+      const float scale = max < MIN_INPUT_SCALE ? MIN_INPUT_SCALE : max;
+      const __m512 inverse = _mm512_set1_ps(1.0f / scale);
+      std::fill_n(block->scales + 4 * half, 4, scale);
+      for (int64_t part = 0; part < 2; ++part) {
+        const __m128i rounded =
+            _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(part ? b : a, inverse)));
+        std::memcpy(codes + 32 * half + 16 * part, &rounded, 16);
+      }
+    }
+    const __m512i all = _mm512_load_si512(codes);
+    _mm512_store_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), all));
+    for (int64_t i = 0; i < 8; ++i) block->negative_sums[i] = -(sums[2 * i] + sums[2 * i + 1]);
+    for (int64_t i = 0; i < 32; ++i) {
+      block->even[i] = codes[2 * i];
+      block->odd[i] = codes[2 * i + 1];
+    }
+  }
+}
+
+// The scales, and the zero points, of two rows in a block, one in each lane. GROUPS: how many a row has.
+template <int GROUPS>
+struct PairGroups {
+  const __m512i scale_bytes = in_register(order([](int lane) { return (2 * place(lane) + 1) << 24 | (2 * place(lane)) << 16 | 0x8080; }));
+  const __m512i zero_bytes = in_register(order([](int lane) { return int(0x80808000u) | place(lane); }));
+
+  static constexpr int place(int lane) { return GROUPS == 2 ? lane / 4 : lane / 8; }
+  template <class F>
+  static __m512i order(F&& f) {
+    alignas(64) int32_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = f(i);
+    return _mm512_load_si512(bytes);
+  }
+  __m512 scales(const uint16_t* s) const {
+    __m512i all;
+    if constexpr (GROUPS == 2) {
+      int64_t four;
+      std::memcpy(&four, s, 8);
+      all = _mm512_set1_epi64(four);
+    } else {
+      int32_t two;
+      std::memcpy(&two, s, 4);
+      all = _mm512_set1_epi32(two);
+    }
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(all, scale_bytes));
+  }
+  __m512i zero_points(const uint8_t* z) const {
+    int32_t four = 0;
+    std::memcpy(&four, z, 2 * GROUPS);
+    return _mm512_shuffle_epi8(_mm512_set1_epi32(four), zero_bytes);
+  }
+};
+
+// Four rows of 4 bits on INPUTS inputs.
+template <int GROUPS, bool ZEROS, int INPUTS>
+inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
+  const uint8_t* x = static_cast<const uint8_t*>(inputs);
+  const PairGroups<GROUPS == 2 ? 2 : 1> groups;
+  const __m512i fifteen = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi32(8));
+  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * 32;
+  const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
+  const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
+  __m512 sums[2][INPUTS];
+#pragma GCC unroll 4
+  for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
+  for (int64_t block = 0; block < w.col_blocks; ++block, values += 128, x += sizeof(NibbleInputs)) {
+    __builtin_prefetch(values + PREFETCH_BYTES, 0, 3);
+    __builtin_prefetch(values + PREFETCH_BYTES + 64, 0, 3);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512i codes = _mm512_loadu_si512(values + 64 * pair);
+      const __m512i even = _mm512_and_si512(codes, fifteen), odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), fifteen);
+      const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : eight;
+      const __m512 scale = GROUPS ? groups.scales(scales + 2 * GROUPS * pair) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const auto& in = *reinterpret_cast<const NibbleInputs*>(x + m * ldx);
+        __m512i dot = _mm512_madd_epi16(zero, load_twice(in.negative_sums));
+        dot = _mm512_dpbusd_epi32(dot, even, load_twice(in.even));
+        dot = _mm512_dpbusd_epi32(dot, odd, load_twice(in.odd));
+        __m512 v = _mm512_cvtepi32_ps(dot);
+        if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale);
+        sums[pair][m] = _mm512_fmadd_ps(v, _mm512_castsi512_ps(load_twice(in.scales)), sums[pair][m]);
+      }
+    }
+    scales += TILE_ROWS * GROUPS;
+    if (ZEROS) zeros += TILE_ROWS * GROUPS;
+  }
+  const __mmask16 low = 0xff;
+  for (int m = 0; m < INPUTS; ++m) {
+    const __m512 rows[4] = {_mm512_maskz_mov_ps(low, sums[0][m]), _mm512_maskz_mov_ps(__mmask16(~low), sums[0][m]),
+                            _mm512_maskz_mov_ps(low, sums[1][m]), _mm512_maskz_mov_ps(__mmask16(~low), sums[1][m])};
+    store_sums(sum_vectors(rows), w.rows - row, y + m * ldy + row);
+  }
+}
+
+template <int INPUTS>
+void nibble_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                      int64_t ldy) {
+  const auto rows = w.zeros ? (w.scale_groups == 2 ? nibble_rows<2, true, INPUTS> : nibble_rows<1, true, INPUTS>)
+                    : w.scale_groups == 2 ? nibble_rows<2, false, INPUTS>
+                    : w.scale_groups == 1 ? nibble_rows<1, false, INPUTS>
+                                          : nibble_rows<0, false, INPUTS>;
+  for (int64_t row = from; row < to; row += TILE_ROWS) rows(w, row, x, ldx, y, ldy);
+}
+
+// Four rows of 8 bits on INPUTS inputs, in two terms; two rows at a time where the sums of four need too many registers.
+template <int INPUTS>
+inline void byte_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
+  constexpr int ROWS = INPUTS > 2 ? 2 : 4;
+  const uint8_t* x = static_cast<const uint8_t*>(inputs);
+  const int64_t second = w.col_blocks * 64;  // where the second term of an input begins
+  __m512 numbers[INPUTS][TILE_ROWS];
+  for (int first = 0; first < TILE_ROWS; first += ROWS) {
+    const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * second + 64 * first;
+    __m512i sums[ROWS][INPUTS][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) sums[r][m][0] = sums[r][m][1] = _mm512_setzero_si512();
+    for (int64_t block = 0; block < w.col_blocks; ++block, values += 64 * TILE_ROWS) {
+      __m512i codes[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        codes[r] = _mm512_loadu_si512(values + 64 * r);
+        __builtin_prefetch(values + 64 * r + PREFETCH_BYTES, 0, 3);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m)
+#pragma GCC unroll 2
+        for (int term = 0; term < 2; ++term) {
+          const __m512i in = _mm512_loadu_si512(x + m * ldx + block * 64 + term * second);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r)  // GCC copies sums in vain where it may
+            sums[r][m][term] = in_register(_mm512_dpbusd_epi32(sums[r][m][term], in, codes[r]));
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m)
+        numbers[m][first + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][m][1]), _mm512_set1_ps(1.0f / LOST_STEPS),
+                                                _mm512_cvtepi32_ps(sums[r][m][0]));
+  }
+  for (int m = 0; m < INPUTS; ++m) store_sums(sum_vectors(numbers[m]), w.rows - row, y + m * ldy + row);
+}
+
+template <int INPUTS>
+void byte_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                    int64_t ldy) {
+  for (int64_t row = from; row < to; row += TILE_ROWS) byte_rows<INPUTS>(w, row, x, ldx, y, ldy);
+}
+
+// Whether a weight of 8 bits has one scale for a row, and so few columns that sums of products fit 32 bits.
+constexpr int64_t MAX_BYTE_BLOCKS = (int64_t(1) << 31) / (4 * 255 * 128);
+inline bool has_byte_rows(const rarefy_quantized& w) { return !w.scale_groups && w.col_blocks < MAX_BYTE_BLOCKS; }
+
+}  // namespace
