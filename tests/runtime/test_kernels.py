@@ -562,7 +562,8 @@ def test_products_of_inputs_in_two_terms(size, way, isa):
         assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))  # codes of lost parts between two
         exact = x.double() @ packing.unpack(weight).double().T + bias
         once = Kernel(packing.pack_quantized(W, grid, False), bias).run(x)
-        assert O == 1 or (got - exact).norm() < 0.1 * (once - exact).norm()  # errors of one output may cancel
+        blocks = weight.kind == "int4" and bindings.scales_blocks(rows=True)  # a scale for each 32 inputs instead
+        assert O == 1 or (got - exact).norm() < (0.95 if blocks else 0.1) * (once - exact).norm()  # one may cancel
     activations(weight, bias, x, got)
 
 
