@@ -64,8 +64,7 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
       const __m512 inverse = _mm512_set1_ps(1.0f / scale);
       std::fill_n(block->scales + 4 * half, 4, scale);
       for (int64_t part = 0; part < 2; ++part) {
-        const __m128i rounded =
-            _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(part ? b : a, inverse)));
+        const __m128i rounded = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(part ? b : a, inverse)));
         std::memcpy(codes + 32 * half + 16 * part, &rounded, 16);
       }
     }
@@ -82,7 +81,8 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
 // The scales, and the zero points, of two rows in a block, one in each lane. GROUPS: how many a row has.
 template <int GROUPS>
 struct PairGroups {
-  const __m512i scale_bytes = in_register(order([](int lane) { return (2 * place(lane) + 1) << 24 | (2 * place(lane)) << 16 | 0x8080; }));
+  const __m512i scale_bytes =
+      in_register(order([](int lane) { return (2 * place(lane) + 1) << 24 | (2 * place(lane)) << 16 | 0x8080; }));
   const __m512i zero_bytes = in_register(order([](int lane) { return int(0x80808000u) | place(lane); }));
 
   static constexpr int place(int lane) { return GROUPS == 2 ? lane / 4 : lane / 8; }
@@ -114,7 +114,8 @@ struct PairGroups {
 
 // Four rows of 4 bits on INPUTS inputs.
 template <int GROUPS, bool ZEROS, int INPUTS>
-inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
+inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y,
+                        int64_t ldy) {
   const uint8_t* x = static_cast<const uint8_t*>(inputs);
   const PairGroups<GROUPS == 2 ? 2 : 1> groups;
   const __m512i fifteen = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi32(8));
@@ -130,7 +131,8 @@ inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inpu
 #pragma GCC unroll 2
     for (int pair = 0; pair < 2; ++pair) {
       const __m512i codes = _mm512_loadu_si512(values + 64 * pair);
-      const __m512i even = _mm512_and_si512(codes, fifteen), odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), fifteen);
+      const __m512i even = _mm512_and_si512(codes, fifteen),
+                    odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), fifteen);
       const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : eight;
       const __m512 scale = GROUPS ? groups.scales(scales + 2 * GROUPS * pair) : _mm512_setzero_ps();
 #pragma GCC unroll 4
@@ -165,7 +167,8 @@ void nibble_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const
   for (int64_t row = from; row < to; row += TILE_ROWS) rows(w, row, x, ldx, y, ldy);
 }
 
-// Four rows of 8 bits on INPUTS inputs, in two terms; two rows at a time where the sums of four need too many registers.
+// Four rows of 8 bits on INPUTS inputs, in two terms; two rows at a time where the sums of four need too many
+// registers.
 template <int INPUTS>
 inline void byte_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
   constexpr int ROWS = INPUTS > 2 ? 2 : 4;

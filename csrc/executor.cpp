@@ -367,9 +367,10 @@ API int rarefy_run_program(const rarefy_step* steps, int64_t count, rarefy_step_
         for (int spins = 0; counters[finished].remaining.load(std::memory_order_acquire) > 0;) pause_or_yield(spins);
       const int64_t ready = times ? now() : 0;
       // every other step backwards: what the last one wrote last is still in the cache
-      const int64_t ran = run_and_steal(ranges + k * threads, threads, thread, k % 2 && !steps[k].decode, [&](int64_t part) {
-        if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
-      });
+      const int64_t ran =
+          run_and_steal(ranges + k * threads, threads, thread, k % 2 && !steps[k].decode, [&](int64_t part) {
+            if (const int code = run_part(t, steps[k], part)) error.store(code, std::memory_order_relaxed);
+          });
       if (ran) counters[k].remaining.fetch_sub(ran, std::memory_order_acq_rel);
       arrivals.let_in();
       if (times) times[thread * count + k] = {now() - ready, ready - start};

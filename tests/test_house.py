@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from slow_cases import EVERY, SLOW
+from source_files import files_by_folder
 
 SRC = Path(__file__).parents[1] / "src" / "rarefy"
 FILES = sorted(SRC.rglob("*.py"))
+FOLDERS = files_by_folder(SRC)
 # from the bottom; an import goes to the same unit or to a lower level
 LEVELS = [
     {"common"},
@@ -59,13 +61,14 @@ def imports(path: Path) -> set[str]:
     return modules - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_imports_go_down(path):
-    unit = unit_of(path)
-    assert unit in LEVEL, f"{unit} has no level"
-    others = {unit_of(MODULES[m]) for m in imports(path)} - {unit}
-    wrong = {u for u in others if LEVEL[u] >= LEVEL[unit]}
-    assert not wrong, f"{path.name} imports {wrong}, which is not on a lower level"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_down(folder):
+    for path in FOLDERS[folder]:
+        unit = unit_of(path)
+        assert unit in LEVEL, f"{unit} has no level"
+        others = {unit_of(MODULES[m]) for m in imports(path)} - {unit}
+        wrong = {u for u in others if LEVEL[u] >= LEVEL[unit]}
+        assert not wrong, f"{path.name} imports {wrong}, which is not on a lower level"
 
 
 def circles(edges: dict[str, set[str]]) -> list[str]:
@@ -118,24 +121,25 @@ def test_what_runs_models_needs_no_options(unit):
     assert ran.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_no_code_from_files(path):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_code_from_files(folder):
     banned = {"pickle", "dill", "joblib", "importlib.import_module"}
-    calls = {"eval", "exec", "__import__", "importlib.import_module", "torch.load", "yaml.load"}
-    if path != SRC / "__init__.py":  # whose table names its own modules
-        calls |= {"import_module"}
-    for node in nodes_of(path):
-        if isinstance(node, ast.Call):
-            safe = ast.unparse(node.func) == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
-            assert safe or ast.unparse(node.func) not in calls, ast.unparse(node.func)
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            assert not {a.name for a in node.names} & banned
+    for path in FOLDERS[folder]:
+        calls = {"eval", "exec", "__import__", "importlib.import_module", "torch.load", "yaml.load"}
+        if path != SRC / "__init__.py":  # whose table names its own modules
+            calls |= {"import_module"}
+        for node in nodes_of(path):
+            if isinstance(node, ast.Call):
+                safe = ast.unparse(node.func) == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
+                assert safe or ast.unparse(node.func) not in calls, f"{path}: {ast.unparse(node.func)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not {a.name for a in node.names} & banned, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_no_private_or_deprecated_part_of_torch_for_onnx(path):
-    names = {n for node in nodes_of(path) for n in imported(node)}
-    assert not [n for n in names if n.startswith(("torch.ao", "torch.onnx._", "torch.onnx.symbolic"))]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_private_or_deprecated_part_of_torch_for_onnx(folder):
+    names = {(path, n) for path in FOLDERS[folder] for node in nodes_of(path) for n in imported(node)}
+    assert not [(p, n) for p, n in names if n.startswith(("torch.ao", "torch.onnx._", "torch.onnx.symbolic"))]
 
 
 def imported(node: ast.AST) -> list[str]:

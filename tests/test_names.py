@@ -12,10 +12,11 @@ import pytest
 
 import rarefy
 from rarefy.common.options import Options
+from source_files import files_by_folder
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "rarefy"
-FILES = sorted(SRC.rglob("*.py"))
+FOLDERS = files_by_folder(SRC)
 
 OLD_FILES = [
     "account.py",
@@ -231,10 +232,10 @@ def test_the_check_finds_a_retired_name():
     assert [n for _, n, k in bound_names(tree) if retired(n, k)] == ["put", "Segment", "told", "MOST_SIZES"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_no_retired_identifiers(path):
-    names = bound_names(ast.parse(path.read_text()))
-    assert not [f"line {line}: {name}" for line, name, kind in names if retired(name, kind)]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_retired_identifiers(folder):
+    names = [(path, *found) for path in FOLDERS[folder] for found in bound_names(ast.parse(path.read_text()))]
+    assert not [f"{path}:{line}: {name}" for path, line, name, kind in names if retired(name, kind)]
 
 
 def test_no_retired_files():
@@ -281,10 +282,10 @@ def test_no_retired_parameters(name):
     assert not set(inspect.signature(thing).parameters) & PARAMETERS
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_functions_stay_short(path):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_functions_stay_short(folder):
     long = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in (n for path in FOLDERS[folder] for n in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             documented = ast.get_docstring(node) is not None
             first = node.body[0]

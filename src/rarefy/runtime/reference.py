@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.model.activation_quant import MIN_SCALE
-from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import PANEL_BITS, ConvTiles, Csr, Packed, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
@@ -30,9 +29,13 @@ ACTIVATIONS: dict[str | None, Any] = {  # in the order of csrc/rarefy.h
 }
 
 
-def rounded(x: Tensor, packed: Packed) -> Tensor:
+def rounded(x: Tensor, packed: Packed, by_blocks: bool = False) -> Tensor:
     """Return inputs as the kernel of a weight sees them: bf16 as such, for int16 each row in 8,191 steps, for int8 and
-    less in 127, each of them in 254 with two terms; single values meet them as they are."""
+    less in 127, each of them in 254 with two terms; single values meet them as they are.
+
+    by_blocks: whether inputs of 4-bit weights have 127 steps for each 32 in place of two terms, as on AVX-512
+    (`bindings.scales_blocks`).
+    """
     kind = (
         "fp32"
         if isinstance(packed, Csr) or (isinstance(packed, QuantizedPanels) and packed.fp32_inputs)
@@ -42,7 +45,7 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
         return x.bfloat16().float()
     if kind in PANEL_BITS or kind == "int16":
         two_terms = isinstance(packed, QuantizedPanels) and packed.two_terms
-        if two_terms and kind == "int4" and bindings.scales_blocks(rows=True):
+        if by_blocks and two_terms and kind == "int4":
             return _rounded_by_blocks(x)
         step = x.abs().amax(-1, keepdim=True) / (INT16_INPUT_STEPS if kind == "int16" else 127)
         step = torch.where(step > MIN_SCALE, step, 1.0)

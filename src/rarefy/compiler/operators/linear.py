@@ -17,7 +17,6 @@ from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import DTYPES, Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
-
 EXACT = 3  # times fewer outputs than inputs, or twice as many times more
 
 
