@@ -34,17 +34,18 @@ constexpr decltype(rarefy_kernel_table::decompress_joined) decompress_joined() {
 }
 
 // Inputs with a scale for each 32, where there are kernels for them.
-struct BlockedTiles {
+struct BlockedKernels {
+  decltype(rarefy_kernel_table::convert_row_blocks) convert_row;
+  decltype(rarefy_kernel_table::pack_block_rows) pack_rows;
   decltype(rarefy_kernel_table::quantize_blocks) quantize;
   decltype(rarefy_kernel_table::decompress_offset) decompress;
   decltype(rarefy_kernel_table::multiply_blocked) multiply;
 };
 #if defined(RAREFY_SIMD512)
-constexpr BlockedTiles BLOCKED_TILES{quantize_blocks, decompress_quantized<RAREFY_I8, true>, multiply_blocked};
-constexpr auto CONVERT_ROW_BLOCKS = convert_row_blocks;
+constexpr BlockedKernels BLOCKED{convert_row_blocks, pack_block_rows, quantize_blocks,
+                                 decompress_quantized<RAREFY_I8, true>, multiply_blocked};
 #else
-constexpr BlockedTiles BLOCKED_TILES{};
-constexpr decltype(rarefy_kernel_table::convert_row_blocks) CONVERT_ROW_BLOCKS = nullptr;
+constexpr BlockedKernels BLOCKED{};
 #endif
 
 constexpr rarefy_kernel_table all_kernels(const char* name) {
@@ -56,7 +57,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .convert_row = {convert_row<RAREFY_F32>, convert_row<RAREFY_BF16>, convert_row<RAREFY_I8>,
                       convert_row<RAREFY_I8>},
       .convert_row_two_terms = convert_row_two_terms<JOINED_TERMS>,
-      .convert_row_blocks = CONVERT_ROW_BLOCKS,
+      .convert_row_blocks = BLOCKED.convert_row,
+      .pack_block_rows = BLOCKED.pack_rows,
       .absmax_bits = absmax_bits,
       .take_even = take_even,
       .gather_lanes = gather_lanes,
@@ -90,9 +92,9 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .decompress_quantized = {decompress_quantized<RAREFY_F32>, decompress_quantized<RAREFY_BF16>,
                                decompress_quantized<RAREFY_I8>},
       .decompress_joined = decompress_joined(),
-      .quantize_blocks = BLOCKED_TILES.quantize,
-      .decompress_offset = BLOCKED_TILES.decompress,
-      .multiply_blocked = BLOCKED_TILES.multiply,
+      .quantize_blocks = BLOCKED.quantize,
+      .decompress_offset = BLOCKED.decompress,
+      .multiply_blocked = BLOCKED.multiply,
       .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
                               transposed_epilogue<RAREFY_I8>},
       .f32_epilogue = f32_epilogue,

@@ -78,6 +78,34 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
   }
 }
 
+// Rows of inputs in blocks as a column tile, see blocked_inputs.hpp.
+void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile) {
+  const char* first = static_cast<const char*>(rows);
+  for (int64_t n = 0; n < count; n += SIMD_WIDTH)
+    for (int64_t b = 0; b < blocks; ++b) {
+      __m512i codes[SIMD_WIDTH], rest[SIMD_WIDTH];
+      for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
+        const auto& in = reinterpret_cast<const NibbleInputs*>(first + std::min(n + i, count - 1) * row_bytes)[b];
+        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.even)),
+                      odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.odd));
+        const __m256i low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
+        codes[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_permute2x128_si256(low, high, 0x20)),
+                                      _mm256_permute2x128_si256(low, high, 0x31), 1);
+        rest[i] = _mm512_loadu_si512(in.negative_sums);
+      }
+      transpose(codes);
+      transpose(rest);
+      for (int64_t l = 0; l < SIMD_WIDTH; ++l) store_raw(tile + (b * SIMD_WIDTH + l) * TILE_COLS + n, codes[l]);
+      uint32_t* header = tile + (blocks * SIMD_WIDTH + b * 4) * TILE_COLS + n;
+      for (int64_t part = 0; part < 2; ++part, header += 2 * TILE_COLS) {
+        const __m512i* sums = rest + 4 * part;
+        const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+        store_raw(header, rest[8 + 4 * part]);
+        store_raw(header + TILE_COLS, _mm512_slli_epi32(sum, 7));  // times 128
+      }
+    }
+}
+
 // The scales, and the zero points, of two rows in a block, one in each lane. GROUPS: how many a row has.
 template <int GROUPS>
 struct PairGroups {

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "dense_gemm.hpp"
 #include "kernel_table.h"
@@ -55,34 +56,36 @@ void quantize_blocks(const float* x, int64_t features, int64_t columns, uint32_t
   }
 }
 
-// Four rows times VECS vectors of inputs, for some blocks. `scales`: of the weights, GROUPS for each row of a block.
-template <int VECS, int GROUPS>
-inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t blocks, int64_t next, bool accumulate,
-                         const uint32_t* x, const uint32_t* header, float* out) {
+// ROWS rows, four or eight, times VECS vectors of inputs, for some blocks. `next`: where the next sixteen rows begin.
+// `scales`: of the weights, GROUPS for each row of a block, those of the next four rows `stride` behind.
+template <int ROWS, int VECS, int GROUPS>
+inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t stride, int64_t blocks, int64_t next,
+                         bool accumulate, const uint32_t* x, const uint32_t* header, float* out) {
   using L = LaneOps<RAREFY_I8>;
   for (int64_t b = 0; b < blocks; ++b, values += DENSE_BLOCK, scales += TILE_ROWS * GROUPS) {
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r) __builtin_prefetch(values + next + r * DENSE_LANES, 0, 3);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(values + next + r * DENSE_LANES, 0, 3);
     for (int64_t part = 0; part < PARTS; ++part, header += HEADER) {
-      L::acc acc[TILE_ROWS][VECS];
-#pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r)
+      L::acc acc[ROWS][VECS];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < VECS; ++t) acc[r][t] = L::load_acc(header + TILE_COLS + t * SIMD_WIDTH);
       for (int64_t l = part * PART_LANES; l < (part + 1) * PART_LANES; ++l, x += TILE_COLS) {
         L::input in[VECS];
 #pragma GCC unroll 4
         for (int t = 0; t < VECS; ++t) in[t] = L::load(x + t * SIMD_WIDTH);
-#pragma GCC unroll 4
-        for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
           const auto w = L::broadcast(values[r * DENSE_LANES + l]);
 #pragma GCC unroll 4
           for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], w, in[t]);  // w is the unsigned one
         }
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        const float scale = GROUPS ? from_bf16(scales[r * GROUPS + (GROUPS == 2 ? part : 0)]) : 1.0f;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const float scale =
+            GROUPS ? from_bf16(scales[r / 4 * stride + r % 4 * GROUPS + (GROUPS == 2 ? part : 0)]) : 1.0f;
 #pragma GCC unroll 4
         for (int t = 0; t < VECS; ++t) {
           float* sums = out + r * TILE_COLS + t * SIMD_WIDTH;
@@ -103,12 +106,17 @@ void blocked_sums(const rarefy_quantized& w, int64_t row, const uint32_t* values
   const uint32_t* headers = x + blocks * DENSE_LANES * TILE_COLS;
   for (int64_t b = 0; b < blocks; b += BLOCKED_IN_L1)
     for_each_vector_group(columns, [&](auto vectors, int64_t column) {
-      for (int64_t r = 0; r < rows; r += TILE_ROWS)
-        blocked_rows<vectors, GROUPS>(
+      const auto multiply = [&](auto count, int64_t r) {
+        blocked_rows<count, vectors, GROUPS>(
             values + (r / DENSE_ROWS * blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
-            w.scales + ((row + r) * blocks + b * TILE_ROWS) * GROUPS, std::min(BLOCKED_IN_L1, blocks - b),
-            blocks * DENSE_BLOCK, b > 0, x + b * DENSE_LANES * TILE_COLS + column,
+            w.scales + ((row + r) * blocks + b * TILE_ROWS) * GROUPS, blocks * TILE_ROWS * GROUPS,
+            std::min(BLOCKED_IN_L1, blocks - b), blocks * DENSE_BLOCK, b > 0, x + b * DENSE_LANES * TILE_COLS + column,
             headers + b * PARTS * HEADER + column, out + r * TILE_COLS + column);
+      };
+      constexpr int TOGETHER = vectors == 1 ? 8 : TILE_ROWS;  // sums enough to hide the latency of products
+      int64_t r = 0;
+      for (; r + TOGETHER <= rows; r += TOGETHER) multiply(std::integral_constant<int, TOGETHER>{}, r);
+      if (r < rows) multiply(std::integral_constant<int, TILE_ROWS>{}, r);
     });
 }
 

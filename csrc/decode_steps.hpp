@@ -40,9 +40,33 @@ inline int64_t store_tokens(const rarefy_kernel_table& t, const rarefy_step& s, 
   return count;
 }
 
-inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+// Rows `from`..`to` of a quantized weight on many rows of inputs in blocks: those become column tiles, and what tiles
+// are multiplied by is decompressed.
+inline int run_blocked_rows(const rarefy_kernel_table& t, const rarefy_step& s, const rarefy_quantized& w, int64_t from,
+                            int64_t to) {
+  const int64_t blocks = w.col_blocks, rows = ceil_div(to - from, TILE_ROWS) * TILE_ROWS;
+  const int64_t tile_words = (blocks * 16 + blocks * 4) * TILE_COLS, weight_words = DECODE_ROWS_PER_PART * blocks * 16;
+  const ScratchBuffer<1> scratch(size_t(tile_words + weight_words + DECODE_ROWS_PER_PART * TILE_COLS) * 4);
+  if (!scratch.data) return RAREFY_NO_MEMORY;
+  uint32_t *tile = static_cast<uint32_t*>(scratch.data), *values = tile + tile_words;
+  float* sums = reinterpret_cast<float*>(values + weight_words);
+  for (int64_t r = 0; r < rows; r += TILE_ROWS)
+    t.decompress_offset(w, from + r, values + (r / 16 * blocks * 16 + r % 16) * 16);
+  for (int64_t n = 0; n < s.columns; n += TILE_COLS) {
+    const int64_t count = std::min(TILE_COLS, s.columns - n);
+    t.pack_block_rows(s.x.data + n * s.x.stride, s.x.stride * 4, count, blocks, tile);
+    t.multiply_blocked(w, from, values, rows, tile, count, sums);
+    t.unpack_tile(sums, to - from, count, s.out.data + n * s.out.stride + from, s.out.stride);
+  }
+  t.quantized_epilogue(w, from, to, nullptr, s.residual.data, s.out.data, s.out.stride, s.columns);
+  return RAREFY_OK;
+}
+
+inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
   const float* scales = s.in_scales.data;
+  if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 && s.columns >= MIN_TILE_ROWS)
+    return run_blocked_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED) {
     const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
     const int64_t ldx = w.fp32_inputs ? s.x.stride : s.x.stride * 4;
@@ -55,6 +79,7 @@ inline void run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s
     t.bitmask_gemv[w.dtype](w, from, to, s.x.data, ldx, s.out.data, s.out.stride, s.columns);
     t.bitmask_epilogue[w.dtype](w, from, to, scales, s.residual.data, s.out.data, s.out.stride, s.columns);
   }
+  return RAREFY_OK;
 }
 
 inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
@@ -82,7 +107,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
   switch (s.op) {
     case RAREFY_OP_PACK: std::memcpy(out, s.x.data + part * s.features, size_t(s.features) * 4); break;
     case RAREFY_OP_UNPACK: std::memcpy(s.out.data + part * s.features, x, size_t(s.features) * 4); break;
-    case RAREFY_OP_LINEAR: run_decode_linear(t, s, part); break;
+    case RAREFY_OP_LINEAR: return run_decode_linear(t, s, part);
     case RAREFY_OP_CONVERT: {
       if (s.two_terms == 2) {
         t.convert_row_blocks(x, s.features, ceil_div(s.features, 64) * 64, out);

@@ -161,6 +161,7 @@ struct rarefy_kernel_table {
   void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
   // For 4-bit weights, in place of two terms: avx512_gemv.hpp. Null where those are read.
   void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, void* out);
+  void (*pack_block_rows)(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);
   void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,

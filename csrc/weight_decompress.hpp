@@ -100,6 +100,7 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * 8 * BITS;
   for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += 8 * BITS) {
     const int64_t r = cell % TILE_ROWS;
+    prefetch_ahead(value);
     const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
     alignas(64) int8_t codes[64];
     const auto loaded = ops.load(value, zero_point);

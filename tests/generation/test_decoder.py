@@ -147,7 +147,7 @@ def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, width, tmp_path):
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("weights", ["int8", "int4", "int4, one scale for 64"])
-def test_prompts_read_inputs_with_a_scale_for_each_32(isa, weights):
+def test_prompts_and_many_sequences_read_inputs_with_a_scale_for_each_32(isa, weights):
     """The oracle rounds inputs of layers in eager torch; zeros of values take attention in bf16 out of it."""
     if not bindings.scales_blocks(rows=False):
         pytest.skip("inputs have two terms")
@@ -172,12 +172,17 @@ def test_prompts_read_inputs_with_a_scale_for_each_32(isa, weights):
         if weights == "int8" or layer is model.lm_head:
             scale = layer.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
             layer.weight.data = (layer.weight.detach() / scale).round() * scale
-    exact = far(eager(model, ids), made(ids))
+    sequences = torch.randint(3, V, (19, 9))
+
+    def distances():
+        return far(eager(model, ids), made(ids)), far(eager(model, sequences), in_pieces(made, sequences, [1] * 9))
+
+    exact = distances()
     for name, layer in model.named_modules():
         if name.endswith(("gate_proj", "up_proj", "down_proj", "lm_head")):
             layer.register_forward_pre_hook(by_blocks)
-    rounded = far(eager(model, ids), made(ids))
-    assert rounded < 0.3 * exact and exact < 0.02
+    for rounded, unrounded in zip(distances(), exact):
+        assert rounded < 0.3 * unrounded and unrounded < 0.02
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")

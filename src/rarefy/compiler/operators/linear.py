@@ -18,6 +18,7 @@ from rarefy.runtime.packed_formats import DTYPES, Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
 EXACT = 3  # times fewer outputs than inputs, or twice as many times more
+MIN_TILE_ROWS = 12  # of csrc/step_common.hpp
 
 
 def linear(
@@ -33,7 +34,8 @@ def _lower(p: Program, node: Node) -> None:
     kernel = p.kernels[node]
     packed = kernel.held[0]
     precision = input_precision(packed, p.decode)
-    source, terms = p.values[x], input_terms(packed, p.decode) if precision == "int8" else 0
+    source = p.values[x]
+    terms = input_terms(packed, source.tokens.columns if p.decode else None) if precision == "int8" else 0
     extra: dict[str, Any] = {"two_terms": terms} | ({} if residual is None else {"residual": p.values[residual]})
     static: dict[str, Any] = {}
     if precision == "int8" and kernel.input_grid is not None and not p.decode:
@@ -52,18 +54,23 @@ def _lower(p: Program, node: Node) -> None:
     p.step("linear", out, x=p.use(source), out=p.use(out), **fields, **static)
 
 
-def input_terms(packed: Any, decode: bool) -> int:
+def input_terms(packed: Any, columns: int | None) -> int:
     """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or 2, with a scale for each 32.
 
     The latter are as fast as one term and lose little more than two, on CPUs that have kernels for them. Weights that
     cost prompts little stay exact: those of few outputs, as keys and values have, and the head, which reads one token.
+
+    Args:
+        packed: the weight.
+        columns: number of tokens of a decode step; None for a prompt.
     """
     if not getattr(packed, "two_terms", False):
         return 0
     outputs, inputs = packed.shape
-    exact = packed.kind == "int8" and (decode or EXACT * outputs <= inputs or outputs >= 2 * EXACT * inputs)
-    rows = decode and packed.kind == "int4"
-    return 2 if not exact and (rows or not decode) and bindings.scales_blocks(rows=rows) else 1
+    few = columns is not None and columns < MIN_TILE_ROWS
+    exact = few or EXACT * outputs <= inputs or (columns is None and outputs >= 2 * EXACT * inputs)
+    exact = exact and packed.kind == "int8" or (few and packed.kind != "int4")
+    return 2 if not exact and bindings.scales_blocks(rows=columns is not None) else 1
 
 
 def input_precision(packed: Any, decode: bool) -> str:
