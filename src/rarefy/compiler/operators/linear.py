@@ -69,7 +69,7 @@ def input_terms(packed: Any, columns: int | None) -> int:
     outputs, inputs = packed.shape
     few = columns is not None and columns < MIN_TILE_ROWS
     exact = few or EXACT * outputs <= inputs or (columns is None and outputs >= 2 * EXACT * inputs)
-    exact = exact and packed.kind == "int8" or (few and packed.kind != "int4")
+    exact = (exact and packed.kind == "int8") or (few and packed.kind != "int4")
     return 2 if not exact and bindings.scales_blocks(rows=columns is not None) else 1
 
 
