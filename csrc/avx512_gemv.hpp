@@ -60,7 +60,7 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
       alignas(64) int32_t bits[16];
       _mm512_store_si512(bits, larger);
       const float max = __builtin_bit_cast(float, *std::max_element(bits, bits + 16)) / 127.0f;
-      const float scale = max < MIN_INPUT_SCALE ? MIN_INPUT_SCALE : max;
+      const float scale = max < MIN_INPUT_SCALE ? MIN_INPUT_SCALE : max + (max - max);  // infinity becomes NaN
       const __m512 inverse = _mm512_set1_ps(1.0f / scale);
       std::fill_n(block->scales + 4 * half, 4, scale);
       for (int64_t part = 0; part < 2; ++part) {

@@ -44,7 +44,7 @@ void quantize_blocks(const float* x, int64_t features, int64_t columns, uint32_t
       i32_vec max{};
       for (int64_t f = 0; f < here; ++f) max = larger_magnitude(max, load_vec(x + f * TILE_COLS + n));
       f32_vec scale = f32_vec(max) * (1.0f / 127.0f);
-      scale = scale < MIN_INPUT_SCALE ? f32_vec{} + MIN_INPUT_SCALE : scale;
+      scale = scale < MIN_INPUT_SCALE ? f32_vec{} + MIN_INPUT_SCALE : scale + (scale - scale);  // infinity becomes NaN
       const f32_vec inverse = 1.0f / scale;
       u32_vec sum{};
       for (int64_t l = 0; l < PART_LANES; ++l)

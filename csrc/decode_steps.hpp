@@ -65,7 +65,8 @@ inline int run_blocked_rows(const rarefy_kernel_table& t, const rarefy_step& s, 
 inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
   const float* scales = s.in_scales.data;
-  if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 && s.columns >= MIN_TILE_ROWS)
+  if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 &&
+      (s.columns >= MIN_TILE_ROWS || static_cast<const rarefy_quantized*>(s.weight)->dtype != RAREFY_I4))
     return run_blocked_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED) {
     const auto& w = *static_cast<const rarefy_quantized*>(s.weight);

@@ -190,6 +190,8 @@ def test_the_order_of_a_set_does_not_count():
     several[0].names, several[1].names = {0, 8}, {8, 0}  # both want the first place
     assert list(several[0].names) != list(several[1].names)
     assert traced_graph.key_of(several[0], ()) == traced_graph.key_of(several[1], ()) is not None
+    several[1].names = {0}
+    assert traced_graph.key_of(several[0], ()) != traced_graph.key_of(several[1], ())
 
 
 def test_an_encoder_and_its_copy(exports):

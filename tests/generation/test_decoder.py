@@ -186,6 +186,40 @@ def test_prompts_and_many_sequences_read_inputs_with_a_scale_for_each_32(isa, we
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("weights", ["int8", "int7", "int6", "int4"])
+@pytest.mark.parametrize("sizes", [(128, 192, 1), (64, 320, 4)], ids=["few keys", "wide"])
+def test_grouped_weights_of_few_outputs(isa, sizes, weights):
+    """Weights that read inputs exactly where they have a scale for each row, and by blocks where they have groups."""
+    hidden, wide, heads = sizes
+    model = small(hidden_size=hidden, intermediate_size=wide, num_attention_heads=4, num_key_value_heads=heads)
+    rarefy.quantize_(model, weights=weights, group=32, layers="*_proj")
+    rarefy.fold_(model)
+    made = rarefy.decoder(model, precision="int8")
+    ids = torch.randint(3, V, (13, 40))
+    want = eager(model, ids)
+    assert far(want, made(ids)) < 0.05 and far(want, in_pieces(made, ids, [30, *[1] * 10])) < 0.05
+    assert far(want[:1], in_pieces(made, ids[:1], [30, *[1] * 10])) < 0.05
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_another_instruction_set_on_the_way(weights):
+    """Programs are laid out for one instruction set; a call after `bindings.use` has its own."""
+    model = small(hidden_size=64)
+    if weights is not None:
+        rarefy.quantize_(model, weights=weights, group=32, layers="*_proj")
+        rarefy.fold_(model)
+    made, ids, best = rarefy.decoder(model, precision="int8"), torch.randint(3, V, (2, 20)), bindings.isa()
+    want = in_pieces(made, ids, [10, *[1] * 10])
+    try:
+        for name in ("portable", best, "portable"):
+            bindings.use(name)
+            assert far(want, in_pieces(made, ids, [10, *[1] * 10])) < 0.05
+    finally:
+        bindings.use(best)
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])
 def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
     """Dynamic rounding is done by the kernels; static rounding is an operator of its own, before kernels in fp32."""

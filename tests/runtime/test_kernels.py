@@ -578,6 +578,15 @@ def test_products_of_many_inputs_in_two_terms(way, isa):
     assert (Kernel(weight).run(x) - want).abs().max() <= 1e-4 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("way", [("int8", None, True), ("int6", 32, True), ("int4", 32, False)], ids=str)
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_inputs_that_are_not_finite_give_nan(way, wrong, isa):
+    x = torch.randn(3, 96)
+    x[1, 40] = wrong
+    got = Kernel(packing.pack_quantized(*on_grid(7, 96, *way), False, True)).run(x)
+    assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
+
+
 def test_two_terms_are_for_int8_inputs():
     with pytest.raises(FormatError, match="two_terms: expected False, or True for int8 inputs, got True"):
         Kernel(packing.pack_quantized(*on_grid(8, 96, "int6", 32, True), True, True))

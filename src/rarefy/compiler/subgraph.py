@@ -17,6 +17,7 @@ from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.packed_program import PackedProgram, capacity
 from rarefy.compiler.padding import Packing, padding_rule
 from rarefy.compiler.program import Program
+from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 
@@ -157,7 +158,8 @@ class FusedSubgraph:
 
     def _packed_shapes(self, inputs: Mapping[Node, Tensor], packing: Packing) -> tuple[Any, ...]:
         """Return what a program for real tokens depends on: not on the batch and its lengths."""
-        return "packed", capacity(packing.tiles), *((t.dtype, t.shape[-1]) for t in self._without_mask(inputs).values())
+        sizes = ((t.dtype, t.shape[-1]) for t in self._without_mask(inputs).values())
+        return "packed", bindings.isa(), capacity(packing.tiles), *sizes
 
     def _without_mask(self, inputs: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
         return {n: t for n, t in inputs.items() if self.padding is None or n is not self.padding.mask}
@@ -170,7 +172,8 @@ class FusedSubgraph:
 
 
 def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
-    return tuple((t.dtype, *t.shape) for t in inputs.values())
+    """Return what a program depends on: the inputs' types and sizes, and the instruction set, which layouts differ by."""
+    return bindings.isa(), *((t.dtype, *t.shape) for t in inputs.values())
 
 
 def _activations(node: Node) -> list[Node]:

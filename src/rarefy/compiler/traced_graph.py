@@ -9,7 +9,7 @@ all the same.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -197,7 +197,7 @@ class _Description:
         if kind in (tuple, list, torch.Size):
             return kind, tuple(map(each, value))
         if kind in (set, frozenset):  # a copy may have another order
-            return kind, frozenset(map(each, value))
+            return kind, frozenset(Counter(map(each, value)).items())
         if kind in (dict, OrderedDict):
             return kind, tuple((each(k), each(v)) for k, v in value.items())
         if kind is partial:

@@ -55,7 +55,8 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
             that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
             scale for each output of a weight and one for each token of inputs; what rounding the inputs loses is
             rounded to 8 bits as well and added, except where many weights are zero. On AVX-512 without AMX prompts have
-            a scale for each 32 inputs instead, and attention in bf16: 1.5 times as fast, with 0.3 % more perplexity.
+            a scale for each 32 inputs instead, and attention in bf16 but to a cache in 8 bits: 1.5 times as fast, with
+            0.3 % more perplexity.
         cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
 
     Returns:

@@ -43,7 +43,7 @@ def _lower(p: Program, node: Node) -> None:
     elif precision != "fp32" or (p.decode and source.features % 64):
         source, scales = quantize_input(p, x, precision, two_terms=terms)
         extra |= {} if scales is None else {"in_scales": scales}
-    if isinstance(packed, QuantizedPanels) and precision == "int8" and not (p.decode or packed.scale_groups):
+    if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode and terms != 2:
         p.held.append(packed.row_sums.to(torch.int32))
         extra["row_sums"] = p.held[-1].data_ptr()
     out = p.make(node)
@@ -68,8 +68,8 @@ def input_terms(packed: Any, columns: int | None) -> int:
         return 0
     outputs, inputs = packed.shape
     few = columns is not None and columns < MIN_TILE_ROWS
-    exact = few or EXACT * outputs <= inputs or (columns is None and outputs >= 2 * EXACT * inputs)
-    exact = (exact and packed.kind == "int8") or (few and packed.kind != "int4")
+    cheap = EXACT * outputs <= inputs or (columns is None and outputs >= 2 * EXACT * inputs)
+    exact = packed.kind != "int4" if few else cheap and packed.kind == "int8" and not packed.scale_groups
     return 2 if not exact and bindings.scales_blocks(rows=columns is not None) else 1
 
 
