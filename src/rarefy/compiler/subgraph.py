@@ -173,7 +173,7 @@ class FusedSubgraph:
 
 def _shapes(inputs: Mapping[Node, Tensor]) -> tuple[Any, ...]:
     """Return what a program depends on: types and sizes of the inputs, and the instruction set it is laid out for."""
-    return bindings.isa(), *((t.dtype, *t.shape) for t in inputs.values())
+    return *((t.dtype, *t.shape) for t in inputs.values()), bindings.isa()
 
 
 def _activations(node: Node) -> list[Node]:
