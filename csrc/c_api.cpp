@@ -241,11 +241,15 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   float* scales = reinterpret_cast<float*>(in + n * padded * bytes);
   const auto convert_row = two_terms ? t.convert_row_two_terms : t.convert_row[fp32_inputs ? RAREFY_F32 : RAREFY_I8];
   const bool blocks = two_terms && first->dtype == RAREFY_I4 && t.convert_row_blocks;
-  for (int64_t i = 0; blocks && i < n; ++i)
-    t.convert_row_blocks(x + i * ldx, first->cols, padded, in + i * padded * bytes);
-  for (int64_t i = 0; !blocks && i < n; ++i) {
-    scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, x + i * ldx, first->cols);
-    convert_row(x + i * ldx, first->cols, padded, 1.0f / scales[i], in + i * padded * bytes);
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = x + i * ldx;
+    char* converted = in + i * padded * bytes;
+    if (blocks) {
+      t.convert_row_blocks(row, first->cols, padded, converted);
+      continue;
+    }
+    scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, row, first->cols);
+    convert_row(row, first->cols, padded, 1.0f / scales[i], converted);
   }
   const auto gemv = t.quantized_gemv[quantized_variant(*first)];
   const int64_t row_entries = two_terms ? 2 * padded : padded;

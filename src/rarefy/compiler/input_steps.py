@@ -61,7 +61,8 @@ def quantize_input(
             lanes = -(-source.features // 64) * 64 // LANE[precision]
         else:
             lanes = -(-source.features // LANE[precision]) if per_image else p.code_lanes(source, precision)
-        absmax = None if p.decode or precision == "bf16" else p.absmax(source)
+        one_scale = precision != "bf16" and two_terms != 2  # for all inputs of a token: only then their largest is read
+        absmax = p.absmax(source) if one_scale and not p.decode else None
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
