@@ -278,6 +278,7 @@ void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint
                  int64_t ldy) {
   constexpr int ROWS = INPUTS == 1 ? 4 : 2;  // sums and weights fit sixteen registers
   const auto* values = static_cast<const uint8_t*>(w.values);
+  const float steps = float(1 << w.zero_bits);  // of zero points, between codes
   for (int64_t first = 0; first < w.col_blocks; first += GEMV_BLOCKS) {
     const int64_t blocks = std::min(GEMV_BLOCKS, w.col_blocks - first);
     const JoinedInputs<BITS, INPUTS> inputs(x + 128 * first, ldx, blocks);
@@ -300,7 +301,7 @@ void joined_rows(const rarefy_quantized& w, int64_t from, int64_t to, const uint
       for (int m = 0; m < INPUTS; ++m)
         for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r) {
           float& out = y[m * ldy + row + r];
-          out = (sums[r][m] - excess[r][m]) * (1.0f / LOST_STEPS) + (first ? out : 0.0f);
+          out = (sums[r][m] * steps - excess[r][m]) * (1.0f / LOST_STEPS) + (first ? out : 0.0f);
         }
     }
   }

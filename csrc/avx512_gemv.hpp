@@ -1,9 +1,9 @@
-// Few inputs times quantized weights of 8 and 4 bits, with AVX-512 and VNNI.
+// Few inputs times quantized weights of 4, 5, 6 and 8 bits, with AVX-512 and VNNI.
 //
 // Weights of 8 bits with one scale for a row: products of both terms of the inputs are added up as integers for a whole
-// row. Weights of 4 bits: inputs have a scale for each 32 of them, as in column tiles (blocked_inputs.hpp). Two rows
-// share a vector, and codes are multiplied as they are stored, without a sign; the zero points are multiplied by the
-// sums of the inputs.
+// row. Weights of fewer bits: inputs have a scale for each 32 of them, as in column tiles (blocked_inputs.hpp). Two
+// rows share a vector, and codes are multiplied as they are stored, without a sign; the zero points are multiplied by
+// the sums of the inputs.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,13 +15,14 @@
 
 namespace {
 
-// 64 inputs of weights of 4 bits. A lane of 32 bits has 8 inputs: four even ones, and four odd ones.
-struct alignas(64) NibbleInputs {
-  int8_t even[32], odd[32];
-  int32_t negative_sums[8];  // of the codes of each lane, negated
-  float scales[8];           // of each lane
+// 64 inputs in two parts, in lanes of four. For weights of 4 bits the parts are the even and the odd inputs, so that
+// both have all scales; for those of 5 and 6 bits, whose codes lie in halves, the first and the last 32.
+struct alignas(64) BlockInputs {
+  int8_t part[2][32];
+  int32_t negative_sums[8];  // of the codes of each lane, negated: of both parts; of halves 16 bits for each part
+  float scales[8];           // of each lane; of halves four times that of either part
 };
-static_assert(sizeof(NibbleInputs) == 128);  // as many bytes as two terms
+static_assert(sizeof(BlockInputs) == 128);  // as many bytes as two terms
 
 inline __m512i load_twice(const void* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)); }
 
@@ -43,8 +44,8 @@ inline void store_sums(const __m128& sums, int64_t rows, float* y) {
 }
 
 // Quantize one row of n inputs with a scale for each 32, zero-padded to `padded`.
-void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
-  NibbleInputs* block = static_cast<NibbleInputs*>(out);
+void convert_row_blocks(const float* x, int64_t n, int64_t padded, bool halves, void* out) {
+  BlockInputs* block = static_cast<BlockInputs*>(out);
   for (int64_t k = 0; k < padded; k += 64, ++block) {
     alignas(64) int8_t codes[64];
     alignas(64) int32_t sums[16];
@@ -70,24 +71,30 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
     }
     const __m512i all = _mm512_load_si512(codes);
     _mm512_store_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), all));
+    if (halves) {
+      for (int64_t i = 0; i < 8; ++i)
+        block->negative_sums[i] = int32_t((uint32_t(-sums[i]) & 0xffffu) | uint32_t(-sums[8 + i]) << 16);
+      std::memcpy(block->part, codes, 64);
+      continue;
+    }
     for (int64_t i = 0; i < 8; ++i) block->negative_sums[i] = -(sums[2 * i] + sums[2 * i + 1]);
     for (int64_t i = 0; i < 32; ++i) {
-      block->even[i] = codes[2 * i];
-      block->odd[i] = codes[2 * i + 1];
+      block->part[0][i] = codes[2 * i];
+      block->part[1][i] = codes[2 * i + 1];
     }
   }
 }
 
-// Rows of inputs in blocks as a column tile, see blocked_inputs.hpp.
+// Rows of even and odd inputs in blocks as a column tile, see blocked_inputs.hpp.
 void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile) {
   const char* first = static_cast<const char*>(rows);
   for (int64_t n = 0; n < count; n += SIMD_WIDTH)
     for (int64_t b = 0; b < blocks; ++b) {
       __m512i codes[SIMD_WIDTH], rest[SIMD_WIDTH];
       for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
-        const auto& in = reinterpret_cast<const NibbleInputs*>(first + std::min(n + i, count - 1) * row_bytes)[b];
-        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.even)),
-                      odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.odd));
+        const auto& in = reinterpret_cast<const BlockInputs*>(first + std::min(n + i, count - 1) * row_bytes)[b];
+        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.part[0])),
+                      odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.part[1]));
         const __m256i low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
         codes[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_permute2x128_si256(low, high, 0x20)),
                                       _mm256_permute2x128_si256(low, high, 0x31), 1);
@@ -106,14 +113,20 @@ void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, int64_t
     }
 }
 
-// The scales, and the zero points, of two rows in a block, one in each lane. GROUPS: how many a row has.
-template <int GROUPS>
+// The scales, and the zero points, of two rows in a block, one in each lane; GROUPS: how many a row has. HALF: those of
+// the first or the last 32 inputs in all lanes of a row, with zero points in that half of a lane; -1: either half has
+// four lanes.
+template <int GROUPS, int HALF = -1>
 struct PairGroups {
   const __m512i scale_bytes =
       in_register(order([](int lane) { return (2 * place(lane) + 1) << 24 | (2 * place(lane)) << 16 | 0x8080; }));
-  const __m512i zero_bytes = in_register(order([](int lane) { return int(0x80808000u) | place(lane); }));
+  const __m512i zero_bytes = in_register(order(
+      [](int lane) { return HALF == 1 ? int(0x80008080u) | place(lane) << 16 : int(0x80808000u) | place(lane); }));
 
-  static constexpr int place(int lane) { return GROUPS == 2 ? lane / 4 : lane / 8; }
+  static constexpr int place(int lane) {
+    if (GROUPS == 1) return lane / 8;
+    return HALF < 0 ? lane / 4 : lane / 8 * 2 + HALF;
+  }
   template <class F>
   static __m512i order(F&& f) {
     alignas(64) int32_t bytes[16];
@@ -140,43 +153,10 @@ struct PairGroups {
   }
 };
 
-// Four rows of 4 bits on INPUTS inputs.
-template <int GROUPS, bool ZEROS, int INPUTS>
-inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y,
+// The sums of four rows, two of them in a vector.
+template <int INPUTS>
+inline void store_pairs(const __m512 (&sums)[2][INPUTS], const rarefy_quantized& w, int64_t row, float* y,
                         int64_t ldy) {
-  const uint8_t* x = static_cast<const uint8_t*>(inputs);
-  const PairGroups<GROUPS == 2 ? 2 : 1> groups;
-  const __m512i fifteen = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi32(8));
-  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * 32;
-  const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
-  const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
-  __m512 sums[2][INPUTS];
-#pragma GCC unroll 4
-  for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
-  for (int64_t block = 0; block < w.col_blocks; ++block, values += 128, x += sizeof(NibbleInputs)) {
-    __builtin_prefetch(values + PREFETCH_BYTES, 0, 3);
-    __builtin_prefetch(values + PREFETCH_BYTES + 64, 0, 3);
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 2; ++pair) {
-      const __m512i codes = _mm512_loadu_si512(values + 64 * pair);
-      const __m512i even = _mm512_and_si512(codes, fifteen),
-                    odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), fifteen);
-      const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : eight;
-      const __m512 scale = GROUPS ? groups.scales(scales + 2 * GROUPS * pair) : _mm512_setzero_ps();
-#pragma GCC unroll 4
-      for (int m = 0; m < INPUTS; ++m) {
-        const auto& in = *reinterpret_cast<const NibbleInputs*>(x + m * ldx);
-        __m512i dot = _mm512_madd_epi16(zero, load_twice(in.negative_sums));
-        dot = _mm512_dpbusd_epi32(dot, even, load_twice(in.even));
-        dot = _mm512_dpbusd_epi32(dot, odd, load_twice(in.odd));
-        __m512 v = _mm512_cvtepi32_ps(dot);
-        if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale);
-        sums[pair][m] = _mm512_fmadd_ps(v, _mm512_castsi512_ps(load_twice(in.scales)), sums[pair][m]);
-      }
-    }
-    scales += TILE_ROWS * GROUPS;
-    if (ZEROS) zeros += TILE_ROWS * GROUPS;
-  }
   const __mmask16 low = 0xff;
   for (int m = 0; m < INPUTS; ++m) {
     const __m512 rows[4] = {_mm512_maskz_mov_ps(low, sums[0][m]), _mm512_maskz_mov_ps(__mmask16(~low), sums[0][m]),
@@ -185,14 +165,157 @@ inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inpu
   }
 }
 
-template <int INPUTS>
-void nibble_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
-                      int64_t ldy) {
-  const auto rows = w.zeros ? (w.scale_groups == 2 ? nibble_rows<2, true, INPUTS> : nibble_rows<1, true, INPUTS>)
-                    : w.scale_groups == 2 ? nibble_rows<2, false, INPUTS>
-                    : w.scale_groups == 1 ? nibble_rows<1, false, INPUTS>
-                                          : nibble_rows<0, false, INPUTS>;
-  for (int64_t row = from; row < to; row += TILE_ROWS) rows(w, row, x, ldx, y, ldy);
+enum ZeroPoints { MIDDLE, WHOLE, EIGHTHS };  // where a weight has none, and of `zero_bits` 0 and 3
+
+// Four rows of 4 bits on INPUTS inputs.
+template <int GROUPS, int ZEROS, int INPUTS>
+inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y,
+                        int64_t ldy) {
+  const uint8_t* x = static_cast<const uint8_t*>(inputs);
+  const PairGroups<GROUPS == 2 ? 2 : 1> groups;
+  const __m512i mask = in_register(_mm512_set1_epi8(ZEROS == EIGHTHS ? 15 << 3 : 15));
+  const __m512i eight = in_register(_mm512_set1_epi32(8));
+  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * 32;
+  const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
+  const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
+  __m512 sums[2][INPUTS];
+#pragma GCC unroll 4
+  for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
+  for (int64_t block = 0; block < w.col_blocks; ++block, values += 128, x += sizeof(BlockInputs)) {
+    __builtin_prefetch(values + PREFETCH_BYTES, 0, 3);
+    __builtin_prefetch(values + PREFETCH_BYTES + 64, 0, 3);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512i codes = _mm512_loadu_si512(values + 64 * pair);
+      const __m512i even = _mm512_and_si512(ZEROS == EIGHTHS ? _mm512_slli_epi16(codes, 3) : codes, mask),
+                    odd = _mm512_and_si512(_mm512_srli_epi16(codes, ZEROS == EIGHTHS ? 1 : 4), mask);
+      const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : eight;
+      const __m512 scale = GROUPS ? groups.scales(scales + 2 * GROUPS * pair) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const auto& in = *reinterpret_cast<const BlockInputs*>(x + m * ldx);
+        __m512i dot = _mm512_madd_epi16(zero, load_twice(in.negative_sums));
+        dot = _mm512_dpbusd_epi32(dot, even, load_twice(in.part[0]));
+        dot = _mm512_dpbusd_epi32(dot, odd, load_twice(in.part[1]));
+        __m512 v = _mm512_cvtepi32_ps(dot);
+        if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale);
+        sums[pair][m] = _mm512_fmadd_ps(v, _mm512_castsi512_ps(load_twice(in.scales)), sums[pair][m]);
+      }
+    }
+    scales += TILE_ROWS * GROUPS;
+    if (ZEROS) zeros += TILE_ROWS * GROUPS;
+  }
+  store_pairs(sums, w, row, y, ldy);
+}
+
+// The codes of two rows of 5 or 6 bits: of the first and of the last 32 inputs of a block.
+template <int BITS>
+struct WideCodes {
+  const __m512i fifteen = in_register(_mm512_set1_epi8(15));
+  const __m512i high_mask = in_register(_mm512_set1_epi8(BITS == 6 ? 0x30 : 0x10));
+  const __m512i rotations[2] = {
+      in_register(BITS == 6 ? _mm512_setr_epi64(4, 4, 2, 2, 4, 4, 2, 2) : _mm512_setr_epi64(4, 3, 2, 1, 4, 3, 2, 1)),
+      in_register(BITS == 6 ? _mm512_setr_epi64(0, 0, 62, 62, 0, 0, 62, 62)
+                            : _mm512_setr_epi64(0, 63, 62, 61, 0, 63, 62, 61))};
+
+  static __m512i planes(const uint8_t* first, const uint8_t* second) {
+    if constexpr (BITS == 6) {
+      const auto load = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+      return _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load(first)), 0xff00, load(second));
+    } else {
+      int64_t a, b;
+      std::memcpy(&a, first, 8);
+      std::memcpy(&b, second, 8);
+      return _mm512_mask_set1_epi64(_mm512_set1_epi64(a), 0xf0, b);
+    }
+  }
+  void load(const uint8_t* v, __m512i (&codes)[2]) const {
+    const auto load32 = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+    const __m512i nibbles = _mm512_inserti64x4(_mm512_castsi256_si512(load32(v)), load32(v + 8 * BITS), 1);
+    const __m512i plane = planes(v + 32, v + 8 * BITS + 32);
+    const auto with_high = [&](__m512i low, int half) {
+      return _mm512_or_si512(_mm512_and_si512(low, fifteen),
+                             _mm512_and_si512(_mm512_rolv_epi64(plane, rotations[half]), high_mask));
+    };
+    codes[0] = with_high(nibbles, 0);
+    codes[1] = with_high(_mm512_srli_epi16(nibbles, 4), 1);
+  }
+};
+
+// Four rows of 5 or 6 bits on INPUTS inputs.
+template <int BITS, int GROUPS, int ZEROS, int INPUTS>
+inline void wide_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
+  constexpr int64_t row_bytes = 8 * BITS;
+  const uint8_t* x = static_cast<const uint8_t*>(inputs);
+  const WideCodes<BITS> rows;
+  const PairGroups<GROUPS == 2 ? 2 : 1, 0> first;
+  const PairGroups<GROUPS == 2 ? 2 : 1, 1> last;
+  const __m512i middle[2] = {in_register(_mm512_set1_epi32(1 << (BITS - 1))),
+                             in_register(_mm512_set1_epi32(1 << (BITS - 1 + 16)))};
+  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * row_bytes;
+  const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
+  const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
+  __m512 sums[2][INPUTS];
+#pragma GCC unroll 4
+  for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
+  for (int64_t block = 0; block < w.col_blocks; ++block, values += TILE_ROWS * row_bytes, x += sizeof(BlockInputs)) {
+    for (int64_t line = 0; line < 3; ++line) __builtin_prefetch(values + PREFETCH_BYTES + 64 * line, 0, 3);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+      __m512i codes[2], zero[2] = {middle[0], middle[1]};
+      __m512 scale[2] = {};
+      rows.load(values + 2 * row_bytes * pair, codes);
+      if constexpr (ZEROS == EIGHTHS)
+        for (__m512i& half : codes) half = _mm512_slli_epi16(half, 3);  // which fit their bytes
+      if constexpr (ZEROS != MIDDLE) {
+        zero[0] = first.zero_points(zeros + 2 * GROUPS * pair);
+        zero[1] = last.zero_points(zeros + 2 * GROUPS * pair);
+      }
+      if constexpr (GROUPS != 0) {
+        scale[0] = first.scales(scales + 2 * GROUPS * pair);
+        scale[1] = last.scales(scales + 2 * GROUPS * pair);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < INPUTS; ++m) {
+        const auto& in = *reinterpret_cast<const BlockInputs*>(x + m * ldx);
+        const __m512i negative_sums = load_twice(in.negative_sums);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m512i dot =
+              _mm512_dpbusd_epi32(_mm512_madd_epi16(zero[half], negative_sums), codes[half], load_twice(in.part[half]));
+          __m512 v = _mm512_cvtepi32_ps(dot);
+          if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale[half]);
+          sums[pair][m] = _mm512_fmadd_ps(v, _mm512_set1_ps(in.scales[4 * half]), sums[pair][m]);
+        }
+      }
+    }
+    scales += TILE_ROWS * GROUPS;
+    if (ZEROS) zeros += TILE_ROWS * GROUPS;
+  }
+  store_pairs(sums, w, row, y, ldy);
+}
+
+template <int BITS, int GROUPS, int ZEROS, int INPUTS>
+void code_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
+                    int64_t ldy) {
+  for (int64_t row = from; row < to; row += TILE_ROWS)
+    if constexpr (BITS == 4)
+      nibble_rows<GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
+    else
+      wide_rows<BITS, GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
+}
+
+// Rows `from` (a multiple of four) to `to` of a weight of 4, 5 or 6 bits.
+template <int BITS, int INPUTS>
+void code_rows(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y, int64_t ldy) {
+  auto rows = code_row_range<BITS, 0, MIDDLE, INPUTS>;
+  if (w.scale_groups == 2)
+    rows = w.zeros ? code_row_range<BITS, 2, WHOLE, INPUTS> : code_row_range<BITS, 2, MIDDLE, INPUTS>;
+  else if (w.scale_groups == 1)
+    rows = w.zeros ? code_row_range<BITS, 1, WHOLE, INPUTS> : code_row_range<BITS, 1, MIDDLE, INPUTS>;
+  if constexpr (BITS + 3 <= 8)
+    if (w.zero_bits) rows = code_row_range<BITS, 2, EIGHTHS, INPUTS>;
+  rows(w, from, to, x, ldx, y, ldy);
 }
 
 // Four rows of 8 bits on INPUTS inputs, in two terms; two rows at a time where the sums of four need too many

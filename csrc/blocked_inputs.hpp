@@ -3,7 +3,7 @@
 //
 // A tile of inputs: signed codes in lanes, in whole blocks of 16; behind them for each 8 lanes the scales of the
 // columns, and what the offset of the weights adds to the sums, negated. Weights are stored as codes + 128 in blocks,
-// see dense_gemm.hpp.
+// see dense_gemm.hpp; those whose zero points have a fraction as codes in eighths, whose offset is the zero point.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -57,11 +57,14 @@ void quantize_blocks(const float* x, int64_t features, int64_t columns, uint32_t
 }
 
 // ROWS rows, four or eight, times VECS vectors of inputs, for some blocks. `next`: where the next sixteen rows begin.
-// `scales`: of the weights, GROUPS for each row of a block, those of the next four rows `stride` behind.
-template <int ROWS, int VECS, int GROUPS>
-inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t stride, int64_t blocks, int64_t next,
-                         bool accumulate, const uint32_t* x, const uint32_t* header, float* out) {
+// `scales`: of the weights, GROUPS for each row of a block, those of the next four rows `stride` behind. `zeros`: with
+// EIGHTHS, likewise.
+template <int ROWS, int VECS, int GROUPS, bool EIGHTHS>
+inline void blocked_rows(const uint32_t* values, const uint16_t* scales, const uint8_t* zeros, int64_t stride,
+                         int64_t blocks, int64_t next, bool accumulate, const uint32_t* x, const uint32_t* header,
+                         float* out) {
   using L = LaneOps<RAREFY_I8>;
+  const auto cell = [&](int r, int64_t part) { return r / 4 * stride + r % 4 * GROUPS + (GROUPS == 2 ? part : 0); };
   for (int64_t b = 0; b < blocks; ++b, values += DENSE_BLOCK, scales += TILE_ROWS * GROUPS) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) __builtin_prefetch(values + next + r * DENSE_LANES, 0, 3);
@@ -70,7 +73,10 @@ inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int t = 0; t < VECS; ++t) acc[r][t] = L::load_acc(header + TILE_COLS + t * SIMD_WIDTH);
+        for (int t = 0; t < VECS; ++t) {
+          acc[r][t] = L::load_acc(header + TILE_COLS + t * SIMD_WIDTH);
+          if constexpr (EIGHTHS) acc[r][t] = L::acc((i32_vec(acc[r][t]) >> 7) * int32_t(zeros[cell(r, part)]));
+        }
       for (int64_t l = part * PART_LANES; l < (part + 1) * PART_LANES; ++l, x += TILE_COLS) {
         L::input in[VECS];
 #pragma GCC unroll 4
@@ -84,8 +90,7 @@ inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t
       }
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const float scale =
-            GROUPS ? from_bf16(scales[r / 4 * stride + r % 4 * GROUPS + (GROUPS == 2 ? part : 0)]) : 1.0f;
+        const float scale = GROUPS ? from_bf16(scales[cell(r, part)]) : 1.0f;
 #pragma GCC unroll 4
         for (int t = 0; t < VECS; ++t) {
           float* sums = out + r * TILE_COLS + t * SIMD_WIDTH;
@@ -96,10 +101,11 @@ inline void blocked_rows(const uint32_t* values, const uint16_t* scales, int64_t
         }
       }
     }
+    if constexpr (EIGHTHS) zeros += TILE_ROWS * GROUPS;
   }
 }
 
-template <int GROUPS>
+template <int GROUPS, bool EIGHTHS = false>
 void blocked_sums(const rarefy_quantized& w, int64_t row, const uint32_t* values, int64_t rows, const uint32_t* x,
                   int64_t columns, float* out) {
   const int64_t blocks = w.col_blocks;
@@ -107,10 +113,11 @@ void blocked_sums(const rarefy_quantized& w, int64_t row, const uint32_t* values
   for (int64_t b = 0; b < blocks; b += BLOCKED_IN_L1)
     for_each_vector_group(columns, [&](auto vectors, int64_t column) {
       const auto multiply = [&](auto count, int64_t r) {
-        blocked_rows<count, vectors, GROUPS>(
-            values + (r / DENSE_ROWS * blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES,
-            w.scales + ((row + r) * blocks + b * TILE_ROWS) * GROUPS, blocks * TILE_ROWS * GROUPS,
-            std::min(BLOCKED_IN_L1, blocks - b), blocks * DENSE_BLOCK, b > 0, x + b * DENSE_LANES * TILE_COLS + column,
+        const int64_t first = ((row + r) * blocks + b * TILE_ROWS) * GROUPS;
+        blocked_rows<count, vectors, GROUPS, EIGHTHS>(
+            values + (r / DENSE_ROWS * blocks + b) * DENSE_BLOCK + r % DENSE_ROWS * DENSE_LANES, w.scales + first,
+            EIGHTHS ? w.zeros + first : nullptr, blocks * TILE_ROWS * GROUPS, std::min(BLOCKED_IN_L1, blocks - b),
+            blocks * DENSE_BLOCK, b > 0, x + b * DENSE_LANES * TILE_COLS + column,
             headers + b * PARTS * HEADER + column, out + r * TILE_COLS + column);
       };
       constexpr int TOGETHER = vectors == 1 ? 8 : TILE_ROWS;  // sums enough to hide the latency of products
@@ -127,7 +134,9 @@ void multiply_blocked(const rarefy_quantized& w, int64_t row, const uint32_t* va
   switch (w.scale_groups) {
     case 0: return blocked_sums<0>(w, row, values, rows, x, columns, out);
     case 1: return blocked_sums<1>(w, row, values, rows, x, columns, out);
-    default: return blocked_sums<2>(w, row, values, rows, x, columns, out);
+    default:
+      if (w.zero_bits) return blocked_sums<2, true>(w, row, values, rows, x, columns, out);
+      return blocked_sums<2>(w, row, values, rows, x, columns, out);
   }
 }
 

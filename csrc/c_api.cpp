@@ -240,12 +240,12 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
   if (!in) return RAREFY_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(in + n * padded * bytes);
   const auto convert_row = two_terms ? t.convert_row_two_terms : t.convert_row[fp32_inputs ? RAREFY_F32 : RAREFY_I8];
-  const bool blocks = two_terms && first->dtype == RAREFY_I4 && t.convert_row_blocks;
+  const bool blocks = has_block_inputs(*first) && t.convert_row_blocks;
   for (int64_t i = 0; i < n; ++i) {
     const float* row = x + i * ldx;
     char* converted = in + i * padded * bytes;
     if (blocks) {
-      t.convert_row_blocks(row, first->cols, padded, converted);
+      t.convert_row_blocks(row, first->cols, padded, first->dtype != RAREFY_I4, converted);
       continue;
     }
     scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, row, first->cols);
@@ -355,13 +355,12 @@ void dequantize_row(const rarefy_quantized& w, int64_t row, float* out) {
     const float scale = groups ? row_scale * from_bf16(w.scales[group]) : row_scale;
     const int64_t n = std::min(group_size, w.cols - c);
     const uint8_t* values = static_cast<const uint8_t*>(w.values) + cell * bytes;
-    if (w.dtype == RAREFY_I4) {
-      const uint8_t* nibbles = values + column / 2;
-      const int zero_point = w.zeros ? w.zeros[group] : 8;
-      for (int64_t i = 0; i < n; ++i) out[c + i] = float((nibbles[i / 2] >> i % 2 * 4 & 15) - zero_point) * scale;
-    } else if (w.dtype != RAREFY_I8) {
-      const int bits = value_bits(w.dtype), zero_point = 1 << (bits - 1);
-      for (int64_t i = 0; i < n; ++i) out[c + i] = float(wide_code(values, bits, column + i) - zero_point) * scale;
+    if (w.dtype != RAREFY_I8) {
+      const int bits = value_bits(w.dtype), zero_point = w.zeros ? w.zeros[group] : 1 << (bits - 1);
+      for (int64_t i = column; i < column + n; ++i) {
+        const int code = bits == 4 ? values[i / 2] >> i % 2 * 4 & 15 : wide_code(values, bits, i);
+        out[c - column + i] = float((code << w.zero_bits) - zero_point) * scale;
+      }
     } else {
       const int8_t* codes = reinterpret_cast<const int8_t*>(values) + column;
       for (int64_t i = 0; i < n; ++i) out[c + i] = float(codes[i]) * scale;

@@ -110,8 +110,8 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
     case RAREFY_OP_UNPACK: std::memcpy(s.out.data + part * s.features, x, size_t(s.features) * 4); break;
     case RAREFY_OP_LINEAR: return run_decode_linear(t, s, part);
     case RAREFY_OP_CONVERT: {
-      if (s.two_terms == 2) {
-        t.convert_row_blocks(x, s.features, ceil_div(s.features, 64) * 64, out);
+      if (s.two_terms >= 2) {
+        t.convert_row_blocks(x, s.features, ceil_div(s.features, 64) * 64, s.two_terms == 3, out);
         break;
       }
       const float scale = s.dtype == RAREFY_I8 ? rarefy_input_scale(t, x, s.features) : 1.0f;

@@ -48,6 +48,9 @@ static inline int quantized_variant(const rarefy_quantized& w) {
   return 3 * (w.dtype - RAREFY_I8) + (w.two_terms ? 2 : w.fp32_inputs ? 1 : 0);
 }
 
+// Whether single inputs of a weight have a scale for each 32 where there are kernels for that, in place of two terms.
+static inline bool has_block_inputs(const rarefy_quantized& w) { return w.two_terms && w.dtype != RAREFY_I8; }
+
 // A code of 5 or 6 bits; `cell`: the 64 of a row in a block.
 inline int wide_code(const uint8_t* cell, int bits, int64_t column) {
   const int high_bits = bits - 4;
@@ -159,8 +162,8 @@ struct rarefy_kernel_table {
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
   void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
   void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
-  // For 4-bit weights, in place of two terms: avx512_gemv.hpp. Null where those are read.
-  void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, void* out);
+  // In place of two terms: avx512_gemv.hpp. Null where those are read. `halves`: for weights of 5 and 6 bits.
+  void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, bool halves, void* out);
   void (*pack_block_rows)(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);

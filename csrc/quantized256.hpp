@@ -21,8 +21,7 @@ struct QuantizedOps {
   };
   zero_point_pair zero_points(const uint8_t* z) const {
     constexpr int8_t middle = BITS < 8 ? 1 << (BITS - 1) : 0;
-    return BITS == 4 && z ? zero_point_pair{int8_t(z[0]), int8_t(z[scale_groups > 1])}
-                          : zero_point_pair{middle, middle};
+    return BITS < 8 && z ? zero_point_pair{int8_t(z[0]), int8_t(z[scale_groups > 1])} : zero_point_pair{middle, middle};
   }
   struct scale_pair {
     f32x8 low, high;
@@ -92,16 +91,18 @@ void joined_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint
       for (int64_t block = 0; block < w.col_blocks; ++block) {
         const int64_t cell = (row / TILE_ROWS * w.col_blocks + block) * TILE_ROWS + row % TILE_ROWS;
         const auto scales = ops.scales(w.scales + cell * w.scale_groups);
+        const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * w.scale_groups : nullptr;
         const auto values = ops.load(static_cast<const uint8_t*>(w.values) + cell * 8 * BITS,
-                                     ops.zero_points(w.zeros ? w.zeros + cell * w.scale_groups : nullptr));
+                                     ops.zero_points(w.zero_bits ? no_zeros : zeros));
         int8_t codes[64];
         int16_t in[64];
         std::memcpy(codes, values.of, sizeof codes);
         std::memcpy(in, x + i * ldx + block * sizeof in, sizeof in);
         int32_t low = 0, high = 0;
+        const int zero[2] = {w.zero_bits ? zeros[0] : 0, w.zero_bits ? zeros[1] : 0};
         for (int c = 0; c < 32; ++c) {
-          low += codes[c] * in[c];
-          high += codes[c + 32] * in[c + 32];
+          low += ((codes[c] << w.zero_bits) - zero[0]) * in[c];
+          high += ((codes[c + 32] << w.zero_bits) - zero[1]) * in[c + 32];
         }
         sum += float(low) * scales.low[0] + float(high) * scales.high[0];
       }

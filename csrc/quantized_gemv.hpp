@@ -70,7 +70,7 @@ void quantized_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const v
     for_each_four(n, [&](auto inputs, int64_t first) {
       auto rows = quantized_row_range<BITS, KIND, inputs>;
 #if defined(RAREFY_SIMD512)
-      if constexpr (KIND == TWO_TERMS && BITS == 4) rows = nibble_row_range<inputs>;
+      if constexpr (KIND == TWO_TERMS && BITS < 8) rows = code_rows<BITS, inputs>;
       if constexpr (KIND == TWO_TERMS && BITS == 8)
         if (has_byte_rows(w)) rows = byte_row_range<inputs>;
 #endif
@@ -86,7 +86,7 @@ void quantized_epilogue(const rarefy_quantized& w, int64_t from, int64_t to, con
       const int64_t count = to - r;
       float* out = y + i * ldy + r;
       f32_vec v = load_partial(out, count);
-      if (scales && !(BLOCK_SCALES && w.two_terms && w.dtype == RAREFY_I4)) {
+      if (scales && !(BLOCK_SCALES && has_block_inputs(w))) {
         constexpr float both = INPUT_ZERO_POINT * (1.0f + 1.0f / LOST_STEPS);
         if (INPUT_ZERO_POINT != 0 && !(JOINED_TERMS && w.two_terms))
           v -= load_partial(w.row_sums + r, count) * (w.two_terms ? both : float(INPUT_ZERO_POINT));

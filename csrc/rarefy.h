@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 31 };
+enum { RAREFY_ABI_VERSION = 32 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -65,7 +65,7 @@ struct rarefy_quantized {
   int64_t col_blocks;       // blocks of 64 columns, (cols + 63) / 64
   const void* values;       // [rows / 4][col_blocks][4][8 bytes for each bit of a value]
   const uint16_t* scales;   // bf16 [rows / 4][col_blocks][4][scale_groups], or null
-  const uint8_t* zeros;     // int4: zero points, shaped like scales; null: 8, of int5 16, of int6 32
+  const uint8_t* zeros;     // zero points of less than 8 bits, shaped like scales; null: 8, of int5 16, of int6 32
   const float* row_scales;  // [rows], one scale for a whole row, or null
   const float* row_sums;    // [rows], sum of values times `scales` (without row_scales)
   const float* bias;        // [rows] or null
@@ -73,6 +73,8 @@ struct rarefy_quantized {
   int32_t scale_groups;     // scales of a row in a block: 0 (row_scales only), 1, or 2 (32 columns each)
   int32_t fp32_inputs;      // 1: inputs stay fp32; 0: each input row is quantized to int8
   int32_t two_terms;        // 1: what that loses is quantized to int8 as well
+  int32_t zero_bits;        // 0, or 3: zero points in eighths, (8 code - zero) times the scale; of 4 or 5 bits, with
+                            // two terms and two scale_groups
 };
 
 // Blocks of weights that share a scale, and what is fitted to them: the scale of least squared error among those of the
@@ -340,7 +342,8 @@ struct rarefy_step {
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
   int32_t two_terms;  // CONVERT to int8, and LINEAR that reads it: 16 bits for each input. 1: codes and what rounding
-                      // them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see rarefy_scales_blocks
+                      // them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see rarefy_scales_blocks;
+                      // 3: as 2, of single tokens for weights of 5 and 6 bits
   int32_t subtract_mean;  // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;       // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;   // KV_STORE: x are values; 0: keys

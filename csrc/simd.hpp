@@ -12,7 +12,7 @@
 //   QuantizedOps           dequantize 64 values of a quantized weight, multiply them by an input
 //   LaneOps<DTYPE>         multiply-accumulate of 32-bit lanes: 1 fp32, 2 bf16 or int16, 4 int8 inputs
 //   JOINED_TERMS           whether the two int8 terms of an input are one number of 16 bits
-//   BLOCK_SCALES           whether single inputs of 4-bit weights have a scale for each 32 in place of two terms
+//   BLOCK_SCALES           whether single inputs of 4- to 6-bit weights have a scale for each 32 in place of two terms
 //   load_first, store_first   the first n floats, then zeros, where n is smaller than a vector
 //   exp2_fast              2^x for x <= 8 with a relative error of 1e-4, at least 2^-100; NaN stays NaN
 //   exp_vec, reciprocal    e^x and 1 / x with a relative error of 1e-7; NaN stays NaN

@@ -35,7 +35,7 @@ inline V load_as(const void* p) {
 
 using raw_vec = u32x8;
 
-constexpr bool BLOCK_SCALES = false;  // inputs of 4-bit weights have two terms
+constexpr bool BLOCK_SCALES = false;  // inputs of weights have two terms
 constexpr bool JOINED_TERMS = true;   // the two int8 terms of an input are one number of 16 bits
 
 inline raw_vec load_raw(const void* p) { return load_as<u32x8>(p); }

@@ -18,7 +18,7 @@ namespace {
 constexpr int SIMD_WIDTH = 16, MAX_VECS = 4;
 constexpr int32_t INPUT_ZERO_POINT = 128;
 constexpr bool JOINED_TERMS = false;  // the two int8 terms of an input are multiplied one after the other
-constexpr bool BLOCK_SCALES = true;   // inputs of 4-bit weights have a scale for each 32 in place of two terms
+constexpr bool BLOCK_SCALES = true;   // inputs of 4- to 6-bit weights have a scale for each 32 in place of two terms
 
 // On Zen 4 and 5 a zero-masked expansion waits for the register that it overwrites. So values are merged into zeros
 // that the compiler cannot recognize as zeros.
@@ -129,7 +129,7 @@ struct QuantizedOps {
 
   // The zero points (and scales) of both halves are broadcast together; each half then selects its own.
   __m512i zero_points(const uint8_t* z) const {
-    if (BITS != 4 || !z) return middle;
+    if (BITS == 8 || !z) return middle;
     if (scale_groups < 2) return _mm512_set1_epi8(char(*z));
     uint16_t both;
     std::memcpy(&both, z, 2);

@@ -20,10 +20,13 @@ API int rarefy_check_quantized(const rarefy_quantized* w, int64_t values) {
   if (w->rows < 0 || w->cols < 0 || w->col_blocks != (w->cols + 63) / 64) return RAREFY_INVALID;
   if (w->dtype < RAREFY_I8 || w->dtype > RAREFY_I6 || w->scale_groups < 0 || w->scale_groups > 2) return RAREFY_INVALID;
   if ((w->scale_groups == 0) == (w->scales != nullptr)) return RAREFY_INVALID;
-  if (w->zeros && (!w->scale_groups || w->dtype != RAREFY_I4)) return RAREFY_INVALID;
+  if (w->zeros && (!w->scale_groups || w->dtype == RAREFY_I8)) return RAREFY_INVALID;
+  const int bits = value_bits(w->dtype);
+  if (w->zero_bits && (w->zero_bits != 3 || bits > 5 || !w->zeros || !w->two_terms || w->scale_groups != 2))
+    return RAREFY_INVALID;  // codes with their fraction fit a byte
   if (w->two_terms && w->fp32_inputs) return RAREFY_INVALID;
   for (int64_t i = 0; w->zeros && i < (w->rows + 3) / 4 * 4 * w->col_blocks * w->scale_groups; ++i)
-    if (w->zeros[i] > 15) return RAREFY_INVALID;
+    if (!w->zero_bits && w->zeros[i] >= 1 << bits) return RAREFY_INVALID;
   return (w->rows + 3) / 4 * w->col_blocks * 4 * cell_bytes(w->dtype) == values ? RAREFY_OK : RAREFY_INVALID;
 }
 

@@ -92,7 +92,7 @@ inline void store_bf16_lanes(const float (&values)[64], int64_t r, uint32_t* out
   }
 }
 
-// As decompress_quantized, of values of BITS bits; OFFSET: int8 codes plus 128.
+// As decompress_quantized, of values of BITS bits; OFFSET: int8 codes plus 128, or codes as they are, in eighths.
 template <int DTYPE, int BITS, bool OFFSET>
 void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   const QuantizedOps<BITS> ops{w.scale_groups};
@@ -101,13 +101,13 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += 8 * BITS) {
     const int64_t r = cell % TILE_ROWS;
     prefetch_ahead(value);
-    const auto zero_point = ops.zero_points(w.zeros ? w.zeros + cell * groups : nullptr);
+    const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * groups : nullptr;
     alignas(64) int8_t codes[64];
-    const auto loaded = ops.load(value, zero_point);
+    const auto loaded = ops.load(value, ops.zero_points(w.zero_bits ? no_zeros : zeros));
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
       if constexpr (OFFSET)
-        for (int8_t& code : codes) code = int8_t(code ^ -128);
+        for (int8_t& code : codes) code = int8_t(w.zero_bits ? code << w.zero_bits : code ^ -128);
       store_int8_lanes(codes, r, out);
     } else if constexpr (DTYPE == RAREFY_I16) {
       store_wide_lanes(codes, r, out);
@@ -116,8 +116,10 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
       const float low = row_scale * (groups ? from_bf16(w.scales[cell * groups]) : 1.0f);
       const float high = groups > 1 ? row_scale * from_bf16(w.scales[cell * groups + 1]) : low;
       alignas(64) float values[64];
-      for (int64_t c = 0; c < 32; ++c) values[c] = float(codes[c]) * low;
-      for (int64_t c = 32; c < 64; ++c) values[c] = float(codes[c]) * high;
+      const float steps = float(1 << w.zero_bits);  // of zero points with a fraction, between codes
+      const float zero_low = w.zero_bits ? zeros[0] : 0.0f, zero_high = w.zero_bits ? zeros[1] : 0.0f;
+      for (int64_t c = 0; c < 32; ++c) values[c] = (float(codes[c]) * steps - zero_low) * low;
+      for (int64_t c = 32; c < 64; ++c) values[c] = (float(codes[c]) * steps - zero_high) * high;
       if constexpr (DTYPE == RAREFY_BF16)
         store_bf16_lanes(values, r, out);
       else

@@ -11,6 +11,9 @@ from helpers import llama_cpp
 from rarefy.checkpoint import gguf_tokenizer
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.data import builtin
+from rarefy.formats import gguf_blocks
+from rarefy.runtime import bindings
+from rarefy.runtime.packing import unpack
 
 gguf = pytest.importorskip("gguf")
 
@@ -76,6 +79,53 @@ def test_decoders_of_files(kind, precision, limit, tmp_path):
     step = rarefy.decoder(model, precision=precision)
     assert far(step(torch.tensor([IDS]))[0].numpy(), eager(model)) < limit
     assert far(step(torch.tensor([IDS]))[0].numpy(), llama_cpp.logits(file, IDS)) < limit + 3e-2  # it rounds inputs
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K"])
+def test_decoders_keep_the_bits_of_files(kind, isa, tmp_path):
+    """Files that llama.cpp has rounded: the codes stay, scales and minimums lose less than a sixth of a step."""
+    model = build("Llama", hidden_size=256, intermediate_size=512, num_key_value_heads=1)
+    file = llama_cpp.quantized(write(tmp_path, model), tmp_path / "q.gguf", kind)
+    dense, step = rarefy.from_gguf(file), rarefy.decoder_from_files(file)
+    held = {layer: k.held[0] for node, k in step.compiled.kernels.items() if (layer := layer_of(step, node))}
+    assert {p.kind for p in held.values()} == {f"int{kind[1]}"} and len(held) == 3 * 7 + 1
+    for name, packed in held.items():
+        layer = dense.get_submodule(name)
+        weight, layer.weight.data = layer.weight.detach(), unpack(packed)
+        steps = packed.scales.float().amax() * (8 if packed.zero_bits else 1)
+        assert (unpack(packed) - weight).abs().max() < 0.15 * steps
+    ids = torch.randint(3, 96, (13, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = dense(ids, use_cache=False).logits.numpy()
+    for rows in (1, 13):
+        cache = step.cache(rows, 40)
+        pieces = [step(ids[:rows, a:b], cache) for a, b in ((0, 33), *((i, i + 1) for i in range(33, 40)))]
+        assert far(torch.cat(pieces, 1).numpy(), want[:rows]) < 0.03
+    rarefy.save(step, tmp_path / "saved")
+    assert torch.equal(rarefy.load(tmp_path / "saved")(ids), step(ids))
+
+
+def layer_of(step, node):
+    return step.compiled.exported.layers.get(node, "") if node.target.__name__ == "linear" else ""
+
+
+def grid_of_q4_1(weights):
+    """Return the grid of one block of Q4_1."""
+    blocks = gguf.quants.quantize(np.asarray(weights, np.float32)[None], gguf.GGMLQuantizationType.Q4_1)
+    return gguf_blocks.to_grid("Q4_1", torch.from_numpy(blocks))
+
+
+def test_minimums_that_kernels_do_not_hold():
+    """Groups that are positive, or far from zero, are read in 8 bits; equal weights are their minimum."""
+    assert grid_of_q4_1(np.linspace(-1, 1, 32)).fits and grid_of_q4_1(np.linspace(0, 1, 32)).fits
+    assert grid_of_q4_1(np.linspace(1, 2, 32)) is None and grid_of_q4_1(np.linspace(-9, -8.9, 32)) is None
+    equal = grid_of_q4_1(np.full(32, -0.5))
+    scale, zero = equal.eighths()
+    assert equal.codes(torch.full((1, 32), -0.5)).eq(0).all() and float(-scale * zero) == -0.5
+    blocks = gguf.quants.quantize(np.linspace(-1, 1, 32, dtype=np.float32)[None], gguf.GGMLQuantizationType.Q4_1)
+    blocks[0, :2] = np.frombuffer(np.float16(-0.1).tobytes(), np.uint8)
+    assert gguf_blocks.to_grid("Q4_1", torch.from_numpy(blocks)) is None
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])

@@ -47,3 +47,38 @@ def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
         return found
     finally:
         model.close()
+
+
+def quantized(source: Path, out: Path, kind: str) -> Path:
+    """Write a GGUF file of fp32 again with its matrices in another type, rounded by llama.cpp."""
+    import gguf
+
+    from language import libraries, load
+
+    library = libraries().get("xllamacpp")
+    if library is None:
+        pytest.skip("xllamacpp is not installed")
+    function = load(library).ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+    ]  # fmt: skip
+    reader, number = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+    for tensor in reader.tensors:
+        data = np.ascontiguousarray(tensor.data, np.float32)
+        if data.ndim < 2 or data.shape[1] % block:
+            writer.add_tensor(tensor.name, data)
+            continue
+        blocks = np.zeros((len(data), data.shape[1] // block * size), np.uint8)
+        written = function(number.value, data.ctypes.data, blocks.ctypes.data, 0, *data.shape, None)
+        assert written == blocks.nbytes
+        writer.add_tensor(tensor.name, blocks, raw_dtype=number)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    return out

@@ -25,7 +25,8 @@ from rarefy.runtime import autotune, bindings, candidates, tuning_cache
 from rarefy.runtime.accelerate import accelerate_
 from rarefy.runtime.kernel import GroupedKernels, Kernel
 from rarefy.runtime.latency_table import latency_table
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_quantized, pack_tiles
+from rarefy.runtime.pack_panels import pack_quantized
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_tiles
 from rarefy.runtime.sparse_layers import QuantizedEmbedding, SparseConv, SparseLinear, geometry
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +22,13 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import FormatError
 from rarefy.model.layers import all_layers
-from rarefy.model.quant_grid import get_grid
+from rarefy.model.quant_grid import OffsetGrid, get_grid
 from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import GroupedKernels, Kernel, can_group
-from rarefy.runtime.packed_formats import ROW_KINDS
-from rarefy.runtime.packing import pack_quantized
+from rarefy.runtime.pack_panels import pack_quantized, unpack_panels
+from rarefy.runtime.packed_formats import PANEL_BITS, ROW_KINDS, QuantizedPanels
 from rarefy.runtime.sparse_layers import QuantizedEmbedding
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
@@ -482,10 +483,18 @@ GRIDS = [
     ("int8", None, True), ("int4", None, True), ("int4", 32, True), ("int4", 64, True), ("int4", 32, False),
     ("int4", None, False), ("int3", "tensor", True), ("int5", 32, True), ("int4", 128, False), ("int2", 96, True),
     ("int6", 32, True), ("int6", 64, True), ("int6", None, True), ("int5", "tensor", True), ("int7", 32, True),
+    ("int5", 32, False), ("int6", 64, False),
 ]  # fmt: skip
 
 
 def on_grid(O, C, weights, group, symmetric):
+    """Return random weights and their grid; `symmetric` None: with minimums, as in GGUF files."""
+    if symmetric is None:
+        scale = torch.rand(O, C // group) + 0.5
+        grid = OffsetGrid(int(weights[3]), scale, 31 * scale * torch.rand(O, C // group))
+        codes = torch.randint(0, 1 << grid.bits, (O, C // group, group))
+        scale, zero = (t.float() for t in grid.eighths())
+        return (scale[..., None] * (8 * codes - zero[..., None])).reshape(O, C), grid
     config = resolve_options(QuantizeOptions(weights=weights, group=group, symmetric=symmetric))
     shape = (1, 1) if group == "tensor" else (O, 1 if group is None else C // group)
     W = torch.randn(O, C) + (0 if symmetric else 0.5)
@@ -496,7 +505,7 @@ def on_grid(O, C, weights, group, symmetric):
 @pytest.mark.parametrize("way", GRIDS, ids=str)
 def test_rows_of_panels(way):
     W, grid = on_grid(37, 384, *way)
-    kernel, ids = Kernel(packing.pack_quantized(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
+    kernel, ids = Kernel(pack_quantized(W, grid)), torch.tensor([[36, 0, 5], [5, 4, 3]])
     torch.testing.assert_close(kernel.rows(ids), packing.unpack(kernel.held[0])[ids], rtol=1e-6, atol=1e-7)
     assert kernel.rows(ids[:0]).shape == (0, 3, 384)
     for wrong in (37, -1):
@@ -515,10 +524,10 @@ def test_products_of_panels(size, way, exact, isa):
     if isinstance(group, int) and C % group:
         C = group * (C // group or 1)
     W, grid = on_grid(O, C, *way)
-    weight = packing.pack_quantized(W, grid, exact)
+    weight = pack_quantized(W, grid, exact)
     torch.testing.assert_close(packing.unpack(weight), W, rtol=1e-6, atol=1e-7)
     codes = (-(-O // 4) * 4) * (-(-C // 64) * 64)
-    assert weight.values.numel() * 8 == codes * packing.PANEL_BITS[weight.kind]
+    assert weight.values.numel() * 8 == codes * PANEL_BITS[weight.kind]
     assert weight.kind == {2: "int4", 3: "int4", 7: "int8"}.get(grid.bits, f"int{grid.bits}")
     bias = torch.randn(O)
     for N in (1, 2, 3, 4, 9):
@@ -545,6 +554,11 @@ def test_products_of_panels(size, way, exact, isa):
         ("int4", 64, True),
         ("int4", 96, False),
         ("int4", None, True),
+        ("int5", 32, False),
+        ("int5", None, False),
+        ("int6", 64, False),
+        ("int4", 32, None),
+        ("int5", 32, None),
     ],
     ids=str,
 )
@@ -552,7 +566,7 @@ def test_products_of_panels(size, way, exact, isa):
 def test_products_of_inputs_in_two_terms(size, way, isa):
     O, C = size
     W, grid = on_grid(O, C, *way)
-    weight = packing.pack_quantized(W, grid, False, True)
+    weight = pack_quantized(W, grid, False, True)
     bias, by_blocks = torch.randn(O), bindings.scales_blocks(rows=True)
     for N in (1, 2, 3, 4, 9):
         x = torch.randn(N, C)
@@ -561,17 +575,19 @@ def test_products_of_inputs_in_two_terms(size, way, isa):
         want = reference.rounded(x, weight, by_blocks).double() @ packing.unpack(weight).double().T + bias
         assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))  # codes of lost parts between two
         exact = x.double() @ packing.unpack(weight).double().T + bias
-        once = Kernel(packing.pack_quantized(W, grid, False), bias).run(x)
-        least = 0.95 if by_blocks and weight.kind == "int4" else 0.1
+        once = reference.rounded(x, replace(weight, two_terms=False)).double() @ unpack_panels(weight).double().T + bias
+        least = 0.95 if by_blocks and weight.kind != "int8" else 0.1
         assert O == 1 or (got - exact).norm() < least * (once - exact).norm()  # errors of one output may cancel
     activations(weight, bias, x, got)
 
 
 @pytest.mark.parametrize(
-    "way", [("int8", None, True), ("int6", 64, True), ("int5", 32, True), ("int4", 32, False)], ids=str
+    "way",
+    [("int8", None, True), ("int6", 64, True), ("int5", 32, True), ("int5", 32, None), ("int4", 32, False)],
+    ids=str,
 )
 def test_products_of_many_inputs_in_two_terms(way, isa):
-    weight = packing.pack_quantized(*on_grid(9, 70 * 64, *way), False, True)
+    weight = pack_quantized(*on_grid(9, 70 * 64, *way), False, True)
     x = torch.randn(1, 70 * 64)
     by_blocks = bindings.scales_blocks(rows=True)
     want = reference.rounded(x, weight, by_blocks).double() @ packing.unpack(weight).double().T
@@ -583,25 +599,25 @@ def test_products_of_many_inputs_in_two_terms(way, isa):
 def test_inputs_that_are_not_finite_give_nan(way, wrong, isa):
     x = torch.randn(3, 96)
     x[1, 40] = wrong
-    got = Kernel(packing.pack_quantized(*on_grid(7, 96, *way), False, True)).run(x)
+    got = Kernel(pack_quantized(*on_grid(7, 96, *way), False, True)).run(x)
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
 def test_two_terms_are_for_int8_inputs():
     with pytest.raises(FormatError, match="two_terms: expected False, or True for int8 inputs, got True"):
-        Kernel(packing.pack_quantized(*on_grid(8, 96, "int6", 32, True), True, True))
-    kernels = [Kernel(packing.pack_quantized(*on_grid(8, 96, "int8", None, True), False, two)) for two in (True, False)]
+        Kernel(pack_quantized(*on_grid(8, 96, "int6", 32, True), True, True))
+    kernels = [Kernel(pack_quantized(*on_grid(8, 96, "int8", None, True), False, two)) for two in (True, False)]
     assert not can_group(kernels)
 
 
 def test_panels_of_several_layers_in_one_call(isa):
-    weights = [packing.pack_quantized(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
+    weights = [pack_quantized(*on_grid(O, 128, "int4", 32, True)) for O in (5, 64, 70)]
     kernels, x = [Kernel(w) for w in weights], torch.randn(3, 128)
     assert can_group(kernels)
     for got, kernel in zip(GroupedKernels(kernels).run(x), kernels):
         torch.testing.assert_close(got, kernel.run(x))
     W, grid = on_grid(8, 128, "int4", 32, True)
-    assert not can_group([kernels[0], Kernel(packing.pack_quantized(W, grid, False))])
+    assert not can_group([kernels[0], Kernel(pack_quantized(W, grid, False))])
 
 
 def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
@@ -609,22 +625,24 @@ def test_inputs_that_are_no_numbers_spoil_their_row_alone(isa):
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
     for inputs in ((True, False), (False, False), (False, True)):
-        y = Kernel(packing.pack_quantized(W, grid, *inputs)).run(x)
+        y = Kernel(pack_quantized(W, grid, *inputs)).run(x)
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 
 @pytest.mark.parametrize(
     ("way", "says"),
     [
-        (("int8", None, False), "asymmetric codes of more than 4 bits"),
-        (("int6", 32, False), "asymmetric codes of more than 4 bits"),
+        (("int8", None, False), "asymmetric codes of more than 6 bits"),
+        (("int7", 32, False), "asymmetric codes of more than 6 bits"),
+        (("int6", 32, None), "minimums but of 4 and 5 bits in groups of 32"),
+        (("int5", 48, None), "minimums but of 4 and 5 bits in groups of 32"),
         (("int4", 16, True), "groups of 16 inputs"),
         (("int8", 48, True), "groups of 48 inputs"),
     ],
 )
 def test_grids_that_no_kernel_reads(way, says):
     with pytest.raises(FormatError, match=f"no kernel for {says}"):
-        packing.pack_quantized(*on_grid(4, 96, *way))
+        pack_quantized(*on_grid(4, 96, *way))
 
 
 @pytest.mark.parametrize(
@@ -640,21 +658,42 @@ def test_grids_that_no_kernel_reads(way, says):
         ({"row_scales": torch.ones(3)}, "row_scales: the kernels expect"),
         ({"row_sums": torch.ones(3)}, "row_sums: the kernels expect"),
         ({"values": torch.zeros(2, 2, 4, 31, dtype=torch.uint8)}, "values: the kernels expect"),
+        ({"zero_bits": 2}, "zero_bits: expected 0, or 3 for zero points in eighths, got 2"),
+        ({"zero_bits": 3}, r"the packed quantizedpanels of shape \[8, 96\] is damaged"),
         ({"shape": (8, 64)}, "values: the kernels expect"),
         ({"shape": (8, -1)}, "shape: expected whole numbers"),
     ],
 )
 def test_panels_that_do_not_fit_together_never_run(change, says):
-    weight = packing.pack_quantized(*on_grid(8, 96, "int4", 32, True))
+    weight = pack_quantized(*on_grid(8, 96, "int4", 32, True))
     with pytest.raises(FormatError, match=says):
-        Kernel(packing.QuantizedPanels(**{**vars(weight), **change}))
+        Kernel(QuantizedPanels(**{**vars(weight), **change}))
 
 
-def test_zero_points_of_more_than_4_bits_never_run():
-    weight = packing.pack_quantized(*on_grid(8, 96, "int4", 32, False))
-    weight.zeros[1, 0, 2, 1] = 16
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_zero_points_of_too_many_bits_never_run(bits):
+    weight = pack_quantized(*on_grid(8, 96, f"int{bits}", 32, False))
+    weight.zeros[1, 0, 2, 1] = 1 << bits
     with pytest.raises(FormatError, match=r"the packed quantizedpanels of shape \[8, 96\] is damaged"):
         Kernel(weight)
+
+
+def test_minimums_out_of_reach_are_refused():
+    W, grid = on_grid(8, 96, "int4", 32, None)
+    for change in (torch.neg, lambda t: 40 * t):
+        with pytest.raises(FormatError, match="no kernel for minimums above zero, or lower than zero by more than"):
+            pack_quantized(W, replace(grid, minimum=change(grid.minimum)), False, True)
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_minimums_lose_less_than_a_tenth_of_a_step(bits):
+    """Weights as files have them, whose minimums are between eighths, and rows that lie in whole tiles or not."""
+    scale, minimum = torch.rand(37, 3) + 0.5, 31 * torch.rand(37, 3) * 0.5
+    W = torch.randint(0, 1 << bits, (37, 3, 32)) * scale[..., None] - minimum[..., None]
+    packed = pack_quantized(W.flatten(1), OffsetGrid(bits, scale, minimum), False, True)
+    assert ((unpack_panels(packed).view(W.shape) - W).abs() / scale[..., None]).max() < 0.2
+    ids = torch.tensor([36, 0, 5])
+    torch.testing.assert_close(Kernel(packed).rows(ids), unpack_panels(packed)[ids], rtol=1e-6, atol=1e-6)
 
 
 def run_with_kernels(tmp_path, option, *words, **env):

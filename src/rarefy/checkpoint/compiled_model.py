@@ -60,7 +60,7 @@ SCALARS: dict[str, tuple[str, ...]] = {  # fields of a packed weight that are no
     "fours": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
-OPTIONAL = {"panels": {"two_terms"}}  # fields that are written where they are not False
+OPTIONAL = {"panels": {"two_terms", "zero_bits"}}  # fields that are written where they are not False or 0
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
 DECODER_FIELDS = ("vocab_size", "max_tokens", "eos_tokens", "pad_token", "cache_features")
 GENERATION = "generation_defaults"  # is written where a model has any

@@ -14,7 +14,7 @@ from rarefy.checkpoint import gguf_architectures as table
 from rarefy.common.errors import ModelError
 from rarefy.formats import gguf_blocks, gguf_file
 from rarefy.model import hf
-from rarefy.model.quant_grid import Grid, record_grid_
+from rarefy.model.quant_grid import Grid, OffsetGrid, record_grid_
 
 LAYER = re.compile(r"blk\.(\d{1,6})\.")
 MAX_LAYERS, MAX_TOKENS = 1024, 1 << 30
@@ -57,7 +57,7 @@ class GgufModel:
         """Return whether matrices are in other types than floating point."""
         return any(e.kind not in gguf_file.FLOATS for e in self.file.tensors.values())
 
-    def weight(self, name: str) -> tuple[Tensor, Grid | None]:
+    def weight(self, name: str) -> tuple[Tensor, Grid | OffsetGrid | None]:
         """Return a weight by its name in transformers, and the grid that it is on in the file."""
         stored = self.names[name]
         weight, kind = self.file.tensor(stored), self.file.tensors[stored].kind
@@ -93,8 +93,8 @@ class GgufModel:
 def from_gguf(path: str | Path) -> nn.Module:
     """Return the language model of a GGUF file as a model of transformers.
 
-    Weights have exactly the file's values. Those in Q8_0 and Q4_0 also keep their codes: `decoder`, `save` and
-    `export` use them.
+    Weights have exactly the file's values. Those in Q8_0, Q5_0 and Q4_0 also keep their codes: `decoder`, `save` and
+    `export` use them. `decoder_from_files` keeps those of Q4_1, Q5_1, Q4_K and Q5_K too.
 
     Args:
         path: a file of a llama-, qwen2-, qwen3-, gemma- or phi3-like architecture (Mistral's files are llama's), in
@@ -126,7 +126,7 @@ def from_gguf(path: str | Path) -> nn.Module:
         module = model.get_submodule(owner)
         weight, grid = source.weight(name)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-        record_grid_(module, leaf, grid)
+        record_grid_(module, leaf, grid if isinstance(grid, Grid) else None)
     model.tie_weights()
     for p in model.parameters():
         p.requires_grad_(True)

@@ -24,11 +24,11 @@ from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verif
 from rarefy.generation.kv_cache import check_cache_precision
 from rarefy.model import hf
 from rarefy.model.layout import is_hf_conv1d
-from rarefy.model.quant_grid import Grid
+from rarefy.model.quant_grid import Grid, OffsetGrid
 from rarefy.quantization.config import QuantizeConfig
 from rarefy.quantization.grids import fit_grid
+from rarefy.runtime.pack_panels import PIECE, join_rows
 from rarefy.runtime.packed_formats import QuantizedPanels
-from rarefy.runtime.packing import PIECE, join_rows
 
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux: addresses without memory behind them
 ROUNDED = {  # grids of linear layers that are not on one yet
@@ -226,7 +226,7 @@ class _Weights:
         """Return whether a tensor is a view of a weight that is not read yet."""
         return t.untyped_storage().data_ptr() in self.names
 
-    def read(self, t: Tensor) -> tuple[Tensor, Grid | None]:
+    def read(self, t: Tensor) -> tuple[Tensor, Grid | OffsetGrid | None]:
         """Return the values of a placeholder or of a view of one, in fp32, and the grid that they are on."""
         name = self.names[t.untyped_storage().data_ptr()]
         weight, grid = self._rounded(name)
@@ -236,7 +236,7 @@ class _Weights:
             return weight[rows], grid if grid is None or len(grid.scale) == 1 else grid.map(lambda s: s[rows])
         return weight.as_strided(t.shape, t.stride(), t.storage_offset()).contiguous(), None
 
-    def _rounded(self, name: str) -> tuple[Tensor, Grid | None]:
+    def _rounded(self, name: str) -> tuple[Tensor, Grid | OffsetGrid | None]:
         weight, grid = self.files.weight(name)
         weight = weight.float().contiguous()
         if self.rounded is None or grid is not None or name in self.ends or weight.dim() != 2:
@@ -257,7 +257,7 @@ class _Weights:
             return pack_weight(weight, self.precision, grid, False)
         return pieces[0] if len(pieces) == 1 else join_rows(pieces)
 
-    def _pack_rows(self, weight: Tensor, grid: Grid | None, start: int, rows: int) -> Any:
+    def _pack_rows(self, weight: Tensor, grid: Grid | OffsetGrid | None, start: int, rows: int) -> Any:
         part = grid if grid is None or len(grid.scale) == 1 else grid.map(lambda s: s[start : start + rows])
         return pack_weight(weight[start : start + rows], self.precision, part, False)
 

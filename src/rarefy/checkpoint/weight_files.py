@@ -21,7 +21,7 @@ from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
 from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS
-from rarefy.model.quant_grid import Grid
+from rarefy.model.quant_grid import Grid, OffsetGrid
 
 END_BYTES = 1 << 20  # of a file's beginning and end that identify it
 UNSUPPORTED = {"factors": "is factorized", "tied": "has blocks that share weights", "inputs": "rounds inputs"}
@@ -40,7 +40,7 @@ class WeightFiles(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def weight(self, name: str) -> tuple[Tensor, Grid | None]:
+    def weight(self, name: str) -> tuple[Tensor, Grid | OffsetGrid | None]:
         """Return a weight and the quantization grid that it is on."""
         ...
 

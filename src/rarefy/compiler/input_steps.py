@@ -48,7 +48,7 @@ def quantize_input(
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 and int16 there is a scale for each token or pixel, or one for each image, whose pixels
-    a convolution sums. With two terms (1), or a scale for each 32 inputs (2), an input takes 16 bits.
+    a convolution sums. With two terms (1), or a scale for each 32 inputs (2, 3), an input takes 16 bits.
     """
     key = x, precision + " per image" * per_image + (f" terms {two_terms}" if two_terms else "")
     if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:
@@ -61,7 +61,7 @@ def quantize_input(
             lanes = -(-source.features // 64) * 64 // LANE[precision]
         else:
             lanes = -(-source.features // LANE[precision]) if per_image else p.code_lanes(source, precision)
-        one_scale = precision != "bf16" and two_terms != 2  # for all inputs of a token: only then their largest is read
+        one_scale = precision != "bf16" and two_terms < 2  # for all inputs of a token: only then their largest is read
         absmax = p.absmax(source) if one_scale and not p.decode else None
         if per_image:
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)

@@ -19,6 +19,7 @@ from rarefy.model.quant_grid import Grid
 from rarefy.runtime import bindings, winograd
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel
+from rarefy.runtime.pack_panels import PIECE, join_rows, pack_quantized
 from rarefy.runtime.packed_formats import (
     CACHE_BLOCK,
     CONV_BLOCK,
@@ -39,11 +40,8 @@ from rarefy.runtime.packed_formats import (
     skips_zeros,
 )
 from rarefy.runtime.packing import (
-    PIECE,
-    join_rows,
     pack_conv,
     pack_dense,
-    pack_quantized,
     pack_sell,
     pack_tiles,
     shared,

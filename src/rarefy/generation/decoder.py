@@ -30,9 +30,10 @@ from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
 from rarefy.model.layout import is_hf_conv1d
-from rarefy.model.quant_grid import Grid
+from rarefy.model.quant_grid import Grid, OffsetGrid
 from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
-from rarefy.runtime.packing import pack_bitmask, pack_quantized
+from rarefy.runtime.pack_panels import pack_quantized
+from rarefy.runtime.packing import pack_bitmask
 
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # types of models of transformers
 ALIBI = ("bloom", "mpt")
@@ -148,7 +149,7 @@ class LazyWeights(Protocol):
         """Return whether a tensor is a placeholder, or a view of one."""
         ...
 
-    def read(self, t: Tensor) -> tuple[Tensor, Grid | None]:
+    def read(self, t: Tensor) -> tuple[Tensor, Grid | OffsetGrid | None]:
         """Return the values of a placeholder or of its view, in fp32, and the grid that they are on."""
         ...
 
@@ -414,11 +415,15 @@ def _kernels_hold(grid: Grid, precision: str | None) -> bool:
     return exact or (precision == "int8" and grid.bits <= 6)
 
 
-def pack_weight(weight: Tensor, precision: str | None, grid: Grid | None, rounded: bool) -> Any:
+def pack_weight(weight: Tensor, precision: str | None, grid: Grid | OffsetGrid | None, rounded: bool) -> Any:
     """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask.
 
     In 8 bits, inputs of panels have two terms, or scales of blocks, unless the model itself rounds them.
     """
+    if isinstance(grid, OffsetGrid):
+        if precision == "int8" and not rounded:
+            return pack_quantized(weight, grid, False, True)
+        grid = None
     if grid is not None and not _kernels_hold(grid, precision):
         grid = None
     zeros = float((weight == 0).float().mean())

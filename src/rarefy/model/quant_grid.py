@@ -26,6 +26,7 @@ from rarefy.model.layers import Layer
 from rarefy.model.parametrize import attach_
 
 BITS = range(2, 9)
+EIGHTHS = 8  # steps of a zero point between two codes
 NOTE = "rarefy_grids"
 
 
@@ -95,6 +96,48 @@ class Grid:
         """Return the codes of a weight less their zero points, in fp32 and in blocks."""
         steps, zero = self._steps(weight)
         return steps.clamp_(*self.range).sub_(zero)
+
+
+@dataclass(frozen=True, eq=False)
+class OffsetGrid:
+    """Codes from 0 on, with a minimum for each group: W = scale x code - minimum, as GGUF files store weights.
+
+    Kernels alone use it, with zero points in eighths of a scale. 0 need not be on it, so weights that are pruned or
+    trained have a `Grid`.
+
+    >>> grid = OffsetGrid(4, torch.tensor([[0.5]]), torch.tensor([[1.3]]))
+    >>> grid.codes(torch.tensor([[-1.3, 0.7]])).tolist(), [t.tolist() for t in grid.eighths()]
+    ([[0, 4]], [[[0.0625]], [[21]]])
+    """
+
+    bits: int
+    scale: Tensor  # [O, groups], above 0
+    minimum: Tensor  # likewise
+
+    @property
+    def fits(self) -> bool:
+        """Return whether all zero points fit their bytes: from 0 to 31.8 scales."""
+        scale, zero = self._eighths()
+        return bool(((zero >= 0) & (zero < 256) & scale.isfinite() & (scale > 0)).all())
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the codes of a weight, int16 in its shape. O(n)."""
+        blocks = split_blocks(weight.detach().float(), self.scale.shape) + broadcast_scales(self.minimum.float())
+        codes = (blocks / broadcast_scales(self.scale.float())).round_().clamp_(0, (1 << self.bits) - 1)
+        return codes.to(torch.int16).reshape(weight.shape)
+
+    def eighths(self) -> tuple[Tensor, Tensor]:
+        """Return an eighth of each scale, bf16, and the zero points as multiples of it, uint8."""
+        scale, zero = self._eighths()
+        return scale, zero.to(torch.uint8)
+
+    def map(self, do: Callable[[Tensor], Tensor]) -> OffsetGrid:
+        """Return the grid with a function applied to its tensors."""
+        return OffsetGrid(self.bits, do(self.scale), do(self.minimum))
+
+    def _eighths(self) -> tuple[Tensor, Tensor]:
+        scale = (self.scale.float() / EIGHTHS).bfloat16()
+        return scale, (self.minimum.float() / scale.float()).round()
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 31  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 32  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate(DTYPES)}  # rarefy_dtype
@@ -49,7 +49,7 @@ class _Quantized(Structure):
     _fields_ = [
         *[(n, c_int64) for n in ("rows", "cols", "col_blocks")],
         *[(n, c_void_p) for n in ("values", "scales", "zeros", "row_scales", "row_sums", "bias")],
-        *[(n, c_int32) for n in ("dtype", "act", "scale_groups", "fp32_inputs", "two_terms")],
+        *[(n, c_int32) for n in ("dtype", "act", "scale_groups", "fp32_inputs", "two_terms", "zero_bits")],
     ]
 
 

@@ -13,8 +13,9 @@ from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import Grid, recorded_grids
 from rarefy.runtime import bindings
+from rarefy.runtime.pack_panels import pack_quantized
 from rarefy.runtime.packed_formats import CACHE_BLOCK, KINDS, MAX_CSR_INPUTS, MAX_STRIDE, Packed
-from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_quantized, pack_sell, pack_tiles
+from rarefy.runtime.packing import pack_bitmask, pack_conv, pack_csr, pack_sell, pack_tiles
 from rarefy.runtime.sparse_layers import Sparse, SparseConv, SparseLinear, geometry
 
 MAX_SMALL_BATCH = 32  # inputs of a call up to which kernels for small batches are tried
@@ -130,7 +131,7 @@ def why_not_quantized(weight: Tensor, grid: Grid) -> str | None:
         return f"no kernel for scales of {len(weight) // grid.scale.shape[0]} outputs"
     if grid.scale.shape[1] > 1 and group % 32:
         return f"no kernel for groups of {group} inputs"
-    return "no kernel for asymmetric codes of more than 4 bits" if grid.zero is not None and grid.bits > 4 else None
+    return "no kernel for asymmetric codes of more than 6 bits" if grid.zero is not None and grid.bits > 6 else None
 
 
 def grid_of(module: Any) -> Grid | None:

@@ -93,7 +93,7 @@ class Kernel:
             count = len(packed.values) - PADDING // packed.values.element_size()
             wrong = library.rarefy_check_bitmask(byref(self.struct), count)
         elif isinstance(packed, QuantizedPanels):
-            options = {n: int(getattr(packed, n)) for n in ("scale_groups", "fp32_inputs", "two_terms")}
+            options = {n: int(getattr(packed, n)) for n in ("scale_groups", "fp32_inputs", "two_terms", "zero_bits")}
             self.struct = _Quantized(cols=inputs, col_blocks=-(-inputs // 64), **options, **fields)
             self.call = library.rarefy_run_quantized
             wrong = library.rarefy_check_quantized(byref(self.struct), packed.values.numel())
@@ -301,6 +301,8 @@ def _check_numbers(packed: Packed) -> None:
         type(packed.two_terms) is not bool or (packed.two_terms and packed.fp32_inputs)
     ):
         raise FormatError(f"two_terms: expected False, or True for int8 inputs, got {packed.two_terms!r}")
+    if isinstance(packed, QuantizedPanels) and (type(packed.zero_bits) is not int or packed.zero_bits not in (0, 3)):
+        raise FormatError(f"zero_bits: expected 0, or 3 for zero points in eighths, got {packed.zero_bits!r}")
     grouped = isinstance(packed, ConvTiles) and packed.groups > 1
     matrix_is_dense = isinstance(packed, ConvTiles) and packed.counts is None
     if grouped and packed.counts is None:  # type: ignore[union-attr]
@@ -334,7 +336,7 @@ def check_packed(packed: Packed, bias: Tensor | None) -> None:
             "row_sums": (torch.float32, (O,)),
         }
         want |= {"scales": (torch.bfloat16, (*cell, packed.scale_groups))} if packed.scale_groups else {}
-        zeros = packed.kind == "int4" and packed.zeros is not None
+        zeros = packed.kind != "int8" and packed.zeros is not None
         want |= {"zeros": (torch.uint8, (*cell, packed.scale_groups))} if zeros else {}
         want |= {} if packed.row_scales is None else {"row_scales": (torch.float32, (O,))}
     elif isinstance(packed, Csr):

@@ -168,9 +168,10 @@ class QuantizedPanels:
     values: Tensor  # uint8 [O / 4, col_blocks, 4, 8 bytes for each bit of a code]
     row_sums: Tensor  # fp32 [O], sum of values times `scales`
     scales: Tensor | None = None  # bf16 [O / 4, col_blocks, 4, scale_groups]
-    zeros: Tensor | None = None  # uint8, zero points of int4, shaped like scales; None: 8, of int5 16, of int6 32
+    zeros: Tensor | None = None  # uint8, zero points, shaped like scales; None: int4 8, int5 16, int6 32
     row_scales: Tensor | None = None  # fp32 [O], one scale for a whole row
     two_terms: bool = False  # what rounding the inputs loses is quantized to int8 as well
+    zero_bits: int = 0  # 3: zero points in eighths, W = (8 code - zero) x scale; int4 and int5, in groups of 32
 
 
 Packed = Bitmask | Csr | Tiles | ConvTiles | QuantizedPanels | Sell | Dense
@@ -201,8 +202,9 @@ def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
     fields = {FILE_NAMES.get(n, n): v for n, v in vars(packed).items()}
     tensors = {n: v for n, v in fields.items() if isinstance(v, Tensor)}
     numbers = {n: v for n, v in fields.items() if n not in tensors and v is not None}
-    if not numbers.get("two_terms"):  # as files of earlier versions
-        numbers.pop("two_terms", None)
+    for name in ("two_terms", "zero_bits"):
+        if not numbers.get(name):  # as files of earlier versions
+            numbers.pop(name, None)
     return {"format": next(k for k, v in FORMATS.items() if type(packed) is v), **numbers}, tensors
 
 

@@ -1,9 +1,9 @@
-"""Pack weights into the formats that kernels read, and unpack them, without a loop over entries."""
+"""Pack weights into the formats that kernels read, and unpack them, without a loop over entries; quantized panels:
+pack_panels.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rarefy.common.errors import FormatError, unknown
 from rarefy.formats.bitpacking import pack_bits, unpack_bits
 from rarefy.model.quant_grid import Grid
 from rarefy.runtime.int16_codes import int16_codes
+from rarefy.runtime.pack_panels import padded, unpack_panels
 from rarefy.runtime.packed_formats import (
     BLOCK_LANES,
     BLOCK_OUTPUTS,
@@ -25,7 +26,6 @@ from rarefy.runtime.packed_formats import (
     MAX_CSR_INPUTS,
     MAX_INT8_INPUTS,
     PADDING,
-    PANEL_BITS,
     SLAB,
     Bitmask,
     ConvTiles,
@@ -36,8 +36,6 @@ from rarefy.runtime.packed_formats import (
     Sell,
     Tiles,
 )
-
-PIECE = 1 << 22  # weights of a large matrix that are packed at a time, to save memory
 
 
 def stored(weight: Tensor, kind: str, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +70,7 @@ def pack_bitmask(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -
     V, scales = stored(weight, kind, grid)
     O, C = V.shape
     col_blocks = -(-C // 64)
-    panels = _padded(V, 4, 64).reshape(-1, 4, col_blocks, 64).transpose(1, 2).contiguous()
+    panels = padded(V, 4, 64).reshape(-1, 4, col_blocks, 64).transpose(1, 2).contiguous()
     nonzero = panels != 0
     counts = nonzero.sum((1, 2, 3))
     values = torch.cat([panels[nonzero], panels.new_zeros(PADDING // V.element_size())])
@@ -84,7 +82,7 @@ def _pack_nibbles(weight: Tensor) -> Bitmask:
     W, _ = stored(weight, "fp32")
     O, C = W.shape
     col_blocks = -(-C // 64)
-    panels = _padded(W, 4, 64).reshape(-1, 4, col_blocks, 64).transpose(1, 2)  # [fours, col_blocks, 4, 64]
+    panels = padded(W, 4, 64).reshape(-1, 4, col_blocks, 64).transpose(1, 2)  # [fours, col_blocks, 4, 64]
     scales = (panels.abs().amax(-1) / 7).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
     V = (panels / scales.float()[..., None]).round().clamp(-7, 7)
     nonzero = V != 0
@@ -112,122 +110,6 @@ def _unpack_nibbles(packed: Bitmask) -> Tensor:
     W[nonzero] = nibbles[index].float() - 8
     scales: Any = packed.scales
     return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, nonzero.shape[1] * 64)[:O, :C]
-
-
-def pack_quantized(weight: Tensor, grid: Grid, fp32_inputs: bool = True, two_terms: bool = False) -> QuantizedPanels:
-    """Return a weight [O, C] that is quantized on `grid` as `QuantizedPanels`. O(O C).
-
-    Args:
-        weight: the dequantized weight.
-        grid: its codes, scales and zero points.
-        fp32_inputs: whether kernels leave inputs in fp32; else they quantize each row of them to int8.
-        two_terms: whether they also quantize what that loses; for int8 inputs.
-
-    Raises:
-        FormatError: no kernel reads scales of these groups.
-
-    >>> packed = pack_quantized(torch.tensor([[1.0, -2.0]]), Grid(4, torch.tensor([[0.5]])))
-    >>> packed.kind, packed.row_scales.tolist(), packed.row_sums.tolist(), unpack(packed).tolist()
-    ('int4', [0.5], [-2.0], [[1.0, -2.0]])
-    """
-    O, C = weight.shape
-    rows, groups = grid.scale.shape
-    kind, group = f"int{max(grid.bits, 4) if grid.bits <= 6 else 8}", C // groups
-    if rows not in (1, O) or (groups > 1 and group % 32) or (grid.zero is not None and kind != "int4"):
-        problem = f"groups of {group} inputs" if groups > 1 and group % 32 else "asymmetric codes of more than 4 bits"
-        problem = problem if rows in (1, O) else f"scales of {O // rows} outputs"
-        raise FormatError(f"no kernel for {problem}")
-    c, col_blocks = grid.codes(weight), -(-C // 64)
-    scale_groups = 0 if groups == 1 and grid.zero is None else 1 if group % 64 == 0 or groups == 1 else 2
-    scale = grid.scale.float().expand(O, groups)
-    row_scales = scale[:, 0].contiguous() if groups == 1 else None
-    scales = zeros = None
-    by = torch.ones(O, 1)
-    if scale_groups:
-        each = 64 // scale_groups
-        index = (torch.arange(col_blocks * scale_groups) * each).clamp(max=C - 1) // group
-        by = torch.ones(O, col_blocks * scale_groups) if row_scales is not None else scale[:, index]
-        zero = None if grid.zero is None else grid.zero.expand(O, groups)[:, index]
-        scales = _panel_cells(by.bfloat16(), col_blocks, 0.0)
-        zeros = None if zero is None else _panel_cells(zero, col_blocks, 8)
-        by = by.bfloat16().float().repeat_interleave(each, 1)[:, :C]
-    row_sums = (c.float() * by).sum(1)
-    if kind != "int8":
-        middle = 1 << PANEL_BITS[kind] - 1
-        zero = middle if grid.zero is None else grid.expand(grid.zero.to(torch.int16), (O, C))
-        full: Any = torch.full((-(-O // 4) * 4, col_blocks * 64), middle, dtype=torch.int16)
-        if zeros is not None:
-            full[:O] = grid.zero.expand(O, groups)[:, -1:].to(torch.int16)  # type: ignore[union-attr]
-        full[:O, :C] = c + zero
-        cells = full.to(torch.uint8).reshape(-1, 4, col_blocks, 64).transpose(1, 2)
-        values = _packed_codes(cells, PANEL_BITS[kind])
-    else:
-        values = (
-            _padded(c.to(torch.int8), 4, 64)
-            .reshape(-1, 4, col_blocks, 64)
-            .transpose(1, 2)
-            .contiguous()
-            .view(torch.uint8)
-        )
-    tensors = values.contiguous(), row_sums, scales, zeros, row_scales
-    return QuantizedPanels((O, C), kind, fp32_inputs, scale_groups, *tensors, two_terms=two_terms)
-
-
-def _packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return codes [.., 64] of 4 to 6 bits, uint8, as `QuantizedPanels` stores them, [.., 8 bits]."""
-    if bits == 4:
-        return codes[..., 0::2] | codes[..., 1::2] << 4
-    low, high, each = codes & 15, codes >> 4, bits - 4
-    planes = high.unflatten(-1, (8 // each, 8 * each))
-    shifted = planes << (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None]
-    return torch.cat([low[..., :32] | low[..., 32:] << 4, shifted.sum(-2, dtype=torch.uint8)], -1)
-
-
-def _unpacked_codes(values: Tensor, bits: int) -> Tensor:
-    """Return the codes [.., 64] that `_packed_codes` packed."""
-    if bits == 4:
-        return torch.stack([values & 15, values >> 4], -1).flatten(-2)
-    each, low, plane = bits - 4, values[..., :32], values[..., 32:]
-    high = plane[..., None, :] >> (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None] & (1 << each) - 1
-    return torch.cat([low & 15, low >> 4], -1) | high.flatten(-2) << 4
-
-
-def join_rows(pieces: Sequence[QuantizedPanels]) -> QuantizedPanels:
-    """Return the packed weight of all rows from those of pieces, all but the last of a multiple of four rows. O(bytes).
-
-    >>> rows = pack_quantized(torch.ones(4, 2), Grid(8, torch.ones(4, 1)))
-    >>> join_rows([rows, rows]).shape
-    (8, 2)
-    """
-    first, shape = pieces[0], (sum(p.shape[0] for p in pieces), pieces[0].shape[1])
-    values = {f.name: [getattr(p, f.name) for p in pieces] for f in fields(first)}
-    joined = {n: torch.cat(parts) for n, parts in values.items() if isinstance(parts[0], Tensor)}
-    return replace(first, shape=shape, **joined)
-
-
-def _panel_cells(small: Tensor, col_blocks: int, rest: float) -> Tensor:
-    """[O, col_blocks x scale_groups] -> [O / 4, col_blocks, 4, scale_groups]."""
-    O = len(small)
-    full = small.new_full((-(-O // 4) * 4, small.shape[1]), rest)
-    full[:O] = small
-    return full.reshape(len(full) // 4, 4, col_blocks, -1).transpose(1, 2).contiguous()
-
-
-def _unpack_panels(packed: QuantizedPanels) -> Tensor:
-    O, C = packed.shape
-    col_blocks = packed.values.shape[1]
-    if packed.kind == "int8":
-        W = packed.values.view(torch.int8).float()
-    else:
-        bits = PANEL_BITS[packed.kind]
-        zero: Any = 1 << bits - 1
-        if packed.zeros is not None:
-            zero = packed.zeros.float().repeat_interleave(64 // packed.scale_groups, -1)
-        W = _unpacked_codes(packed.values, bits).float() - zero
-    if packed.scales is not None:
-        W = W * packed.scales.float().repeat_interleave(64 // packed.scale_groups, -1)
-    W = W.transpose(1, 2).reshape(-1, col_blocks * 64)[:O, :C]
-    return W if packed.row_scales is None else W * packed.row_scales[:, None]
 
 
 def pack_csr(weight: Tensor, kind: str = "fp32", grid: Grid | None = None) -> Csr:
@@ -261,7 +143,7 @@ def pack_tiles(weight: Tensor, kind: str = "fp32", block: int | None = None, gri
     if block is None:
         block = CACHE_BLOCK if kind == "fp32" and _is_compute_bound(V) else MAX_BLOCK
     block = _block(block, lanes)
-    full = _padded(V, 4, block * each)
+    full = padded(V, 4, block * each)
     parts = full.reshape(len(full) // 4, 4, -1, block, each).transpose(1, 2)  # [tiles, blocks, 4, block, each]
     nonzero = (parts != 0).any(-1).transpose(2, 3)  # [tiles, blocks, block, 4]
     lane_values = parts.flatten().view(torch.int32).reshape(parts.shape[:-1]).transpose(2, 3)
@@ -290,7 +172,7 @@ def pack_sell(weight: Tensor, kind: str = "fp32", block: int = CACHE_BLOCK, grid
     each = LANE[kind]
     lanes = -(-C // each)
     block = _block(block, lanes)
-    full = _padded(V, SLAB, block * each)
+    full = padded(V, SLAB, block * each)
     parts = full.view(torch.int32).reshape(-1, SLAB, full.shape[1] // each // block, block).transpose(1, 2)
     nonzero = (full.reshape(len(full), -1, each) != 0).any(-1)  # as parts: [slabs, blocks, 128, block]
     nonzero = nonzero.reshape(-1, SLAB, parts.shape[1], block).transpose(1, 2)
@@ -328,7 +210,7 @@ def _unpack_sell(packed: Sell) -> Tensor:
 
 def _is_compute_bound(V: Tensor) -> bool:
     """Whether products keep up with inputs from the L1 cache: measured, from 35 % nonzeros on."""
-    nonzero = _padded(V != 0, 4, 1).view(-1, 4, V.shape[1])
+    nonzero = padded(V != 0, 4, 1).view(-1, 4, V.shape[1])
     density, columns = float(nonzero.float().mean()), float(nonzero.any(1).float().mean())
     return 0.35 < density < 0.75 * columns
 
@@ -364,7 +246,7 @@ def pack_conv(
     full[:, : O // groups, :I] = weight.detach().reshape(groups, O // groups, I, -1)
     W = full.float().unflatten(2, (-1, each)).transpose(-1, -2).flatten(2).flatten(0, 1)
     if grid is not None:  # outputs are padded
-        grid = replace(grid, scale=_padded(grid.scale, 4, 1).clamp(min=torch.finfo(torch.float32).tiny / 127))
+        grid = replace(grid, scale=padded(grid.scale, 4, 1).clamp(min=torch.finfo(torch.float32).tiny / 127))
     if dense:
         matrix: Any = _pack_lanes(
             W[:O], kind, None if grid is None else replace(grid, scale=grid.scale[:O]), W.shape[1]
@@ -386,7 +268,7 @@ def pack_dense(weight: Tensor, kind: str = "fp32", grid: Grid | None = None, **o
     if kind != "fp32":
         return _pack_lanes(weight, kind, grid, INT16_COLUMNS)
     values, _ = stored(weight.flatten(1), "fp32")
-    values = _padded(values, 4, 1).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
+    values = padded(values, 4, 1).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
     if weight.dim() == 2:
         return Dense((weight.shape[0], weight.shape[1]), "fp32", values)
     O, I, rows, columns = weight.shape
@@ -401,7 +283,7 @@ def _pack_lanes(weight: Tensor, kind: str, grid: Grid | None, columns: int) -> D
         V, scales = stored(weight, kind, grid)
     O, C = V.shape
     each = LANE[kind]
-    full = _padded(V, BLOCK_OUTPUTS, BLOCK_LANES * each)
+    full = padded(V, BLOCK_OUTPUTS, BLOCK_LANES * each)
     blocks = full.reshape(-1, BLOCK_OUTPUTS, full.shape[1] // each // BLOCK_LANES, BLOCK_LANES * each).transpose(1, 2)
     values = blocks.contiguous().view(torch.int32)
     return Dense((O, C), kind, values, scales, _row_sums(V, scales))
@@ -414,7 +296,7 @@ def unpack(packed: Packed) -> Tensor:
         W = unpack(packed.matrix).reshape(groups, packed.matrix.shape[0] // groups, -1, *kernel, LANE[packed.kind])
         return W.movedim(-1, 3).flatten(2, 3)[:, : O // groups, :I].reshape(packed.shape)
     if isinstance(packed, QuantizedPanels):
-        return _unpack_panels(packed)
+        return unpack_panels(packed)
     if isinstance(packed, Dense) and packed.kind != "fp32":
         O, C = packed.shape
         W = packed.values.transpose(1, 2).contiguous().view(KINDS[packed.kind])
@@ -469,13 +351,6 @@ def _block(block: int, lanes: int) -> int:
     if block < 1:
         raise FormatError(f"a block has at least one lane, got {block}")
     return block
-
-
-def _padded(V: Tensor, rows: int, columns: int) -> Tensor:
-    O, C = V.shape
-    full: Any = V.new_zeros(-(-O // rows) * rows, -(-C // columns) * columns)
-    full[:O, :C] = V
-    return full
 
 
 def _row_sums(V: Tensor, scales: Tensor | None) -> Tensor | None:

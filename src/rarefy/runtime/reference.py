@@ -33,7 +33,7 @@ def rounded(x: Tensor, packed: Packed, by_blocks: bool = False) -> Tensor:
     """Return inputs as the kernel of a weight sees them: bf16 as such, for int16 each row in 8,191 steps, for int8 and
     less in 127, each of them in 254 with two terms; single values meet them as they are.
 
-    by_blocks: whether inputs of 4-bit weights have 127 steps for each 32 in place of two terms, as on AVX-512
+    by_blocks: whether inputs of 4- to 6-bit weights have 127 steps for each 32 in place of two terms, as on AVX-512
     (`bindings.scales_blocks`).
     """
     kind = (
@@ -45,7 +45,7 @@ def rounded(x: Tensor, packed: Packed, by_blocks: bool = False) -> Tensor:
         return x.bfloat16().float()
     if kind in PANEL_BITS or kind == "int16":
         two_terms = isinstance(packed, QuantizedPanels) and packed.two_terms
-        if by_blocks and two_terms and kind == "int4":
+        if by_blocks and two_terms and kind != "int8":
             return _rounded_by_blocks(x)
         step = x.abs().amax(-1, keepdim=True) / (INT16_INPUT_STEPS if kind == "int16" else 127)
         step = torch.where(step > MIN_SCALE, step, 1.0)

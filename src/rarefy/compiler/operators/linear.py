@@ -43,7 +43,7 @@ def _lower(p: Program, node: Node) -> None:
     elif precision != "fp32" or (p.decode and source.features % 64):
         source, scales = quantize_input(p, x, precision, two_terms=terms)
         extra |= {} if scales is None else {"in_scales": scales}
-    if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode and terms != 2:
+    if isinstance(packed, QuantizedPanels) and precision == "int8" and not p.decode and terms < 2:
         p.held.append(packed.row_sums.to(torch.int32))
         extra["row_sums"] = p.held[-1].data_ptr()
     out = p.make(node)
@@ -55,10 +55,11 @@ def _lower(p: Program, node: Node) -> None:
 
 
 def input_terms(packed: Any, columns: int | None) -> int:
-    """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or 2, with a scale for each 32.
+    """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or with a scale for each 32.
 
-    The latter are as fast as one term and lose little more than two, on CPUs that have kernels for them. Weights that
-    cost prompts little stay exact: those of few outputs, as keys and values have, and the head, which reads one token.
+    That is 2, and 3 for single tokens of weights of 5 and 6 bits, which have another order. It is as fast as one term
+    and loses little more than two, on CPUs that have kernels for it. Weights that cost prompts little stay exact: those
+    of few outputs, as keys and values have, and the head, which reads one token.
 
     Args:
         packed: the weight.
@@ -69,8 +70,10 @@ def input_terms(packed: Any, columns: int | None) -> int:
     outputs, inputs = packed.shape
     few = columns is not None and columns < MIN_TILE_ROWS
     cheap = EXACT * outputs <= inputs or (columns is None and outputs >= 2 * EXACT * inputs)
-    exact = packed.kind != "int4" if few else cheap and packed.kind == "int8" and not packed.scale_groups
-    return 2 if not exact and bindings.scales_blocks(rows=columns is not None) else 1
+    exact = packed.kind == "int8" and (few or (cheap and not packed.scale_groups))
+    if exact or not bindings.scales_blocks(rows=columns is not None):
+        return 1
+    return 3 if few and packed.kind != "int4" else 2
 
 
 def input_precision(packed: Any, decode: bool) -> str:
