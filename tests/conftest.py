@@ -128,6 +128,20 @@ def image_batches(count: int = 3, size: int = 4) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture
+def same_draws(monkeypatch):
+    """Have transformers draw tokens as `rarefy.generate` does, so that sampled texts can be compared."""
+    from rarefy.generation.loop import draw
+
+    original = torch.multinomial
+
+    def multinomial(probabilities, num_samples, **options):
+        one = num_samples == 1 and not options
+        return draw(probabilities)[:, None] if one else original(probabilities, num_samples, **options)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+
+
+@pytest.fixture
 def net() -> Net:
     return Net()
 

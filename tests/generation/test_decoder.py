@@ -314,7 +314,7 @@ def test_two_threads_have_a_cache_each(llama):
         {"repetition_penalty": 1.7},
     ],
 )
-def test_text_as_transformers_writes_it(llama, how):
+def test_text_as_transformers_writes_it(llama, how, same_draws):
     model, made = llama
     ids = torch.randint(3, V, (2, 12))
     mask = torch.ones_like(ids)

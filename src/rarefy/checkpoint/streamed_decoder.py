@@ -140,7 +140,7 @@ def decoder_of_weights(
     check_cache_precision(cache_precision, step.slots)
     with weights.reading():
         verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
-    step.compiled.forget()
+    step.forget()
     step.cache_precision = cache_precision
     trim_heap()
     return step

@@ -118,10 +118,11 @@ class Compiled:
         self.kernels = compact({n: k for n, k in self.kernels.items() if n not in nodes})
         self.reschedule()
 
-    def with_kernels(self, kernels: Mapping[Node, Any]) -> Compiled:
-        """Return a compiled model of the same graph and constants that runs other kernels."""
+    def with_kernels(self, kernels: Mapping[Node, Any], exported: ExportedGraph | None = None) -> Compiled:
+        """Return a compiled model of the same constants, and the same graph or another one, that runs other kernels."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other.exported = exported or self.exported
         other.kernels = dict(kernels)
         other.reschedule()
         return other

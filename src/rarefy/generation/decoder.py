@@ -26,6 +26,7 @@ from rarefy.compiler.traced_graph import once_more
 from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
+from rarefy.generation.token_step import TokenStep
 from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
@@ -92,7 +93,7 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
         model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
     with suspended(model) as rounded:
         step = once_more(lambda: _verified(model, precision, rounded, notes, cache_precision))
-    step.compiled.forget()
+    step.forget()
     step.cache_precision = cache_precision
     return step
 
@@ -277,6 +278,7 @@ class Decoder:
         self.eos_tokens, self.pad_token = eos_tokens, pad_token
         self.generation_defaults = checked_defaults(generation_defaults or {})
         self.cache_precision = cache_precision
+        self._token_step: TokenStep | None = None  # made by the first token
 
     def eval(self) -> Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
@@ -349,13 +351,25 @@ class Decoder:
         """
         check_ids(ids)
         cache = self.cache(len(ids), ids.shape[1]) if cache is None else cache
-        past = cache.past
+        past, step = cache.past, self._step_of_token(ids, cache)
 
         def call(recorder: Recorder) -> None:
             self._run(ids, cache, last, recorder)
             cache.past = past
 
-        return self.compiled.profile_calls(call, repeats, warmup)
+        return (self.compiled if step is None else step.compiled).profile_calls(call, repeats, warmup)
+
+    def forget(self) -> None:
+        """Free the working memory of earlier calls; the next call of each shape allocates it again."""
+        self.compiled.forget()
+        self._token_step = None
+
+    def _step_of_token(self, ids: Tensor, cache: Cache) -> TokenStep | None:
+        """Return the step that reads one token of each sequence without padding, None where there are more."""
+        if ids.shape[1] != 1 or cache.starts is not None:
+            return None
+        self._token_step = self._token_step or TokenStep(self.compiled)
+        return self._token_step
 
     def _run(self, ids: Tensor, cache: Cache | None, last: bool, recorder: Recorder | None) -> Tensor:
         check_ids(ids)
@@ -365,6 +379,9 @@ class Decoder:
         batch, tokens = ids.shape
         cache = self.cache(batch, tokens) if cache is None else cache
         self._check_cache(cache, batch, tokens)
+        step = self._step_of_token(ids, cache)
+        if step is not None:
+            return self._read(cache, 1, 1, step.run(ids, cache, recorder))
         # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
         padded = tokens if few_tokens((batch, tokens)) else -(-tokens // TILE) * TILE
         padded = min(padded, cache.capacity - cache.past)
@@ -374,8 +391,11 @@ class Decoder:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
         keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
         leaves = [nn.functional.pad(ids, (0, padded - tokens)), positions, keep]
-        logits = self.compiled.run_leaves(leaves, cache, recorder)[0]
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (batch, len(keep)):
+        return self._read(cache, tokens, len(keep), self.compiled.run_leaves(leaves, cache, recorder)[0])
+
+    def _read(self, cache: Cache, tokens: int, kept: int, logits: Any) -> Tensor:
+        """Return the logits of some kept tokens, and let the cache have as many as were read."""
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (cache.batch, kept):
             raise ModelError("the saved graph is inconsistent: its step returns no logits")
         cache.past += tokens
         return logits

@@ -103,7 +103,17 @@ def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = No
     """Return the most likely token of each row of scores [rows, vocab_size], or one drawn by probability."""
     if not do_sample:
         return scores.argmax(-1)
-    return scores.softmax(-1).multinomial(1, generator=generator)[:, 0]
+    return draw(scores.softmax(-1), generator)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return an index for each row [rows, n], drawn by its probabilities with one random number.
+
+    `Tensor.multinomial` takes n of them, the longest part of a sampled token.
+    """
+    ends = probabilities.double().cumsum(-1)
+    place = torch.rand(len(ends), 1, dtype=torch.float64, generator=generator) * ends[:, -1:]
+    return torch.searchsorted(ends, place, right=True)[:, 0]
 
 
 def generate_steps(decoder: LanguageModel, task: Task) -> Iterator[Step]:
