@@ -22,6 +22,7 @@
 #include "winograd.hpp"
 #if defined(RAREFY_SIMD512)
 #include "blocked_inputs.hpp"
+#include "narrow_inputs.hpp"
 #endif
 
 namespace {
@@ -40,10 +41,13 @@ struct BlockedKernels {
   decltype(rarefy_kernel_table::quantize_blocks) quantize;
   decltype(rarefy_kernel_table::decompress_offset) decompress;
   decltype(rarefy_kernel_table::multiply_blocked) multiply;
+  decltype(rarefy_kernel_table::decompress_cells) decompress_cells;
+  decltype(rarefy_kernel_table::multiply_narrow) multiply_narrow;
 };
 #if defined(RAREFY_SIMD512)
-constexpr BlockedKernels BLOCKED{convert_row_blocks, pack_block_rows, quantize_blocks,
-                                 decompress_quantized<RAREFY_I8, true>, multiply_blocked};
+constexpr BlockedKernels BLOCKED{
+    convert_row_blocks, pack_block_rows,  quantize_blocks, decompress_quantized<RAREFY_I8, true>,
+    multiply_blocked,   decompress_cells, multiply_narrow};
 #else
 constexpr BlockedKernels BLOCKED{};
 #endif
@@ -95,6 +99,8 @@ constexpr rarefy_kernel_table all_kernels(const char* name) {
       .quantize_blocks = BLOCKED.quantize,
       .decompress_offset = BLOCKED.decompress,
       .multiply_blocked = BLOCKED.multiply,
+      .decompress_cells = BLOCKED.decompress_cells,
+      .multiply_narrow = BLOCKED.multiply_narrow,
       .transposed_epilogue = {transposed_epilogue<RAREFY_F32>, transposed_epilogue<RAREFY_BF16>,
                               transposed_epilogue<RAREFY_I8>},
       .f32_epilogue = f32_epilogue,

@@ -85,11 +85,13 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, bool halves, 
   }
 }
 
-// Rows of even and odd inputs in blocks as a column tile, see blocked_inputs.hpp.
-void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile) {
+// Rows of even and odd inputs in blocks as a part of a column tile, see blocked_inputs.hpp, or of a narrow one.
+void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, const rarefy_tile_blocks& p, uint32_t* tile) {
   const char* first = static_cast<const char*>(rows);
+  uint32_t *codes_of = tile + p.first * SIMD_WIDTH * p.width,
+           *header_of = tile + (p.all * SIMD_WIDTH + p.first * 4) * p.width;
   for (int64_t n = 0; n < count; n += SIMD_WIDTH)
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < p.count; ++b) {
       __m512i codes[SIMD_WIDTH], rest[SIMD_WIDTH];
       for (int64_t i = 0; i < SIMD_WIDTH; ++i) {
         const auto& in = reinterpret_cast<const BlockInputs*>(first + std::min(n + i, count - 1) * row_bytes)[b];
@@ -102,13 +104,13 @@ void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, int64_t
       }
       transpose(codes);
       transpose(rest);
-      for (int64_t l = 0; l < SIMD_WIDTH; ++l) store_raw(tile + (b * SIMD_WIDTH + l) * TILE_COLS + n, codes[l]);
-      uint32_t* header = tile + (blocks * SIMD_WIDTH + b * 4) * TILE_COLS + n;
-      for (int64_t part = 0; part < 2; ++part, header += 2 * TILE_COLS) {
+      for (int64_t l = 0; l < SIMD_WIDTH; ++l) store_raw(codes_of + (b * SIMD_WIDTH + l) * p.width + n, codes[l]);
+      uint32_t* header = header_of + b * 4 * p.width + n;
+      for (int64_t part = 0; part < 2; ++part, header += 2 * p.width) {
         const __m512i* sums = rest + 4 * part;
         const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
         store_raw(header, rest[8 + 4 * part]);
-        store_raw(header + TILE_COLS, _mm512_slli_epi32(sum, 7));  // times 128
+        store_raw(header + p.width, _mm512_slli_epi32(sum, 7));  // times 128
       }
     }
 }

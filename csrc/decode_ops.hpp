@@ -59,18 +59,16 @@ void rope_row(const float* x, const float* cos, const float* sin, int64_t heads,
 // One head of the cache in fp32, as a token attends to it.
 struct CachedNumbers {
   const rarefy_attention& a;
-  const float *q, *keys, *values;
+  const float* q;
+  int64_t batch, kv_head;
 
-  CachedNumbers(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float*) : a(a), q(q) {
-    const int64_t tile = batch * a.cache->capacity / TILE_COLS, offset = kv_head * a.head_dim * TILE_COLS;
-    keys = keys_or_values(a, a.k, a.k_offset) + tile * a.k_stride + offset;
-    values = keys_or_values(a, a.v, a.v_offset) + tile * a.v_stride + offset;
-  }
+  CachedNumbers(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float*)
+      : a(a), q(q), batch(batch), kv_head(kv_head) {}
 
   // Scores of a tile of keys.
   void score(int64_t tile, float* scores) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
-    const float* k = keys + tile * a.k_stride;
+    const float* k = cached_tile(a, a.k_offset, batch, tile, kv_head);
     f32_vec acc[UNROLL][VECS] = {};
     int64_t d = 0;
     for (; d + UNROLL <= a.head_dim; d += UNROLL)
@@ -87,7 +85,7 @@ struct CachedNumbers {
   // Add a tile of values, weighted by p, to sums [head_dim][SIMD_WIDTH].
   void add_values(int64_t tile, const float* p, float* sums) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH;
-    const float* v = values + tile * a.v_stride;
+    const float* v = cached_tile(a, a.v_offset, batch, tile, kv_head);
     f32_vec weights[VECS];
     for (int i = 0; i < VECS; ++i) weights[i] = load_vec(p + i * SIMD_WIDTH);
     for (int64_t d = 0; d < a.head_dim; ++d) {
@@ -106,16 +104,13 @@ struct CachedNumbers {
 // of integers, which read and convert less than products of dequantized numbers.
 struct CachedCodes {
   const rarefy_attention& a;
-  const CodedTiles keys, values;
+  int64_t batch, kv_head;
   const int32_t* query;  // pairs of features
   float scale;
 
   // `memory` receives the rounded query.
   CachedCodes(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float* memory)
-      : a(a),
-        keys(coded_tiles(a, a.k_offset, batch, kv_head)),
-        values(coded_tiles(a, a.v_offset, batch, kv_head)),
-        query(reinterpret_cast<int32_t*>(memory)) {
+      : a(a), batch(batch), kv_head(kv_head), query(reinterpret_cast<int32_t*>(memory)) {
     const float limit = float(std::min<int64_t>(32767, 16000000 / a.head_dim));  // the sum fits 32 bits
     i32_vec top{};
     for (int64_t d = 0; d < a.head_dim; d += SIMD_WIDTH)
@@ -133,8 +128,8 @@ struct CachedCodes {
 
   void score(int64_t tile, float* scores) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH;
-    const int8_t* k = keys.codes + tile * keys.codes_stride;
-    const float* scales = keys.scales + tile * keys.scales_stride;
+    const CodedTile keys = coded_tile(a, a.k_offset, batch, tile, kv_head);
+    const int8_t* k = keys.codes;
     raw_vec acc[VECS] = {};
     for (int64_t d = 0; d < a.head_dim; d += 2, k += 2 * TILE_COLS) {
       const raw_vec in = __builtin_bit_cast(raw_vec, i32_vec{} + query[d / 2]);
@@ -142,18 +137,18 @@ struct CachedCodes {
       for (int v = 0; v < VECS; ++v) acc[v] = multiply_add_pairs(acc[v], load_wide_pairs(k + 2 * v * SIMD_WIDTH), in);
     }
     for (int v = 0; v < VECS; ++v)
-      store_vec(scores + v * SIMD_WIDTH, to_numbers(acc[v]) * load_vec(scales + v * SIMD_WIDTH) * scale);
+      store_vec(scores + v * SIMD_WIDTH, to_numbers(acc[v]) * load_vec(keys.scales + v * SIMD_WIDTH) * scale);
   }
 
   void add_values(int64_t tile, const float* p, float* sums) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH, PAIRS = VECS / 2;
     constexpr float LIMIT = 32767.0f, TINY = 1e-30f;
-    const int8_t* v = values.codes + tile * values.codes_stride;
-    const float* scales = values.scales + tile * values.scales_stride;
+    const CodedTile values = coded_tile(a, a.v_offset, batch, tile, kv_head);
+    const int8_t* v = values.codes;
     f32_vec weights[VECS];
     i32_vec top{};
     for (int i = 0; i < VECS; ++i) {
-      weights[i] = load_vec(p + i * SIMD_WIDTH) * load_vec(scales + i * SIMD_WIDTH);
+      weights[i] = load_vec(p + i * SIMD_WIDTH) * load_vec(values.scales + i * SIMD_WIDTH);
       top = larger_magnitude(top, weights[i]);
     }
     int32_t bits = 0;

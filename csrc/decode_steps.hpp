@@ -23,14 +23,13 @@ inline int64_t store_tokens(const rarefy_kernel_table& t, const rarefy_step& s, 
   count = std::min(count, TILE_COLS - column);
   if (c.codes) {
     for (int64_t head = 0; head < a.kv_heads; ++head) {
-      const CodedTiles to = coded_tiles(a, offset, batch, head);
+      const CodedTile to = coded_tile(a, offset, batch, tile, head);
       t.store_kv_codes(x + head * a.head_dim * stride, stride, count, a.head_dim, !s.store_values,
-                       to.codes + tile * to.codes_stride + column * (s.store_values ? 1 : 2),
-                       to.scales + tile * to.scales_stride + column);
+                       to.codes + column * (s.store_values ? 1 : 2), to.scales + column);
     }
     return count;
   }
-  float* slot = c.data + (offset * c.batch + batch * s.features) * c.capacity + tile * s.features * TILE_COLS + column;
+  float* slot = cached_tile(a, offset, batch, tile, 0) + column;
   for (int64_t f = 0; f < s.features; ++f, slot += TILE_COLS, x += stride) {
     if (count == 1)
       *slot = *x;
@@ -54,7 +53,8 @@ inline int run_blocked_rows(const rarefy_kernel_table& t, const rarefy_step& s, 
     t.decompress_offset(w, from + r, values + (r / 16 * blocks * 16 + r % 16) * 16);
   for (int64_t n = 0; n < s.columns; n += TILE_COLS) {
     const int64_t count = std::min(TILE_COLS, s.columns - n);
-    t.pack_block_rows(s.x.data + n * s.x.stride, s.x.stride * 4, count, blocks, tile);
+    t.pack_block_rows(s.x.data + n * s.x.stride, s.x.stride * 4, count,
+                      {.count = blocks, .first = 0, .all = blocks, .width = TILE_COLS}, tile);
     t.multiply_blocked(w, from, values, rows, tile, count, sums);
     t.unpack_tile(sums, to - from, count, s.out.data + n * s.out.stride + from, s.out.stride);
   }
@@ -62,9 +62,46 @@ inline int run_blocked_rows(const rarefy_kernel_table& t, const rarefy_step& s, 
   return RAREFY_OK;
 }
 
+constexpr int64_t NARROW_BLOCKS = 4;  // blocks of 64 features of all tokens that are converted at a time
+
+// Some blocks of inputs become a part of a narrow tile.
+inline void convert_narrow(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  constexpr int64_t block_bytes = 128;
+  alignas(64) char rows[MAX_NARROW_COLUMNS * NARROW_BLOCKS * block_bytes];
+  const int64_t blocks = ceil_div(s.features, 64), first = part * NARROW_BLOCKS;
+  const int64_t count = std::min(NARROW_BLOCKS, blocks - first),
+                features = std::min(count * 64, s.features - first * 64);
+  for (int64_t n = 0; n < s.columns; ++n)
+    t.convert_row_blocks(s.x.data + n * s.x.stride + first * 64, features, count * 64, false,
+                         rows + n * count * block_bytes);
+  t.pack_block_rows(rows, count * block_bytes, s.columns,
+                    {.count = count, .first = first, .all = blocks, .width = ceil_div(s.columns, 16) * 16},
+                    reinterpret_cast<uint32_t*>(s.out.data));
+}
+
+// Rows `from`..`to` of a quantized weight times a narrow tile.
+inline int run_narrow_rows(const rarefy_kernel_table& t, const rarefy_step& s, const rarefy_quantized& w, int64_t from,
+                           int64_t to) {
+  alignas(64) float sums[DECODE_ROWS_PER_PART * TILE_COLS];
+  const int64_t row_bytes = w.col_blocks * 64, rows = ceil_div(to - from, TILE_ROWS) * TILE_ROWS;
+  const ScratchBuffer<1> scratch(size_t(w.dtype == RAREFY_I8 ? 0 : rows * row_bytes));
+  const uint8_t* cells = static_cast<const uint8_t*>(w.values) + from * row_bytes;
+  if (w.dtype != RAREFY_I8) {
+    auto* decompressed = static_cast<uint8_t*>(scratch.data);
+    if (!decompressed) return RAREFY_NO_MEMORY;
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) t.decompress_cells(w, from + r, decompressed + r * row_bytes);
+    cells = decompressed;
+  }
+  t.multiply_narrow(w, from, rows, cells, reinterpret_cast<const uint32_t*>(s.x.data), s.columns, sums);
+  t.unpack_tile(sums, to - from, s.columns, s.out.data + from, s.out.stride);
+  t.quantized_epilogue(w, from, to, nullptr, s.residual.data, s.out.data, s.out.stride, s.columns);
+  return RAREFY_OK;
+}
+
 inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
   const float* scales = s.in_scales.data;
+  if (s.two_terms == 4) return run_narrow_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 &&
       (s.columns >= MIN_TILE_ROWS || static_cast<const rarefy_quantized*>(s.weight)->dtype != RAREFY_I4))
     return run_blocked_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
@@ -95,6 +132,7 @@ inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_atten
 inline int64_t decode_parts(const rarefy_step& s) {
   switch (s.op) {
     case RAREFY_OP_LINEAR: return ceil_div(s.features, DECODE_ROWS_PER_PART);
+    case RAREFY_OP_CONVERT: return s.two_terms == 4 ? ceil_div(s.features, 64 * NARROW_BLOCKS) : s.columns;
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: return 1;
     case RAREFY_OP_ATTENTION: return s.columns * s.attention->heads;
@@ -103,6 +141,10 @@ inline int64_t decode_parts(const rarefy_step& s) {
 }
 
 inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
+  if (s.op == RAREFY_OP_CONVERT && s.two_terms == 4) {
+    convert_narrow(t, s, part);
+    return RAREFY_OK;
+  }
   const float* x = s.x.data + part * s.x.stride;
   float* out = s.out.data + part * s.out.stride;
   switch (s.op) {

@@ -153,6 +153,11 @@ struct rarefy_nhwc_taps {
   int64_t stride;         // from one (pair of) columns to the next
 };
 
+// Some blocks of 64 features of a tile of inputs: how many, the first one, of how many; columns of the tile in memory.
+struct rarefy_tile_blocks {
+  int64_t count, first, all, width;
+};
+
 struct rarefy_kernel_table {
   const char* name;
   bool multiplies_bf16;  // faster than fp32
@@ -164,7 +169,8 @@ struct rarefy_kernel_table {
   void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
   // In place of two terms: avx512_gemv.hpp. Null where those are read. `halves`: for weights of 5 and 6 bits.
   void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, bool halves, void* out);
-  void (*pack_block_rows)(const void* rows, int64_t row_bytes, int64_t count, int64_t blocks, uint32_t* tile);
+  void (*pack_block_rows)(const void* rows, int64_t row_bytes, int64_t count, const rarefy_tile_blocks&,
+                          uint32_t* tile);
   uint32_t (*absmax_bits)(const float* x, int64_t n);
   void (*take_even)(const float* x, int64_t n, float* out);
   void (*gather_lanes)(const float* x, const float* end, const int32_t* offsets, int64_t lanes,
@@ -223,6 +229,10 @@ struct rarefy_kernel_table {
   void (*decompress_offset)(const rarefy_quantized&, int64_t row, uint32_t* out);
   void (*multiply_blocked)(const rarefy_quantized&, int64_t row, const uint32_t* values, int64_t rows,
                            const uint32_t* x, int64_t columns, float* out);
+  // For few columns, see narrow_inputs.hpp; null where there is no such kernel.
+  void (*decompress_cells)(const rarefy_quantized&, int64_t row, uint8_t* out);
+  void (*multiply_narrow)(const rarefy_quantized&, int64_t row, int64_t rows, const uint8_t* cells, const uint32_t* x,
+                          int64_t columns, float* out);
   void (*transposed_epilogue[3])(const rarefy_weight_epilogue&, int64_t row, int64_t rows, const uint32_t* acc,
                                  const float* scales, int64_t columns, const float* residual, float* y, int64_t ldy);
   void (*f32_epilogue)(const float* acc, int64_t rows, int64_t n, const float* bias, const float* residual, int act,

@@ -1,4 +1,4 @@
-// Where a KV cache stores the keys or values of one head of one sequence.
+// Where a KV cache stores the keys or values of one head of one sequence, for 64 tokens.
 #pragma once
 #include <cstdint>
 
@@ -7,21 +7,27 @@
 
 namespace {
 
-// Codes and scales of the first tile, and the distances from tile to tile.
-struct CodedTiles {
+inline int64_t page_of(const rarefy_kv_cache& c, int64_t batch, int64_t tile) {
+  return c.pages[batch * c.tiles + tile];
+}
+
+// Of a cache in fp32. `offset`: the step's k_offset or v_offset.
+inline float* cached_tile(const rarefy_attention& a, int64_t offset, int64_t batch, int64_t tile, int64_t kv_head) {
+  const rarefy_kv_cache& c = *a.cache;
+  return c.data + (page_of(c, batch, tile) * c.features + offset + kv_head * a.head_dim) * TILE_COLS;
+}
+
+struct CodedTile {
   int8_t* codes;
   float* scales;
-  int64_t codes_stride, scales_stride;
 };
 
-// Of a cache in 8 bits. `offset`: the step's k_offset or v_offset.
-inline CodedTiles coded_tiles(const rarefy_attention& a, int64_t offset, int64_t batch, int64_t kv_head) {
+// Of a cache in 8 bits.
+inline CodedTile coded_tile(const rarefy_attention& a, int64_t offset, int64_t batch, int64_t tile, int64_t kv_head) {
   const rarefy_kv_cache& c = *a.cache;
-  const int64_t features = a.kv_heads * a.head_dim;
-  return {.codes = c.codes + (offset * c.batch + batch * features) * c.capacity + kv_head * a.head_dim * TILE_COLS,
-          .scales = c.scales + (offset / c.head_dim * c.batch + batch * a.kv_heads) * c.capacity + kv_head * TILE_COLS,
-          .codes_stride = features * TILE_COLS,
-          .scales_stride = a.kv_heads * TILE_COLS};
+  const int64_t page = page_of(c, batch, tile), heads = c.features / c.head_dim;
+  return {.codes = c.codes + (page * c.features + offset + kv_head * a.head_dim) * TILE_COLS,
+          .scales = c.scales + (page * heads + offset / c.head_dim + kv_head) * TILE_COLS};
 }
 
 }  // namespace

@@ -247,15 +247,18 @@ struct rarefy_view {
   int64_t stride;  // floats from one column tile to the next; in decode steps from one token to the next
 };
 
-// Keys and values of the tokens so far: for each layer its keys, then its values, [batch][capacity / 64][features][64].
+// Keys and values of the tokens so far, in pages of 64 tokens: for each layer its keys, then its values,
+// [features][64].
 struct rarefy_kv_cache {
-  float* data;              // in fp32; null for a cache in 8 bits
-  const int64_t* starts;    // [batch], the first token of each sequence that is not padding; or null
-  int64_t batch, capacity;  // capacity in tokens, a multiple of 64
-  int64_t length;           // tokens in the cache
-  int8_t* codes;            // in 8 bits, each head as in kv_codes.hpp; null for a cache in fp32
-  float* scales;     // of codes: for each head [tiles][64]; the first is (k_offset or v_offset) / head_dim heads on
-  int64_t head_dim;  // features of the smallest head of all layers
+  float* data;            // [pages][features][64] in fp32; null for a cache in 8 bits
+  const int64_t* starts;  // [batch], the first token of each sequence that is not padding; or null
+  const int32_t* pages;   // [batch][tiles], of each 64 tokens of a sequence; sequences may share full ones
+  int64_t tiles;          // of a sequence
+  int64_t length;         // tokens in the cache
+  int64_t features;       // of a token: keys and values of all layers
+  int8_t* codes;          // [pages][features][64], each head as in kv_codes.hpp; null for a cache in fp32
+  float* scales;          // of codes: [pages][features / head_dim][64], a row for each head
+  int64_t head_dim;       // features of the smallest head of all layers
 };
 
 // How a convolution reads padded planes: for each lane, the offset of its first input from an output's position.
@@ -343,7 +346,7 @@ struct rarefy_step {
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
   int32_t two_terms;  // CONVERT to int8, and LINEAR that reads it: 16 bits for each input. 1: codes and what rounding
                       // them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see rarefy_scales_blocks;
-                      // 3: as 2, of single tokens for weights of 5 and 6 bits
+                      // 3: as 2, of single tokens for weights of 5 and 6 bits; 4: as 2, of 12 to 32 tokens
   int32_t subtract_mean;  // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;       // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;   // KV_STORE: x are values; 0: keys

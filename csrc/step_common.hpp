@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t FEATURES_PER_PART = 64;     // elementwise operators and averages
 constexpr int64_t DECODE_ROWS_PER_PART = 32;  // rows of a weight in decode steps
-constexpr int64_t MIN_TILE_ROWS = 12;  // rows of inputs that are multiplied as a column tile, where that is faster
+constexpr int64_t MIN_TILE_ROWS = 12;       // rows of inputs that are multiplied as a column tile, where that is faster
+constexpr int64_t MAX_NARROW_COLUMNS = 32;  // columns of a narrow tile
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -138,11 +138,6 @@ inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] = tanh_vec(scores[i] * inverse) * cap;
 }
 
-// Keys or values: those of the step, or those of this layer in the cache.
-inline const float* keys_or_values(const rarefy_attention& a, const float* own, int64_t cache_offset) {
-  return a.cache ? a.cache->data + cache_offset * a.cache->batch * a.cache->capacity : own;
-}
-
 // Add the mask of `keys` keys; `m` is its element of the first query and key, `query` the first query's position.
 template <int VECS>
 inline void add_mask(const rarefy_attention& a, const float* m, int64_t query, int64_t keys, f32_vec (*scores)[VECS]) {
@@ -263,8 +258,7 @@ struct QueryVectors {
 template <int VECS>
 void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int64_t lane, int64_t query, const float* q,
                     float* out) {
-  const int64_t first_column = batch * (a.cache ? a.cache->capacity : a.kv_seq_stride);
-  const int64_t kv_head = head / (a.heads / a.kv_heads) * a.head_dim * TILE_COLS;
+  const int64_t kv_head = head / (a.heads / a.kv_heads), own_head = kv_head * a.head_dim * TILE_COLS;
   const int64_t past = a.cache ? a.cache->length : 0;
   const float* mask = a.mask ? a.mask + batch * a.mask_batch_stride + head * a.mask_head_stride : nullptr;
   const KeyRange visible = a.cache ? KeyRange{0, past + a.queries} : visible_keys(a, mask);
@@ -278,10 +272,11 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
   }
   const KeyRange range = keys_of_queries(a, visible, past + query, VECS * SIMD_WIDTH, start);
   for (int64_t from = range.begin; from < range.end;) {
-    const int64_t at = first_column + from, column = at % TILE_COLS;
+    const int64_t at = a.cache ? from : batch * a.kv_seq_stride + from, tile = at / TILE_COLS, column = at % TILE_COLS;
     const int64_t keys = std::min(TILE_COLS - column, range.end - from);
-    queries.attend(keys_or_values(a, a.k, a.k_offset) + at / TILE_COLS * a.k_stride + kv_head + column,
-                   keys_or_values(a, a.v, a.v_offset) + at / TILE_COLS * a.v_stride + kv_head + column, from, keys);
+    const float* k = a.cache ? cached_tile(a, a.k_offset, batch, tile, kv_head) : a.k + tile * a.k_stride + own_head;
+    const float* v = a.cache ? cached_tile(a, a.v_offset, batch, tile, kv_head) : a.v + tile * a.v_stride + own_head;
+    queries.attend(k + column, v + column, from, keys);
     from += keys;
   }
   queries.end();
@@ -322,8 +317,6 @@ void coded_attention_tile(const rarefy_attention& a, int64_t batch, int64_t head
   const TileQueries t(a, batch, head, tile);
   const int64_t past = a.cache->length, kv_head = head / (a.heads / a.kv_heads);
   const int64_t start = a.cache->starts ? a.cache->starts[batch] : 0;
-  const CodedTiles keys = coded_tiles(a, a.k_offset, batch, kv_head),
-                   values = coded_tiles(a, a.v_offset, batch, kv_head);
   const KeyRange visible{0, past + a.queries};
   float *k = memory, *v = memory + a.head_dim * TILE_COLS;
   float max[TILE_COLS] = {}, sum[TILE_COLS] = {};
@@ -341,11 +334,10 @@ void coded_attention_tile(const rarefy_attention& a, int64_t batch, int64_t head
   for_each_group([](auto& group, KeyRange) { group.begin(); });
   const KeyRange range = keys_of_queries(a, visible, past + t.from - t.first, t.to - t.from, start);
   for (int64_t from = range.begin; from < range.end; from += TILE_COLS) {
-    const int64_t index = from / TILE_COLS;
-    load_kv_codes(keys.codes + index * keys.codes_stride, keys.scales + index * keys.scales_stride, a.head_dim, true,
-                  k);
-    load_kv_codes(values.codes + index * values.codes_stride, values.scales + index * values.scales_stride, a.head_dim,
-                  false, v);
+    const CodedTile keys = coded_tile(a, a.k_offset, batch, from / TILE_COLS, kv_head),
+                    values = coded_tile(a, a.v_offset, batch, from / TILE_COLS, kv_head);
+    load_kv_codes(keys.codes, keys.scales, a.head_dim, true, k);
+    load_kv_codes(values.codes, values.scales, a.head_dim, false, v);
     for_each_group([&](auto& group, KeyRange own) {
       if (from >= own.begin && from < own.end) group.attend(k, v, from, std::min<int64_t>(TILE_COLS, own.end - from));
     });

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rarefy.evaluation.receipt import Receipt as Receipt
     from rarefy.generation.compile import compile as compile
     from rarefy.generation.decoder import decoder as decoder
+    from rarefy.generation.prompt_cache import PromptCache as PromptCache
     from rarefy.generation.sampling import generate as generate
     from rarefy.generation.sampling import stream as stream
     from rarefy.lowrank.layer_tying import tie_layers_ as tie_layers_
@@ -75,6 +76,7 @@ _MODULES = {  # public name -> module that defines it
     "Migrated": "rarefy.migration.migrate",
     "Movement": "rarefy.train.sparsity_config",
     "RarefyError": "rarefy.common.errors",
+    "PromptCache": "rarefy.generation.prompt_cache",
     "Receipt": "rarefy.evaluation.receipt",
     "Recipe": "rarefy.recipe.schema",
     "Report": "rarefy.common.report",
@@ -126,6 +128,7 @@ __all__ = [
     "Gradual",
     "Migrated",
     "Movement",
+    "PromptCache",
     "RarefyError",
     "Receipt",
     "Recipe",

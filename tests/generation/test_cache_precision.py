@@ -11,6 +11,7 @@ from helpers.folders import read_index, write_index
 from helpers.language_models import V, eager, far, in_pieces, small
 from rarefy.cli.main import app
 from rarefy.common.errors import ContainerError, DataError
+from rarefy.generation.request import generate_ids
 from rarefy.runtime import bindings
 
 transformers = pytest.importorskip("transformers")
@@ -126,7 +127,12 @@ def test_texts():
 
 def test_memory():
     _, made = pair(head_dim=256, num_hidden_layers=1)
-    whole, coded = (made.cache(2, 100, cache_precision=p).memory.nbytes for p in ("fp32", "int8"))
+    caches = [made.cache(2, 1000, cache_precision=p) for p in ("fp32", "int8")]
+    assert [c.nbytes for c in caches] == [0, 0]  # pages take memory once they are needed
+    for each in caches:
+        made(torch.randint(3, V, (2, 65)), each)
+    whole, coded = (c.nbytes for c in caches)
+    assert whole == 4 * caches[0].features * 2 * 128
     assert coded / whole == (256 + 4) / (4 * 256)  # a byte each, and a scale for each token and head
     with pytest.raises(MemoryError, match="not enough memory for a cache of 10,000,000,000,000 tokens"):
         made.cache(1, 10**13, cache_precision="int8")
@@ -237,3 +243,101 @@ def test_encoders_have_no_cache(tmp_path):
     run = CliRunner().invoke(app, [*command, "--cache-precision", "int8"])
     message = str(run.exception or "") + run.output
     assert run.exit_code != 0 and "--cache-precision has no effect: " in message and not (tmp_path / "out").exists()
+
+
+class Counted:
+    """A decoder that counts the tokens that it reads."""
+
+    def __init__(self, made):
+        self.made, self.read = made, 0
+
+    def __getattr__(self, name):
+        return getattr(self.made, name)
+
+    def __call__(self, ids, cache=None, *, last=False):
+        self.read += ids.numel()
+        return self.made(ids, cache, last=last)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_sequences_share_the_pages_with_which_they_begin(precision):
+    """Caches whose rows were repeated and chosen again, against caches that read the same tokens by themselves."""
+    made = rarefy.decoder(pair()[0], cache_precision=precision)
+    ids = torch.randint(3, V, (2, 150))
+    cache = made.cache(2, 400)
+    made(ids, cache)
+    page = cache.nbytes / 6
+    many = cache.repeated(4)
+    assert many.nbytes == cache.nbytes and many.past == 150
+    rows = ids.repeat_interleave(4, 0)
+    new = torch.randint(3, V, (8, 30))
+    for i in range(30):
+        made(new[:, i : i + 1], many)
+    assert many.nbytes == page * (2 * 2 + 8)  # two whole pages of each prompt, and one of each text
+    chosen = torch.tensor([0, 0, 3, 3, 5, 6, 6, 6])
+    many.select_(chosen)
+    assert many.nbytes == page * (2 * 2 + 4)  # of four texts that went on
+    rows, more = torch.cat([rows, new], 1)[chosen], torch.randint(3, V, (8, 40))
+    got = torch.cat([made(more[:, i : i + 1], many) for i in range(40)], 1)
+    fresh = made.cache(8, 400)
+    made(rows, fresh)
+    want = torch.cat([made(more[:, i : i + 1], fresh) for i in range(40)], 1)
+    assert far(want, got) < (1e-5 if precision == "fp32" else 0.02)
+    many.past -= 100  # back into pages that texts share
+    made(torch.full((8, 20), 7), many)
+    fresh.past -= 100
+    assert far(made(more[:, :1], many), _reread(made, fresh, more[:, :1])) < (1e-5 if precision == "fp32" else 0.02)
+
+
+def _reread(made, cache, ids):
+    made(torch.full((8, 20), 7), cache)
+    return made(ids, cache)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_prompts_that_begin_alike_are_read_once(precision):
+    plain, kept = rarefy.decoder(pair()[0], cache_precision=precision), rarefy.PromptCache()
+    counted = Counted(plain)
+    system, options = torch.randint(3, V, (1, 100)), {"max_new_tokens": 20, "eos_token_id": []}
+    texts, read = [], []
+    for _ in range(3):
+        prompt = torch.cat([texts[-1] if texts else system, torch.randint(3, V, (1, 9))], 1)
+        before = counted.read
+        texts.append(generate_ids(counted, prompt, prompt_cache=kept, **options))
+        read.append(counted.read - before)
+        assert torch.equal(texts[-1], plain.generate(prompt, **options))
+        assert kept.ids == texts[-1][0, :-1].tolist()
+    assert read == [109 + 19, 10 + 19, 10 + 19] and kept.reused == 109 + 2 * 29 - 10
+    other = torch.cat([system, torch.randint(3, V, (1, 5))], 1).repeat(3, 1)
+    before = counted.read
+    several = generate_ids(counted, other, prompt_cache=kept, **options)
+    assert torch.equal(several, plain.generate(other, **options)) and counted.read - before == 3 * (5 + 19)
+    beams = generate_ids(counted, other[:1], num_beams=3, prompt_cache=kept, **options)
+    assert torch.equal(beams, plain.generate(other[:1], num_beams=3, **options)) and kept.reused >= 100
+    drawn = {"num_return_sequences": 2, "do_sample": True, "seed": 1, **options}
+    assert torch.equal(generate_ids(counted, other[:1], prompt_cache=kept, **drawn), plain.generate(other[:1], **drawn))
+    guessed = generate_ids(counted, other[:1], prompt_lookup_num_tokens=4, prompt_cache=kept, **options)
+    assert torch.equal(guessed, several[:1])
+
+
+def test_what_a_prompt_cache_does_not_keep():
+    model, made = pair()
+    kept, ids, options = rarefy.PromptCache(), torch.randint(3, V, (2, 30)), {"max_new_tokens": 5, "eos_token_id": []}
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    made.generate(ids, attention_mask=mask, prompt_cache=kept, **options)
+    assert kept.ids == []  # prompts with padding
+    made.generate(ids[:1], prompt_cache=kept, **options)
+    other = rarefy.decoder(model)
+    other.generate(ids[:1], prompt_cache=kept, **options)
+    assert kept.reused == 0  # of another decoder
+    same = other.generate(ids[:1], prompt_cache=kept, **options)
+    assert kept.reused == 29 and torch.equal(same, other.generate(ids[:1], **options))  # a token is read for its logits
+    stream = other.stream(ids[:1], prompt_cache=kept, **options)
+    next(stream)
+    with pytest.raises(DataError, match="prompt_cache is in use by a text that has not ended"):
+        other.generate(ids[:1], prompt_cache=kept, **options)
+    stream.close()
+    other.generate(ids[:1], prompt_cache=kept, **options)
+    with pytest.raises(DataError, match="prompt_cache: expected a rarefy.PromptCache, got dict"):
+        other.generate(ids[:1], prompt_cache={}, **options)

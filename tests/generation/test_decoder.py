@@ -202,6 +202,26 @@ def test_grouped_weights_of_few_outputs(isa, sizes, weights):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.parametrize(
+    "how",
+    [None, ("int8", 64, True), ("int6", 32, False), ("int5", None, True), ("int4", 32, False), ("int4", 64, True)],
+    ids=str,
+)
+def test_any_number_of_sequences(isa, how):
+    """12 to 32 sequences share a narrow tile: the same sums of rounded inputs as of 33, which share a wide one."""
+    model = small(hidden_size=128, intermediate_size=192, num_key_value_heads=2)
+    if how is not None:
+        rarefy.quantize_(model, weights=how[0], group=how[1], symmetric=how[2], layers="*_proj")
+        rarefy.fold_(model)
+    made, ids = rarefy.decoder(model, precision="int8"), torch.randint(3, V, (33, 9))
+    want = in_pieces(made, ids, [1] * 9)
+    assert far(eager(model, ids), want) < 0.02
+    for count in (11, 12, 16, 17, 32):
+        same = 4e-3 if count >= 12 or not bindings.scales_blocks(rows=True) else 0.02  # a value between two codes
+        assert far(want[:count], in_pieces(made, ids[:count], [1] * 9)) < same
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_another_instruction_set_on_the_way(weights):
     """Programs are laid out for one instruction set; a call after `bindings.use` has its own."""

@@ -19,6 +19,7 @@ from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import DTYPES, LANE
 
+WIDTH_OF_TERMS = (1, 2, 2, 2, 3)  # of int8 inputs in one term, in two, or with scales for 32: times that of codes alone
 OVERREAD = 16  # floats that a kernel may read past the last plane
 MAX_PLANE_FLOATS = 1 << 31  # offsets are 32 bits
 
@@ -48,7 +49,8 @@ def quantize_input(
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 and int16 there is a scale for each token or pixel, or one for each image, whose pixels
-    a convolution sums. With two terms (1), or a scale for each 32 inputs (2, 3), an input takes 16 bits.
+    a convolution sums. With two terms (1), or a scale for each 32 inputs (2 to 4), an input takes 16 bits
+    or more.
     """
     key = x, precision + " per image" * per_image + (f" terms {two_terms}" if two_terms else "")
     if key not in p.quantized and precision != "fp32" and not per_image and not two_terms:
@@ -67,7 +69,7 @@ def quantize_input(
             absmax_source, absmax = source if absmax is None else absmax, p.new_like(source, 1)
             p.step("image_absmax", absmax_source, x=p.use(absmax_source), out=p.use(absmax))
         fields = {"dtype": DTYPES.index(precision), "per_image": int(per_image), "two_terms": two_terms}
-        codes, scales = p.new_like(source, (2 if two_terms else 1) * lanes), p.new_like(source, 1)
+        codes, scales = p.new_like(source, WIDTH_OF_TERMS[two_terms] * lanes), p.new_like(source, 1)
         extra = {} if absmax is None else {"in_absmax": p.use(absmax), "absmax_rows": absmax.features}
         p.step("convert", source, x=p.use(source), out=p.use(codes), out_scales=p.use(scales), **fields, **extra)
         p.quantized[key] = codes, scales

@@ -438,14 +438,14 @@ class Program:
             MemoryError: if the native code finds no memory.
         """
         for batch, tokens in self.cache_reads:
-            if cache is None or batch != cache.batch or cache.past + tokens > cache.capacity:
+            if cache is None or batch != cache.batch or cache.past + tokens > cache.reserved:
                 raise ModelError(
                     f"expected a cache with room for {tokens} more tokens of {batch} sequences: use decoder.cache()"
                 )
         if cache is not None:
             c = self.cache
-            c.batch, c.capacity, c.length, c.head_dim = cache.batch, cache.capacity, cache.past, cache.head_dim
-            c.data, c.codes, c.scales, c.starts = cache.pointers()
+            c.tiles, c.length, c.features, c.head_dim = len(cache.pages[0]), cache.past, cache.features, cache.head_dim
+            c.data, c.codes, c.scales, c.starts, c.pages = cache.pointers()
         alive = []  # tensors whose addresses the steps hold during the call
         for node, pointers in self.read_at.items():
             x = inputs[node].contiguous()

@@ -39,8 +39,8 @@ class Step(Structure):
 
 class KVCache(Structure):
     _fields_ = [
-        *[(n, c_void_p) for n in ("data", "starts")],
-        *[(n, c_int64) for n in ("batch", "capacity", "length")],
+        *[(n, c_void_p) for n in ("data", "starts", "pages")],
+        *[(n, c_int64) for n in ("tiles", "length", "features")],
         *[(n, c_void_p) for n in ("codes", "scales")],
         ("head_dim", c_int64),
     ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.generation.logits import process
-from rarefy.generation.loop import LanguageModel, Task
+from rarefy.generation.loop import LanguageModel, Task, prompt_of
 from rarefy.generation.options import Options
 from rarefy.generation.stopping import ended
 
@@ -46,14 +46,13 @@ def search(decoder: LanguageModel, task: Task, options: Options) -> tuple[Tensor
 
     A candidate that ends counts as a text only if it is among the best `num_beams` candidates of its prompt.
 
-    Cost: as of generating `num_beams` texts for each prompt, and a copy of the cache for each token whose best
-    candidates extend other beams than before.
+    Cost: as of generating `num_beams` texts for each prompt, and for each token copies of the last 64 tokens of the
+    cache, for beams that go on from the same one.
     """
     beams, (batch, prompt) = options.num_beams, task.ids.shape
     tokens = prompt + task.max_new_tokens
-    cache = decoder.cache(batch, tokens, task.mask, task.cache_precision)
-    logits = decoder(task.ids, cache, last=True)[:, -1].repeat_interleave(beams, 0)
-    cache = cache.repeated(beams)
+    with prompt_of(decoder, task, nn.functional.pad(task.ids, (0, task.max_new_tokens))) as (cache, logits):
+        cache, logits = cache.repeated(beams), logits[:, -1].repeat_interleave(beams, 0)
     ids = task.ids[:, None].expand(batch, beams, prompt)
     total = torch.full((batch, beams), NEVER)
     total[:, 0] = 0.0  # all beams are equal at first: extend one

@@ -381,10 +381,12 @@ class Decoder:
         self._check_cache(cache, batch, tokens)
         step = self._step_of_token(ids, cache)
         if step is not None:
+            cache.reserve(1)
             return self._read(cache, 1, 1, step.run(ids, cache, recorder))
         # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
         padded = tokens if few_tokens((batch, tokens)) else -(-tokens // TILE) * TILE
         padded = min(padded, cache.capacity - cache.past)
+        cache.reserve(padded)
         # padding has the last token's position: a table of positions may end before the padding does
         positions = cache.past + torch.arange(padded).clamp(max=tokens - 1).expand(batch, -1)
         if cache.starts is not None:

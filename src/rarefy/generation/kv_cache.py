@@ -50,20 +50,23 @@ def check_cache_precision(precision: Any, slots: Sequence[Slot] = ()) -> None:
 class Cache:
     """Keys and values of several sequences, as native programs read them; see `Decoder.cache`.
 
-    For each layer it stores keys, then values, both [batch, tiles of 64 tokens, features, 64] in fp32. In "int8" these
-    are codes, keys with pairs of features side by side, [batch, tiles, features / 2, 64, 2], and behind the codes of
-    all layers follow scales, [batch, tiles, heads, 64] for keys and for values.
+    They are stored in pages of 64 tokens, which take memory once they are needed. Sequences that begin alike share
+    them: the texts of one prompt, and beams. A page holds for each layer keys, then values, [features, 64] in fp32. In
+    "int8" these are codes, keys with pairs of features side by side, [features / 2, 64, 2], with scales in a page of
+    their own, [heads, 64] for keys and for values.
 
     Attributes:
         features: features of keys and values of all layers.
         batch: number of sequences.
         max_tokens: most tokens of a sequence.
-        capacity: max_tokens rounded up to whole tiles.
+        capacity: max_tokens rounded up to whole pages.
         past: tokens that it holds.
+        reserved: tokens for which each sequence has pages.
         starts: first token of each sequence that is no padding, [batch]; None without padding.
         slots: where the keys and values of each layer are.
         precision: "fp32", or "int8" for codes with a scale for each token and head.
         head_dim: features of the smallest head, which say where scales are.
+        pages: the page of each 64 tokens of a sequence, int32 [batch, capacity / 64]; -1 where there is none yet.
     """
 
     def __init__(
@@ -83,54 +86,94 @@ class Cache:
         self.capacity = -(-capacity // TILE) * TILE
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()
         self.head_dim = min((s.features // s.heads for s in slots), default=features)
-        tokens, coded = batch * self.capacity, precision == "int8"
-        size = (features + 4 * (features // self.head_dim) if coded else 4 * features) * tokens
+        self.reserved = self.own = 0  # `own`: tokens from which on no page is shared
+        tiles, coded = self.capacity // TILE, precision == "int8"
+        size = batch * tiles * TILE * (features if coded else 4 * features)
+        heads = features // self.head_dim if coded else 0
         try:
-            self.memory = allocate(size).zero_()
+            memory, scales = allocate(size), allocate(4 * batch * tiles * TILE * heads)
+            self.pages = torch.full((batch, tiles), -1, dtype=torch.int32)
         except RuntimeError:  # raised by torch
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None
-        if coded:
-            self.numbers, self.codes = None, self.memory[: features * tokens].view(torch.int8)
-            self.scales = self.memory[features * tokens :].view(torch.float32)
-        else:
-            self.numbers, self.codes, self.scales = self.memory.view(torch.float32), None, None
+        self.stored = memory.view(torch.int8 if coded else torch.float32).view(-1, features * TILE)
+        self.scales = scales.view(torch.float32).view(-1, heads * TILE) if coded else None
+        self.free: list[int] = []  # pages that were given back
+        self.used = 0  # pages that were given out so far
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all pages in use."""
+        one = self.stored[0].nbytes + (0 if self.scales is None else self.scales[0].nbytes)
+        return (self.used - len(self.free)) * one
 
     def pointers(self) -> tuple[int | None, ...]:
-        """Return the addresses of numbers, codes, scales and starts; None for what the cache has not."""
-        tensors = self.numbers, self.codes, self.scales, self.starts
+        """Return the addresses of numbers, codes, scales, starts and pages; None for what the cache has not."""
+        numbers, codes = (None, self.stored) if self.precision == "int8" else (self.stored, None)
+        tensors = numbers, codes, self.scales, self.starts, self.pages
         return tuple(None if t is None else t.data_ptr() for t in tensors)
 
-    def _part(self, memory: Tensor, start: int, width: int) -> Tensor:
-        """Return a view [batch, tiles, width, 64] of what is stored from a number of a token on."""
-        tokens = self.batch * self.capacity
-        return memory[start * tokens : (start + width) * tokens].view(self.batch, -1, width, TILE)
+    def reserve(self, tokens: int) -> None:
+        """Give each sequence pages of its own for the next tokens, with what shared ones hold. O(1) within a page."""
+        end = self.past + tokens
+        if self.own <= self.past and end <= self.reserved:
+            return
+        first, last = self.past // TILE, -(-end // TILE)
+        for tile in range(first, last):
+            seen: set[int] = set()
+            for row, page in enumerate(self.pages[:, tile].tolist()):
+                if page < 0 or page in seen:
+                    self.pages[row, tile] = new = self._new_page()
+                    for memory in (self.stored, self.scales):
+                        if memory is not None and page < 0:
+                            memory[new].zero_()
+                        elif memory is not None:
+                            memory[new] = memory[page]
+                seen.add(page)
+        self.reserved = max(self.reserved, last * TILE)
+        if last * TILE >= self.own:
+            self.own = min(self.own, first * TILE)
 
-    def _parts(self, slot: Slot) -> list[Tensor]:
-        """Return views [batch, tiles, .., 64] of all that is stored for a slot."""
-        if self.numbers is not None:
-            return [self._part(self.numbers, slot.start, slot.features)]
-        assert self.codes is not None and self.scales is not None
-        scales = self._part(self.scales, slot.start // self.head_dim, slot.heads)
-        return [self._part(self.codes, slot.start, slot.features), scales]
+    def _new_page(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self.used += 1
+        return self.used - 1
 
     def repeated(self, count: int) -> Cache:
-        """Return a cache with each sequence `count` times, one after the other. O(tokens that it holds)."""
+        """Return a cache with each sequence `count` times, one after the other, which share the pages so far.
+
+        O(tokens that it holds).
+        """
         starts = None if self.starts is None else self.starts.repeat_interleave(count, 0)
         other = Cache(self.features, self.batch * count, self.max_tokens, starts, self.slots, self.precision)
-        other.past, tiles = self.past, -(-self.past // TILE)
-        for slot in self.slots:
-            for source, target in zip(self._parts(slot), other._parts(slot)):
-                target[:, :tiles] = source[:, :tiles].repeat_interleave(count, 0)
+        other._copy_pages(self, self.past, count)
         return other
 
+    def take(self, other: Cache, tokens: int) -> None:
+        """Begin all sequences with the first tokens of another cache's first sequence. They share one copy of them."""
+        self._copy_pages(other, tokens, self.batch)
+
+    def _copy_pages(self, other: Cache, tokens: int, count: int) -> None:
+        """Copy the first tokens of another cache's first sequences, each for `count` sequences of this empty one."""
+        for tile in range(-(-tokens // TILE)):
+            for row, page in enumerate(other.pages[: self.batch // count, tile].tolist()):
+                self.pages[row * count : (row + 1) * count, tile] = new = self._new_page()
+                self.stored[new] = other.stored[page]
+                if self.scales is not None and other.scales is not None:
+                    self.scales[new] = other.scales[page]
+        self.past = tokens
+        self.reserved = self.own = -(-tokens // TILE) * TILE
+
     def select_(self, rows: Tensor) -> None:
-        """Replace the sequences by those of other rows [batch], as a beam search goes on. O(tokens that it holds)."""
+        """Replace the sequences by those of other rows [batch], as a beam search goes on. O(pages)."""
         if torch.equal(rows, torch.arange(self.batch)):
             return
         tiles = -(-self.past // TILE)
-        for part in (p[:, :tiles] for slot in self.slots for p in self._parts(slot)):
-            part.copy_(part[rows])
+        self.pages = self.pages[rows]
+        self.pages[:, tiles:] = -1
+        self.free = sorted(set(range(self.used)) - set(self.pages.flatten().tolist()))
+        self.reserved = self.own = tiles * TILE
 
     def append(self, start: int, new: Tensor) -> Tensor:
         """Write keys or values behind `past`, which stays; torch runs this where there are no kernels.
@@ -143,26 +186,32 @@ class Cache:
             All tokens of the slot, [batch, past + tokens, features]; in "int8" dequantized.
         """
         end, new = self.past + new.shape[1], new.float()
-        if self.numbers is not None:
-            stored = self._part(self.numbers, start, new.shape[2]).transpose(2, 3)
-            return self._written(stored, new)[:, :end]
+        if self.scales is None:
+            stored = self._part(self.stored, start, new.shape[2]).unflatten(1, (-1, TILE))
+            return self._written(stored.transpose(1, 2), new)[:, :end]
         slot = next(s for s in self.slots if s.start == start)
-        codes, scales = self._parts(slot)
         heads = new.unflatten(2, (slot.heads, -1))
         largest = heads.abs().amax(3)
         scale = (largest / MAX_CODE).clamp(min=MIN_SCALE).masked_fill(~largest.isfinite(), float("nan"))
         rounded = (heads / scale[..., None]).round().clamp(-MAX_CODE, MAX_CODE).nan_to_num().flatten(2)
+        codes = self._part(self.stored, slot.start, slot.features)
         if slot.is_keys:
-            codes = codes.view(*codes.shape[:2], -1, TILE, 2).transpose(2, 3)
-            rounded = rounded.unflatten(2, (-1, 2))
+            codes, rounded = codes.unflatten(1, (-1, TILE, 2)).transpose(1, 2), rounded.unflatten(2, (-1, 2))
         else:
-            codes = codes.transpose(2, 3)
+            codes = codes.unflatten(1, (-1, TILE)).transpose(1, 2)
+        scales = self._part(self.scales, slot.start // self.head_dim, slot.heads).unflatten(1, (-1, TILE))
         all_codes = self._written(codes, rounded).flatten(2).unflatten(2, (slot.heads, -1))
-        return (all_codes * self._written(scales.transpose(2, 3), scale)[..., None]).flatten(2)[:, :end]
+        return (all_codes * self._written(scales.transpose(1, 2), scale)[..., None]).flatten(2)[:, :end]
+
+    def _part(self, memory: Tensor, start: int, width: int) -> Tensor:
+        """Return a view [pages, width * 64] of what pages store from a number of a token on."""
+        return memory[:, start * TILE : (start + width) * TILE]
 
     def _written(self, stored: Tensor, new: Tensor) -> Tensor:
-        """Write tokens behind `past` into a view [batch, tiles, 64, ..]; return whole tiles of tokens in a row."""
+        """Write tokens [batch, tokens, ..] behind `past` into a view [pages, 64, ..]; return whole pages of tokens in a
+        row, [batch, tokens, ..]."""
         end = self.past + new.shape[1]
         tokens = torch.arange(self.past, end)
-        stored[:, tokens // TILE, tokens % TILE] = new.to(stored.dtype)
-        return stored[:, : -(-end // TILE)].flatten(1, 2)
+        pages = self.pages.long()
+        stored[pages[:, tokens // TILE], tokens % TILE] = new.to(stored.dtype)
+        return stored[pages[:, : -(-end // TILE)]].flatten(1, 2)

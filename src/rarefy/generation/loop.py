@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from rarefy.common.errors import DataError
 from rarefy.generation.kv_cache import Cache
 from rarefy.generation.logits import Processor, log_probabilities, process
+from rarefy.generation.prompt_cache import PromptCache
 from rarefy.generation.stopping import Criterion, ended
 
 
@@ -63,6 +65,7 @@ class Task:
         logprobs: how many most likely tokens to return with their log probabilities; None for none.
         proposer: guesses tokens; for a single text.
         cache_precision: of the KV cache; None for the decoder's.
+        prompt_cache: what is known of the prompts; None for nothing.
     """
 
     ids: Tensor
@@ -78,6 +81,7 @@ class Task:
     logprobs: int | None = None
     proposer: Proposer | None = None
     cache_precision: str | None = None
+    prompt_cache: PromptCache | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,35 @@ def generate_steps(decoder: LanguageModel, task: Task) -> Iterator[Step]:
     Right guesses save calls and change nothing: each token is chosen from the logits behind the tokens before it.
     """
     batch, prompt = task.ids.shape
-    cache = decoder.cache(batch, prompt + task.max_new_tokens, task.mask, task.cache_precision)
-    logits = decoder(task.ids, cache, last=True)
-    if task.texts > 1:
-        cache, logits = cache.repeated(task.texts), logits.repeat_interleave(task.texts, 0)
-    rows = batch * task.texts
-    memory = torch.zeros(rows, prompt + task.max_new_tokens, dtype=torch.int64)
+    memory = torch.zeros(batch * task.texts, prompt + task.max_new_tokens, dtype=torch.int64)
     memory[:, :prompt] = task.ids.repeat_interleave(task.texts, 0)
+    with prompt_of(decoder, task, memory) as (cache, logits):
+        if task.texts > 1:
+            cache, logits = cache.repeated(task.texts), logits.repeat_interleave(task.texts, 0)
+        yield from _continued(decoder, task, cache, logits, memory)
+
+
+@contextmanager
+def prompt_of(decoder: LanguageModel, task: Task, memory: Tensor) -> Iterator[tuple[Cache, Tensor]]:
+    """Read the prompts of a task, or what is not known of them; yield the cache and the logits of the next tokens.
+
+    `memory` [rows, tokens] has the ids so far, and receives those to come: what is kept for the next prompts.
+    """
+    capacity, padded = memory.shape[1], task.mask is not None and bool((task.mask == 0).any())
+    if task.prompt_cache is None or padded:
+        cache = decoder.cache(len(task.ids), capacity, task.mask, task.cache_precision)
+        yield cache, decoder(task.ids, cache, last=True)
+        return
+    cache = task.prompt_cache.begin(decoder, task.ids, capacity, task.cache_precision)
+    try:
+        yield cache, decoder(task.ids[:, cache.past :], cache, last=True)
+    finally:
+        task.prompt_cache.keep(cache, memory[0])
+
+
+def _continued(decoder: LanguageModel, task: Task, cache: Cache, logits: Tensor, memory: Tensor) -> Iterator[Step]:
+    """Yield the tokens behind prompts that were read; `memory` [rows, tokens] begins with them."""
+    rows, prompt = len(memory), task.ids.shape[1]
     guesses = torch.empty(rows, 0, dtype=torch.int64)
     finished, count = torch.zeros(rows, dtype=torch.bool), prompt
     while True:

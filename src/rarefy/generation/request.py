@@ -15,8 +15,12 @@ from rarefy.generation.beam_search import search
 from rarefy.generation.constraints import KINDS, Constraint
 from rarefy.generation.loop import LanguageModel, Step, Task, generate_steps
 from rarefy.generation.options import MAX_NEW_TOKENS, NAMES, Options, call_defaults, resolve
+from rarefy.generation.prompt_cache import PromptCache
 
-OBJECTS = ("tokenizer", "logits_processor", "stopping_criteria", "generation_config", "assistant_model", *KINDS)
+OBJECTS = (
+    *("tokenizer", "logits_processor", "stopping_criteria", "generation_config", "assistant_model", "prompt_cache"),
+    *KINDS,
+)
 CALL = ("attention_mask", "precision", *OBJECTS)  # options of `generate` besides those of `Options`
 
 
@@ -213,7 +217,14 @@ def _task(
         logprobs=options.logprobs,
         proposer=proposer,
         cache_precision=options.cache_precision,
+        prompt_cache=_prompt_cache(objects.get("prompt_cache")),
     )
+
+
+def _prompt_cache(value: Any) -> PromptCache | None:
+    if value is not None and not isinstance(value, PromptCache):
+        raise DataError(f"prompt_cache: expected a rarefy.PromptCache, got {type(value).__name__}")
+    return value
 
 
 def _callables(name: str, value: Any) -> list[Any]:

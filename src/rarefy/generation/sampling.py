@@ -79,6 +79,7 @@ def generate(
             `tokenizer`: finds `stop_strings` and follows constraints.
             `logits_processor`, `stopping_criteria`: of transformers, or functions of ids and scores; lists of them too.
             `assistant_model`: a decoder with the same vocabulary that guesses tokens, such as a pruned copy.
+            `prompt_cache`: a `PromptCache`, which lets prompts that begin as the last text did be read from there on.
             `json_schema`, `regex`, `grammar`: what each text must follow; needs llguidance, the extra `json`.
 
     Returns:

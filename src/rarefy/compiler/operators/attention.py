@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import Call, OpSpec
-from rarefy.compiler.program import NT, Program
+from rarefy.compiler.program import Program
 from rarefy.compiler.step_structs import Attention
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import DTYPES
@@ -169,7 +169,6 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         cap=cap[0] if cap else 0.0,
         dtype=DTYPES.index("bf16" if bindings.scales_blocks(rows=False) and _reads_codes(p) else "fp32"),
     )
-    a.k_stride = a.v_stride = kv_heads * head_dim * NT
     values = {"q": p.use(p.values[q]), "out": p.use(out)}
     p.attentions.append((a, values))
     spans = [(CACHE_ADDRESS + s, CACHE_ADDRESS + s + kv_heads * head_dim) for s in slots]

@@ -18,7 +18,7 @@ from rarefy.runtime.packed_formats import DTYPES, Bitmask, QuantizedPanels
 from rarefy.runtime.reference import ACTIVATIONS
 
 EXACT = 3  # times fewer outputs than inputs, or twice as many times more
-MIN_TILE_ROWS = 12  # of csrc/step_common.hpp
+MIN_TILE_ROWS, MAX_NARROW_COLUMNS = 12, 32  # of csrc/step_common.hpp
 
 
 def linear(
@@ -57,9 +57,10 @@ def _lower(p: Program, node: Node) -> None:
 def input_terms(packed: Any, columns: int | None) -> int:
     """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or with a scale for each 32.
 
-    That is 2, and 3 for single tokens of weights of 5 and 6 bits, which have another order. It is as fast as one term
-    and loses little more than two, on CPUs that have kernels for it. Weights that cost prompts little stay exact: those
-    of few outputs, as keys and values have, and the head, which reads one token.
+    That is 2, 3 for single tokens of weights of 5 and 6 bits, which have another order, and 4 for 12 to 32 tokens,
+    which become a tile at once. It is as fast as one term and loses little more than two, on CPUs with kernels for it.
+    Weights that cost prompts little stay exact: those of few outputs, as keys and values have, and the head, which
+    reads one token.
 
     Args:
         packed: the weight.
@@ -73,7 +74,9 @@ def input_terms(packed: Any, columns: int | None) -> int:
     exact = packed.kind == "int8" and (few or (cheap and not packed.scale_groups))
     if exact or not bindings.scales_blocks(rows=columns is not None):
         return 1
-    return 3 if few and packed.kind != "int4" else 2
+    if few:
+        return 2 if packed.kind == "int4" else 3
+    return 4 if columns is not None and columns <= MAX_NARROW_COLUMNS else 2
 
 
 def input_precision(packed: Any, decode: bool) -> str:
