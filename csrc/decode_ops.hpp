@@ -65,36 +65,57 @@ struct CachedNumbers {
   CachedNumbers(const rarefy_attention& a, const float* q, int64_t batch, int64_t kv_head, float*)
       : a(a), q(q), batch(batch), kv_head(kv_head) {}
 
-  // Scores of a tile of keys.
-  void score(int64_t tile, float* scores) const {
-    constexpr int VECS = TILE_COLS / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
-    const float* k = cached_tile(a, a.k_offset, batch, tile, kv_head);
+  // Scores of the first `keys` keys of a tile, up to a multiple of 16: whole cache lines.
+  void score(int64_t tile, int64_t keys, float* scores) const {
+    const float *k = cached_tile(a, a.k_offset, batch, tile, kv_head),
+                *v = cached_tile(a, a.v_offset, batch, tile, kv_head);
+    with_lines(keys, [&](auto lines) { score_lines<lines>(k, v, scores); });
+  }
+
+  // Add the first `keys` values of a tile, weighted by p, to sums [head_dim][SIMD_WIDTH].
+  void add_values(int64_t tile, int64_t keys, const float* p, float* sums) const {
+    const float* v = cached_tile(a, a.v_offset, batch, tile, kv_head);
+    with_lines(keys, [&](auto lines) { add_lines<lines>(v, p, sums); });
+  }
+
+  template <class F>
+  static void with_lines(int64_t keys, F&& f) {
+    static_assert(TILE_COLS == 64);
+    if (keys > 48) return f(std::integral_constant<int, 4>{});
+    if (keys > 32) return f(std::integral_constant<int, 3>{});
+    if (keys > 16) return f(std::integral_constant<int, 2>{});
+    f(std::integral_constant<int, 1>{});
+  }
+
+  template <int LINES>
+  void score_lines(const float* k, const float* v, float* scores) const {
+    constexpr int VECS = LINES * 16 / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
     f32_vec acc[UNROLL][VECS] = {};
     int64_t d = 0;
-    for (; d + UNROLL <= a.head_dim; d += UNROLL)
+    for (; d + UNROLL <= a.head_dim; d += UNROLL) {
+#pragma GCC unroll 8
+      for (int line = 0; line < UNROLL * LINES; ++line)
+        __builtin_prefetch(v + (d + line / LINES) * TILE_COLS + line % LINES * 16, 0, 3);
 #pragma GCC unroll 2
       for (int u = 0; u < UNROLL; ++u)
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; ++v) acc[u][v] += load_vec(k + (d + u) * TILE_COLS + v * SIMD_WIDTH) * q[d + u];
+    }
     for (; d < a.head_dim; ++d)
       for (int v = 0; v < VECS; ++v) acc[0][v] += load_vec(k + d * TILE_COLS + v * SIMD_WIDTH) * q[d];
     for (int v = 0; v < VECS; ++v)
       store_vec(scores + v * SIMD_WIDTH, (UNROLL > 1 ? acc[0][v] + acc[UNROLL - 1][v] : acc[0][v]) * a.scale);
   }
 
-  // Add a tile of values, weighted by p, to sums [head_dim][SIMD_WIDTH].
-  void add_values(int64_t tile, const float* p, float* sums) const {
-    constexpr int VECS = TILE_COLS / SIMD_WIDTH;
-    const float* v = cached_tile(a, a.v_offset, batch, tile, kv_head);
+  template <int LINES>
+  void add_lines(const float* v, const float* p, float* sums) const {
+    constexpr int VECS = LINES * 16 / SIMD_WIDTH;
     f32_vec weights[VECS];
     for (int i = 0; i < VECS; ++i) weights[i] = load_vec(p + i * SIMD_WIDTH);
     for (int64_t d = 0; d < a.head_dim; ++d) {
       f32_vec even = load_vec(sums + d * SIMD_WIDTH), odd{};  // two accumulators, to hide latency
 #pragma GCC unroll 8
-      for (int i = 0; i < VECS; i += 2) {
-        even += weights[i] * load_vec(v + d * TILE_COLS + i * SIMD_WIDTH);
-        odd += weights[i + 1] * load_vec(v + d * TILE_COLS + (i + 1) * SIMD_WIDTH);
-      }
+      for (int i = 0; i < VECS; ++i) (i % 2 ? odd : even) += weights[i] * load_vec(v + d * TILE_COLS + i * SIMD_WIDTH);
       store_vec(sums + d * SIMD_WIDTH, even + odd);
     }
   }
@@ -126,7 +147,7 @@ struct CachedCodes {
     scale = unit * a.scale;
   }
 
-  void score(int64_t tile, float* scores) const {
+  void score(int64_t tile, int64_t, float* scores) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH;
     const CodedTile keys = coded_tile(a, a.k_offset, batch, tile, kv_head);
     const int8_t* k = keys.codes;
@@ -140,7 +161,7 @@ struct CachedCodes {
       store_vec(scores + v * SIMD_WIDTH, to_numbers(acc[v]) * load_vec(keys.scales + v * SIMD_WIDTH) * scale);
   }
 
-  void add_values(int64_t tile, const float* p, float* sums) const {
+  void add_values(int64_t tile, int64_t, const float* p, float* sums) const {
     constexpr int VECS = TILE_COLS / SIMD_WIDTH, PAIRS = VECS / 2;
     constexpr float LIMIT = 32767.0f, TINY = 1e-30f;
     const CodedTile values = coded_tile(a, a.v_offset, batch, tile, kv_head);
@@ -174,44 +195,62 @@ struct CachedCodes {
   }
 };
 
-// One head of one token attends to the tiles of keys `begin`..`end`, of which the keys `first`..`last` are visible.
+// Some heads of one token attend to the tiles of keys `begin`..`end`, of which the keys `first`..`last` are visible.
+// Each tile is read for all of them. Head h has the scores and sums at scratch + h * stride.
 template <class Cached>
-void attend_to(const Cached& cached, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch,
-               float* out) {
-  const int64_t head_dim = cached.a.head_dim;
+void attend_to(const Cached* cached, int64_t heads, int64_t begin, int64_t end, int64_t first, int64_t last,
+               float* scratch, int64_t stride, float* out) {
+  const rarefy_attention& a = cached->a;
+  const int64_t head_dim = a.head_dim, keys = (end - begin) * TILE_COLS;
   constexpr int VECS = TILE_COLS / SIMD_WIDTH;
-  f32_vec max = f32_vec{} + MASKED, total{};
-  for (int64_t tile = begin; tile < end; ++tile) {
-    float* scores = scratch + (tile - begin) * TILE_COLS;
-    cached.score(tile, scores);
-    if (cached.a.cap != 0.0f) {
-      f32_vec all[VECS];
-      std::memcpy(all, scores, sizeof all);
-      cap_scores(cached.a.cap, all, VECS);
-      std::memcpy(scores, all, sizeof all);
+  f32_vec max[MAX_HEADS_TOGETHER];
+  for (f32_vec& m : max) m = f32_vec{} + MASKED;
+  for (int64_t tile = begin; tile < end; ++tile)
+    for (int64_t h = 0; h < heads; ++h) {
+      float* scores = scratch + h * stride + (tile - begin) * TILE_COLS;
+      cached[h].score(tile, last - tile * TILE_COLS, scores);
+      if (a.cap != 0.0f) {
+        f32_vec all[VECS];
+        std::memcpy(all, scores, sizeof all);
+        cap_scores(a.cap, all, VECS);
+        std::memcpy(scores, all, sizeof all);
+      }
+      if (tile * TILE_COLS < first || (tile + 1) * TILE_COLS > last)
+        for (int64_t j = 0; j < TILE_COLS; ++j)
+          if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
+      for (int v = 0; v < VECS; ++v) max[h] = max_vec(max[h], load_vec(scores + v * SIMD_WIDTH));
     }
-    if (tile * TILE_COLS < first || (tile + 1) * TILE_COLS > last)
-      for (int64_t j = 0; j < TILE_COLS; ++j)
-        if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
-    for (int v = 0; v < VECS; ++v) max = max_vec(max, load_vec(scores + v * SIMD_WIDTH));
+  float inverse[MAX_HEADS_TOGETHER];
+  for (int64_t h = 0; h < heads; ++h) {
+    float* scores = scratch + h * stride;
+    float top = max[h][0];
+    for (int i = 1; i < SIMD_WIDTH; ++i) top = max[h][i] > top ? max[h][i] : top;
+    f32_vec total{};
+    for (int64_t j = 0; j < keys; j += SIMD_WIDTH) {
+      const f32_vec e = exp_vec(load_vec(scores + j) - top);
+      total += e;
+      store_vec(scores + j, e);
+    }
+    inverse[h] = 1.0f / reduce_vec(total);
+    std::memset(scores + keys, 0, size_t(head_dim * SIMD_WIDTH) * 4);
   }
-  float top = max[0];
-  for (int i = 1; i < SIMD_WIDTH; ++i) top = max[i] > top ? max[i] : top;
-  for (int64_t j = 0; j < (end - begin) * TILE_COLS; j += SIMD_WIDTH) {
-    const f32_vec e = exp_vec(load_vec(scratch + j) - top);
-    total += e;
-    store_vec(scratch + j, e);
+  for (int64_t tile = begin; tile < end; ++tile)
+    for (int64_t h = 0; h < heads; ++h) {
+      float* scores = scratch + h * stride;
+      cached[h].add_values(tile, last - tile * TILE_COLS, scores + (tile - begin) * TILE_COLS, scores + keys);
+    }
+  for (int64_t h = 0; h < heads; ++h) {
+    const float* sums = scratch + h * stride + keys;
+    for (int64_t d = 0; d < head_dim; ++d)
+      out[h * head_dim + d] = reduce_vec(load_vec(sums + d * SIMD_WIDTH)) * inverse[h];
   }
-  float* sums = scratch + (end - begin) * TILE_COLS;
-  std::memset(sums, 0, size_t(head_dim * SIMD_WIDTH) * 4);
-  for (int64_t tile = begin; tile < end; ++tile) cached.add_values(tile, scratch + (tile - begin) * TILE_COLS, sums);
-  const float inverse = 1.0f / reduce_vec(total);
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = reduce_vec(load_vec(sums + d * SIMD_WIDTH)) * inverse;
 }
 
-// One head of one token attends to the cache. `scratch`: one word for each feature of the head, one for each cached key
-// up to whole tiles, then one vector for each feature.
-void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int64_t head, float* scratch) {
+// `heads` heads of one token from `head` on, which read the same keys, attend to the cache. `scratch`, for each of
+// them: one word for each feature of the head, one for each cached key up to whole tiles, then one vector for each
+// feature.
+void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int64_t head, int64_t heads,
+                   float* scratch) {
   const int64_t head_dim = a.head_dim, row = batch * a.queries + token;
   const int64_t position = a.cache->length + token, last = position + 1;
   const int64_t start = a.cache->starts ? a.cache->starts[batch] : 0;
@@ -219,13 +258,22 @@ void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int6
   if (start <= position) first = std::max(first, start);  // queries in the padding attend to the padding
   const int64_t kv_head = head / (a.heads / a.kv_heads);
   const int64_t begin = first / TILE_COLS, end = (last + TILE_COLS - 1) / TILE_COLS;
+  const int64_t stride = (end - begin) * TILE_COLS + head_dim * SIMD_WIDTH;
   const float* q = a.q + row * a.q_stride + head * head_dim;
-  float* out = a.out + row * a.out_stride + head * head_dim;
-  const auto attend = [&](const auto& cached) { attend_to(cached, begin, end, first, last, scratch + head_dim, out); };
+  float *out = a.out + row * a.out_stride + head * head_dim, *scores = scratch + heads * head_dim;
+  const auto attend = [&](auto of) {
+    const auto make = [&](int64_t h) {
+      h = std::min(h, heads - 1);
+      return of(q + h * head_dim, scratch + h * head_dim);
+    };
+    static_assert(MAX_HEADS_TOGETHER == 4);
+    const decltype(make(0)) cached[MAX_HEADS_TOGETHER] = {make(0), make(1), make(2), make(3)};
+    attend_to(cached, heads, begin, end, first, last, scores, stride, out);
+  };
   if (a.cache->codes)
-    attend(CachedCodes(a, q, batch, kv_head, scratch));
+    attend([&](const float* query, float* memory) { return CachedCodes(a, query, batch, kv_head, memory); });
   else
-    attend(CachedNumbers(a, q, batch, kv_head, scratch));
+    attend([&](const float* query, float* memory) { return CachedNumbers(a, query, batch, kv_head, memory); });
 }
 
 }  // namespace

@@ -120,12 +120,28 @@ inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s,
   return RAREFY_OK;
 }
 
-inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
-  const int64_t token = part / a.heads;
+// How many heads that read the same keys a part of attention has: as many as leave parts for several threads.
+inline int64_t heads_together(const rarefy_attention& a, int64_t tokens) {
+  constexpr int64_t min_parts = 8;
+  const int64_t group = a.heads / a.kv_heads;
+  int64_t together = std::min(group, MAX_HEADS_TOGETHER);
+  while (together > 1 && tokens * a.kv_heads * ceil_div(group, together) < min_parts) together /= 2;
+  return together;
+}
+
+inline int64_t attention_parts(const rarefy_attention& a, int64_t tokens) {
+  return tokens * a.kv_heads * ceil_div(a.heads / a.kv_heads, heads_together(a, tokens));
+}
+
+inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t tokens, int64_t part) {
+  const int64_t group = a.heads / a.kv_heads, together = heads_together(a, tokens), parts = ceil_div(group, together);
+  const int64_t token = part / (a.kv_heads * parts), kv_head = part / parts % a.kv_heads;
+  const int64_t first = part % parts * together, heads = std::min(together, group - first);
   const int64_t keys = ceil_div(a.cache->length + a.queries, TILE_COLS) * TILE_COLS;
-  const ScratchBuffer<1> scratch(size_t(keys + a.head_dim * 17) * 4);
+  const ScratchBuffer<1> scratch(size_t(heads * (keys + a.head_dim * 17)) * 4);
   if (!scratch.data) return RAREFY_NO_MEMORY;
-  t.attention_row(a, token / a.queries, token % a.queries, part % a.heads, static_cast<float*>(scratch.data));
+  t.attention_row(a, token / a.queries, token % a.queries, kv_head * group + first, heads,
+                  static_cast<float*>(scratch.data));
   return RAREFY_OK;
 }
 
@@ -135,7 +151,7 @@ inline int64_t decode_parts(const rarefy_step& s) {
     case RAREFY_OP_CONVERT: return s.two_terms == 4 ? ceil_div(s.features, 64 * NARROW_BLOCKS) : s.columns;
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: return 1;
-    case RAREFY_OP_ATTENTION: return s.columns * s.attention->heads;
+    case RAREFY_OP_ATTENTION: return attention_parts(*s.attention, s.columns);
     default: return s.columns;  // one token each
   }
 }
@@ -181,7 +197,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
                 s.features / std::max<int64_t>(1, s.heads), out);
       break;
     case RAREFY_OP_KV_STORE: store_tokens(t, s, part / s.tokens, part % s.tokens, x, 1, 1); break;
-    case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, part);
+    case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, s.columns, part);
   }
   return RAREFY_OK;
 }

@@ -19,20 +19,21 @@ constexpr int64_t MAX_INT16_SUM = ((int64_t(1) << 31) - 1) / INT16_INPUT_STEPS; 
 constexpr int64_t JOINED_TILE_COLUMNS = 512, JOINED_ROW_COLUMNS = 2048;
 static_assert(JOINED_TILE_COLUMNS * 32767 * 128 < (int64_t(1) << 31));
 static_assert(JOINED_ROW_COLUMNS / 8 * 32767 * 128 < (int64_t(1) << 31));
-constexpr int64_t MAX_STRIDE = 8;         // of a convolution
-constexpr int64_t MAX_DENSE_STRIDE = 64;  // of a dense one in fp32
-constexpr int64_t MAX_GEMV_COLUMNS = 4;   // of a column tile, which dense weights multiply without a whole tile
-constexpr int64_t MAX_VECTOR = 16;        // columns of a vector at most
-constexpr int TILE_ROWS = 4;              // rows of a row tile
-constexpr int64_t SLAB_ROWS = 128;        // rows of a SELL slab
-constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in a weight
-constexpr float MASKED = -1e30f;          // lower scores count as masked; a difference of two is no NaN
-constexpr int64_t CEILING_LANES = 128;    // lanes of the inputs of `multiply_adds`
-constexpr int64_t READ_BYTES = 256;       // bytes that `read_memory` reads at a time
-constexpr int64_t NHWC_OUTPUTS = 64;      // outputs that are computed together
-constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;  // blocks of 64 outputs, 4 KB each, that stay in the L1 cache for all pixels
-constexpr int64_t NHWC_PIXELS = 66;       // pixels that are computed together at most
-constexpr int64_t SEGMENT_FLOATS = 16;    // maximum length of a segment; copies always have this size
+constexpr int64_t MAX_STRIDE = 8;          // of a convolution
+constexpr int64_t MAX_DENSE_STRIDE = 64;   // of a dense one in fp32
+constexpr int64_t MAX_GEMV_COLUMNS = 4;    // of a column tile, which dense weights multiply without a whole tile
+constexpr int64_t MAX_VECTOR = 16;         // columns of a vector at most
+constexpr int TILE_ROWS = 4;               // rows of a row tile
+constexpr int64_t SLAB_ROWS = 128;         // rows of a SELL slab
+constexpr int64_t PREFETCH_BYTES = 2048;   // prefetch distance in a weight
+constexpr float MASKED = -1e30f;           // lower scores count as masked; a difference of two is no NaN
+constexpr int64_t MAX_HEADS_TOGETHER = 4;  // heads of a token that read the keys of a cache together
+constexpr int64_t CEILING_LANES = 128;     // lanes of the inputs of `multiply_adds`
+constexpr int64_t READ_BYTES = 256;        // bytes that `read_memory` reads at a time
+constexpr int64_t NHWC_OUTPUTS = 64;       // outputs that are computed together
+constexpr int64_t NHWC_BLOCKS_IN_L1 = 4;   // blocks of 64 outputs, 4 KB each, that stay in the L1 cache for all pixels
+constexpr int64_t NHWC_PIXELS = 66;        // pixels that are computed together at most
+constexpr int64_t SEGMENT_FLOATS = 16;     // maximum length of a segment; copies always have this size
 
 // Whether an activation only limits numbers.
 inline bool is_clamp(int act) { return act == RAREFY_NONE || act == RAREFY_RELU || act == RAREFY_RELU6; }
@@ -333,7 +334,8 @@ struct rarefy_kernel_table {
                    bool subtract_mean, float* out);
   void (*rope[2])(const float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim,
                   float* out);  // column tile, row
-  void (*attention_row)(const rarefy_attention&, int64_t batch, int64_t token, int64_t head, float* scratch);
+  void (*attention_row)(const rarefy_attention&, int64_t batch, int64_t token, int64_t head, int64_t heads,
+                        float* scratch);
 
   // The CPU's ceilings (ceilings.hpp).
   int64_t (*multiply_adds[4])(const uint32_t* weights, const uint32_t* x, int64_t rounds, uint32_t* sums);

@@ -47,6 +47,7 @@ inline void narrow_rows(const rarefy_quantized& w, const uint8_t* cells, const u
   const int64_t blocks = w.col_blocks, panel = blocks * PANEL, stride = blocks * TILE_ROWS * GROUPS;
   const uint32_t* header = x + blocks * DENSE_LANES * WIDTH;
   const __m512i offset = in_register(_mm512_set1_epi32(int(0x80808080u)));
+  alignas(64) int32_t weights[ROWS][16];  // of a block, without a sign
   __m512 sums[ROWS][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -54,7 +55,12 @@ inline void narrow_rows(const rarefy_quantized& w, const uint8_t* cells, const u
     for (int t = 0; t < VECS; ++t) sums[r][t] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b, cells += PANEL, scales += TILE_ROWS * GROUPS) {
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(cells + r / 4 * panel + r % 4 * CELL + PREFETCH_BYTES, 0, 3);
+    for (int r = 0; r < ROWS; ++r) {
+      const uint8_t* cell = cells + r / 4 * panel + r % 4 * CELL;
+      __builtin_prefetch(cell + ROWS / TILE_ROWS * panel, 0, 2);
+      const __m512i codes = _mm512_loadu_si512(cell);
+      _mm512_store_si512(weights[r], EIGHTHS ? codes : _mm512_xor_si512(codes, offset));
+    }
     for (int64_t part = 0; part < 2; ++part, header += 2 * WIDTH) {
       const auto group = [&](int r) { return r / 4 * stride + r % 4 * GROUPS + (GROUPS == 2 ? part : 0); };
       __m512i acc[ROWS][VECS];
@@ -73,10 +79,7 @@ inline void narrow_rows(const rarefy_quantized& w, const uint8_t* cells, const u
         for (int t = 0; t < VECS; ++t) in[t] = _mm512_loadu_si512(x + t * SIMD_WIDTH);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          int32_t four;
-          std::memcpy(&four, cells + r / 4 * panel + r % 4 * CELL + (part * 8 + l) * 4, 4);
-          __m512i codes = _mm512_set1_epi32(four);
-          if constexpr (!EIGHTHS) codes = _mm512_xor_si512(codes, offset);
+          const __m512i codes = _mm512_set1_epi32(weights[r][part * 8 + l]);
 #pragma GCC unroll 2
           for (int t = 0; t < VECS; ++t) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes, in[t]);
         }
