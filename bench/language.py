@@ -275,6 +275,7 @@ OURS: dict[str, tuple[float, dict[str, Any] | None, str | None]] = {  # sparsity
     "50 %, 8 bits": (0.5, None, "int8"),
     "70 %, 8 bits": (0.7, None, "int8"),
 }
+FILES_OF_OURS = {f"{kind} file": kind for kind in ("Q8_0", "Q4_0", AS_SHIPPED)}  # run as they are
 
 
 class Ours:
@@ -307,6 +308,8 @@ class Ours:
 def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     """Return a decoder and its record. Masks are Wanda's, and `refit` updates the remaining weights. Articles that no
     perplexity is measured on calibrate both it and what is calibrated of 4 bits (GPTQ)."""
+    if name in FILES_OF_OURS:
+        return _with_size(rarefy.decoder_from_files(gguf_files()[FILES_OF_OURS[name]]), name)
     sparsity, quantize, precision = OURS[name]
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
@@ -319,7 +322,11 @@ def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     if quantize:
         rarefy.quantize_(model, layers="model.layers.*", **quantize, data=data)
     rarefy.fold_(model)
-    made = rarefy.decoder(model, precision=precision)
+    return _with_size(rarefy.decoder(model, precision=precision), name)
+
+
+def _with_size(made: Any, name: str) -> tuple[Ours, dict[str, Any]]:
+    """Return a decoder and its record."""
     with TemporaryDirectory() as out:
         size = rarefy.save(made, Path(out) / "decoder")
     return Ours(made), {"engine": "rarefy", "file": name, "bytes": size}
@@ -396,7 +403,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=[])
     parser.add_argument("--builds", nargs="*", choices=BUILDS, default=[])
-    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
+    every = [*OURS, *FILES_OF_OURS]
+    parser.add_argument("--ours", nargs="*", choices=every, default=every)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()

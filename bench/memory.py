@@ -148,7 +148,7 @@ def measure_decoder(made: Any, before: int) -> dict[str, Any]:
         token = made(torch.arange(PROMPT)[None] + 100, cache, last=True).argmax(-1)
         for _ in range(NEW):
             token = made(token, cache).argmax(-1)
-        return cache.memory.nbytes
+        return cache.nbytes
 
     return measure(made.compiled, run, before)
 

@@ -38,8 +38,14 @@ WEIGHTS |= {
     "4 bits, calibrated": "4 bits, groups of 32, GPTQ",
     "50 %, 8 bits": "50 % zeros, 8 bits",
     "70 %, 8 bits": "70 % zeros, 8 bits",
+    "Q8_0 file": "the file in Q8_0",
+    "Q4_0 file": "the file in Q4_0",
+    "Q4_1 file": "the file in Q4_1",
 }
-NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "70 %, 8 bits")
+NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
+
+
+ENGINE_NAMES = {"rarefy": "Rarefy", "llama.cpp": "llama.cpp"}
 
 
 def _language() -> list[Row]:
@@ -64,6 +70,28 @@ def language() -> str:
         return table(["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"], cells)
 
     return per_machine(_language(), make)
+
+
+def large_language() -> str:
+    """Random models of 1.1 and 3 billion weights: tokens a second, and how fast weights are read."""
+
+    def make(rows: list[Row]) -> str:
+        cells = [
+            [
+                f"{r['model']}, {r['file']}",
+                ENGINE_NAMES[r["engine"]],
+                f"{r['decode'][1]:.1f}",
+                f"{r['read'] / 1e9:.2f}",
+                f"{(rate := r['read'] * r['decode'][1]) / 1e9:.1f}",
+                f"{r['memory'] / 1e9:.1f}",
+                percent(rate / r["memory"]),
+            ]
+            for r in rows
+        ]
+        head = ["file", "engine", "tokens/s", "GB of a token", "GB/s", "memory, GB/s", "share"]
+        return table(head, cells)
+
+    return per_machine(latest(read("large_language"), "label", "model", "file", "engine"), make)
 
 
 def readme() -> str:
@@ -451,6 +479,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dynamo": dynamo,
     "kernels": kernels,
     "language": language,
+    "large-language": large_language,
     "memory": memory,
     "readme": readme,
     "readme-minilm": readme_minilm,

@@ -88,14 +88,14 @@ struct CachedNumbers {
   }
 
   template <int LINES>
-  void score_lines(const float* k, const float* v, float* scores) const {
+  void score_lines(const float* k, const float* values, float* scores) const {
     constexpr int VECS = LINES * 16 / SIMD_WIDTH, UNROLL = VECS > 4 ? 1 : 2;
     f32_vec acc[UNROLL][VECS] = {};
     int64_t d = 0;
     for (; d + UNROLL <= a.head_dim; d += UNROLL) {
 #pragma GCC unroll 8
       for (int line = 0; line < UNROLL * LINES; ++line)
-        __builtin_prefetch(v + (d + line / LINES) * TILE_COLS + line % LINES * 16, 0, 3);
+        __builtin_prefetch(values + (d + line / LINES) * TILE_COLS + line % LINES * 16, 0, 3);
 #pragma GCC unroll 2
       for (int u = 0; u < UNROLL; ++u)
 #pragma GCC unroll 8
@@ -262,12 +262,11 @@ void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int6
   const float* q = a.q + row * a.q_stride + head * head_dim;
   float *out = a.out + row * a.out_stride + head * head_dim, *scores = scratch + heads * head_dim;
   const auto attend = [&](auto of) {
-    const auto make = [&](int64_t h) {
-      h = std::min(h, heads - 1);
-      return of(q + h * head_dim, scratch + h * head_dim);
-    };
+    const auto make = [&](int64_t h) { return of(q + h * head_dim, scratch + h * head_dim); };
+    const auto one = make(0);
     static_assert(MAX_HEADS_TOGETHER == 4);
-    const decltype(make(0)) cached[MAX_HEADS_TOGETHER] = {make(0), make(1), make(2), make(3)};
+    const decltype(make(0)) cached[MAX_HEADS_TOGETHER] = {one, heads > 1 ? make(1) : one, heads > 2 ? make(2) : one,
+                                                          heads > 3 ? make(3) : one};
     attend_to(cached, heads, begin, end, first, last, scores, stride, out);
   };
   if (a.cache->codes)

@@ -102,8 +102,7 @@ inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s,
   const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
   const float* scales = s.in_scales.data;
   if (s.two_terms == 4) return run_narrow_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
-  if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 &&
-      (s.columns >= MIN_TILE_ROWS || static_cast<const rarefy_quantized*>(s.weight)->dtype != RAREFY_I4))
+  if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 && s.columns >= MIN_TILE_ROWS)
     return run_blocked_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED) {
     const auto& w = *static_cast<const rarefy_quantized*>(s.weight);
@@ -120,21 +119,17 @@ inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s,
   return RAREFY_OK;
 }
 
-// How many heads that read the same keys a part of attention has: as many as leave parts for several threads.
-inline int64_t heads_together(const rarefy_attention& a, int64_t tokens) {
-  constexpr int64_t min_parts = 8;
-  const int64_t group = a.heads / a.kv_heads;
-  int64_t together = std::min(group, MAX_HEADS_TOGETHER);
-  while (together > 1 && tokens * a.kv_heads * ceil_div(group, together) < min_parts) together /= 2;
-  return together;
+// Heads of a part of attention, all of which read the same keys.
+inline int64_t heads_together(const rarefy_attention& a) {
+  return std::clamp<int64_t>(a.heads_together, 1, std::min(a.heads / a.kv_heads, MAX_HEADS_TOGETHER));
 }
 
 inline int64_t attention_parts(const rarefy_attention& a, int64_t tokens) {
-  return tokens * a.kv_heads * ceil_div(a.heads / a.kv_heads, heads_together(a, tokens));
+  return tokens * a.kv_heads * ceil_div(a.heads / a.kv_heads, heads_together(a));
 }
 
-inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t tokens, int64_t part) {
-  const int64_t group = a.heads / a.kv_heads, together = heads_together(a, tokens), parts = ceil_div(group, together);
+inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_attention& a, int64_t part) {
+  const int64_t group = a.heads / a.kv_heads, together = heads_together(a), parts = ceil_div(group, together);
   const int64_t token = part / (a.kv_heads * parts), kv_head = part / parts % a.kv_heads;
   const int64_t first = part % parts * together, heads = std::min(together, group - first);
   const int64_t keys = ceil_div(a.cache->length + a.queries, TILE_COLS) * TILE_COLS;
@@ -197,7 +192,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
                 s.features / std::max<int64_t>(1, s.heads), out);
       break;
     case RAREFY_OP_KV_STORE: store_tokens(t, s, part / s.tokens, part % s.tokens, x, 1, 1); break;
-    case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, s.columns, part);
+    case RAREFY_OP_ATTENTION: return run_decode_attention(t, *s.attention, part);
   }
   return RAREFY_OK;
 }

@@ -156,7 +156,7 @@ struct rarefy_conv {
 int32_t rarefy_abi_version(void);
 const char* rarefy_isa(void);  // the active instruction set
 // 1: inputs have a scale for each 32 features in place of two terms: those of column tiles, or with `rows` single ones
-// of 4-bit weights.
+// of weights of 4 to 6 bits.
 int rarefy_scales_blocks(int rows);
 int rarefy_multiplies_bf16(void);      // 1: it multiplies bf16 faster than fp32 on this CPU
 int rarefy_set_isa(const char* name);  // "amx", "avx512", "avx2", "portable"; RAREFY_INVALID where the CPU lacks it
@@ -288,6 +288,7 @@ struct rarefy_attention {
   int64_t kv_seq_stride;  // columns from one sequence of keys and values to the next, without a cache
   const int64_t* bounds;  // [batch][2], first column and tokens of each sequence, without a cache and a mask; `queries`
                           // and `keys` are those of the longest. null: as seq_stride, queries and keys say
+  int64_t heads_together;  // with a cache: heads that read the same keys and are computed by one thread
 };
 
 // Consecutive columns of a tile whose inputs are consecutive in memory too.
@@ -344,9 +345,10 @@ struct rarefy_step {
   int32_t dtype;           // CONVERT, PAD_PLANES: rarefy_dtype of `out`; LINEAR of grouped RAREFY_QUANTIZED: of x
   int32_t channels_first;  // PACK, UNPACK, PAD_PLANES: the external tensor is [batch][features][tokens]
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
-  int32_t two_terms;  // CONVERT to int8, and LINEAR that reads it: 16 bits for each input. 1: codes and what rounding
-                      // them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see rarefy_scales_blocks;
-                      // 3: as 2, of single tokens for weights of 5 and 6 bits; 4: as 2, of 12 to 32 tokens
+  int32_t two_terms;  // CONVERT to int8, and LINEAR that reads it: 16 bits or more for each input. 1: codes and what
+                      // rounding them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see
+                      // rarefy_scales_blocks; 3: as 2, of single tokens for weights of 5 and 6 bits; 4: as 2, of 12 to
+                      // 32 tokens
   int32_t subtract_mean;  // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;       // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;   // KV_STORE: x are values; 0: keys

@@ -103,7 +103,9 @@ def test_decoders_keep_the_bits_of_files(kind, isa, tmp_path):
         pieces = [step(ids[:rows, a:b], cache) for a, b in ((0, 33), *((i, i + 1) for i in range(33, 40)))]
         assert far(torch.cat(pieces, 1).numpy(), want[:rows]) < 0.03
     rarefy.save(step, tmp_path / "saved")
-    assert torch.equal(rarefy.load(tmp_path / "saved")(ids), step(ids))
+    loaded = rarefy.load(tmp_path / "saved")
+    assert torch.equal(loaded(ids), step(ids))
+    assert torch.equal(loaded.generate(ids[:1], max_new_tokens=9), step.generate(ids[:1], max_new_tokens=9))
 
 
 def layer_of(step, node):

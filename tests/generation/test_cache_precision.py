@@ -320,6 +320,38 @@ def test_prompts_that_begin_alike_are_read_once(precision):
     assert torch.equal(guessed, several[:1])
 
 
+class AlwaysRight:
+    """A decoder that guesses a text, and one wrong token behind it."""
+
+    def __init__(self, made, text):
+        self.made, self.text, self.vocab_size, self.max_tokens = made, text, made.vocab_size, made.max_tokens
+        self.cache = made.cache
+
+    def __call__(self, ids, cache, last=False):
+        logits = self.made(ids, cache, last=last).clone()
+        logits[0, -1, int(self.text[cache.past]) if cache.past < len(self.text) else 9] = 99.0
+        return logits
+
+
+def test_guesses_that_nobody_read_are_not_kept():
+    """A text that ends, or is closed, inside a block of guesses: the next prompt meets no key of a guess."""
+    made = rarefy.decoder(pair()[0])
+    ids = torch.randint(3, V, (1, 40))
+    free = made.generate(ids, max_new_tokens=12, eos_token_id=[])
+    end, more = int(free[0, 45]), torch.randint(3, V, (1, 6))
+    text = free[0].clone()
+    text[46:] = 7  # wrong guesses behind the end
+    for stop in ({"eos_token_id": [end]}, {"eos_token_id": []}):
+        kept = rarefy.PromptCache()
+        call = {"assistant_model": AlwaysRight(made, text), "num_assistant_tokens": 9, "prompt_cache": kept}
+        stream = made.stream(ids, max_new_tokens=12, **call, **stop)
+        read = [int(next(stream)) for _ in range(free[0, 40:46].tolist().index(end) + 1)]
+        stream.close()
+        prompt = torch.cat([ids, torch.tensor([read]), more], 1)
+        got = made.generate(prompt, max_new_tokens=12, eos_token_id=[], prompt_cache=kept)
+        assert kept.reused >= 40 and torch.equal(got, made.generate(prompt, max_new_tokens=12, eos_token_id=[]))
+
+
 def test_what_a_prompt_cache_does_not_keep():
     model, made = pair()
     kept, ids, options = rarefy.PromptCache(), torch.randint(3, V, (2, 30)), {"max_new_tokens": 5, "eos_token_id": []}
@@ -327,6 +359,10 @@ def test_what_a_prompt_cache_does_not_keep():
     mask[0, :4] = 0
     made.generate(ids, attention_mask=mask, prompt_cache=kept, **options)
     assert kept.ids == []  # prompts with padding
+    with pytest.raises(
+        DataError, match="expected attention_mask with 0 for padding and 1 for tokens, got other numbers"
+    ):
+        made.generate(ids, attention_mask=mask + 1, prompt_cache=kept, **options)
     made.generate(ids[:1], prompt_cache=kept, **options)
     other = rarefy.decoder(model)
     other.generate(ids[:1], prompt_cache=kept, **options)
@@ -339,5 +375,11 @@ def test_what_a_prompt_cache_does_not_keep():
         other.generate(ids[:1], prompt_cache=kept, **options)
     stream.close()
     other.generate(ids[:1], prompt_cache=kept, **options)
+    for wrong in (10**13, 35):  # a cache that cannot be made leaves none of another decoder's
+        if wrong == 35:
+            assert torch.equal(made.generate(ids[:1], prompt_cache=kept, **options), made.generate(ids[:1], **options))
+        else:
+            with pytest.raises(MemoryError):
+                made.generate(ids[:1], prompt_cache=kept, max_new_tokens=wrong, eos_token_id=[])
     with pytest.raises(DataError, match="prompt_cache: expected a rarefy.PromptCache, got dict"):
         other.generate(ids[:1], prompt_cache={}, **options)

@@ -58,6 +58,15 @@ def test_families_read_as_eager_does(family):
         assert sum(n.target is ops.cached_attention for n in first.nodes) == 2
 
 
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPTNeoX", "OPT", "GPT2", "Gemma3Text"])
+def test_single_tokens_of_several_texts(family):
+    """Positions enter in many ways: rotated heads or parts of them, learned, with an offset, two tables at once."""
+    model = small(family)
+    made, ids = rarefy.decoder(model), torch.randint(3, V, (3, 70))
+    assert far(eager(model, ids), in_pieces(made, ids, [60, *[1] * 10])) < 1e-5
+    assert far(eager(model, ids[:1]), in_pieces(made, ids[:1], [1] * 70)) < 1e-5
+
+
 @pytest.mark.parametrize("family", families(f for f in FAMILIES if f not in (*OWN_POSITIONS, "Qwen3", "GPT2")))
 def test_prompts_filled_up_on_the_left(family):
     model = small(family)
@@ -464,6 +473,17 @@ def test_wrong_ids(llama):
     for other in (made.cache(2, 64), Cache(8, 1, 64)):
         with pytest.raises(DataError, match="for another model"):
             made(torch.randint(3, V, (1, 5)), other)
+
+
+def test_the_past_may_only_be_set_back():
+    made = rarefy.decoder(small())
+    cache, ids = made.cache(1, 400), torch.randint(3, V, (1, 100))
+    want = made(ids, cache)
+    cache.past = 300
+    with pytest.raises(DataError, match="the cache has read 128 tokens at most, so its past cannot be 300"):
+        made(ids[:, :1], cache)
+    cache.past = 40
+    assert far(want[:, 40:], made(ids[:, 40:], cache)) < 1e-5
 
 
 def test_caches_hold_what_was_asked_for():

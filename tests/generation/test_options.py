@@ -75,6 +75,15 @@ def test_draws_follow_their_probabilities():
     assert set(drawn.tolist()) == {1, 3, 4}
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_draw_nothing(wrong, llama):
+    def spoil(ids, scores):
+        return scores.index_fill(1, torch.tensor([5]), wrong)
+
+    with pytest.raises(DataError, match="no token can be drawn: the model's scores are NaN or infinite"):
+        rarefy.generate(llama[1], PROMPTS, do_sample=True, logits_processor=spoil, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"num_beams": 4, "early_stopping": True}], ids=str)
 def test_texts_that_end(llama, options):
     """Several tokens end texts, some before `min_new_tokens` would."""

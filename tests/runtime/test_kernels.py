@@ -686,7 +686,7 @@ def test_minimums_out_of_reach_are_refused():
 
 
 @pytest.mark.parametrize("bits", [4, 5])
-def test_minimums_lose_less_than_a_tenth_of_a_step(bits):
+def test_minimums_lose_less_than_a_fifth_of_a_step(bits):
     """Weights as files have them, whose minimums are between eighths, and rows that lie in whole tiles or not."""
     scale, minimum = torch.rand(37, 3) + 0.5, 31 * torch.rand(37, 3) * 0.5
     W = torch.randint(0, 1 << bits, (37, 3, 32)) * scale[..., None] - minimum[..., None]

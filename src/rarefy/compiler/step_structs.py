@@ -61,6 +61,7 @@ class Attention(Structure):
         ("cap", c_float),
         ("kv_seq_stride", c_int64),
         ("bounds", c_void_p),
+        ("heads_together", c_int64),
     ]
 
 

@@ -405,6 +405,11 @@ class Decoder:
     def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
         if batch != cache.batch or cache.slots != self.slots:
             raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
+        if cache.past > cache.reserved:
+            raise DataError(
+                f"the cache has read {cache.reserved} tokens at most, so its past cannot be {cache.past}: it may only "
+                "be set back"
+            )
         if cache.past + tokens > cache.max_tokens:
             raise DataError(
                 f"the cache has room for {cache.max_tokens} tokens; it holds {cache.past}, so {tokens} more are too "

@@ -94,6 +94,7 @@ class Cache:
             memory, scales = allocate(size), allocate(4 * batch * tiles * TILE * heads)
             self.pages = torch.full((batch, tiles), -1, dtype=torch.int32)
         except RuntimeError:  # raised by torch
+            size += 4 * batch * tiles * TILE * heads
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None
         self.stored = memory.view(torch.int8 if coded else torch.float32).view(-1, features * TILE)
@@ -208,8 +209,11 @@ class Cache:
         return memory[:, start * TILE : (start + width) * TILE]
 
     def _written(self, stored: Tensor, new: Tensor) -> Tensor:
-        """Write tokens [batch, tokens, ..] behind `past` into a view [pages, 64, ..]; return whole pages of tokens in a
-        row, [batch, tokens, ..]."""
+        """Write tokens [batch, tokens, ..] behind `past` into a view [pages, 64, ..].
+
+        Returns:
+            Whole pages of tokens in a row, [batch, tokens, ..].
+        """
         end = self.past + new.shape[1]
         tokens = torch.arange(self.past, end)
         pages = self.pages.long()

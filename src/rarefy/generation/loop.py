@@ -25,6 +25,7 @@ class LanguageModel(Protocol):
     eos_tokens: tuple[int, ...]
     pad_token: int
     generation_defaults: dict[str, Any]
+    cache_precision: str
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache."""
@@ -116,6 +117,8 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     `Tensor.multinomial` takes n of them, the longest part of a sampled token.
     """
     ends = probabilities.double().cumsum(-1)
+    if not bool((ends[:, -1].isfinite() & (ends[:, -1] > 0)).all()):
+        raise DataError("no token can be drawn: the model's scores are NaN or infinite")
     place = torch.rand(len(ends), 1, dtype=torch.float64, generator=generator) * ends[:, -1:]
     return torch.searchsorted(ends, place, right=True)[:, 0]
 
@@ -140,7 +143,7 @@ def prompt_of(decoder: LanguageModel, task: Task, memory: Tensor) -> Iterator[tu
 
     `memory` [rows, tokens] has the ids so far, and receives those to come: what is kept for the next prompts.
     """
-    capacity, padded = memory.shape[1], task.mask is not None and bool((task.mask == 0).any())
+    capacity, padded = memory.shape[1], task.mask is not None and not bool((task.mask == 1).all())
     if task.prompt_cache is None or padded:
         cache = decoder.cache(len(task.ids), capacity, task.mask, task.cache_precision)
         yield cache, decoder(task.ids, cache, last=True)
@@ -170,13 +173,14 @@ def _continued(decoder: LanguageModel, task: Task, cache: Cache, logits: Tensor,
             if i == guesses.shape[1] or int(tokens[0]) != int(guesses[0, i]):
                 break
             right += 1
-        cache.past -= guesses.shape[1] - right  # what follows a wrong guess is overwritten
+            cache.past += 1
         if task.proposer is not None:
             if guesses.shape[1]:
                 task.proposer.accept(guesses.shape[1], right)
             guesses = task.proposer.propose(memory[:, :count], memory.shape[1] - count - 1)
         new = torch.cat([memory[:, count - 1 : count], guesses], 1)
         logits = decoder(new, cache, last=not guesses.shape[1])
+        cache.past -= guesses.shape[1]  # until they turn out to be right; what follows a wrong one is overwritten
 
 
 def _next(task: Task, ids: Tensor, logits: Tensor, finished: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rarefy.common.errors import DataError
 from rarefy.generation.kv_cache import Cache
+
+if TYPE_CHECKING:
+    from rarefy.generation.loop import LanguageModel
 
 
 class PromptCache:
@@ -41,11 +44,11 @@ class PromptCache:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.reused = 0
-        self._decoder: Any = None
+        self._decoder: LanguageModel | None = None
         self._cache: Cache | None = None
         self._lock = Lock()
 
-    def begin(self, decoder: Any, ids: Tensor, capacity: int, precision: str | None) -> Cache:
+    def begin(self, decoder: LanguageModel, ids: Tensor, capacity: int, precision: str | None) -> Cache:
         """Return a cache for prompts [batch, tokens] that holds what is known of them, at most all tokens but the last.
 
         `keep` must follow.
@@ -61,16 +64,18 @@ class PromptCache:
             self._lock.release()
             raise
 
-    def _begin(self, decoder: Any, ids: Tensor, capacity: int, precision: str | None) -> Cache:
+    def _begin(self, decoder: LanguageModel, ids: Tensor, capacity: int, precision: str | None) -> Cache:
         precision = precision or decoder.cache_precision
         old, batch = self._cache, len(ids)
         usable = old is not None and self._decoder is decoder and old.precision == precision
         known = _common(self.ids, ids[:, :-1]) if usable else 0
+        if not usable:
+            old = self._cache = None
         self.ids, self.reused, self._decoder = self.ids[:known], known, decoder
-        if old is not None and usable and batch == old.batch == 1 and old.max_tokens >= capacity:
+        if old is not None and batch == old.batch == 1 and old.max_tokens >= capacity:
             old.past = known
             return old
-        room = max(capacity, 2 * old.max_tokens) if old is not None and usable and batch == 1 else capacity
+        room = max(capacity, 2 * old.max_tokens) if old is not None and batch == 1 else capacity
         if decoder.max_tokens is not None:
             room = max(capacity, min(room, decoder.max_tokens))
         cache = decoder.cache(batch, room, None, precision)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.compiler.executor import Compiled
-from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.profile import Recorder
 
 aten = torch.ops.aten
@@ -44,12 +44,13 @@ class TokenStep:
     def __init__(self, compiled: Compiled):
         source = compiled.exported
         ids, positions, keep = source.inputs
-        self.positions, self.computed = positions, _of_positions(source, positions)
+        self.positions, self.constants = positions, compiled.constants
+        self.computed = self._computable(source.graph)
         self.read = [n for n in self.computed if any(u not in self.computed for u in n.users)]
         graph, copies = fx.Graph(), dict[Node, Node]()
         graph.output(graph.graph_copy(source.graph, copies))
         for node in list(graph.nodes):
-            if node.target is aten.index.Tensor and node.args[1] == [None, copies[keep]]:
+            if node.target is aten.index.Tensor and node.args[1:] == ([None, copies[keep]],):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         rows = [_replace_by_input(graph, copies[n], f"of_positions_{i}") for i, n in enumerate(self.read)]
@@ -84,30 +85,40 @@ class TokenStep:
         leaves += [t[:, at : at + 1] if batch == 1 else t[:, at : at + 1].expand(batch, -1, -1) for t in table]
         return self.compiled.run_leaves(leaves, cache, recorder)[0]
 
-    @torch.no_grad()
     def _table(self, first: int) -> list[Tensor]:
         """Return what is computed from positions `first` on, [1, 64, features] each."""
-        values: dict[Node, Any] = {self.positions: torch.arange(first, first + POSITIONS)[None]}
+        values = {self.positions: torch.arange(first, first + POSITIONS)[None]}
         for node in self.computed:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: values[n] if n in values else self.compiled.constants[n.name]
-            )
-            values[node] = node.target(*args, **kwargs)
+            values[node] = self._value(node, values)
         return [values[n] for n in self.read]
 
+    @torch.no_grad()
+    def _value(self, node: Node, values: dict[Node, Any]) -> Any:
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: values[n] if n in values else self.constants[n.name]
+        )
+        return node.target(*args, **kwargs)
 
-def _of_positions(exported: ExportedGraph, positions: Node) -> list[Node]:
-    """Return the nodes that depend on positions and constants alone, in order; each gives [batch, tokens, ..].
-
-    None where a value that others read could have another shape.
-    """
-    found: dict[Node, None] = {positions: None}
-    for node in exported.graph.nodes:
-        reads = node.all_input_nodes
-        alone = all(a in found or a.name in exported.constants for a in reads)
-        if node.target in POINTWISE and alone and any(a in found for a in reads):
-            found[node] = None
-    return [n for n in found if n is not positions]
+    def _computable(self, graph: fx.Graph) -> list[Node]:
+        """Return the nodes that depend on positions and constants alone, in order, of which all that others read give
+        [1, positions, features]."""
+        values: dict[Node, Any] = {self.positions: torch.arange(POSITIONS)[None]}
+        for node in graph.nodes:
+            reads = node.all_input_nodes
+            alone = any(n in values for n in reads) and all(n in values or n.name in self.constants for n in reads)
+            if node.target not in POINTWISE or not alone:
+                continue
+            try:
+                value = self._value(node, values)
+            except (RuntimeError, IndexError, TypeError):  # of a graph from a file: its own call reports it
+                continue
+            if value.dim() in (2, 3) and value.shape[:2] == (1, POSITIONS):
+                values[node] = value
+        found = [n for n in values if n is not self.positions]
+        flat = {n for n in found if values[n].dim() == 2}
+        while wrong := {n for n in flat & set(found) if any(u not in found for u in n.users)}:
+            found = [n for n in found if n not in wrong]
+        return found
 
 
 def _replace_by_input(graph: fx.Graph, node: Node, name: str) -> Node:

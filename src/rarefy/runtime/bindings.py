@@ -176,8 +176,10 @@ def multiplies_bf16() -> bool:
 
 
 def scales_blocks(rows: bool) -> bool:
-    """Return whether inputs have an int8 scale for each 32 features in place of two terms: those of prompts, or with
-    `rows` single tokens that 4-bit weights read."""
+    """Return whether inputs have an int8 scale for each 32 features in place of two terms.
+
+    Those of prompts, or with `rows` those of single tokens that meet weights of 4 to 6 bits.
+    """
     library, _ = _open()
     return library is not None and bool(library.rarefy_scales_blocks(int(rows)))
 

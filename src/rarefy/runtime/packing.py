@@ -1,5 +1,4 @@
-"""Pack weights into the formats that kernels read, and unpack them, without a loop over entries; quantized panels:
-pack_panels.py."""
+"""Pack weights into the formats that kernels read, and unpack them. pack_panels.py has those of quantized panels."""
 
 from __future__ import annotations
 

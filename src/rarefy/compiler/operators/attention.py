@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import addressof
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rarefy.runtime.packed_formats import DTYPES
 
 Pair = tuple[int, int]
 INT8_ISAS = ("avx512", "avx2")  # where attention in int8 is faster than in fp32
+MAX_HEADS_TOGETHER = 4  # of csrc/kernel_table.h
 CACHE_ADDRESS = 1 << 50  # where a cache's addresses begin, to order the steps that touch it
 
 
@@ -167,6 +169,7 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         scale=scale,
         causal=1,
         cap=cap[0] if cap else 0.0,
+        heads_together=heads_together(prod(p.shape(node)[:2]), heads, kv_heads),
         dtype=DTYPES.index("bf16" if bindings.scales_blocks(rows=False) and _reads_codes(p) else "fp32"),
     )
     values = {"q": p.use(p.values[q]), "out": p.use(out)}
@@ -177,6 +180,19 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         p.step("kv_store", value, [(*spans[i], True)], x=value, attention=addressof(a), store_values=i)
     p.use(p.values[q])
     p.step("attention", out, [(*s, False) for s in spans], attention=addressof(a), **values)
+
+
+def heads_together(tokens: int, heads: int, kv_heads: int) -> int:
+    """Return how many heads that read the same keys a thread computes together: as many as leave work for all.
+
+    >>> heads_together(64, 9, 3), heads_together(1, 4, 4)
+    (3, 1)
+    """
+    group = heads // kv_heads
+    together = min(group, MAX_HEADS_TOGETHER)
+    while together > 1 and tokens * kv_heads * -(-group // together) < 2 * torch.get_num_threads():
+        together //= 2
+    return together
 
 
 def _reads_codes(p: Program) -> bool:
