@@ -42,7 +42,7 @@ WEIGHTS |= {
     "Q4_0 file": "the file in Q4_0",
     "Q4_1 file": "the file in Q4_1",
 }
-NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
+NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
 
 
 ENGINE_NAMES = {"rarefy": "Rarefy", "llama.cpp": "llama.cpp"}
