@@ -41,6 +41,13 @@ FAMILIES = {
         "sliding_window": 9,
         "attn_logit_softcapping": 0.05,
     },
+    "Gemma3Text": {
+        **GATED,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "Phi3": GATED,
     "Olmo2": GATED,
     "GPT2": {**GPT, "pad_token_id": 0},
