@@ -228,7 +228,7 @@ def writers():
     ],
     ids=lambda options: ", ".join(options),
 )
-def test_text_generation(writers, options):
+def test_text_generation(writers, options, same_draws):
     texts = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
     results = []
     if "stopping_criteria" in options:

@@ -395,9 +395,9 @@ class Decoder:
         leaves = [nn.functional.pad(ids, (0, padded - tokens)), positions, keep]
         return self._read(cache, tokens, len(keep), self.compiled.run_leaves(leaves, cache, recorder)[0])
 
-    def _read(self, cache: Cache, tokens: int, kept: int, logits: Any) -> Tensor:
-        """Return the logits of some kept tokens, and let the cache have as many as were read."""
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (cache.batch, kept):
+    def _read(self, cache: Cache, tokens: int, count: int, logits: Any) -> Tensor:
+        """Return the logits of `count` tokens, and let the cache have as many as were read."""
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (cache.batch, count):
             raise ModelError("the saved graph is inconsistent: its step returns no logits")
         cache.past += tokens
         return logits

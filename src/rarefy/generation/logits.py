@@ -83,8 +83,8 @@ def keep_top_p(ids: Tensor, scores: Tensor, p: float, minimum: int) -> Tensor:
         count = size
     likely = total - likeliest < p  # of what is likelier than a token
     likely[:, :minimum] = True
-    kept = scores.gather(1, order).masked_fill(~likely, -math.inf)
-    return torch.full_like(scores, -math.inf).scatter(1, order, kept)
+    remaining = scores.gather(1, order).masked_fill(~likely, -math.inf)
+    return torch.full_like(scores, -math.inf).scatter(1, order, remaining)
 
 
 def keep_min_p(ids: Tensor, scores: Tensor, p: float, minimum: int) -> Tensor:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from rarefy.common.errors import DataError
 from rarefy.generation.kv_cache import Cache
-
-if TYPE_CHECKING:
-    from rarefy.generation.loop import LanguageModel
 
 
 class PromptCache:
@@ -44,11 +41,11 @@ class PromptCache:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.reused = 0
-        self._decoder: LanguageModel | None = None
+        self._decoder: Any = None
         self._cache: Cache | None = None
         self._lock = Lock()
 
-    def begin(self, decoder: LanguageModel, ids: Tensor, capacity: int, precision: str | None) -> Cache:
+    def begin(self, decoder: Any, ids: Tensor, capacity: int, precision: str | None) -> Cache:
         """Return a cache for prompts [batch, tokens] that holds what is known of them, at most all tokens but the last.
 
         `keep` must follow.
@@ -64,7 +61,7 @@ class PromptCache:
             self._lock.release()
             raise
 
-    def _begin(self, decoder: LanguageModel, ids: Tensor, capacity: int, precision: str | None) -> Cache:
+    def _begin(self, decoder: Any, ids: Tensor, capacity: int, precision: str | None) -> Cache:
         precision = precision or decoder.cache_precision
         old, batch = self._cache, len(ids)
         usable = old is not None and self._decoder is decoder and old.precision == precision

@@ -114,11 +114,11 @@ class TokenStep:
                 continue
             if value.dim() in (2, 3) and value.shape[:2] == (1, POSITIONS):
                 values[node] = value
-        found = [n for n in values if n is not self.positions]
-        flat = {n for n in found if values[n].dim() == 2}
-        while wrong := {n for n in flat & set(found) if any(u not in found for u in n.users)}:
-            found = [n for n in found if n not in wrong]
-        return found
+        nodes = [n for n in values if n is not self.positions]
+        flat = {n for n in nodes if values[n].dim() == 2}
+        while wrong := {n for n in flat & set(nodes) if any(u not in nodes for u in n.users)}:
+            nodes = [n for n in nodes if n not in wrong]
+        return nodes
 
 
 def _replace_by_input(graph: fx.Graph, node: Node, name: str) -> Node:
