@@ -80,7 +80,9 @@ def test_scores_that_are_no_numbers_draw_nothing(wrong, llama):
     def spoil(ids, scores):
         return scores.index_fill(1, torch.tensor([5]), wrong)
 
-    with pytest.raises(DataError, match="no token can be drawn: the model's scores are NaN or infinite"):
+    with pytest.raises(
+        DataError, match="no token can be drawn: scores are NaN or infinite, by the model, a processor or"
+    ):
         rarefy.generate(llama[1], PROMPTS, do_sample=True, logits_processor=spoil, max_new_tokens=4)
 
 
@@ -331,6 +333,7 @@ def test_defaults_that_are_not_usable():
         ({"min_p": 0.1}, "min_p has no effect on the most likely token"),
         ({"do_sample": "yes"}, "do_sample: expected True or False, got 'yes'"),
         ({"do_sample": True, "min_p": 1.5}, "min_p: expected a probability from 0 to 1, got 1.5"),
+        ({"do_sample": True, "seed": 2**64}, "seed: expected at most 2^63 - 1, got 18446744073709551616"),
         ({"presence_penalty": float("nan")}, "presence_penalty: expected a number, got nan"),
         ({"temperature": "hot"}, "temperature: expected a number above 0, got hot"),
         ({"early_stopping": True}, "early_stopping has no effect without a beam search"),

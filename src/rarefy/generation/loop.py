@@ -118,7 +118,9 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     ends = probabilities.double().cumsum(-1)
     if not bool((ends[:, -1].isfinite() & (ends[:, -1] > 0)).all()):
-        raise DataError("no token can be drawn: the model's scores are NaN or infinite")
+        raise DataError(
+            "no token can be drawn: scores are NaN or infinite, by the model, a processor or the temperature"
+        )
     place = torch.rand(len(ends), 1, dtype=torch.float64, generator=generator) * ends[:, -1:]
     return torch.searchsorted(ends, place, right=True)[:, 0]
 
@@ -144,6 +146,8 @@ def prompt_of(decoder: LanguageModel, task: Task, memory: Tensor) -> Iterator[tu
     `memory` [rows, tokens] has the ids so far, and receives those to come: what is kept for the next prompts.
     """
     capacity, padded = memory.shape[1], task.mask is not None and not bool((task.mask == 1).all())
+    if task.prompt_cache is not None and padded:
+        task.prompt_cache.reused = 0
     if task.prompt_cache is None or padded:
         cache = decoder.cache(len(task.ids), capacity, task.mask, task.cache_precision)
         yield cache, decoder(task.ids, cache, last=True)

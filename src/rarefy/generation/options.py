@@ -11,6 +11,7 @@ from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, unknown
 from rarefy.generation.kv_cache import check_cache_precision
 
+MAX_SEED = (1 << 63) - 1
 MAX_NEW_TOKENS = 128  # where neither the caller nor the model says how many
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # they have an effect on random draws alone
 MODEL_DEFAULTS = (  # what a model's generation_config may set
@@ -119,6 +120,8 @@ class Options:
         for name, low in INTEGERS.items():
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, DataError)
+        if self.seed is not None and self.seed > MAX_SEED:
+            raise DataError(f"seed: expected at most 2^63 - 1, got {self.seed}")
         for name, (low, high, expected) in NUMBERS.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,16 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from rarefy.common.errors import DataError
-from rarefy.generation.kv_cache import Cache
+from rarefy.generation.kv_cache import TILE, Cache
 
 
 class PromptCache:
     """Keeps the keys and values of the last text, so that the next prompt is read from where it differs.
 
     Pass one object to several calls of `generate` or `stream`: to those of a conversation, whose prompts grow, or to
-    those that share a system prompt. Several prompts of a call share the memory of the pages with which all of them
-    begin. Texts are the same as without it, but for differences in the last bits. Prompts with padding are read whole,
-    and nothing of them is kept. One text at a time uses it.
+    those that share a system prompt. Whole pages of 64 tokens are not read again, so that a prompt is cut where it is
+    cut anyway. Several prompts of a call share their memory. Generated tokens were read one by one: in 8 bits their
+    keys differ from those of a prompt by what rounding loses, and so may the text. Of several texts the first is kept,
+    of a beam search the prompt. Prompts with padding are read whole, and nothing of them is kept. One text at a time
+    uses it.
 
     Attributes:
         ids: the tokens that are kept.
@@ -32,10 +34,10 @@ class PromptCache:
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> decoder = rarefy.decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32, eos_token_id=None, **sizes)).eval())
         >>> kept = PromptCache()
-        >>> text = decoder.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=5, prompt_cache=kept)
+        >>> text = decoder.generate(torch.arange(70)[None] % 32, max_new_tokens=5, prompt_cache=kept)
         >>> text = decoder.generate(torch.cat([text, torch.tensor([[1, 5]])], 1), max_new_tokens=5, prompt_cache=kept)
         >>> kept.reused
-        7
+        64
     """
 
     def __init__(self) -> None:
@@ -46,7 +48,9 @@ class PromptCache:
         self._lock = Lock()
 
     def begin(self, decoder: Any, ids: Tensor, capacity: int, precision: str | None) -> Cache:
-        """Return a cache for prompts [batch, tokens] that holds what is known of them, at most all tokens but the last.
+        """Return a cache for prompts [batch, tokens] that holds the pages that are known of them.
+
+        The last token is never among them: it is read for its logits.
 
         `keep` must follow.
 
@@ -65,7 +69,7 @@ class PromptCache:
         precision = precision or decoder.cache_precision
         old, batch = self._cache, len(ids)
         usable = old is not None and self._decoder is decoder and old.precision == precision
-        known = _common(self.ids, ids[:, :-1]) if usable else 0
+        known = _common(self.ids, ids[:, :-1]) // TILE * TILE if usable else 0
         if not usable:
             old = self._cache = None
         self.ids, self.reused, self._decoder = self.ids[:known], known, decoder
