@@ -74,13 +74,13 @@ def to_grid(kind: str, blocks: Tensor) -> Grid | OffsetGrid | None:
     >>> to_grid("Q8_0", from_grid("Q8_0", torch.full((1, 32), -1.0), Grid(8, torch.tensor([[0.5]])))).scale
     tensor([[0.5000]])
     """
+    if kind not in BYTES:
+        return None
+    parts = blocks.reshape(len(blocks), -1, BYTES[kind])
     if kind in OFFSET:
         bits, scales_of = OFFSET[kind]
-        return _offset_grid(bits, *scales_of(blocks.reshape(len(blocks), -1, BYTES[kind])))
-    if kind not in SYMMETRIC:
-        return None
+        return _offset_grid(bits, *scales_of(parts))
     bits = SYMMETRIC[kind]
-    parts = blocks.reshape(len(blocks), -1, BYTES[kind])
     scale = _half(parts[..., :2])
     if kind == "Q8_0" and bool((parts[..., 2:].contiguous().view(torch.int8) == -128).any()):
         return None

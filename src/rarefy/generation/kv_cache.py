@@ -124,22 +124,22 @@ class Cache:
             seen: set[int] = set()
             for row, page in enumerate(self.pages[:, tile].tolist()):
                 if page < 0 or page in seen:
-                    self.pages[row, tile] = new = self._new_page()
-                    for memory in (self.stored, self.scales):
-                        if memory is not None and page < 0:
-                            memory[new].zero_()
-                        elif memory is not None:
-                            memory[new] = memory[page]
+                    self.pages[row, tile] = self._new_page(self, page)
                 seen.add(page)
         self.reserved = max(self.reserved, last * TILE)
         if last * TILE >= self.own:
             self.own = min(self.own, first * TILE)
 
-    def _new_page(self) -> int:
-        if self.free:
-            return self.free.pop()
-        self.used += 1
-        return self.used - 1
+    def _new_page(self, source: Cache, page: int) -> int:
+        """Return a new page with what a page of `source` holds, which may be this cache; with zeros for -1."""
+        if not self.free:
+            self.free.append(self.used)
+            self.used += 1
+        new = self.free.pop()
+        for own, other in ((self.stored, source.stored), (self.scales, source.scales)):
+            if own is not None and other is not None:
+                own[new] = 0 if page < 0 else other[page]
+        return new
 
     def repeated(self, count: int) -> Cache:
         """Return a cache with each sequence `count` times, one after the other, which share the pages so far.
@@ -159,10 +159,7 @@ class Cache:
         """Copy the first tokens of another cache's first sequences, each for `count` sequences of this empty one."""
         for tile in range(-(-tokens // TILE)):
             for row, page in enumerate(other.pages[: self.batch // count, tile].tolist()):
-                self.pages[row * count : (row + 1) * count, tile] = new = self._new_page()
-                self.stored[new] = other.stored[page]
-                if self.scales is not None and other.scales is not None:
-                    self.scales[new] = other.scales[page]
+                self.pages[row * count : (row + 1) * count, tile] = self._new_page(other, page)
         self.past = tokens
         self.reserved = self.own = -(-tokens // TILE) * TILE
 
