@@ -1,7 +1,8 @@
-"""Measure the best models once more, on evaluation data that the search has not used.
+"""Measure the best models once more: on evaluation data that the search has not used, and their times.
 
-A search compares many models on the same samples, so the best of them is partly the luckiest. A third of the
-evaluation data is therefore held back. The fastest model that also keeps the largest loss there is the result.
+A search compares many models on the same samples and times each once, so the best of them is partly the luckiest. A
+third of the evaluation data is therefore held back, and the best model is timed again. The fastest model that still
+keeps all limits is the result.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 from rarefy.common.errors import RarefyError, first_line
 from rarefy.common.progress import say
 from rarefy.model.batches import count_samples
-from rarefy.search.points import Measured, digest_of
+from rarefy.search.deploy import Deployed
+from rarefy.search.frontier import Point
+from rarefy.search.points import Measured, digest_of, with_times
 from rarefy.search.targets import NOISE
 
 SHARE = 3  # of so many batches for evaluation the last is held back
 MIN_SAMPLES = 100  # held back; fewer would say less than the search knows
 ATTEMPTS = 4  # models that are measured once more
+MIN_SECONDS = 150.0  # of a search whose best model is timed once more
 LATE = 1.1  # of the time of the search, after which no other model is made again
 
 
@@ -43,34 +47,57 @@ def _count(batch: Any) -> int:
 
 
 def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
-    """Return the best point that keeps the largest loss on the data held back too, whether there is one, and notes.
+    """Return the best point that keeps all limits when it is measured once more, whether there is one, and notes.
 
-    The points that were measured once more get their `checked_loss`. Where none keeps the limit, the one that loses
-    least there is the best. Cost: up to `ATTEMPTS` models are made again and evaluated.
+    The points that were measured once more get their `checked_loss` and new times. Where none keeps the limits, the one
+    that comes nearest is the best. Cost: up to `ATTEMPTS` models are made again, timed and evaluated.
     """
-    targets, metric = search.task.targets, search.task.check
+    targets = search.task.targets
     index, met = targets.best(search.points)
-    if metric is None or index is None or search.points[index] is search.reference:
+    if index is None or search.points[index] is search.reference:
         return index, met, []
-    limit = targets.max_loss if met else None
+    checked: dict[int, Point] = {}
     try:
-        dense = search.journal.get("check of the dense model", lambda: metric.measure(search.dense_fast))
-        if not targets.points and abs(dense) < NOISE:
-            return index, met, []
-        checked: dict[int, float] = {}
-        for i in _candidates(search, index) if limit is not None else [index]:
+        dense = _dense_quality(search)
+        for i in _candidates(search, index) if met else [index]:
             if checked and not _has_time(search, i):
                 break
-            quality = search.journal.get(
-                f"check of {digest_of(search.points[i].recipe, search.points[i])}", lambda i=i: _measure(search, i)
-            )
-            checked[i] = targets.loss(dense, quality, metric.higher_is_better)
-            search.points[i] = replace(search.points[i], checked_loss=checked[i])
-            if limit is None or checked[i] <= limit:
-                return i, met, []
+            search.points[i] = _measured_again(search, i, dense)
+            checked[i] = _as_checked(search.points[i])
+            if not met or targets.keeps(checked[i]):
+                return i, targets.keeps(checked[i]), []
     except RarefyError as error:
-        return index, met, [f"the data held back could not be evaluated: {first_line(error, 200)}"]
-    return min(checked, key=lambda i: checked[i]), False, []
+        return index, met, [f"the best model could not be measured once more: {first_line(error, 200)}"]
+    return min(checked, key=lambda i: max(targets.limits(checked[i]).values())), False, []
+
+
+def _dense_quality(search: Measured) -> float | None:
+    """Return the dense model's quality on the data held back; None without them, or where losses are fractions of 0."""
+    metric, targets = search.task.check, search.task.targets
+    if metric is None:
+        return None
+    dense = search.journal.get("check of the dense model", lambda: metric.measure(search.dense_fast))
+    return dense if targets.points or abs(dense) >= NOISE else None
+
+
+def _measured_again(search: Measured, index: int, dense: float | None) -> Point:
+    """Return a point with its loss on the data held back and new times, as far as there are data and time."""
+    point, task = search.points[index], search.task
+    digest = digest_of(point.recipe, point)
+    if dense is not None:
+        quality = search.journal.get(f"check of {digest}", lambda: _quality(search, index))
+        point = replace(point, checked_loss=task.targets.loss(dense, quality, task.metric.higher_is_better))
+    if search.seconds >= MIN_SECONDS:
+        times = search.journal.get(f"times again of {digest}", lambda: _times(search, index))
+        point = with_times(point, times)
+    return point
+
+
+def _as_checked(point: Point) -> Point:
+    """Return a point with the loss that counts: the larger one."""
+    if point.checked_loss is None or point.loss is None:
+        return point
+    return replace(point, loss=max(point.loss, point.checked_loss))
 
 
 def _candidates(search: Measured, best: int) -> list[int]:
@@ -88,11 +115,19 @@ def _has_time(search: Measured, index: int) -> bool:
     return search.elapsed() + search.points[index].seconds <= LATE * search.seconds
 
 
-def _measure(search: Measured, index: int) -> float:
-    """Return the quality of a point's model on the data held back; the model is kept as that of the best point."""
-    assert search.task.check is not None
+def _made_again(search: Measured, index: int) -> Deployed:
+    """Return the model of a point as it is deployed; it is kept as that of the best point."""
     if search.task.progress:
-        say([f"{search.elapsed() / 60:5.1f} min  {search.points[index].name}, on data held back"])
+        say([f"{search.elapsed() / 60:5.1f} min  {search.points[index].name}, once more"])
     model, deployed = search.models_of(index)
     search.best_models = (index, model, deployed)
-    return search.task.check.measure(deployed)
+    return deployed
+
+
+def _quality(search: Measured, index: int) -> float:
+    assert search.task.check is not None
+    return search.task.check.measure(_made_again(search, index))
+
+
+def _times(search: Measured, index: int) -> dict[str, Any]:
+    return search.times(_made_again(search, index))

@@ -27,7 +27,7 @@ from rarefy.pipeline.speed import resize_batch
 from rarefy.runtime.bindings import multiplies_bf16
 
 SECONDS = 1.5  # of calls of one model at one batch size
-REPEATS = (5, 60)  # at least and at most
+REPEATS = (5, 400)  # at least and at most
 PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
 SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
 DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt

@@ -28,7 +28,8 @@ class Point:
         name: short text, such as "int8, 25 % fewer neurons".
         quality: the metric of this very model; None where it could not be made.
         loss: how much worse than the dense model, in the unit of the limit: a fraction, or points. Negative: better.
-        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model.
+        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model. The best
+            point of a search of 2.5 minutes or more is timed once more at the end.
         speedup: batch -> times as fast as the dense model compiled in fp32, in the same run.
         disk_bytes: of the saved compiled model.
         memory_bytes: of its weights in memory.

@@ -34,6 +34,7 @@ from rarefy.search.deploy import (
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
+from rarefy.search.line_search import at_speed_of
 from rarefy.search.space import CUTS, Amounts, Part
 from rarefy.search.stages import stages_of
 from rarefy.search.targets import check_dense
@@ -180,17 +181,15 @@ class Measured:
             deployed = self._deploy(model, variant)
             with torch.no_grad():
                 quality = self.task.metric.measure(deployed)
-            times = self._times(deployed)
+            times = self.times(deployed)
             sizes = sizes_of(deployed)
         except RarefyError as error:
             seconds = self.journal.clock() - began
             return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
         loss = 0.0 if self.reference is None else self._loss(quality)
-        point = Point(
-            name, quality, loss, {n: t["model"] for n, t in times.items()},
-            {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()},
-            sizes["disk"], sizes["memory"], recipe, precision, seconds=self.journal.clock() - began,
-        )  # fmt: skip
+        seconds = self.journal.clock() - began
+        point = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision, seconds=seconds)
+        point = with_times(point, times)
         self._keep(point, model, deployed)
         return asdict(point)
 
@@ -199,7 +198,7 @@ class Measured:
         assert self.reference is not None and self.reference.quality is not None
         return self.task.targets.loss(self.reference.quality, quality, self.task.metric.higher_is_better)
 
-    def _times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
+    def times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
         """Return the times of a model and of the dense one, in turns."""
         assert self.dense_fast is not None
         models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
@@ -281,6 +280,20 @@ class Measured:
     def unit_scores(self) -> dict[str, str]:
         """Return the score of units by method, of those methods that have one."""
         return {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
+
+
+def with_times(point: Point, times: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Point:
+    """Return a point with times of its model and of the dense one in turns, {batch: {"model", "dense": quartiles}}.
+
+    What was predicted is brought to the speed that the machine had then.
+    """
+    milliseconds = {n: t["model"] for n, t in times.items()}
+    speedup = {n: t["dense"]["median"] / t["model"]["median"] for n, t in times.items()}
+    timed = replace(point, milliseconds=milliseconds, speedup=speedup)
+    expected = point.predicted.get("milliseconds")
+    if not expected:
+        return timed
+    return replace(timed, predicted={**point.predicted, "milliseconds": at_speed_of(timed, point, expected)})
 
 
 def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
