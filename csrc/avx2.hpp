@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_table.h"
+
 namespace {
 
 // Shuffle indices that expand consecutive values by a mask of eight bits. Positions without a bit have the highest bit
@@ -54,34 +56,29 @@ inline __m256i expand_16bit(const char* bits, const uint16_t* v) {
                              _mm256_set_m128i(load(expansions.pairs[high]), load(expansions.pairs[low])));
 }
 
-// Unpack 64 nibbles to int8, low nibble first, and subtract the zero point of either half.
-inline void unpack_int4(const uint8_t* v, int8_t low_zero, int8_t high_zero, int8_t (&out)[64]) {
-  for (int half = 0; half < 2; ++half) {
-    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 16 * half)));
-    const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
-    const __m256i values = _mm256_sub_epi8(nibbles, _mm256_set1_epi8(half ? high_zero : low_zero));
+// Unpack a row of a panel of codes of 4 to 6 bits, and subtract the zero points of the first and the last 32.
+template <int BITS>
+inline void unpack_codes(const uint8_t* panel, int64_t row, int8_t low_zero, int8_t high_zero, int8_t (&out)[64]) {
+  for (int64_t half = 0; half < 2; ++half) {
+    const auto load = [&](int64_t at) {  // bytes of two columns, in 16 bits
+      return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + at + 16 * half)));
+    };
+    const __m256i w = load(32 * row);
+    __m256i codes = _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15));
+    if constexpr (BITS > 4) {
+      const __m256i high = load(high_bytes(BITS, row)), mask = _mm256_set1_epi16(((1 << (BITS - 4)) - 1) << 12);
+      const __m256i even = _mm256_and_si256(_mm256_slli_epi16(high, 12 - high_bit(BITS, row, 0)), mask),
+                    odd = _mm256_and_si256(_mm256_slli_epi16(high, 12 - high_bit(BITS, row, 1)), mask);
+      codes = _mm256_or_si256(codes, _mm256_or_si256(_mm256_srli_epi16(even, 8), odd));
+    }
+    const __m256i values = _mm256_sub_epi8(codes, _mm256_set1_epi8(half ? high_zero : low_zero));
     std::memcpy(out + 32 * half, &values, 32);
   }
 }
 
-// Unpack 64 codes of 5 or 6 bits to int8, 32 at a time; rarefy.h says how they are stored.
-template <int BITS>
-inline void unpack_wide_codes(const uint8_t* v, __m256i (&out)[2]) {
-  const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), fifteen = _mm256_set1_epi8(15);
-  const __m256i low[2] = {_mm256_and_si256(nibbles, fifteen), _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen)};
-  __m256i plane, left, right;
-  if constexpr (BITS == 6) {
-    plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));
-    left = _mm256_setr_epi64x(4, 4, 2, 2);
-    right = _mm256_setr_epi64x(0, 0, 2, 2);
-  } else {
-    plane = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(v + 32)));
-    left = _mm256_setr_epi64x(4, 3, 2, 1);
-    right = _mm256_setr_epi64x(0, 1, 2, 3);
-  }
-  const __m256i mask = _mm256_set1_epi8(BITS == 6 ? 0x30 : 0x10);
-  out[0] = _mm256_or_si256(low[0], _mm256_and_si256(_mm256_sllv_epi64(plane, left), mask));
-  out[1] = _mm256_or_si256(low[1], _mm256_and_si256(_mm256_srlv_epi64(plane, right), mask));
+// Unpack 64 nibbles and subtract the zero points of the first and the last 32.
+inline void unpack_int4(const uint8_t* v, int8_t low_zero, int8_t high_zero, int8_t (&out)[64]) {
+  unpack_codes<4>(v, 0, low_zero, high_zero, out);
 }
 
 inline __m256i quantize_32(const float* x, float scale) {

@@ -16,28 +16,29 @@ namespace {
 constexpr int64_t GEMV_BLOCKS = JOINED_ROW_COLUMNS / 64;  // blocks of 64 columns at a time
 constexpr int64_t GEMV_PREFETCH = 1024;  // bytes ahead: two threads read 27 GB/s, 21 with twice as many
 
-// 64 codes of a row as vectors of 16 bits: of 4 bits columns 0, 4, 8 ... then 1, 5, 9 ..., of 5 and 6 bits the even and
-// the odd ones of each half, of 8 bits all in their order.
+// 64 codes of a row of a panel as vectors of 16 bits: of 8 bits all in their order, of less columns 0, 4, 8 ... then 1,
+// 5, 9 ...
 template <int BITS>
-inline void load_words(const uint8_t* v, __m256i (&words)[4]) {
-  const auto all = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v) + i); };
+inline void load_words(const uint8_t* panel, int row, __m256i (&words)[4]) {
   if constexpr (BITS == 8) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v) + i));
-  } else if constexpr (BITS == 4) {
-    const __m256i nibbles = all(0), fifteen = _mm256_set1_epi16(15);
-    words[0] = _mm256_and_si256(nibbles, fifteen);
-    words[1] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen);
-    words[2] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), fifteen);
-    words[3] = _mm256_srli_epi16(nibbles, 12);
-  } else {
-    __m256i codes[2];
-    unpack_wide_codes<BITS>(v, codes);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      words[2 * i] = _mm256_and_si256(codes[i], _mm256_set1_epi16(255));
-      words[2 * i + 1] = _mm256_srli_epi16(codes[i], 8);
+      words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + 64 * row) + i));
+    return;
+  }
+  const auto load = [&](int64_t at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + at)); };
+  const __m256i nibbles = load(32 * row), fifteen = _mm256_set1_epi16(15);
+  words[0] = _mm256_and_si256(nibbles, fifteen);
+  words[1] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), fifteen);
+  words[2] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), fifteen);
+  words[3] = _mm256_srli_epi16(nibbles, 12);
+  if constexpr (BITS > 4 && BITS < 8) {
+    const __m256i high = load(high_bytes(BITS, row)), mask = _mm256_set1_epi16(((1 << (BITS - 4)) - 1) << 4);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int right = high_bit(BITS, row, i % 2) + i / 2 * 8 - 4;
+      const __m256i bits = right < 0 ? _mm256_slli_epi16(high, -right) : _mm256_srli_epi16(high, right);
+      words[i] = _mm256_or_si256(words[i], _mm256_and_si256(bits, mask));
     }
   }
 }
@@ -50,18 +51,15 @@ inline void split_pairs(__m256i first, __m256i second, __m256i& even, __m256i& o
   odd = _mm256_permute4x64_epi64(_mm256_packs_epi32(high(first), high(second)), 0xd8);
 }
 
-// 64 inputs in the order of load_words.
-template <int BITS>
+// 64 inputs in the order of load_words for less than 8 bits.
 inline void arrange_inputs(const int16_t* x, __m256i* out) {
   __m256i in[4];
   for (int i = 0; i < 4; ++i) in[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i);
   split_pairs(in[0], in[1], out[0], out[1]);
   split_pairs(in[2], in[3], out[2], out[3]);
-  if constexpr (BITS == 4) {
-    const __m256i even[2] = {out[0], out[2]}, odd[2] = {out[1], out[3]};
-    split_pairs(even[0], even[1], out[0], out[2]);
-    split_pairs(odd[0], odd[1], out[1], out[3]);
-  }
+  const __m256i even[2] = {out[0], out[2]}, odd[2] = {out[1], out[3]};
+  split_pairs(even[0], even[1], out[0], out[2]);
+  split_pairs(odd[0], odd[1], out[1], out[3]);
 }
 
 inline int64_t sum_of(__m256i v) {
@@ -96,7 +94,7 @@ struct JoinedInputs {
       if constexpr (BITS < 8) {
         first[m] = words[m];
         for (int64_t b = 0; b < blocks; ++b, in += 64) {
-          arrange_inputs<BITS>(in, words[m] + 4 * b);
+          arrange_inputs(in, words[m] + 4 * b);
           sum_halves(in, sums[m] + 2 * b);
         }
       }
@@ -136,7 +134,7 @@ struct BlockScales {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
   }
   // The scale of one half of the columns of row r in all elements, or those of both, each in half of the elements: so
-  // are sums of nibbles, and one scale for both is the same.
+  // are sums of less than 8 bits, and one scale for both is the same.
   __m256 of(int r, int half) const { return pick(GROUPS == 2 ? 2 * r + half : r, GROUPS == 2 ? 2 * r + half : r); }
   __m256 of_halves(int r) const { return pick(GROUPS == 2 ? 2 * r : r, GROUPS == 2 ? 2 * r + 1 : r); }
   __m256 pick(int low, int high) const {
@@ -178,20 +176,19 @@ inline void multiply_rows(const uint8_t* value, const uint16_t* scale, int row, 
   __m256 acc[ROWS][INPUTS];
   for (int r = 0; r < ROWS; ++r)
     for (int m = 0; m < INPUTS; ++m) acc[r][m] = _mm256_setzero_ps();
-  value += row * 8 * BITS;
   for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 8 * BITS, scale += TILE_ROWS * GROUPS) {
     const BlockScales<GROUPS> scales(scale);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       __m256i words[4];
-      load_words<BITS>(value + r * 8 * BITS, words);
-      _mm_prefetch(reinterpret_cast<const char*>(value) + r * 8 * BITS + GEMV_PREFETCH, _MM_HINT_T0);
+      load_words<BITS>(value, row + r, words);
+      _mm_prefetch(reinterpret_cast<const char*>(value) + (row + r) * 8 * BITS + GEMV_PREFETCH, _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int m = 0; m < INPUTS; ++m) {
         const __m256i* in = x.first[m] + 4 * b;
         const auto pairs = [&](int i) { return _mm256_madd_epi16(words[i], _mm256_loadu_si256(in + i)); };
         const __m256i low = _mm256_add_epi32(pairs(0), pairs(1)), high = _mm256_add_epi32(pairs(2), pairs(3));
-        if constexpr (BITS == 4 || GROUPS == 1) {
+        if constexpr (BITS < 8 || GROUPS == 1) {
           acc[r][m] =
               _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)), scales.of_halves(row + r), acc[r][m]);
         } else {
@@ -211,19 +208,18 @@ inline void multiply_unscaled_rows(const uint8_t* value, int row, int64_t blocks
   __m256i acc[ROWS][INPUTS];
   for (int r = 0; r < ROWS; ++r)
     for (int m = 0; m < INPUTS; ++m) acc[r][m] = _mm256_setzero_si256();
-  value += row * 8 * BITS;
   for (int64_t b = 0; b < blocks; ++b, value += TILE_ROWS * 8 * BITS) {
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       __m256i words[4];
-      load_words<BITS>(value + r * 8 * BITS, words);
+      load_words<BITS>(value, row + r, words);
 #pragma GCC unroll 4
       for (int m = 0; m < INPUTS; ++m)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
           acc[r][m] =
               _mm256_add_epi32(acc[r][m], _mm256_madd_epi16(words[i], _mm256_loadu_si256(x.first[m] + 4 * b + i)));
-      _mm_prefetch(reinterpret_cast<const char*>(value) + r * 8 * BITS + GEMV_PREFETCH, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(value) + (row + r) * 8 * BITS + GEMV_PREFETCH, _MM_HINT_T0);
     }
   }
   for (int m = 0; m < INPUTS; ++m) {

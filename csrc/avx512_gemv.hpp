@@ -15,12 +15,11 @@
 
 namespace {
 
-// 64 inputs in two parts, in lanes of four. For weights of 4 bits the parts are the even and the odd inputs, so that
-// both have all scales; for those of 5 and 6 bits, whose codes lie in halves, the first and the last 32.
+// 64 inputs in two parts, the even and the odd ones, in lanes of four.
 struct alignas(64) BlockInputs {
   int8_t part[2][32];
-  int32_t negative_sums[8];  // of the codes of each lane, negated: of both parts; of halves 16 bits for each part
-  float scales[8];           // of each lane; of halves four times that of either part
+  int32_t negative_sums[8];  // of the codes of each lane of both parts, negated
+  float scales[8];           // of each lane
 };
 static_assert(sizeof(BlockInputs) == 128);  // as many bytes as two terms
 
@@ -44,7 +43,7 @@ inline void store_sums(const __m128& sums, int64_t rows, float* y) {
 }
 
 // Quantize one row of n inputs with a scale for each 32, zero-padded to `padded`.
-void convert_row_blocks(const float* x, int64_t n, int64_t padded, bool halves, void* out) {
+void convert_row_blocks(const float* x, int64_t n, int64_t padded, void* out) {
   BlockInputs* block = static_cast<BlockInputs*>(out);
   for (int64_t k = 0; k < padded; k += 64, ++block) {
     alignas(64) int8_t codes[64];
@@ -71,12 +70,6 @@ void convert_row_blocks(const float* x, int64_t n, int64_t padded, bool halves, 
     }
     const __m512i all = _mm512_load_si512(codes);
     _mm512_store_si512(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), all));
-    if (halves) {
-      for (int64_t i = 0; i < 8; ++i)
-        block->negative_sums[i] = int32_t((uint32_t(-sums[i]) & 0xffffu) | uint32_t(-sums[8 + i]) << 16);
-      std::memcpy(block->part, codes, 64);
-      continue;
-    }
     for (int64_t i = 0; i < 8; ++i) block->negative_sums[i] = -(sums[2 * i] + sums[2 * i + 1]);
     for (int64_t i = 0; i < 32; ++i) {
       block->part[0][i] = codes[2 * i];
@@ -115,20 +108,14 @@ void pack_block_rows(const void* rows, int64_t row_bytes, int64_t count, const r
     }
 }
 
-// The scales, and the zero points, of two rows in a block, one in each lane; GROUPS: how many a row has. HALF: those of
-// the first or the last 32 inputs in all lanes of a row, with zero points in that half of a lane; -1: either half has
-// four lanes.
-template <int GROUPS, int HALF = -1>
+// The scales, and the zero points, of two rows in a block, one in each lane; GROUPS: how many a row has.
+template <int GROUPS>
 struct PairGroups {
   const __m512i scale_bytes =
       in_register(order([](int lane) { return (2 * place(lane) + 1) << 24 | (2 * place(lane)) << 16 | 0x8080; }));
-  const __m512i zero_bytes = in_register(order(
-      [](int lane) { return HALF == 1 ? int(0x80008080u) | place(lane) << 16 : int(0x80808000u) | place(lane); }));
+  const __m512i zero_bytes = in_register(order([](int lane) { return int(0x80808000u) | place(lane); }));
 
-  static constexpr int place(int lane) {
-    if (GROUPS == 1) return lane / 8;
-    return HALF < 0 ? lane / 4 : lane / 8 * 2 + HALF;
-  }
+  static constexpr int place(int lane) { return lane / (8 / GROUPS); }
   template <class F>
   static __m512i order(F&& f) {
     alignas(64) int32_t bytes[16];
@@ -169,126 +156,71 @@ inline void store_pairs(const __m512 (&sums)[2][INPUTS], const rarefy_quantized&
 
 enum ZeroPoints { MIDDLE, WHOLE, EIGHTHS };  // where a weight has none, and of `zero_bits` 0 and 3
 
-// Four rows of 4 bits on INPUTS inputs.
-template <int GROUPS, int ZEROS, int INPUTS>
-inline void nibble_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y,
-                        int64_t ldy) {
+// The codes of a panel, SHIFT bits to the left: two rows in a vector, their even or their odd columns.
+template <int BITS, int SHIFT>
+struct PanelCodes {
+  static constexpr int HIGH = ((1 << (BITS - 4)) - 1) << (4 + SHIFT);
+  const __m512i low_mask = in_register(_mm512_set1_epi8(char(15 << SHIFT)));
+  const __m512i high_mask = in_register(_mm512_set1_epi8(char(HIGH)));
+  const __m512i left[4] = {turns(0, 0), turns(0, 1), turns(1, 0), turns(1, 1)};
+
+  // How far the high bits of these rows and columns are rotated.
+  static __m512i turns(int pair, int odd) {
+    const auto of_row = [&](int row) { return (4 + SHIFT - high_bit(BITS, row, odd)) & 63; };
+    if (BITS == 4) return _mm512_setzero_si512();
+    return in_register(_mm512_mask_set1_epi64(_mm512_set1_epi64(of_row(2 * pair)), 0xf0, of_row(2 * pair + 1)));
+  }
+  static __m512i load_high(const uint8_t* panel) {
+    if constexpr (BITS == 4) return _mm512_setzero_si512();
+    if constexpr (BITS == 5) return load_twice(panel + 128);
+    return _mm512_loadu_si512(panel + 128);
+  }
+  void load(const uint8_t* panel, int pair, __m512i high, __m512i (&codes)[2]) const {
+    const __m512i nibbles = _mm512_loadu_si512(panel + 64 * pair);
+    codes[0] = _mm512_and_si512(SHIFT ? _mm512_slli_epi16(nibbles, SHIFT) : nibbles, low_mask);
+    codes[1] = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4 - SHIFT), low_mask);
+    if constexpr (BITS > 4)
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m512i bits = _mm512_and_si512(_mm512_rolv_epi64(high, left[2 * pair + odd]), high_mask);
+        codes[odd] = _mm512_or_si512(codes[odd], bits);
+      }
+  }
+};
+
+// Four rows of 4 to 6 bits on INPUTS inputs.
+template <int BITS, int GROUPS, int ZEROS, int INPUTS>
+inline void panel_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
+  constexpr int64_t panel_bytes = 32 * BITS;
   const uint8_t* x = static_cast<const uint8_t*>(inputs);
   const PairGroups<GROUPS == 2 ? 2 : 1> groups;
-  const __m512i mask = in_register(_mm512_set1_epi8(ZEROS == EIGHTHS ? 15 << 3 : 15));
-  const __m512i eight = in_register(_mm512_set1_epi32(8));
-  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * 32;
+  const PanelCodes<BITS, ZEROS == EIGHTHS ? 3 : 0> rows;
+  const __m512i middle = in_register(_mm512_set1_epi32(1 << (BITS - 1)));
+  const uint8_t* panel = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * 8 * BITS;
   const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
   const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
   __m512 sums[2][INPUTS];
 #pragma GCC unroll 4
   for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
-  for (int64_t block = 0; block < w.col_blocks; ++block, values += 128, x += sizeof(BlockInputs)) {
-    __builtin_prefetch(values + PREFETCH_BYTES, 0, 3);
-    __builtin_prefetch(values + PREFETCH_BYTES + 64, 0, 3);
+  for (int64_t block = 0; block < w.col_blocks; ++block, panel += panel_bytes, x += sizeof(BlockInputs)) {
+#pragma GCC unroll 3
+    for (int64_t at = 0; at < panel_bytes; at += 64) __builtin_prefetch(panel + PREFETCH_BYTES + at, 0, 3);
+    const __m512i high = rows.load_high(panel);
 #pragma GCC unroll 2
     for (int pair = 0; pair < 2; ++pair) {
-      const __m512i codes = _mm512_loadu_si512(values + 64 * pair);
-      const __m512i even = _mm512_and_si512(ZEROS == EIGHTHS ? _mm512_slli_epi16(codes, 3) : codes, mask),
-                    odd = _mm512_and_si512(_mm512_srli_epi16(codes, ZEROS == EIGHTHS ? 1 : 4), mask);
-      const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : eight;
+      __m512i codes[2];
+      rows.load(panel, pair, high, codes);
+      const __m512i zero = ZEROS ? groups.zero_points(zeros + 2 * GROUPS * pair) : middle;
       const __m512 scale = GROUPS ? groups.scales(scales + 2 * GROUPS * pair) : _mm512_setzero_ps();
 #pragma GCC unroll 4
       for (int m = 0; m < INPUTS; ++m) {
         const auto& in = *reinterpret_cast<const BlockInputs*>(x + m * ldx);
         __m512i dot = _mm512_madd_epi16(zero, load_twice(in.negative_sums));
-        dot = _mm512_dpbusd_epi32(dot, even, load_twice(in.part[0]));
-        dot = _mm512_dpbusd_epi32(dot, odd, load_twice(in.part[1]));
+        dot = _mm512_dpbusd_epi32(dot, codes[0], load_twice(in.part[0]));
+        dot = _mm512_dpbusd_epi32(dot, codes[1], load_twice(in.part[1]));
         __m512 v = _mm512_cvtepi32_ps(dot);
         if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale);
         sums[pair][m] = _mm512_fmadd_ps(v, _mm512_castsi512_ps(load_twice(in.scales)), sums[pair][m]);
-      }
-    }
-    scales += TILE_ROWS * GROUPS;
-    if (ZEROS) zeros += TILE_ROWS * GROUPS;
-  }
-  store_pairs(sums, w, row, y, ldy);
-}
-
-// The codes of two rows of 5 or 6 bits: of the first and of the last 32 inputs of a block.
-template <int BITS>
-struct WideCodes {
-  const __m512i fifteen = in_register(_mm512_set1_epi8(15));
-  const __m512i high_mask = in_register(_mm512_set1_epi8(BITS == 6 ? 0x30 : 0x10));
-  const __m512i rotations[2] = {
-      in_register(BITS == 6 ? _mm512_setr_epi64(4, 4, 2, 2, 4, 4, 2, 2) : _mm512_setr_epi64(4, 3, 2, 1, 4, 3, 2, 1)),
-      in_register(BITS == 6 ? _mm512_setr_epi64(0, 0, 62, 62, 0, 0, 62, 62)
-                            : _mm512_setr_epi64(0, 63, 62, 61, 0, 63, 62, 61))};
-
-  static __m512i planes(const uint8_t* first, const uint8_t* second) {
-    if constexpr (BITS == 6) {
-      const auto load = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-      return _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load(first)), 0xff00, load(second));
-    } else {
-      int64_t a, b;
-      std::memcpy(&a, first, 8);
-      std::memcpy(&b, second, 8);
-      return _mm512_mask_set1_epi64(_mm512_set1_epi64(a), 0xf0, b);
-    }
-  }
-  void load(const uint8_t* v, __m512i (&codes)[2]) const {
-    const auto load32 = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-    const __m512i nibbles = _mm512_inserti64x4(_mm512_castsi256_si512(load32(v)), load32(v + 8 * BITS), 1);
-    const __m512i plane = planes(v + 32, v + 8 * BITS + 32);
-    const auto with_high = [&](__m512i low, int half) {
-      return _mm512_or_si512(_mm512_and_si512(low, fifteen),
-                             _mm512_and_si512(_mm512_rolv_epi64(plane, rotations[half]), high_mask));
-    };
-    codes[0] = with_high(nibbles, 0);
-    codes[1] = with_high(_mm512_srli_epi16(nibbles, 4), 1);
-  }
-};
-
-// Four rows of 5 or 6 bits on INPUTS inputs.
-template <int BITS, int GROUPS, int ZEROS, int INPUTS>
-inline void wide_rows(const rarefy_quantized& w, int64_t row, const void* inputs, int64_t ldx, float* y, int64_t ldy) {
-  constexpr int64_t row_bytes = 8 * BITS;
-  const uint8_t* x = static_cast<const uint8_t*>(inputs);
-  const WideCodes<BITS> rows;
-  const PairGroups<GROUPS == 2 ? 2 : 1, 0> first;
-  const PairGroups<GROUPS == 2 ? 2 : 1, 1> last;
-  const __m512i middle[2] = {in_register(_mm512_set1_epi32(1 << (BITS - 1))),
-                             in_register(_mm512_set1_epi32(1 << (BITS - 1 + 16)))};
-  const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.col_blocks * row_bytes;
-  const uint16_t* scales = w.scales + row * w.col_blocks * GROUPS;
-  const uint8_t* zeros = ZEROS ? w.zeros + row * w.col_blocks * GROUPS : nullptr;
-  __m512 sums[2][INPUTS];
-#pragma GCC unroll 4
-  for (int m = 0; m < INPUTS; ++m) sums[0][m] = sums[1][m] = _mm512_setzero_ps();
-  for (int64_t block = 0; block < w.col_blocks; ++block, values += TILE_ROWS * row_bytes, x += sizeof(BlockInputs)) {
-    for (int64_t line = 0; line < 3; ++line) __builtin_prefetch(values + PREFETCH_BYTES + 64 * line, 0, 3);
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 2; ++pair) {
-      __m512i codes[2], zero[2] = {middle[0], middle[1]};
-      __m512 scale[2] = {};
-      rows.load(values + 2 * row_bytes * pair, codes);
-      if constexpr (ZEROS == EIGHTHS)
-        for (__m512i& half : codes) half = _mm512_slli_epi16(half, 3);  // which fit their bytes
-      if constexpr (ZEROS != MIDDLE) {
-        zero[0] = first.zero_points(zeros + 2 * GROUPS * pair);
-        zero[1] = last.zero_points(zeros + 2 * GROUPS * pair);
-      }
-      if constexpr (GROUPS != 0) {
-        scale[0] = first.scales(scales + 2 * GROUPS * pair);
-        scale[1] = last.scales(scales + 2 * GROUPS * pair);
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < INPUTS; ++m) {
-        const auto& in = *reinterpret_cast<const BlockInputs*>(x + m * ldx);
-        const __m512i negative_sums = load_twice(in.negative_sums);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          const __m512i dot =
-              _mm512_dpbusd_epi32(_mm512_madd_epi16(zero[half], negative_sums), codes[half], load_twice(in.part[half]));
-          __m512 v = _mm512_cvtepi32_ps(dot);
-          if constexpr (GROUPS != 0) v = _mm512_mul_ps(v, scale[half]);
-          sums[pair][m] = _mm512_fmadd_ps(v, _mm512_set1_ps(in.scales[4 * half]), sums[pair][m]);
-        }
       }
     }
     scales += TILE_ROWS * GROUPS;
@@ -301,10 +233,7 @@ template <int BITS, int GROUPS, int ZEROS, int INPUTS>
 void code_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                     int64_t ldy) {
   for (int64_t row = from; row < to; row += TILE_ROWS)
-    if constexpr (BITS == 4)
-      nibble_rows<GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
-    else
-      wide_rows<BITS, GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
+    panel_rows<BITS, GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from` (a multiple of four) to `to` of a weight of 4, 5 or 6 bits.

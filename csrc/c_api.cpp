@@ -245,7 +245,7 @@ int run_jobs(const Job<rarefy_quantized>* jobs, int64_t count, const float* x, i
     const float* row = x + i * ldx;
     char* converted = in + i * padded * bytes;
     if (blocks) {
-      t.convert_row_blocks(row, first->cols, padded, first->dtype != RAREFY_I4, converted);
+      t.convert_row_blocks(row, first->cols, padded, converted);
       continue;
     }
     scales[i] = fp32_inputs ? 1.0f : rarefy_input_scale(t, row, first->cols);
@@ -354,15 +354,15 @@ void dequantize_row(const rarefy_quantized& w, int64_t row, float* out) {
     const int64_t column = c % 64, group = cell * groups + column / group_size;
     const float scale = groups ? row_scale * from_bf16(w.scales[group]) : row_scale;
     const int64_t n = std::min(group_size, w.cols - c);
-    const uint8_t* values = static_cast<const uint8_t*>(w.values) + cell * bytes;
+    const uint8_t* panel = static_cast<const uint8_t*>(w.values) + (cell - row % TILE_ROWS) * bytes;
     if (w.dtype != RAREFY_I8) {
       const int bits = value_bits(w.dtype), zero_point = w.zeros ? w.zeros[group] : 1 << (bits - 1);
       for (int64_t i = column; i < column + n; ++i) {
-        const int code = bits == 4 ? values[i / 2] >> i % 2 * 4 & 15 : wide_code(values, bits, i);
+        const int code = panel_code(panel, bits, row % TILE_ROWS, i);
         out[c - column + i] = float((code << w.zero_bits) - zero_point) * scale;
       }
     } else {
-      const int8_t* codes = reinterpret_cast<const int8_t*>(values) + column;
+      const int8_t* codes = reinterpret_cast<const int8_t*>(panel) + row % TILE_ROWS * bytes + column;
       for (int64_t i = 0; i < n; ++i) out[c + i] = float(codes[i]) * scale;
     }
   }

@@ -72,8 +72,7 @@ inline void convert_narrow(const rarefy_kernel_table& t, const rarefy_step& s, i
   const int64_t count = std::min(NARROW_BLOCKS, blocks - first),
                 features = std::min(count * 64, s.features - first * 64);
   for (int64_t n = 0; n < s.columns; ++n)
-    t.convert_row_blocks(s.x.data + n * s.x.stride + first * 64, features, count * 64, false,
-                         rows + n * count * block_bytes);
+    t.convert_row_blocks(s.x.data + n * s.x.stride + first * 64, features, count * 64, rows + n * count * block_bytes);
   t.pack_block_rows(rows, count * block_bytes, s.columns,
                     {.count = count, .first = first, .all = blocks, .width = ceil_div(s.columns, 16) * 16},
                     reinterpret_cast<uint32_t*>(s.out.data));
@@ -101,7 +100,7 @@ inline int run_narrow_rows(const rarefy_kernel_table& t, const rarefy_step& s, c
 inline int run_decode_linear(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
   const int64_t from = part * DECODE_ROWS_PER_PART, to = std::min(s.features, from + DECODE_ROWS_PER_PART);
   const float* scales = s.in_scales.data;
-  if (s.two_terms == 4) return run_narrow_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
+  if (s.two_terms == 3) return run_narrow_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED && s.two_terms == 2 && s.columns >= MIN_TILE_ROWS)
     return run_blocked_rows(t, s, *static_cast<const rarefy_quantized*>(s.weight), from, to);
   if (s.format == RAREFY_QUANTIZED) {
@@ -143,7 +142,7 @@ inline int run_decode_attention(const rarefy_kernel_table& t, const rarefy_atten
 inline int64_t decode_parts(const rarefy_step& s) {
   switch (s.op) {
     case RAREFY_OP_LINEAR: return ceil_div(s.features, DECODE_ROWS_PER_PART);
-    case RAREFY_OP_CONVERT: return s.two_terms == 4 ? ceil_div(s.features, 64 * NARROW_BLOCKS) : s.columns;
+    case RAREFY_OP_CONVERT: return s.two_terms == 3 ? ceil_div(s.features, 64 * NARROW_BLOCKS) : s.columns;
     case RAREFY_OP_ADD:
     case RAREFY_OP_MUL: return 1;
     case RAREFY_OP_ATTENTION: return attention_parts(*s.attention, s.columns);
@@ -152,7 +151,7 @@ inline int64_t decode_parts(const rarefy_step& s) {
 }
 
 inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, int64_t part) {
-  if (s.op == RAREFY_OP_CONVERT && s.two_terms == 4) {
+  if (s.op == RAREFY_OP_CONVERT && s.two_terms == 3) {
     convert_narrow(t, s, part);
     return RAREFY_OK;
   }
@@ -164,7 +163,7 @@ inline int run_decode_step(const rarefy_kernel_table& t, const rarefy_step& s, i
     case RAREFY_OP_LINEAR: return run_decode_linear(t, s, part);
     case RAREFY_OP_CONVERT: {
       if (s.two_terms >= 2) {
-        t.convert_row_blocks(x, s.features, ceil_div(s.features, 64) * 64, s.two_terms == 3, out);
+        t.convert_row_blocks(x, s.features, ceil_div(s.features, 64) * 64, out);
         break;
       }
       const float scale = s.dtype == RAREFY_I8 ? rarefy_input_scale(t, x, s.features) : 1.0f;

@@ -52,12 +52,19 @@ static inline int quantized_variant(const rarefy_quantized& w) {
 // Whether single inputs of a weight have a scale for each 32 where there are kernels for that, in place of two terms.
 static inline bool has_block_inputs(const rarefy_quantized& w) { return w.two_terms && w.dtype != RAREFY_I8; }
 
-// A code of 5 or 6 bits; `cell`: the 64 of a row in a block.
-inline int wide_code(const uint8_t* cell, int bits, int64_t column) {
-  const int high_bits = bits - 4;
-  const int64_t plane = 8 * high_bits;  // bytes of high bits
-  const int low = cell[column % 32] >> (column / 32 * 4) & 15;
-  const int high = cell[32 + column % plane] >> (column / plane * high_bits) & ((1 << high_bits) - 1);
+// Where the high bits of a row's codes of 5 or 6 bits begin in a panel, the codes of four rows in a block; and which bit
+// of each byte is the first one of an even or an odd column.
+constexpr int64_t high_bytes(int bits, int64_t row) { return 128 + (bits == 6 ? row % 2 * 32 : 0); }
+constexpr int high_bit(int bits, int64_t row, int64_t odd) {
+  return int(bits == 6 ? 4 * (row / 2) + 2 * odd : 2 * row + odd);
+}
+
+// A code of 4 to 6 bits of a panel.
+inline int panel_code(const uint8_t* panel, int bits, int64_t row, int64_t column) {
+  const int64_t odd = column % 2;
+  const int low = panel[32 * row + column / 2] >> (4 * odd) & 15;
+  if (bits == 4) return low;
+  const int high = panel[high_bytes(bits, row) + column / 2] >> high_bit(bits, row, odd) & ((1 << (bits - 4)) - 1);
   return low | high << 4;
 }
 
@@ -168,8 +175,8 @@ struct rarefy_kernel_table {
   void (*pack_inputs[3])(const float* x, int64_t ldx, int64_t rows, int64_t width, const float* scales, uint32_t* out);
   void (*convert_row[4])(const float* x, int64_t n, int64_t padded, float scale, void* out);
   void (*convert_row_two_terms)(const float* x, int64_t n, int64_t padded, float scale, void* out);
-  // In place of two terms: avx512_gemv.hpp. Null where those are read. `halves`: for weights of 5 and 6 bits.
-  void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, bool halves, void* out);
+  // In place of two terms: avx512_gemv.hpp. Null where those are read.
+  void (*convert_row_blocks)(const float* x, int64_t n, int64_t padded, void* out);
   void (*pack_block_rows)(const void* rows, int64_t row_bytes, int64_t count, const rarefy_tile_blocks&,
                           uint32_t* tile);
   uint32_t (*absmax_bits)(const float* x, int64_t n);

@@ -36,27 +36,16 @@ struct QuantizedOps {
     const u32x8 pairs = u32x8{} + both;
     return {f32x8(pairs << 16), f32x8(pairs & 0xffff0000u)};
   }
-  int8_values load(const uint8_t* v, zero_point_pair z) const {
-    if constexpr (BITS == 8) return {{load_as<i32x8>(v), load_as<i32x8>(v + 32)}};
-#if defined(__AVX2__)
-    if constexpr (BITS == 4) {
-      int8_t out[64];
-      unpack_int4(v, z.low, z.high, out);
-      return {{load_as<i32x8>(out), load_as<i32x8>(out + 32)}};
-    } else {
-      __m256i codes[2];
-      unpack_wide_codes<BITS>(v, codes);
-      return {{i32x8(_mm256_sub_epi8(codes[0], _mm256_set1_epi8(z.low))),
-               i32x8(_mm256_sub_epi8(codes[1], _mm256_set1_epi8(z.high)))}};
-    }
-#else
+  // The values of a row of a panel.
+  int8_values load(const uint8_t* panel, int64_t row, zero_point_pair z) const {
+    if constexpr (BITS == 8) return {{load_as<i32x8>(panel + 64 * row), load_as<i32x8>(panel + 64 * row + 32)}};
     int8_t out[64];
-    for (int i = 0; i < 64; ++i) {
-      const int code = BITS == 4 ? v[i / 2] >> (i % 2 * 4) & 15 : wide_code(v, BITS, i);
-      out[i] = int8_t(code - (i < 32 ? z.low : z.high));
-    }
-    return {{load_as<i32x8>(out), load_as<i32x8>(out + 32)}};
+#if defined(__AVX2__)
+    unpack_codes<BITS>(panel, row, z.low, z.high, out);
+#else
+    for (int i = 0; i < 64; ++i) out[i] = int8_t(panel_code(panel, BITS, row, i) - (i < 32 ? z.low : z.high));
 #endif
+    return {{load_as<i32x8>(out), load_as<i32x8>(out + 32)}};
   }
   f32x8 multiply_add(f32x8 s, const int8_values& w, const uint8_t* x, scale_pair scale) const {
     const i32x8 a = dot_int8(i32x8{}, load_as<u32x8>(x), w.of[0]);
@@ -89,10 +78,10 @@ void joined_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint
     for (int64_t i = 0; i < n; ++i) {
       float sum = 0.0f;
       for (int64_t block = 0; block < w.col_blocks; ++block) {
-        const int64_t cell = (row / TILE_ROWS * w.col_blocks + block) * TILE_ROWS + row % TILE_ROWS;
+        const int64_t panel = (row / TILE_ROWS * w.col_blocks + block) * TILE_ROWS, cell = panel + row % TILE_ROWS;
         const auto scales = ops.scales(w.scales + cell * w.scale_groups);
         const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * w.scale_groups : nullptr;
-        const auto values = ops.load(static_cast<const uint8_t*>(w.values) + cell * 8 * BITS,
+        const auto values = ops.load(static_cast<const uint8_t*>(w.values) + panel * 8 * BITS, row % TILE_ROWS,
                                      ops.zero_points(w.zero_bits ? no_zeros : zeros));
         int8_t codes[64];
         int16_t in[64];

@@ -20,23 +20,22 @@ template <int BITS, InputKind KIND, int INPUTS>
 inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x, int64_t ldx, float* y, int64_t ldy) {
   using input = typename std::conditional<KIND == FP32_INPUTS, float, uint8_t>::type;
   using Ops = QuantizedOps<BITS>;
-  constexpr int64_t row_bytes = 8 * BITS;  // a row in a block of 64 columns
   F32Accumulator::acc acc[TILE_ROWS][INPUTS];
 #pragma GCC unroll 4
   for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < INPUTS; ++m) acc[r][m] = F32Accumulator::zero();
   const int64_t cell = row * w.col_blocks, groups = w.scale_groups;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + cell * row_bytes;
+  const uint8_t* panel = static_cast<const uint8_t*>(w.values) + cell * 8 * BITS;
   const uint16_t* scale = w.scales + cell * groups;
   const uint8_t* zero_point = w.zeros ? w.zeros + cell * groups : nullptr;
   const input* in = static_cast<const input*>(x);
   const Ops ops{groups};
-  for (int64_t block = 0; block < w.col_blocks; ++block, in += 64) {
+  for (int64_t block = 0; block < w.col_blocks; ++block, in += 64, panel += TILE_ROWS * 8 * BITS) {
 #pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r, value += row_bytes, scale += groups) {
+    for (int r = 0; r < TILE_ROWS; ++r, scale += groups) {
       const auto scales = ops.scales(scale);
-      const auto values = ops.load(value, ops.zero_points(zero_point));
+      const auto values = ops.load(panel, r, ops.zero_points(zero_point));
       zero_point += zero_point ? groups : 0;
 #pragma GCC unroll 4
       for (int m = 0; m < INPUTS; ++m) {
@@ -46,7 +45,7 @@ inline void quantized_rows(const rarefy_quantized& w, int64_t row, const void* x
         else
           acc[r][m] = ops.multiply_add(acc[r][m], values, first, scales);
       }
-      prefetch_ahead(value);
+      prefetch_ahead(panel + r * 8 * BITS);
     }
   }
   for (int r = 0; r < TILE_ROWS && row + r < w.rows; ++r)

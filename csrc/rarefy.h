@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 32 };
+enum { RAREFY_ABI_VERSION = 33 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -55,15 +55,16 @@ struct rarefy_bitmask {
   int32_t dtype, act;
 };
 
-// Dense weight of 4, 5, 6 or 8 bits in blocks of four rows by 64 columns, zero-padded after the last column. A row of a
-// block has 64 values of int8, or codes minus a zero point:
-//   int4    32 bytes of nibbles, low nibble first
-//   int5/6  the low four bits: byte i holds those of columns i (low nibble) and 32 + i; then the high bits: of int5 bit
-//           k of byte i is that of column 8 k + i (8 bytes), of int6 bits 2 k and 2 k + 1 those of 16 k + i (16 bytes)
+// Dense weight of 4, 5, 6 or 8 bits in blocks of four rows by 64 columns, zero-padded after the last column. A block has
+// 64 values of int8 of one row after the other, or codes minus a zero point:
+//   int4    32 bytes of each row: byte i holds columns 2 i (low nibble) and 2 i + 1
+//   int5/6  the low four bits, as int4; then the high bits, whose byte i belongs to the same columns: of int5 32 bytes,
+//           row r in bits 2 r (even columns) and 2 r + 1; of int6 32 bytes of rows 0 and 2, then of 1 and 3, the first
+//           row in bits 0-1 (even columns) and 2-3, the second one in bits 4-5 and 6-7
 struct rarefy_quantized {
   int64_t rows, cols;       // outputs, inputs
   int64_t col_blocks;       // blocks of 64 columns, (cols + 63) / 64
-  const void* values;       // [rows / 4][col_blocks][4][8 bytes for each bit of a value]
+  const void* values;       // [rows / 4][col_blocks][32 bytes for each bit of a value]
   const uint16_t* scales;   // bf16 [rows / 4][col_blocks][4][scale_groups], or null
   const uint8_t* zeros;     // zero points of less than 8 bits, shaped like scales; null: 8, of int5 16, of int6 32
   const float* row_scales;  // [rows], one scale for a whole row, or null
@@ -347,8 +348,7 @@ struct rarefy_step {
   int32_t per_image;       // CONVERT: one scale for each image instead of one for each column
   int32_t two_terms;  // CONVERT to int8, and LINEAR that reads it: 16 bits or more for each input. 1: codes and what
                       // rounding them lost, in scale / LOST_STEPS; 2: codes with a scale for each 32, see
-                      // rarefy_scales_blocks; 3: as 2, of single tokens for weights of 5 and 6 bits; 4: as 2, of 12 to
-                      // 32 tokens
+                      // rarefy_scales_blocks; 3: as 2, of 12 to 32 tokens
   int32_t subtract_mean;  // NORM: LayerNorm; 0: RMSNorm
   int32_t winograd;       // NHWC_CONV of fp32: F(2x2, 3x3), whose `values` are [16][outputs / 16][blocks][16][16]
   int32_t store_values;   // KV_STORE: x are values; 0: keys

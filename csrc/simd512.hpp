@@ -119,9 +119,7 @@ struct QuantizedOps {
   const int64_t scale_groups;
   const __m512i fifteen = in_register(_mm512_set1_epi8(15));
   const __m512i middle = in_register(_mm512_set1_epi8(BITS < 8 ? 1 << (BITS - 1) : 0));
-  const __m512i high_mask = in_register(_mm512_set1_epi8(BITS == 6 ? 0x30 : 0x10));
-  const __m512i rotations = in_register(BITS == 6 ? _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62)
-                                                  : _mm512_setr_epi64(4, 3, 2, 1, 0, 63, 62, 61));
+  const __m512i high_mask = in_register(_mm512_set1_epi16(short(BITS == 6 ? 0x3000 : 0x1000)));
   const __m512i byte_of_half =
       in_register(_mm512_mask_blend_epi8(0xffffffff00000000ull, _mm512_setzero_si512(), _mm512_set1_epi8(1)));
   const __m512i shifts = in_register(_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(16), _mm512_setzero_si512()));
@@ -147,21 +145,23 @@ struct QuantizedOps {
     }
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(pairs, shifts), high_bits));
   }
-  __m512i load(const uint8_t* v, __m512i zero_point) const {
-    if constexpr (BITS == 8) return _mm512_loadu_si512(v);
-    const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
-    if constexpr (BITS == 4) {
-      const __m512i w = _mm512_cvtepu8_epi16(nibbles);
-      return _mm512_sub_epi8(_mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen), zero_point);
+  // The values of a row of a panel.
+  __m512i load(const uint8_t* panel, int64_t row, __m512i zero_point) const {
+    if constexpr (BITS == 8) return _mm512_loadu_si512(panel + 64 * row);
+    const auto load = [&](int64_t at) {  // bytes of two columns, in 16 bits
+      return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + at)));
+    };
+    const __m512i w = load(32 * row);
+    __m512i codes = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), fifteen);
+    if constexpr (BITS > 4 && BITS < 8) {
+      const __m512i high = load(high_bytes(BITS, row));
+      const auto bits = [&](int odd) {
+        const __m128i left = _mm_cvtsi32_si128(12 - high_bit(BITS, row, odd));
+        return _mm512_and_si512(_mm512_sll_epi16(high, left), high_mask);
+      };
+      codes = _mm512_or_si512(codes, _mm512_or_si512(_mm512_srli_epi16(bits(0), 8), bits(1)));
     }
-    const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(nibbles), _mm256_srli_epi16(nibbles, 4), 1);
-    __m512i plane;
-    if constexpr (BITS == 6)
-      plane = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 32)));
-    else
-      plane = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(v + 32)));
-    const __m512i high = _mm512_and_si512(_mm512_rolv_epi64(plane, rotations), high_mask);
-    return _mm512_sub_epi8(_mm512_or_si512(_mm512_and_si512(low, fifteen), high), zero_point);
+    return _mm512_sub_epi8(codes, zero_point);
   }
   __m512 multiply_add(__m512 s, __m512i w, const uint8_t* x, __m512 scale) const {
     const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(x), w);

@@ -97,13 +97,13 @@ template <int DTYPE, int BITS, bool OFFSET>
 void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   const QuantizedOps<BITS> ops{w.scale_groups};
   const int64_t first = row * w.col_blocks, groups = w.scale_groups;
-  const uint8_t* value = static_cast<const uint8_t*>(w.values) + first * 8 * BITS;
-  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, value += 8 * BITS) {
+  const uint8_t* values_of = static_cast<const uint8_t*>(w.values);
+  for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell) {
     const int64_t r = cell % TILE_ROWS;
-    prefetch_ahead(value);
+    prefetch_ahead(values_of + cell * 8 * BITS);
     const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * groups : nullptr;
     alignas(64) int8_t codes[64];
-    const auto loaded = ops.load(value, ops.zero_points(w.zero_bits ? no_zeros : zeros));
+    const auto loaded = ops.load(values_of + (cell - r) * 8 * BITS, r, ops.zero_points(w.zero_bits ? no_zeros : zeros));
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
       if constexpr (OFFSET)

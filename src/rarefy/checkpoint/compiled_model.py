@@ -34,6 +34,7 @@ from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel, check_packed
 from rarefy.runtime.packed_formats import (
+    CODE_ORDER,
     LANE,
     PANEL_BITS,
     ROW_KINDS,
@@ -60,7 +61,7 @@ SCALARS: dict[str, tuple[str, ...]] = {  # fields of a packed weight that are no
     "fours": ("shape", "kind"),
     "panels": ("shape", "kind", "exact", "parts"),
 }
-OPTIONAL = {"panels": {"two_terms", "zero_bits"}}  # fields that are written where they are not False or 0
+OPTIONAL = {"panels": {"two_terms", "zero_bits", "order"}}  # fields that are written where they say something
 STEP_INPUTS = ((torch.int64, 2), (torch.int64, 2), (torch.int64, 1))  # types and dimensions of ids, positions, keep
 DECODER_FIELDS = ("vocab_size", "max_tokens", "eos_tokens", "pad_token", "cache_features")
 GENERATION = "generation_defaults"  # is written where a model has any
@@ -383,6 +384,8 @@ def checked_form(scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
         or set(scalars) - OPTIONAL.get(format_, set()) != {"format", *fields}
     ):
         raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
+    if scalars.get("order") != (CODE_ORDER if scalars["kind"] in ("int5", "int6") else None):
+        raise FormatError("codes of 5 and 6 bits lie in another order in files of this version: save the model again")
     try:
         form: Any = from_tensors(scalars, tensors)
         check_packed(form, None)

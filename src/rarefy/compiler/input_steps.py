@@ -19,7 +19,7 @@ from rarefy.model.activation_quant import ActivationQuant
 from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import DTYPES, LANE
 
-WIDTH_OF_TERMS = (1, 2, 2, 2, 3)  # of int8 inputs in one term, in two, or with scales for 32: times that of codes alone
+WIDTH_OF_TERMS = (1, 2, 2, 3)  # of int8 inputs in one term, in two, or with scales for 32: times that of codes alone
 OVERREAD = 16  # floats that a kernel may read past the last plane
 MAX_PLANE_FLOATS = 1 << 31  # offsets are 32 bits
 

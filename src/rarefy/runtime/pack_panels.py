@@ -97,23 +97,37 @@ def _code_cells(codes: Tensor, bits: int, columns: Any, rows: int) -> Tensor:
     return _packed_codes(cells, bits).contiguous()
 
 
+def _high_bits(bits: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the first bit of each row's even and odd columns in the bytes of high bits [4, 1, 2], and the dimensions
+    of codes [.., rows / 2, 2, 32, 2] that share a byte."""
+    row, odd = torch.arange(4)[:, None, None], torch.arange(2)
+    if bits == 5:
+        return 2 * row + odd, (-4, -3, -1)
+    return 4 * (row // 2) + 2 * odd, (-4, -1)
+
+
 def _packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return codes [.., 64] of 4 to 6 bits, uint8, as `QuantizedPanels` stores them, [.., 8 bits]."""
+    """Return codes [.., 4, 64] of 4 to 6 bits, uint8, as `QuantizedPanels` stores them, [.., 4, 8 bits]."""
+    pairs = codes.unflatten(-1, (32, 2))
+    low = (pairs[..., 0] & 15) | pairs[..., 1] << 4
     if bits == 4:
-        return codes[..., 0::2] | codes[..., 1::2] << 4
-    low, high, each = codes & 15, codes >> 4, bits - 4
-    planes = high.unflatten(-1, (8 // each, 8 * each))
-    shifted = planes << (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None]
-    return torch.cat([low[..., :32] | low[..., 32:] << 4, shifted.sum(-2, dtype=torch.uint8)], -1)
+        return low
+    first, together = _high_bits(bits)
+    shifted = ((pairs >> 4) << first.to(torch.uint8)).unflatten(-3, (2, 2))
+    high = shifted.sum(together, dtype=torch.uint8)
+    return torch.cat([low.flatten(-2), high.flatten(codes.dim() - 2)], -1).unflatten(-1, (4, 8 * bits))
 
 
 def _unpacked_codes(values: Tensor, bits: int) -> Tensor:
-    """Return the codes [.., 64] that `_packed_codes` packed."""
+    """Return the codes [.., 4, 64] that `_packed_codes` packed."""
     if bits == 4:
         return torch.stack([values & 15, values >> 4], -1).flatten(-2)
-    each, low, plane = bits - 4, values[..., :32], values[..., 32:]
-    high = plane[..., None, :] >> (torch.arange(8 // each, dtype=torch.uint8) * each)[:, None] & (1 << each) - 1
-    return torch.cat([low & 15, low >> 4], -1) | high.flatten(-2) << 4
+    panels = values.flatten(-2)
+    low = panels[..., :128].unflatten(-1, (4, 32))
+    high = panels[..., 128:].unflatten(-1, (1, 1, 32) if bits == 5 else (1, 2, 32))
+    of_rows = high.expand(*high.shape[:-3], 2, 2, 32).flatten(-3, -2)[..., None]
+    high = of_rows >> _high_bits(bits)[0].to(torch.uint8) & (1 << bits - 4) - 1
+    return (torch.stack([low & 15, low >> 4], -1) | high << 4).flatten(-2)
 
 
 def join_rows(pieces: Sequence[QuantizedPanels]) -> QuantizedPanels:

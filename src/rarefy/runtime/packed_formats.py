@@ -157,9 +157,10 @@ class ConvTiles:
 class QuantizedPanels:
     """Dense codes of 4, 5, 6 or 8 bits, in panels of four outputs by 64 inputs: small batches of quantized weights.
 
-    64 codes of a row lie together. int4: nibbles, low nibble first. int5 and int6: their low four bits, byte i those of
-    inputs i (low nibble) and 32 + i; then the high bits. Of int5, bit k of byte i is that of input 8 k + i; of int6,
-    bits 2 k and 2 k + 1 of byte i are those of input 16 k + i."""
+    int8 and int4: one row after the other, nibbles with the low one first. int5 and int6: the low four bits as int4,
+    then the high bits of all rows, whose byte i belongs to inputs 2 i and 2 i + 1. Of int5, row r has bits 2 r (the
+    even input) and 2 r + 1 of 32 bytes. Of int6, rows 0 and 2 have 32 bytes, the first one bits 0-1 (the even input)
+    and 2-3, the second one 4-5 and 6-7; rows 1 and 3 have the next 32."""
 
     shape: tuple[int, int]
     kind: str  # of PANEL_BITS; codes of less than 8 bits are stored plus a zero point
@@ -194,6 +195,7 @@ def skips_zeros(packed: Packed) -> bool:
 
 # in files, these fields have the names of version 0.1
 FILE_NAMES = {"row_sums": "sums", "row_scales": "whole", "fp32_inputs": "exact", "scale_groups": "parts"}
+CODE_ORDER = "pairs"  # how files say that codes of 5 and 6 bits lie as in `QuantizedPanels`
 _FIELDS = {in_file: field for field, in_file in FILE_NAMES.items()}
 
 
@@ -205,10 +207,12 @@ def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in ("two_terms", "zero_bits"):
         if not numbers.get(name):  # as files of earlier versions
             numbers.pop(name, None)
+    if numbers["kind"] in ("int5", "int6"):
+        numbers["order"] = CODE_ORDER
     return {"format": next(k for k, v in FORMATS.items() if type(packed) is v), **numbers}, tensors
 
 
 def from_tensors(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
     """Return the packed weight that `to_tensors` took apart; lists from JSON become tuples again."""
-    numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items() if n != "format"}
+    numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items() if n not in ("format", "order")}
     return FORMATS[metadata["format"]](**{_FIELDS.get(n, n): v for n, v in {**numbers, **tensors}.items()})

@@ -57,10 +57,9 @@ def _lower(p: Program, node: Node) -> None:
 def input_terms(packed: Any, columns: int | None) -> int:
     """Return how a weight reads inputs in int8: 0, in one term, 1, in two, or with a scale for each 32.
 
-    That is 2, 3 for single tokens of weights of 5 and 6 bits, which have another order, and 4 for 12 to 32 tokens,
-    which become a tile at once. It is as fast as one term and loses little more than two, on CPUs with kernels for it.
-    Weights that cost prompts little stay exact: those of few outputs, as keys and values have, and the head, which
-    reads one token.
+    That is 2, and 3 for 12 to 32 tokens, which become a tile at once. It is as fast as one term and loses little more
+    than two, on CPUs with kernels for it. Weights that cost prompts little stay exact: those of few outputs, as keys
+    and values have, and the head, which reads one token.
 
     Args:
         packed: the weight.
@@ -74,9 +73,7 @@ def input_terms(packed: Any, columns: int | None) -> int:
     exact = packed.kind == "int8" and (few or (cheap and not packed.scale_groups))
     if exact or not bindings.scales_blocks(rows=columns is not None):
         return 1
-    if few:
-        return 2 if packed.kind == "int4" else 3
-    return 4 if columns is not None and columns <= MAX_NARROW_COLUMNS else 2
+    return 3 if columns is not None and not few and columns <= MAX_NARROW_COLUMNS else 2
 
 
 def input_precision(packed: Any, decode: bool) -> str:
