@@ -307,7 +307,6 @@ int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, in
 
 }  // namespace
 
-API void rarefy_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p, size_t(bytes)); }
 
 namespace {
 

@@ -410,7 +410,6 @@ double rarefy_measure_ceiling(int32_t kind, double seconds, const void* memory, 
 
 int rarefy_fit_scales(const rarefy_scale_fit* f);
 
-void rarefy_advise_huge_pages(void* p, int64_t bytes);  // for memory that has not been touched yet
 int64_t rarefy_padded_image_floats(const rarefy_conv* w, int64_t height, int64_t width);  // planes of one image
 void rarefy_indirection_offsets(const rarefy_conv* w, int64_t height, int64_t width, int32_t* out);  // [lanes]
 }

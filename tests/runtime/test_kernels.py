@@ -430,6 +430,14 @@ def test_memory_begins_with_a_page():
         memory = huge_pages.allocate(nbytes)
         assert memory.nbytes == nbytes
         assert memory.data_ptr() % (huge_pages.HUGE_PAGE if nbytes > huge_pages.HUGE_PAGE else 64) == 0
+    with pytest.raises(MemoryError, match="not enough memory for"):
+        huge_pages.allocate(1 << 60)
+
+
+def test_memory_was_not_used_before():
+    used = [torch.ones(30 << 20, dtype=torch.uint8) for _ in range(4)]  # which malloc keeps, in small pages
+    del used
+    assert not huge_pages.allocate(20 << 20).any()
 
 
 def test_errors():

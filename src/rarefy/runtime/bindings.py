@@ -131,7 +131,6 @@ def _open() -> tuple[Any, str | None]:
     library.rarefy_padded_image_floats.restype = c_int64
     library.rarefy_indirection_offsets.argtypes = [POINTER(Conv), c_int64, c_int64, c_void_p]
     library.rarefy_indirection_offsets.restype = None
-    library.rarefy_advise_huge_pages.argtypes, library.rarefy_advise_huge_pages.restype = [c_void_p, c_int64], None
     library.rarefy_measure_ceiling.argtypes = [c_int32, c_double, c_void_p, c_int64]
     library.rarefy_measure_ceiling.restype = c_double
     library.rarefy_run_program.argtypes = [c_void_p, c_int64, c_void_p]

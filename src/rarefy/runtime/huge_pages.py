@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Packed
 
 HUGE_PAGE = 2 << 20  # bytes
@@ -31,12 +32,27 @@ def last_cache() -> int:
 
 
 def allocate(nbytes: int) -> Tensor:
-    """Return new memory, uint8 [nbytes], aligned to a huge page if it is larger than one. O(1)."""
+    """Return new memory, uint8 [nbytes], aligned to a huge page if it is larger than one. O(1).
+
+    Raises:
+        MemoryError: if there is not as much.
+    """
     alignment = HUGE_PAGE if nbytes > HUGE_PAGE else CACHE_LINE
-    memory = torch.empty(nbytes + alignment, dtype=torch.uint8)
-    if bindings.missing() is None:
-        bindings.library().rarefy_advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    memory = _mapped(nbytes + alignment) if nbytes > HUGE_PAGE else torch.empty(nbytes + alignment, dtype=torch.uint8)
     return memory[-memory.data_ptr() % alignment :][:nbytes]
+
+
+def _mapped(nbytes: int) -> Tensor:
+    """Return memory that nothing has used yet: what `malloc` returns again is in small pages already."""
+    try:
+        if not hasattr(mmap, "MADV_HUGEPAGE"):  # it is Linux's
+            return torch.empty(nbytes, dtype=torch.uint8)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, RuntimeError) as error:
+        raise MemoryError(f"not enough memory for {nbytes:,} bytes") from error
+    with suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class HugePageBuffer:
