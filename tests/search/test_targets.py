@@ -83,7 +83,7 @@ def test_limits_of_loss(text, value):
         ((2.0, "latency", {}), "a number is a fraction .*, got 2.0; '2%' and '2 points' are text"),
         ((True, "latency", {}), "max_loss: expected a fraction"),
         ((float("nan"), "latency", {}), "max_loss: expected a fraction"),
-        ((0.01, "speed", {}), "unknown target 'speed'; choose from latency, loss, memory, size"),
+        ((0.01, "speed", {}), "unknown target 'speed'; choose from decode, latency, loss, memory, prompt, size"),
         ((0.01, "latency", {"speedup": 0}), "speedup: expected a number above 0, got 0"),
         ((0.01, "latency", {"size_mb": "9"}), "size_mb: expected a number above 0, got '9'"),
         ((0.01, "latency", {"speedup": 2.0, "latency_ms": 5.0}), "speedup and latency_ms both limit the time"),

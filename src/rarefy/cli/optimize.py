@@ -64,7 +64,9 @@ def optimize(
     memory_mb: Annotated[float | None, typer.Option(help="Largest weights in memory, in megabytes.")] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="What is best within the limits: latency (the default), loss, size or memory."),
+        typer.Option(
+            help="What is best within the limits: latency (the default), loss, size or memory; decode or prompt."
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch size that is timed; again for more. Not for language models.")

@@ -25,12 +25,12 @@ from rarefy.model.layers import all_layers
 from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
 from rarefy.pipeline.speed import resize_batch
 from rarefy.runtime.bindings import multiplies_bf16
+from rarefy.search.targets import DECODE
 
 SECONDS = 1.5  # of calls of one model at one batch size
 REPEATS = (5, 400)  # at least and at most
 PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
 SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
-DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
 
 Deployed = Compiled | EngineModule
 
@@ -78,9 +78,11 @@ def sizes_of(deployed: Deployed) -> dict[str, int]:
     return {"memory": resident_bytes(engine), "disk": disk}
 
 
-def timed_names(model: nn.Module, batches: Sequence[int]) -> tuple[str, ...]:
-    """Return the names of what is timed: batch sizes, or the phases of a language model."""
-    return DECODE if hf.is_causal_lm(model) else tuple(str(b) for b in batches)
+def timed_names(model: nn.Module, batches: Sequence[int], objective: str) -> tuple[str, ...]:
+    """Return the names of what is timed: batch sizes, or the phases of a language model, one where it is the target."""
+    if not hf.is_causal_lm(model):
+        return tuple(str(b) for b in batches)
+    return (objective,) if objective in DECODE else DECODE
 
 
 def times_of(
@@ -93,7 +95,7 @@ def times_of(
         example: what they can be called with; it is repeated or cut to each batch size.
         names: what is timed, from `timed_names`.
     """
-    if names == DECODE:
+    if set(names) <= set(DECODE):
         engines = {n: engine_in(m) for n, m in models.items()}
         engine = next(iter(engines.values()))
         prompt, new = timed_tokens(engine.max_tokens)
@@ -192,9 +194,15 @@ def distance(model: nn.Module, wanted: Sequence[torch.Tensor], batches: Sequence
     far = length = 0.0
     for output, target in zip(outputs_of(model, batches), wanted):
         counts = target.isfinite()
-        far += float((output - target)[counts].double().square().sum())
-        length += float(target[counts].double().square().sum())
+        if not counts.all():
+            output, target = output[counts], target[counts]
+        far += _squared_length(output - target)
+        length += _squared_length(target)
     return far / max(length, 1e-30) if math.isfinite(far) else None
+
+
+def _squared_length(t: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from rarefy.search.other_engines import measured_engines
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
 from rarefy.search.several_processes import ProcessError, open_journal
-from rarefy.search.targets import check_dense, objective_of, parse_targets
+from rarefy.search.targets import DECODE, check_dense, objective_of, parse_targets
 from rarefy.search.task import Task
 
 HELD_OUT = 4  # of so many batches or samples the last is for evaluation where no other data are given
@@ -95,7 +95,8 @@ def optimize(
         size_mb: largest size of the saved model, in megabytes.
         memory_mb: largest size of its weights in memory, in megabytes.
         target: what is best among the models within all limits: "latency", "loss", "size" or "memory". By default
-            latency, or the loss where it has no limit.
+            latency, or the loss where it has no limit. Of a language model "decode" or "prompt": only the time of a
+            token, or of a prompt, is measured and counts.
         batch: batch sizes that are timed, by default 1. Language models are timed at decoding and reading one text.
         minutes: how long the search may take. A step begins only if it fits, by what such steps took before. The dense
             model's measurement always ends. What was measured until then decides.
@@ -151,6 +152,8 @@ def optimize(
     seed = check_int("seed", seed, 0, RecipeError)
     select_layers(inner, layers, ignore)  # raises for a selector without match
     batches = _batch_sizes(batch, inner)
+    if targets.objective in DECODE and not hf.is_causal_lm(inner):
+        raise RecipeError(f"target {targets.objective!r} is for language models: give 'latency'")
     if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
     _check_runs(inner, example, "example")

@@ -15,7 +15,9 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import track
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.model import hf
+from rarefy.model.forward import without_targets
 from rarefy.model.layers import Layer, Selector, all_layers
+from rarefy.pipeline.speed import resize_batch
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
@@ -28,6 +30,7 @@ from rarefy.structured.options import CutOptions
 
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
+TOKENS = 64  # of a text on which cuts are checked
 CHEAP = 2.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
@@ -64,7 +67,7 @@ class PartMeasurer:
         self.dense, self.example, self.data, self.variant, self.names = dense, example, data, variant, names
         self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
         self.progress = progress and journal.processes == 1
-        self.few = few_batches(dense, data, example)
+        self.few, self.small = few_batches(dense, data, example), small_example(dense, example)
         self.wanted: list[Any] = []
         self.stats: dict[str, LayerStats] = {}
         self.scores: dict[str, Tensor] = {}  # of the units of groups, by name
@@ -131,7 +134,7 @@ class PartMeasurer:
         """Return a copy of the model in which all groups have lost half of their units."""
         smaller = copy.deepcopy(self.dense)
         counts = {g.name: g.size - g.size // 2 for g in groups}
-        run_cut(smaller, self.example, CutOptions(units=(method,), counts=counts, score="magnitude", repair=False))
+        run_cut(smaller, self.small, CutOptions(units=(method,), counts=counts, score="magnitude", repair=False))
         return smaller
 
     def _group_losses(
@@ -142,7 +145,7 @@ class PartMeasurer:
 
         def loss(group: Group) -> float | None:
             return space.measured_group_loss(
-                self.dense, self.example, group.name, scored(group), removed[group.name], self.few, self._wanted()
+                self.dense, self.small, group.name, scored(group), removed[group.name], self.few, self._wanted()
             )
 
         losses = self._losses(method, {g.name: partial(loss, g) for g in groups})
@@ -161,7 +164,7 @@ class PartMeasurer:
 
     def _timed_blocks(self) -> tuple[list[Block], dict[str, dict[str, float]]]:
         """Return the blocks that can be left out, and what each of them saves; one of each list stays."""
-        blocks = space.removable_blocks(self.dense, self.example, self.layers, self.ignore)
+        blocks = space.removable_blocks(self.dense, self.small, self.layers, self.ignore)
         lists = [b.stack for b in blocks]
         blocks = [b for b in blocks if lists.count(b.stack) > 1]
         if not blocks:
@@ -171,7 +174,7 @@ class PartMeasurer:
         )
         timed = [b for i, b in enumerate(blocks) if i and b.stack == blocks[i - 1].stack][::2]
         share = max(sum(shares[b.name] for b in timed), 1e-9)
-        saved = self._saved(BLOCK, lambda: space.without_blocks(self.dense, self.example, timed))
+        saved = self._saved(BLOCK, lambda: space.without_blocks(self.dense, self.small, timed))
         if max(saved.values(), default=0.0) < space.MIN_SAVING:
             return [], {}
         return blocks, {b.name: {n: s * shares[b.name] / share for n, s in saved.items()} for b in blocks}
@@ -368,6 +371,15 @@ def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any
     """Return the batches that losses of parts are measured on: fewer for larger models, the example without data."""
     weights = sum(p.numel() for p in dense.parameters())
     return space.few_samples(data, tokens=space.WORK / max(weights, 1)) if data else [example]
+
+
+def small_example(dense: nn.Module, example: Any) -> Any:
+    """Return an example of two samples, with few tokens of a text: cuts are checked on it in several calls."""
+    small = resize_batch(without_targets(example), 2)
+    mask = small.get("attention_mask") if hasattr(small, "keys") else None
+    if not hf.is_causal_lm(dense) or not hasattr(small, "keys") or (mask is not None and not bool(mask.all())):
+        return small
+    return {n: v[:, :TOKENS] if isinstance(v, Tensor) and v.dim() == 2 else v for n, v in small.items()}
 
 
 def _unless_refused(measure: Callable[[], Any]) -> Any:

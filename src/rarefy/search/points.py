@@ -71,7 +71,7 @@ class Measured:
         self.task, self.journal = task, journal
         self.began = journal.clock() - journal.seconds
         self.seconds = task.seconds  # until when measurements begin
-        self.names = timed_names(task.dense, task.batches)
+        self.names = timed_names(task.dense, task.batches, task.targets.objective)
         self.points: list[Point] = []
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None

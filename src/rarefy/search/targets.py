@@ -13,7 +13,8 @@ from rarefy.common.errors import RecipeError, unknown
 from rarefy.evaluation.quality import BEST_IS_ZERO
 from rarefy.search.frontier import Point
 
-OBJECTIVES = ("latency", "loss", "size", "memory")
+DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
+OBJECTIVES = ("latency", *DECODE, "loss", "size", "memory")
 NOISE = 1e-6  # a smaller number of the dense model counts as 0
 LOSS = re.compile(r"(-?[0-9]*\.?[0-9]+)\s*(%|points?)?")
 
@@ -29,7 +30,8 @@ class Targets:
         latency_ms: the longest accepted call in each timed batch; None: any.
         size_mb: megabytes (10^6 bytes) of the saved model.
         memory_mb: megabytes of its weights in memory.
-        objective: latency, loss, size or memory: what is minimized among models that keep all limits.
+        objective: what is minimized among models that keep all limits: latency, of a language model decode (the time of
+            a token) or prompt alone, loss, size or memory.
     """
 
     max_loss: float | None = 0.01
@@ -80,12 +82,12 @@ class Targets:
 
     def value(self, point: Point) -> float:
         """Return what is minimized."""
-        return {
-            "latency": -mean_speedup(point.speedup),
+        values = {
             "loss": math.inf if point.loss is None else point.loss,
             "size": point.disk_bytes,
             "memory": point.memory_bytes,
-        }[self.objective]
+        }
+        return values.get(self.objective, -mean_speedup(point.speedup))
 
     def best(self, points: Sequence[Point]) -> tuple[int | None, bool]:
         """Return the number of the best point and whether it keeps all limits; else it is the one that comes nearest.
