@@ -99,6 +99,8 @@ def test_wrong_use(tmp_path):
         ModelError, match="is no folder of a model \\(no config.json or rarefy.json\\), and no .gguf file"
     ):
         rarefy.decoder_from_files(tmp_path)
+    with pytest.raises(ModelError, match="no file or folder '.*none.gguf'"):
+        rarefy.decoder_from_files(tmp_path / "none.gguf")
     model = build("Llama")
     path = folder(tmp_path, model)
     with pytest.raises(ModelError, match="unknown precision 'int3'; choose from bf16, fp32, int4, int5, int6, int8"):

@@ -160,6 +160,7 @@ def test_the_command_line_has_one_line_for_each(run, tmp_path):
         (("compress", tmp_path / "m.pt", "-r", "smollm2-demo", "-o", tmp_path / "o"), "a pickle is never opened"),
         (("compress", tmp_path / "m.onnx", "-r", "smollm2-demo", "-o", tmp_path / "o"), "not an ONNX file"),
         (("compress", tmp_path / "n.onnx", "-r", "smollm2-demo", "-o", tmp_path / "o"), "no file '"),
+        (("generate", tmp_path / "none.gguf", "--prompt", "a"), "no file '"),
         (("compress", tmp_path / "tinny", "-r", "smollm2-demo", "-o", tmp_path / "o"), "did you mean"),
         (("compress", folder, "-r", "smollm2-demo", "--dry-run", "--data", "nope.txt"), "no file 'nope.txt'"),
         (("compress", folder, "-r", "smollm2-demo", "--dry-run", "--out", tmp_path), "is not only Rarefy's"),

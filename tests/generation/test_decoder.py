@@ -1,5 +1,6 @@
 """Language models on the engine: the logits and the text of eager transformers, whatever the pieces they are read in."""
 
+import copy
 import threading
 
 import pytest
@@ -95,6 +96,15 @@ def test_words_are_their_own_oracle(llama, monkeypatch):
     assert not any(isinstance(s, FusedSubgraph) for s in made.compiled.schedule)
     ids = torch.randint(3, V, (2, 100))
     assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 3, 26])) < 1e-5
+
+
+@pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+def test_a_decoder_says_in_how_many_bits_its_weights_are(llama):
+    model = copy.deepcopy(llama[0])
+    rarefy.quantize_(model, layers="model.layers.*.mlp.*", weights="int4", group=32)
+    text = repr(rarefy.decoder(rarefy.fold_(model), precision="int8"))
+    layers = model.config.num_hidden_layers
+    assert f"weights: {4 * layers + 1} in int8, {3 * layers} in int4; " in text
 
 
 def formats(made):

@@ -54,6 +54,22 @@ def test_text_is_that_of_transformers(llama, options):
     assert torch.equal(*both(llama, **options))
 
 
+def test_prompts_as_tokenizers_return_them(llama):
+    _, decoder = llama
+    want = rarefy.generate(decoder, PROMPTS, max_new_tokens=8)
+    inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS)}
+    assert torch.equal(rarefy.generate(decoder, **inputs, max_new_tokens=8), want)
+    assert torch.equal(decoder.generate(**inputs, max_new_tokens=8), want)
+    streamed = torch.stack(list(decoder.stream(**inputs, max_new_tokens=8)), 1)
+    assert torch.equal(streamed, want[:, PROMPTS.shape[1] :])
+    assert torch.equal(torch.stack(list(rarefy.stream(decoder, **inputs, max_new_tokens=8)), 1), streamed)
+    for call in (decoder.generate, lambda *args, **options: list(decoder.stream(*args, **options))):
+        with pytest.raises(DataError, match="expected prompts: ids, or input_ids as a tokenizer returns them"):
+            call()
+        with pytest.raises(DataError, match="ids and input_ids are two names of the prompts: pass one of them"):
+            call(PROMPTS, input_ids=PROMPTS)
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
 @pytest.mark.parametrize("p", [0.05, 0.8, 0.999])
 def test_top_p_of_a_large_vocabulary(spread, p):

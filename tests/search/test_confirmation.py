@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rarefy.common.atomic_io import SEARCH_FILE
+from rarefy.search import confirmation
 from rarefy.search.confirmation import hold_back
 from rarefy.search.frontier import Point, frontier_from_dict
 from rarefy.search.html_report import frontier_page
@@ -103,6 +104,15 @@ def test_a_model_that_is_slower_when_it_is_timed_again_is_not_the_result(tmp_pat
     assert second.best_index != first.best_index or not second.met
     slow = second.points[first.best_index]
     assert slow.recipe == first.best_point.recipe and slow.slowest < 0.001 < first.best_point.slowest
+
+
+def test_ctrl_c_while_the_best_model_is_timed_again_keeps_it(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(confirmation, "_times", interrupted)
+    frontier = searched(CLEAR[:150])
+    assert frontier.finished == "interrupted" and frontier.best is not None and frontier.met
 
 
 def test_predicted_times_are_brought_to_the_speed_of_the_new_ones():

@@ -15,6 +15,7 @@ from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.quality import Metric
 from rarefy.pipeline.engine_evaluation import EngineModule
 from rarefy.pipeline.speed import resize_batch
+from rarefy.runtime import bindings
 from rarefy.search import search
 from rarefy.search.deploy import timed_tokens
 from rarefy.search.optimize import optimize
@@ -70,6 +71,28 @@ def test_a_language_model_is_judged_by_its_perplexity(language_model, searched):
     assert dense.quality == pytest.approx(exact, rel=1e-4)
     assert int8.loss == pytest.approx(int8.quality / dense.quality - 1) and abs(int8.loss) < 0.02
     assert searched.met and searched.batches == ("decode", "prompt")
+
+
+@pytest.mark.parametrize("target", ["decode", "prompt"])
+def test_one_time_of_a_language_model_alone(language_model, target):
+    layers = "model.layers.0.self_attn.q_proj"
+    frontier = optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers=layers, target=target)
+    assert frontier.batches == (target,) and set(frontier.best_point.speedup) == {target}
+    assert frontier.targets["objective"] == target
+    speeds = {p.name: p.speedup[target] for p in frontier.points if p.loss is not None and p.loss <= 0.01}
+    assert frontier.best_point.name in speeds
+
+
+def test_times_of_tokens_are_of_language_models():
+    with pytest.raises(RecipeError, match="target 'decode' is for language models: give 'latency'"):
+        optimize(nn.Linear(4, 4).eval(), torch.randn(2, 4), target="decode")
+
+
+def test_without_kernels_the_search_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(bindings, "missing", lambda: "none for the test")
+    frontier = optimize(nn.Linear(8, 8).eval(), torch.randn(2, 8), max_loss="5%", minutes=0.05, progress=True)
+    assert "there are no native kernels (none for the test): models run in torch" in frontier.notes[0]
+    assert "there are no native kernels (none for the test)" in "".join(capsys.readouterr())
 
 
 def test_a_text_without_data_is_judged_by_the_same_next_tokens(language_model):

@@ -48,6 +48,8 @@ class WeightFiles(Protocol):
 def open_weights(path: str | Path) -> WeightFiles:
     """Return the weights of a folder or GGUF file without reading them; ContainerError or ModelError where there are
     none that can be read one at a time."""
+    if not Path(path).exists():
+        raise ModelError(f"no file or folder {str(path)!r}")
     if gguf_file.is_file(path):
         return GgufModel(path)
     if (Path(path) / INDEX).is_file():

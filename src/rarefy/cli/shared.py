@@ -71,7 +71,7 @@ CachePrecision = Annotated[
 ]
 
 
-FILES = (".onnx", ".pt2")  # endings of files that hold one model
+FILES = (".onnx", ".pt2", ".gguf")  # endings of files that hold one model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any, Protocol
@@ -416,17 +417,21 @@ class Decoder:
                 "many: make it larger, decoder.cache(batch, capacity)"
             )
 
-    def generate(self, ids: Tensor, **options: Any) -> Any:
+    def generate(self, ids: Tensor | None = None, **options: Any) -> Any:
         """Return prompts with the text that follows, as `rarefy.generate(decoder, ids, **options)` does."""
         return generate_ids(self, ids, **options)
 
-    def stream(self, ids: Tensor, **options: Any) -> Iterator[Tensor]:
+    def stream(self, ids: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """Yield the next token of each text, as `rarefy.stream(decoder, ids, **options)` does."""
         return (step.tokens for step in stream_steps(self, ids, **options))
 
     def __repr__(self) -> str:
-        features = self.compiled.exported.cache_features
-        return f"language model step, {features} numbers of a token in the cache\n{self.compiled}"
+        features, held = self.compiled.exported.cache_features, {id(k): k for k in self.compiled.kernels.values()}
+        kinds = Counter(k.held[0].kind for k in held.values())
+        weights = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+        return (
+            f"language model step; weights: {weights}; {features} numbers of a token in the cache\n{self.compiled}"
+        )
 
 
 def _grid_of(module: nn.Module) -> Grid | None:

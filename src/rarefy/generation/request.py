@@ -55,18 +55,19 @@ class Generation:
         return self.accepted / self.guessed if self.guessed and self.accepted is not None else None
 
 
-def stream_steps(decoder: LanguageModel, ids: Tensor, **options: Any) -> Iterator[Step]:
+def stream_steps(decoder: LanguageModel, ids: Tensor | None, **options: Any) -> Iterator[Step]:
     """Yield the next token of each text as `Step`s, which hold log probabilities and whether each text has ended."""
-    request = prepare(decoder, ids, **options)
+    request = prepare(decoder, prompts_of(ids, options), **options)
     if request.options.num_beams > 1:
         raise DataError("num_beams: a beam search has no text before it ends; call generate")
     yield from generate_steps(request.decoder, request.task)
 
 
 def generate_ids(
-    decoder: LanguageModel, ids: Tensor, *, streamer: Any = None, details: bool = False, **options: Any
+    decoder: LanguageModel, ids: Tensor | None, *, streamer: Any = None, details: bool = False, **options: Any
 ) -> Any:
     """Return what `rarefy.generate` does, for a decoder."""
+    ids = prompts_of(ids, options)
     if options.get("logprobs") is not None and not details:
         raise DataError("logprobs has no effect on ids alone: pass details=True, too")
     request = prepare(decoder, ids, **options)
@@ -123,8 +124,21 @@ def prepare(
         raise DataError(
             f"expected attention_mask of the shape of ids, {list(ids.shape)}, got {list(attention_mask.shape)}"
         )
+    if attention_mask is not None and bool((attention_mask == 1).all()):
+        attention_mask = None  # no padding
     new = _new_tokens(decoder, ids.shape[1], options.get("max_new_tokens"), resolved)
     return Request(decoder, _task(decoder, ids, attention_mask, resolved, objects, new), resolved)
+
+
+def prompts_of(ids: Any, options: dict[str, Any]) -> Any:
+    """Return the prompts of a call, which transformers' tokenizers call `input_ids`; that is taken out of the options."""
+    if "input_ids" not in options:
+        if ids is None:
+            raise DataError("expected prompts: ids, or input_ids as a tokenizer returns them")
+        return ids
+    if ids is not None:
+        raise DataError("ids and input_ids are two names of the prompts: pass one of them")
+    return options.pop("input_ids")
 
 
 def check_ids(ids: Any) -> None:

@@ -11,13 +11,13 @@ from rarefy.common.errors import DataError
 from rarefy.common.renamed import renamed_parameters
 from rarefy.generation.decoder import Decoder, decoder
 from rarefy.generation.options import call_defaults, model_defaults
-from rarefy.generation.request import check_ids, check_options, generate_ids, stream_steps
+from rarefy.generation.request import check_ids, check_options, generate_ids, prompts_of, stream_steps
 
 
 @renamed_parameters(values="precision")
 def stream(
     model: nn.Module | Decoder,
-    ids: Tensor,
+    ids: Tensor | None = None,
     *,
     attention_mask: Tensor | None = None,
     precision: str | None = None,
@@ -27,7 +27,8 @@ def stream(
 
     Args:
         model: a `Decoder`, or a language model, from which `decoder` makes one first (seconds to minutes).
-        ids: the prompts, int64 [batch, tokens].
+        ids: the prompts, int64 [batch, tokens]; or `input_ids`, as tokenizers return them: `**tokenizer(text,
+            return_tensors="pt")`.
         attention_mask: [batch, tokens], 0 for padding, which must be on the left, else 1; None without padding.
         precision: of a model: "int8", as for `decoder`.
         **options: those of `generate` but for `num_beams`.
@@ -47,6 +48,7 @@ def stream(
         >>> [token.shape for token in stream(model, torch.tensor([[3, 1, 4]]), max_new_tokens=2)]
         [torch.Size([1]), torch.Size([1])]
     """
+    ids = prompts_of(ids, options)
     step = _decoder(model, ids, precision, options)
     for each in stream_steps(step, ids, attention_mask=attention_mask, **options):
         yield each.tokens
@@ -55,7 +57,7 @@ def stream(
 @renamed_parameters(values="precision")
 def generate(
     model: nn.Module | Decoder,
-    ids: Tensor,
+    ids: Tensor | None = None,
     *,
     streamer: Any = None,
     details: bool = False,
@@ -67,7 +69,8 @@ def generate(
     Args:
         model: a `Decoder`, or a language model, from which `decoder` makes one first (seconds to minutes: make it once
             to generate several texts).
-        ids: the prompts, int64 [batch, tokens].
+        ids: the prompts, int64 [batch, tokens]; or `input_ids`, as tokenizers return them: `**tokenizer(text,
+            return_tensors="pt")`.
         streamer: an object whose put(ids) is called with the prompt and with each new token [batch], and whose end() is
             called at the end, as in transformers.
         details: return a `Generation` with log probabilities and more.
@@ -100,6 +103,7 @@ def generate(
         >>> generate(model, torch.tensor([[3, 1, 4]]), max_new_tokens=5).shape
         torch.Size([1, 8])
     """
+    ids = prompts_of(ids, options)
     step = _decoder(model, ids, precision, options)
     return generate_ids(step, ids, streamer=streamer, details=details, **options)
 

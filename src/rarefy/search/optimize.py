@@ -28,6 +28,7 @@ from rarefy.model.batches import count_samples, slice_batch
 from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
+from rarefy.runtime import bindings
 from rarefy.search.confirmation import confirm, hold_back
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
@@ -184,27 +185,25 @@ def optimize(
 
 def _run(search: Search) -> Frontier:
     """Run a search to its end, or until Ctrl-C, and return what it found."""
+    notes = _without_kernels(search.task.progress)
     dense = search.measure_dense()
     if dense.error:
         raise ModelError(f"the dense model cannot be measured: {dense.error}")
-    task, notes = search.task, list[str]()
+    task, confirmed = search.task, None
     engines: dict[str, Any] = {"rows": [], "notes": []}
     try:
         if task.other_engines:
             engines = search.journal.get("other engines", partial(_other_engines, search))
         finished = search.run()
+        confirmed = confirm(search)
     except KeyboardInterrupt:
         finished = "interrupted"
-    notes += [*search.journal.notes, *engines["notes"]]
+    index, met, more = confirmed or (*task.targets.best(search.points), [])
+    notes += [*search.journal.notes, *engines["notes"], *more]
     if search.trouble:
         notes.append(f"training ended early: {search.trouble}")
     if search.journal.trouble:
         notes.append(search.journal.trouble)
-    if finished == "interrupted":
-        index, met = task.targets.best(search.points)
-    else:
-        index, met, more = confirm(search)
-        notes += more
     best = None
     if index is not None and search.journal.rank == 0:
         point = search.points[index]
@@ -220,6 +219,17 @@ def _run(search: Search) -> Frontier:
         search.elapsed(), finished, search.names, tuple(engines["rows"]), tuple(notes),
         limits=task.targets.lines(dense, higher), best=best,
     )  # fmt: skip
+
+
+def _without_kernels(progress: bool) -> list[str]:
+    """Return a note where there are no native kernels, and say it at once."""
+    why = bindings.missing()
+    if why is None:
+        return []
+    note = f"there are no native kernels ({why}): models run in torch, where zeros and few bits are no faster"
+    if progress:
+        say([note])
+    return [note]
 
 
 def _other_engines(search: Search) -> dict[str, Any]:
