@@ -232,8 +232,7 @@ inline void panel_rows(const rarefy_quantized& w, int64_t row, const void* input
 template <int BITS, int GROUPS, int ZEROS, int INPUTS>
 void code_row_range(const rarefy_quantized& w, int64_t from, int64_t to, const void* x, int64_t ldx, float* y,
                     int64_t ldy) {
-  for (int64_t row = from; row < to; row += TILE_ROWS)
-    panel_rows<BITS, GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
+  for (int64_t row = from; row < to; row += TILE_ROWS) panel_rows<BITS, GROUPS, ZEROS, INPUTS>(w, row, x, ldx, y, ldy);
 }
 
 // Rows `from` (a multiple of four) to `to` of a weight of 4, 5 or 6 bits.

@@ -307,7 +307,6 @@ int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, in
 
 }  // namespace
 
-
 namespace {
 
 // Within its lifetime denormal numbers count as zero on this thread: one operation on them can take as long as a

@@ -52,8 +52,8 @@ static inline int quantized_variant(const rarefy_quantized& w) {
 // Whether single inputs of a weight have a scale for each 32 where there are kernels for that, in place of two terms.
 static inline bool has_block_inputs(const rarefy_quantized& w) { return w.two_terms && w.dtype != RAREFY_I8; }
 
-// Where the high bits of a row's codes of 5 or 6 bits begin in a panel, the codes of four rows in a block; and which bit
-// of each byte is the first one of an even or an odd column.
+// Where the high bits of a row's codes of 5 or 6 bits begin in a panel, the codes of four rows in a block; and which
+// bit of each byte is the first one of an even or an odd column.
 constexpr int64_t high_bytes(int bits, int64_t row) { return 128 + (bits == 6 ? row % 2 * 32 : 0); }
 constexpr int high_bit(int bits, int64_t row, int64_t odd) {
   return int(bits == 6 ? 4 * (row / 2) + 2 * odd : 2 * row + odd);
@@ -66,6 +66,13 @@ inline int panel_code(const uint8_t* panel, int bits, int64_t row, int64_t colum
   if (bits == 4) return low;
   const int high = panel[high_bytes(bits, row) + column / 2] >> high_bit(bits, row, odd) & ((1 << (bits - 4)) - 1);
   return low | high << 4;
+}
+
+// The zero points that are subtracted where the codes of a row in a block are loaded; null: the middle of the codes.
+// Those with a fraction are subtracted later.
+inline const uint8_t* loaded_zeros(const rarefy_quantized& w, int64_t cell) {
+  static constexpr uint8_t none[2] = {};
+  return w.zero_bits ? none : w.zeros ? w.zeros + cell * w.scale_groups : nullptr;
 }
 
 // Call f(count, first) for n inputs, four at a time and then the rest; `count` is a constant.

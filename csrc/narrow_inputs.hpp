@@ -20,14 +20,12 @@ constexpr int64_t CELL = 64, PANEL = TILE_ROWS * CELL;  // bytes: codes of a row
 template <int BITS>
 void code_cells(const rarefy_quantized& w, int64_t row, uint8_t* out) {
   const QuantizedOps<BITS> ops{w.scale_groups};
-  const int64_t first = row * w.col_blocks, groups = w.scale_groups;
+  const int64_t first = row * w.col_blocks;
   const uint8_t* values = static_cast<const uint8_t*>(w.values);
-  const uint8_t no_zeros[2] = {};
   for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell, out += CELL) {
     const int64_t r = cell % TILE_ROWS;
     __builtin_prefetch(values + cell * 8 * BITS + PREFETCH_BYTES, 0, 3);
-    const uint8_t* zeros = w.zeros ? w.zeros + cell * groups : nullptr;
-    const __m512i codes = ops.load(values + (cell - r) * 8 * BITS, r, ops.zero_points(w.zero_bits ? no_zeros : zeros));
+    const __m512i codes = ops.load(values + (cell - r) * 8 * BITS, r, ops.zero_points(loaded_zeros(w, cell)));
     _mm512_storeu_si512(out, w.zero_bits ? _mm512_slli_epi16(codes, 3) : codes);
   }
 }

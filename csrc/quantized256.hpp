@@ -80,15 +80,15 @@ void joined_gemv(const rarefy_quantized& w, int64_t from, int64_t to, const uint
       for (int64_t block = 0; block < w.col_blocks; ++block) {
         const int64_t panel = (row / TILE_ROWS * w.col_blocks + block) * TILE_ROWS, cell = panel + row % TILE_ROWS;
         const auto scales = ops.scales(w.scales + cell * w.scale_groups);
-        const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * w.scale_groups : nullptr;
         const auto values = ops.load(static_cast<const uint8_t*>(w.values) + panel * 8 * BITS, row % TILE_ROWS,
-                                     ops.zero_points(w.zero_bits ? no_zeros : zeros));
+                                     ops.zero_points(loaded_zeros(w, cell)));
         int8_t codes[64];
         int16_t in[64];
         std::memcpy(codes, values.of, sizeof codes);
         std::memcpy(in, x + i * ldx + block * sizeof in, sizeof in);
         int32_t low = 0, high = 0;
-        const int zero[2] = {w.zero_bits ? zeros[0] : 0, w.zero_bits ? zeros[1] : 0};
+        const uint8_t* zeros = w.zero_bits ? w.zeros + cell * w.scale_groups : nullptr;
+        const int zero[2] = {zeros ? zeros[0] : 0, zeros ? zeros[1] : 0};
         for (int c = 0; c < 32; ++c) {
           low += ((codes[c] << w.zero_bits) - zero[0]) * in[c];
           high += ((codes[c + 32] << w.zero_bits) - zero[1]) * in[c + 32];

@@ -101,9 +101,8 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
   for (int64_t cell = first; cell < first + TILE_ROWS * w.col_blocks; ++cell) {
     const int64_t r = cell % TILE_ROWS;
     prefetch_ahead(values_of + cell * 8 * BITS);
-    const uint8_t no_zeros[2] = {}, *zeros = w.zeros ? w.zeros + cell * groups : nullptr;
     alignas(64) int8_t codes[64];
-    const auto loaded = ops.load(values_of + (cell - r) * 8 * BITS, r, ops.zero_points(w.zero_bits ? no_zeros : zeros));
+    const auto loaded = ops.load(values_of + (cell - r) * 8 * BITS, r, ops.zero_points(loaded_zeros(w, cell)));
     std::memcpy(codes, &loaded, 64);
     if constexpr (DTYPE == RAREFY_I8) {
       if constexpr (OFFSET)
@@ -117,7 +116,8 @@ void decompress_values(const rarefy_quantized& w, int64_t row, uint32_t* out) {
       const float high = groups > 1 ? row_scale * from_bf16(w.scales[cell * groups + 1]) : low;
       alignas(64) float values[64];
       const float steps = float(1 << w.zero_bits);  // of zero points with a fraction, between codes
-      const float zero_low = w.zero_bits ? zeros[0] : 0.0f, zero_high = w.zero_bits ? zeros[1] : 0.0f;
+      const uint8_t* zeros = w.zero_bits ? w.zeros + cell * groups : nullptr;
+      const float zero_low = zeros ? zeros[0] : 0.0f, zero_high = zeros ? zeros[1] : 0.0f;
       for (int64_t c = 0; c < 32; ++c) values[c] = (float(codes[c]) * steps - zero_low) * low;
       for (int64_t c = 32; c < 64; ++c) values[c] = (float(codes[c]) * steps - zero_high) * high;
       if constexpr (DTYPE == RAREFY_BF16)

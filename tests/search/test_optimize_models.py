@@ -19,6 +19,7 @@ from rarefy.runtime import bindings
 from rarefy.search import search
 from rarefy.search.deploy import timed_tokens
 from rarefy.search.optimize import optimize
+from rarefy.search.parts import small_example
 
 pytestmark = pytest.mark.usefixtures("one_line")
 
@@ -293,3 +294,25 @@ def test_cross_entropy_is_that_of_the_next_token(language_model):
     output = EngineModule(rarefy.decoder(language_model))(input_ids=ids, labels=ids)
     exact = F.cross_entropy(output.logits[:, :-1].reshape(-1, 64), ids[:, 1:].reshape(-1))
     assert float(output.loss) == pytest.approx(float(exact))
+
+
+class FixedBatch(nn.Module):
+    """A network that runs on four samples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(x.view(4, 8))
+
+
+def test_cuts_are_checked_on_a_small_example(language_model):
+    ids = torch.randint(2, 60, (6, 100))
+    small = small_example(language_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert {n: v.shape for n, v in small.items()} == dict.fromkeys(("input_ids", "attention_mask"), (2, 64))
+    mask = torch.ones_like(ids)
+    mask[0, :50] = 0
+    assert small_example(language_model, {"input_ids": ids, "attention_mask": mask})["input_ids"].shape == (2, 100)
+    assert len(small_example(Net().eval(), X)) == 2
+    assert len(small_example(FixedBatch().eval(), X[:4, :8])) == 4

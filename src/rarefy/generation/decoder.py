@@ -429,9 +429,7 @@ class Decoder:
         features, held = self.compiled.exported.cache_features, {id(k): k for k in self.compiled.kernels.values()}
         kinds = Counter(k.held[0].kind for k in held.values())
         weights = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
-        return (
-            f"language model step; weights: {weights}; {features} numbers of a token in the cache\n{self.compiled}"
-        )
+        return f"language model step; weights: {weights}; {features} numbers of a token in the cache\n{self.compiled}"
 
 
 def _grid_of(module: nn.Module) -> Grid | None:

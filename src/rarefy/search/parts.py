@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.statistics import LayerStats
@@ -15,7 +16,7 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import track
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.model import hf
-from rarefy.model.forward import without_targets
+from rarefy.model.forward import call, evaluating, without_targets
 from rarefy.model.layers import Layer, Selector, all_layers
 from rarefy.pipeline.speed import resize_batch
 from rarefy.prune.prune import calibrate
@@ -374,12 +375,20 @@ def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any
 
 
 def small_example(dense: nn.Module, example: Any) -> Any:
-    """Return an example of two samples, with few tokens of a text: cuts are checked on it in several calls."""
+    """Return an example of two samples, with few tokens of a text: cuts are checked on it in several calls.
+
+    The whole example where the model does not run on that.
+    """
     small = resize_batch(without_targets(example), 2)
     mask = small.get("attention_mask") if hasattr(small, "keys") else None
-    if not hf.is_causal_lm(dense) or not hasattr(small, "keys") or (mask is not None and not bool(mask.all())):
-        return small
-    return {n: v[:, :TOKENS] if isinstance(v, Tensor) and v.dim() == 2 else v for n, v in small.items()}
+    if hf.is_causal_lm(dense) and hasattr(small, "keys") and (mask is None or bool(mask.all())):
+        small = {n: v[:, :TOKENS] if isinstance(v, Tensor) and v.dim() == 2 else v for n, v in small.items()}
+    try:
+        with evaluating(dense), torch.no_grad():
+            call(dense, small)
+    except RarefyError:
+        return example
+    return small
 
 
 def _unless_refused(measure: Callable[[], Any]) -> Any:
