@@ -146,6 +146,18 @@ def test_obs_errors_match_least_squares():
                 assert (X @ W - X[:, others] @ fit).square().sum() / 400 >= error - 1e-9
 
 
+def test_obs_errors_of_units_of_many_columns():
+    """`torch.linalg.solve` fails on several matrices of this size."""
+    torch.manual_seed(0)
+    X, W = torch.randn(2000, 576, dtype=torch.float64), torch.randn(576, 64, dtype=torch.float64)
+    columns = torch.arange(576).view(3, 192)
+    out = removal_errors([(W, X.T @ X / 2000, columns)], 1)
+    unit = int(out.argmin())
+    left = [c for c in range(576) if c not in columns[unit]]
+    best = torch.linalg.lstsq(X[:, left], X @ W).solution
+    assert float(out[unit]) == pytest.approx(float((X @ W - X[:, left] @ best).square().sum() / 2000), rel=1e-6)
+
+
 def test_obs_removes_redundant_units():
     """A unit that repeats another one is removed, though its weights are large."""
     net = mlp()

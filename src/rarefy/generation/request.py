@@ -131,7 +131,7 @@ def prepare(
 
 
 def prompts_of(ids: Any, options: dict[str, Any]) -> Any:
-    """Return the prompts of a call, which transformers' tokenizers call `input_ids`; that is taken out of the options."""
+    """Return the prompts of a call, which tokenizers call `input_ids`; that is taken out of the options."""
     if "input_ids" not in options:
         if ids is None:
             raise DataError("expected prompts: ids, or input_ids as a tokenizer returns them")

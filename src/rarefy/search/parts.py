@@ -50,6 +50,7 @@ class PartMeasurer:
         fits: whether a step fits into the time, by the kinds of steps that say what it takes, the nearest first.
             Methods that are not timed are left out; parts whose loss is not measured take the mean of others.
         progress: show progress bars.
+        begin: is called before each method, with the number of methods that are left, this one included.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class PartMeasurer:
         ignore: Selector,
         fits: Callable[..., bool],
         progress: bool,
+        begin: Callable[[int], None] = lambda left: None,
     ):
+        self.begin = begin
         self.dense, self.example, self.data, self.variant, self.names = dense, example, data, variant, names
         self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
         self.progress = progress and journal.processes == 1
@@ -82,12 +85,13 @@ class PartMeasurer:
         times = [partial(self._timed_groups, graph, method) for method in CUTS]
         times += [self._timed_blocks, *(partial(self._timed_layers, method) for method in (*of_weights, RANK))]
         self.journal.prefetch(times)
-        for method in CUTS:
-            result += self._groups(graph, method)
-        result += self._blocks()
-        for method in of_weights:
-            result += self._weights(method)
-        return result + self._low_rank(result)
+        methods: list[Callable[[], list[Part]]] = [partial(self._groups, graph, method) for method in CUTS]
+        methods += [self._blocks, *(partial(self._weights, method) for method in of_weights)]
+        methods.append(lambda: self._low_rank(result))
+        for i, of_method in enumerate(methods):
+            self.begin(len(methods) - i)
+            result += of_method()
+        return result
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -362,10 +366,21 @@ def measured_losses(
         if key in journal.values or fits(f"loss of {what}"):
             losses[name] = journal.get(key, partial(_unless_refused, measures[name]))
 
-    journal.prefetch(partial(measure, name) for name in measures)
-    for name in track(measures, f"losses of {what}", progress and journal.processes == 1, len(measures)):
+    names = in_spread_order([*measures])
+    journal.prefetch(partial(measure, name) for name in names)
+    for name in track(names, f"losses of {what}", progress and journal.processes == 1, len(measures)):
         measure(name)
     return losses
+
+
+def in_spread_order(names: Sequence[str]) -> list[str]:
+    """Return names in an order in which the first ones, however few, are spread over all.
+
+    >>> in_spread_order("abcdefg")
+    ['a', 'e', 'c', 'g', 'b', 'f', 'd']
+    """
+    bits = max(len(names) - 1, 1).bit_length()
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any]:

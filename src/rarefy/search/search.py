@@ -138,18 +138,25 @@ class Search(Measured):
         )  # fmt: skip
 
     def _parts(self, variant: Variant) -> list[Part]:
-        """Return the parts of the model; their losses may take a third of the time that is left."""
+        """Return the parts of the model; their losses may take a third of the time that is left, those of a method its
+        share of that."""
         task, until = self.task, self.elapsed() + self.left() / 3
+        of_method = until
+
+        def begin(left: int) -> None:
+            nonlocal of_method
+            of_method = self.elapsed() + max(until - self.elapsed(), 0.0) / left
 
         def fits(*kinds: str) -> bool:
-            return self.fits(*kinds, until=until if kinds[0].startswith(("loss", "errors")) else math.inf)
+            ends = {"loss": of_method, "errors": until}.get(kinds[0].partition(" ")[0], math.inf)
+            return self.fits(*kinds, until=ends)
 
         begun = any(key.startswith(("score of", "time of")) for key in self.journal.values)
         if not begun and not fits("point"):
             return []
         measurer = PartMeasurer(
             task.dense, task.example, task.data, variant, self.names, self.journal, task.layers, task.ignore, fits,
-            task.progress,
+            task.progress, begin,
         )  # fmt: skip
         parts = measurer.measure()
         if variant.ignore:  # layers in fp32 keep their names

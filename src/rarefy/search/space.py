@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -323,9 +324,20 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
 
 
 def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
-    """Return a value for each name: where none was measured, the geometric mean of the others. Names with None, which
-    cannot be used, are left out."""
-    logs = [math.log(max(v, 1e-30)) for v in values.values() if v is not None]
-    mean = math.exp(sum(logs) / len(logs)) if logs else 1.0
-    with_mean = {n: values.get(n, mean) for n in names}
+    """Return a value for each name: where none was measured, the geometric mean of those whose names differ in numbers
+    alone, or else of all. Names with None, which cannot be used, are left out."""
+    logs = {n: math.log(max(v, 1e-30)) for n, v in values.items() if v is not None}
+    by_kind: dict[str, list[float]] = {}
+    for name, log in logs.items():
+        by_kind.setdefault(_kind(name), []).append(log)
+
+    def mean(name: str) -> float:
+        alike = by_kind.get(_kind(name), [*logs.values()])
+        return math.exp(sum(alike) / len(alike)) if alike else 1.0
+
+    with_mean = {n: values[n] if n in values else mean(n) for n in names}
     return {n: v for n, v in with_mean.items() if v is not None}
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"[0-9]+", "*", name)

@@ -305,9 +305,24 @@ def _costs(W: Tensor, inv: Tensor, columns: Tensor) -> Tensor:
     """Return tr(W_c' (Hinv_cc)^-1 W_c) of every unit, [units]."""
     if columns.shape[1] == 1:
         return W.square().sum(1)[columns[:, 0]] / inv.diagonal()[columns[:, 0]].clamp(min=1e-30)
-    blocks = inv[columns[:, :, None], columns[:, None, :]]
-    rows = W[columns]
-    return (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+    root = _cholesky(inv[columns[:, :, None], columns[:, None, :]])
+    return torch.linalg.solve_triangular(root, W[columns], upper=False).square().sum((1, 2))
+
+
+def _cholesky(blocks: Tensor) -> Tensor:
+    """Return lower triangular roots of positive definite matrices [units, n, n], which rounding may have made less so.
+
+    `torch.linalg.solve` fails on several matrices of 192 x 192 in torch 2.13 with MKL.
+    """
+    root, failed = torch.linalg.cholesky_ex(blocks)
+    for more in (1e-12, 1e-9, 1e-6) if bool(failed.any()) else ():
+        mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
+        root, failed = torch.linalg.cholesky_ex(
+            blocks + more * torch.diag_embed(mean[:, None].expand(blocks.shape[:2]))
+        )
+        if not bool(failed.any()):
+            break
+    return root
 
 
 @dataclass(frozen=True)
