@@ -130,4 +130,4 @@ def _quality(search: Measured, index: int) -> float:
 
 
 def _times(search: Measured, index: int) -> dict[str, Any]:
-    return search.times(_made_again(search, index))
+    return search.times(_made_again(search, index), search.points[index])

@@ -28,9 +28,10 @@ class Point:
         name: short text, such as "int8, 25 % fewer neurons".
         quality: the metric of this very model; None where it could not be made.
         loss: how much worse than the dense model, in the unit of the limit: a fraction, or points. Negative: better.
-        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model. The best
-            point of a search of 2.5 minutes or more is timed once more at the end.
-        speedup: batch -> times as fast as the dense model compiled in fp32, in the same run.
+        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model in the same
+            precision. The best point of a search of 2.5 minutes or more is timed once more at the end.
+        speedup: batch -> times as fast as the dense model compiled in fp32: as the dense model in its precision is,
+            times how much faster than that it is.
         disk_bytes: of the saved compiled model.
         memory_bytes: of its weights in memory.
         predicted: what the search expected before: {"loss": ..., "milliseconds": {batch: ...}}, at the speed of the

@@ -76,6 +76,7 @@ class Measured:
         self.dense_fast: Deployed | None = None
         self.reference: Point | None = None
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
+        self.dense_in: tuple[Any, Deployed] | None = None  # the precision of the last models, and the dense one in it
         self.joint: JointLoss | None = None
         self.measures_joint = False  # whether losses of several parts together are measured
         self.observed: list[Observed] = []
@@ -181,7 +182,7 @@ class Measured:
             deployed = self._deploy(model, variant)
             with torch.no_grad():
                 quality = self.task.metric.measure(deployed)
-            times = self.times(deployed)
+            times = self.times(deployed, variant)
             sizes = sizes_of(deployed)
         except RarefyError as error:
             seconds = self.journal.clock() - began
@@ -198,12 +199,32 @@ class Measured:
         assert self.reference is not None and self.reference.quality is not None
         return self.task.targets.loss(self.reference.quality, quality, self.task.metric.higher_is_better)
 
-    def times(self, deployed: Deployed) -> dict[str, dict[str, dict[str, float]]]:
-        """Return the times of a model and of the dense one, in turns."""
+    def times(self, deployed: Deployed, runs: Variant | Point) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the times of a model and of the dense one in fp32, {batch: {"model", "dense": quartiles}}.
+
+        In turns with a model in 8 bits the dense one in 8 bits is called: what else the machine does slows both alike.
+        How much faster it is than in fp32 was measured before.
+        """
         assert self.dense_fast is not None
-        models = {"model": deployed} | ({} if self.reference is None else {"dense": self.dense_fast})
-        times = times_of(models, self.task.example, self.names)
-        return {n: {"dense": t["model"], **t} for n, t in times.items()}
+        if self.reference is None:
+            return {n: {**t, "dense": t["model"]} for n, t in self._times_of({"model": deployed}).items()}
+        dense, faster = self._dense_in(runs)
+        times = self._times_of({"model": deployed, "dense": dense})
+        scaled = {n: {q: ms * faster[n] for q, ms in t["dense"].items()} for n, t in times.items()}
+        return {n: {"model": t["model"], "dense": scaled[n]} for n, t in times.items()}
+
+    def _times_of(self, models: Mapping[str, Deployed]) -> dict[str, dict[str, dict[str, float]]]:
+        return times_of(models, self.task.example, self.names)
+
+    def _dense_in(self, runs: Variant | Point) -> tuple[Deployed, Mapping[str, float]]:
+        """Return the dense model in a precision, or in fp32 where it was not measured in it, and its speed-up."""
+        assert self.dense_fast is not None
+        for variant, point in self.bases.items():
+            if point is not self.reference and point.loss is not None and runs_in(variant) == runs_in(runs):
+                if self.dense_in is None or self.dense_in[0] != runs_in(runs):
+                    self.dense_in = runs_in(runs), self._deploy(self.make(point.recipe), variant)
+                return self.dense_in[1], point.speedup
+        return self.dense_fast, dict.fromkeys(self.names, 1.0)
 
     def _keep(self, point: Point, model: nn.Module, deployed: Deployed) -> None:
         """Keep the model itself while it is the best one; of several processes, only where it was trained."""
