@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rarefy.common.atomic_io import SEARCH_FILE
-from rarefy.search import confirmation
+from rarefy.search import confirmation, points
 from rarefy.search.confirmation import hold_back
 from rarefy.search.frontier import Point, frontier_from_dict
 from rarefy.search.html_report import frontier_page
@@ -104,6 +104,19 @@ def test_a_model_that_is_slower_when_it_is_timed_again_is_not_the_result(tmp_pat
     assert second.best_index != first.best_index or not second.met
     slow = second.points[first.best_index]
     assert slow.recipe == first.best_point.recipe and slow.slowest < 0.001 < first.best_point.slowest
+
+
+def test_models_are_timed_in_turns_with_the_dense_one_in_their_precision(monkeypatch):
+    def times_of(models, example, names):
+        milliseconds = {"model": 1.0, "dense": 3.0}
+        return {n: {m: dict.fromkeys(("median", "low", "high"), milliseconds[m]) for m in models} for n in names}
+
+    monkeypatch.setattr(points, "times_of", times_of)
+    frontier = searched(CLEAR[:150], max_loss="20%", target="latency")
+    dense, int8 = (next(p for p in frontier.points if p.name == f"dense, {n}") for n in ("fp32", "int8"))
+    assert dense.speedup == {"1": 1.0} and int8.speedup == {"1": 3.0}  # 8 bits in turns with fp32
+    changed = [p for p in frontier.points if p.precision == "int8" and p is not int8]
+    assert changed and all(p.speedup == {"1": 9.0} for p in changed)  # in turns with the dense model in 8 bits
 
 
 def test_ctrl_c_while_the_best_model_is_timed_again_keeps_it(monkeypatch):

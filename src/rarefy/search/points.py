@@ -115,14 +115,15 @@ class Measured:
     def _need_time(self, key: str, kind: str, methods: Iterable[str]) -> None:
         """Raise OutOfTime where a point that is not in the journal would take too long.
 
-        The first one of a kind takes as long as the last other point, and as measuring its parts; the first one after
-        the dense model twice as long as that, which was timed alone.
+        The first one of a kind takes as long as the last other point, and as scoring the units of its groups or
+        changing its layers one by one; the first one after the dense model twice as long as that, which was timed
+        alone.
         """
         if key in self.journal.values or self.reference is None:
             return
         more = 0.0
         if self.journal.seconds_of(kind) is None:
-            measured = tuple(f"{step} of {m}" for m in methods for step in ("errors", "loss"))
+            measured = tuple(f"{'errors' if m in CUTS else 'loss'} of {m}" for m in methods)
             more = sum(seconds for k, seconds in self.journal.costs.items() if k.startswith(measured))
             more += self.reference.seconds if len(self.points) == 1 else 0.0
         if not self.fits(kind, "point", more=more):
