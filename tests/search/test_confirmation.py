@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rarefy.common.atomic_io import SEARCH_FILE
-from rarefy.search import confirmation, points
+from rarefy.search import confirmation, parts, points
 from rarefy.search.confirmation import hold_back
 from rarefy.search.frontier import Point, frontier_from_dict
 from rarefy.search.html_report import frontier_page
@@ -108,10 +108,11 @@ def test_a_model_that_is_slower_when_it_is_timed_again_is_not_the_result(tmp_pat
 
 def test_models_are_timed_in_turns_with_the_dense_one_in_their_precision(monkeypatch):
     def times_of(models, example, names):
-        milliseconds = {"model": 1.0, "dense": 3.0}
+        milliseconds = {"model": 1.0, "dense": 3.0, "smaller": 1.5}
         return {n: {m: dict.fromkeys(("median", "low", "high"), milliseconds[m]) for m in models} for n in names}
 
     monkeypatch.setattr(points, "times_of", times_of)
+    monkeypatch.setattr(parts, "times_of", times_of)
     frontier = searched(CLEAR[:150], max_loss="20%", target="latency")
     dense, int8 = (next(p for p in frontier.points if p.name == f"dense, {n}") for n in ("fp32", "int8"))
     assert dense.speedup == {"1": 1.0} and int8.speedup == {"1": 3.0}  # 8 bits in turns with fp32
