@@ -140,8 +140,8 @@ def smollm2(seed: int, max_loss: str = "3%") -> Task:
     data: Any = sources.batches("wiki", sources.Take(samples=32, tokens=512, batch=4, seed=seed), tokenizer=tokenizer)
     held_out: Any = sources.batches("wiki-test", sources.Take(samples=48, tokens=512, batch=8), tokenizer=tokenizer)
     searched, judged = held_out[::2], held_out[1::2]
-    calibration: Any = (model, data[0], data, "perplexity", searched, judged, judged)
-    return Task(*calibration, max_loss, (1,), 45, peers=False, target="decode")
+    task = Task(model, data[0], data, "perplexity", searched, judged, judged, max_loss, (1,), 45)
+    return replace(task, peers=False, target="decode")
 
 
 def images(

@@ -67,17 +67,17 @@ def generate_ids(
     decoder: LanguageModel, ids: Tensor | None, *, streamer: Any = None, details: bool = False, **options: Any
 ) -> Any:
     """Return what `rarefy.generate` does, for a decoder."""
-    ids = prompts_of(ids, options)
+    prompts: Tensor = prompts_of(ids, options)
     if options.get("logprobs") is not None and not details:
         raise DataError("logprobs has no effect on ids alone: pass details=True, too")
-    request = prepare(decoder, ids, **options)
+    request = prepare(decoder, prompts, **options)
     if request.options.num_beams > 1:
         if streamer is not None:
             raise DataError("streamer: a beam search has no text before it ends; leave one of the two out")
         ids, reasons, scores, _ = search(request.decoder, request.task, request.options)
         return Generation(ids, reasons, scores=scores) if details else ids
     if streamer is not None:
-        streamer.put(ids)
+        streamer.put(prompts)
     steps = []
     for step in generate_steps(request.decoder, request.task):
         steps.append(step)
@@ -85,8 +85,8 @@ def generate_ids(
             streamer.put(step.tokens)
     if streamer is not None:
         streamer.end()
-    prompts = ids.repeat_interleave(request.options.num_return_sequences, 0)
-    sequences = torch.cat([prompts, torch.stack([s.tokens for s in steps], 1)], 1)
+    repeated = prompts.repeat_interleave(request.options.num_return_sequences, 0)
+    sequences = torch.cat([repeated, torch.stack([s.tokens for s in steps], 1)], 1)
     return _with_details(sequences, steps, request.task.proposer) if details else sequences
 
 
@@ -130,7 +130,7 @@ def prepare(
     return Request(decoder, _task(decoder, ids, attention_mask, resolved, objects, new), resolved)
 
 
-def prompts_of(ids: Any, options: dict[str, Any]) -> Any:
+def prompts_of(ids: Tensor | None, options: dict[str, Any]) -> Any:
     """Return the prompts of a call, which tokenizers call `input_ids`; that is taken out of the options."""
     if "input_ids" not in options:
         if ids is None:
