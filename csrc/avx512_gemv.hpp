@@ -159,6 +159,7 @@ enum ZeroPoints { MIDDLE, WHOLE, EIGHTHS };  // where a weight has none, and of 
 // The codes of a panel, SHIFT bits to the left: two rows in a vector, their even or their odd columns.
 template <int BITS, int SHIFT>
 struct PanelCodes {
+  static_assert(BITS + SHIFT <= 8);
   static constexpr int HIGH = ((1 << (BITS - 4)) - 1) << (4 + SHIFT);
   const __m512i low_mask = in_register(_mm512_set1_epi8(char(15 << SHIFT)));
   const __m512i high_mask = in_register(_mm512_set1_epi8(char(HIGH)));
@@ -179,12 +180,13 @@ struct PanelCodes {
     const __m512i nibbles = _mm512_loadu_si512(panel + 64 * pair);
     codes[0] = _mm512_and_si512(SHIFT ? _mm512_slli_epi16(nibbles, SHIFT) : nibbles, low_mask);
     codes[1] = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4 - SHIFT), low_mask);
-    if constexpr (BITS > 4)
+    if constexpr (BITS > 4) {
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; ++odd) {
         const __m512i bits = _mm512_and_si512(_mm512_rolv_epi64(high, left[2 * pair + odd]), high_mask);
         codes[odd] = _mm512_or_si512(codes[odd], bits);
       }
+    }
   }
 };
 

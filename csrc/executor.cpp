@@ -305,10 +305,6 @@ int run_on_one_thread(const rarefy_kernel_table& t, const rarefy_step* steps, in
   return error;
 }
 
-}  // namespace
-
-namespace {
-
 // Within its lifetime denormal numbers count as zero on this thread: one operation on them can take as long as a
 // hundred others, and columns beyond the last one hold whatever was in memory before.
 class FlushDenormals {

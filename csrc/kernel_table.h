@@ -54,13 +54,13 @@ static inline bool has_block_inputs(const rarefy_quantized& w) { return w.two_te
 
 // Where the high bits of a row's codes of 5 or 6 bits begin in a panel, the codes of four rows in a block; and which
 // bit of each byte is the first one of an even or an odd column.
-constexpr int64_t high_bytes(int bits, int64_t row) { return 128 + (bits == 6 ? row % 2 * 32 : 0); }
-constexpr int high_bit(int bits, int64_t row, int64_t odd) {
+static constexpr int64_t high_bytes(int bits, int64_t row) { return 128 + (bits == 6 ? row % 2 * 32 : 0); }
+static constexpr int high_bit(int bits, int64_t row, int64_t odd) {
   return int(bits == 6 ? 4 * (row / 2) + 2 * odd : 2 * row + odd);
 }
 
 // A code of 4 to 6 bits of a panel.
-inline int panel_code(const uint8_t* panel, int bits, int64_t row, int64_t column) {
+static inline int panel_code(const uint8_t* panel, int bits, int64_t row, int64_t column) {
   const int64_t odd = column % 2;
   const int low = panel[32 * row + column / 2] >> (4 * odd) & 15;
   if (bits == 4) return low;
@@ -70,7 +70,7 @@ inline int panel_code(const uint8_t* panel, int bits, int64_t row, int64_t colum
 
 // The zero points that are subtracted where the codes of a row in a block are loaded; null: the middle of the codes.
 // Those with a fraction are subtracted later.
-inline const uint8_t* loaded_zeros(const rarefy_quantized& w, int64_t cell) {
+static inline const uint8_t* loaded_zeros(const rarefy_quantized& w, int64_t cell) {
   static constexpr uint8_t none[2] = {};
   return w.zero_bits ? none : w.zeros ? w.zeros + cell * w.scale_groups : nullptr;
 }

@@ -56,7 +56,7 @@ struct rarefy_bitmask {
 };
 
 // Dense weight of 4, 5, 6 or 8 bits in blocks of four rows by 64 columns, zero-padded after the last column. A block
-// has 64 values of int8 of one row after the other, or codes minus a zero point:
+// stores its rows one after the other: 64 int8 values each, or codes from which a zero point is subtracted:
 //   int4    32 bytes of each row: byte i holds columns 2 i (low nibble) and 2 i + 1
 //   int5/6  the low four bits, as int4; then the high bits, whose byte i belongs to the same columns: of int5 32 bytes,
 //           row r in bits 2 r (even columns) and 2 r + 1; of int6 32 bytes of rows 0 and 2, then of 1 and 3, the first

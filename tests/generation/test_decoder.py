@@ -104,7 +104,7 @@ def test_a_decoder_says_in_how_many_bits_its_weights_are(llama):
     rarefy.quantize_(model, layers="model.layers.*.mlp.*", weights="int4", group=32)
     text = repr(rarefy.decoder(rarefy.fold_(model), precision="int8"))
     layers = model.config.num_hidden_layers
-    assert f"weights: {4 * layers + 1} in int8, {3 * layers} in int4; " in text
+    assert f"step, {4 * layers + 1} weights in int8, {3 * layers} weights in int4, " in text
 
 
 def formats(made):

@@ -68,6 +68,8 @@ def test_prompts_as_tokenizers_return_them(llama):
             call()
         with pytest.raises(DataError, match="ids and input_ids are two names of the prompts: pass one of them"):
             call(PROMPTS, input_ids=PROMPTS)
+        with pytest.raises(DataError, match="token_type_ids has no effect on these models: leave it out"):
+            call(**inputs, token_type_ids=torch.zeros_like(PROMPTS))
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])

@@ -1122,6 +1122,20 @@ def test_a_head_and_its_embedding_share_their_bits(values, monkeypatch):
     assert torch.equal(copy.deepcopy(model).model.embed_tokens(ids), model.model.embed_tokens(ids))
 
 
+@pytest.mark.parametrize("rows", [64, 63])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_rows_of_a_quantized_embedding(bits, rows):
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(bits))
+    groups = 3 if bits < 8 else 1
+    scale = weight.view(rows, groups, -1).abs().amax(-1) / (2 ** (bits - 1) - 1)
+    grid = Grid(bits, scale.bfloat16().float() if bits < 8 else scale)
+    embedding = QuantizedEmbedding(pack_quantized(grid.snap(weight), grid), torch.float32)
+    ids = torch.tensor([[5, 0, 7, 2, 11, rows - 1], [5, 5, 62, 1, 3, 60]])
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    assert torch.allclose(embedding.weight, weight, atol=float(scale.max()))
+    assert embedding(torch.zeros(0, dtype=torch.int64)).shape == (0, 96)
+
+
 @needs_kernels
 def test_a_head_without_a_grid_stays_shared():
     model = tiny_llama()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import re
@@ -22,7 +23,7 @@ from torch import nn
 import rarefy
 from rarefy.common.errors import FormatError
 from rarefy.model.layers import all_layers
-from rarefy.model.quant_grid import OffsetGrid, get_grid
+from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
 from rarefy.quantization.config import QuantizeOptions, resolve_options
 from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
@@ -425,6 +426,24 @@ def test_weights_as_they_are():
         Kernel(packing.ConvTiles(**{**vars(image), "order": torch.zeros(1, 1, 128, dtype=torch.uint8)}))
 
 
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_codes_lie_as_the_header_says(bits):
+    """Files depend on it: `csrc/rarefy.h`, read word by word."""
+    codes = torch.randint(0, 1 << bits, (4, 64), generator=torch.Generator().manual_seed(bits))
+    grid = Grid(bits, torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.uint8))
+    packed = pack_quantized(codes.float(), grid, False, True)
+    stored = packed.values.flatten().tolist()
+    for r in range(4):
+        for c in range(64):
+            code = stored[32 * r + c // 2] >> 4 * (c % 2) & 15
+            if bits == 5:
+                code |= (stored[128 + c // 2] >> 2 * r + c % 2 & 1) << 4
+            if bits == 6:
+                code |= (stored[128 + 32 * (r % 2) + c // 2] >> 4 * (r // 2) + 2 * (c % 2) & 3) << 4
+            assert code == int(codes[r, c])
+    assert torch.equal(unpack_panels(packed), codes.float())
+
+
 def test_memory_begins_with_a_page():
     for nbytes in (0, 100, huge_pages.HUGE_PAGE + 1, 5 * huge_pages.HUGE_PAGE):
         memory = huge_pages.allocate(nbytes)
@@ -434,6 +453,7 @@ def test_memory_begins_with_a_page():
         huge_pages.allocate(1 << 60)
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is mapped on Linux alone")
 def test_memory_was_not_used_before():
     used = [torch.ones(30 << 20, dtype=torch.uint8) for _ in range(4)]  # which malloc keeps, in small pages
     del used

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rarefy.common.atomic_io import SEARCH_FILE
+from rarefy.common.errors import RarefyError
 from rarefy.search import confirmation, parts, points
 from rarefy.search.confirmation import hold_back
 from rarefy.search.frontier import Point, frontier_from_dict
@@ -127,6 +128,24 @@ def test_ctrl_c_while_the_best_model_is_timed_again_keeps_it(monkeypatch):
     monkeypatch.setattr(confirmation, "_times", interrupted)
     frontier = searched(CLEAR[:150])
     assert frontier.finished == "interrupted" and frontier.best is not None and frontier.met
+
+
+@pytest.mark.parametrize("error", [RarefyError("no"), KeyboardInterrupt()])
+def test_a_rejected_model_is_no_result_where_the_next_one_cannot_be_measured(monkeypatch, error):
+    real, calls = confirmation._quality, []
+
+    def fails_later(search, index):
+        calls.append(index)
+        if len(calls) > 1:
+            raise error
+        return real(search, index)
+
+    monkeypatch.setattr(confirmation, "_quality", fails_later)
+    hard = searched(CLOSE, max_loss="0.5%")
+    assert len(calls) > 1, "the first model was not rejected"
+    assert not hard.met and hard.best_point.checked_loss > 0.005
+    said = "could not be measured once more: no" if isinstance(error, RarefyError) else "the search was interrupted"
+    assert any(said in note for note in hard.notes)
 
 
 def test_predicted_times_are_brought_to_the_speed_of_the_new_ones():

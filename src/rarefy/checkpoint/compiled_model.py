@@ -34,7 +34,6 @@ from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import HugePageBuffer
 from rarefy.runtime.kernel import Kernel, check_packed
 from rarefy.runtime.packed_formats import (
-    CODE_ORDER,
     LANE,
     PANEL_BITS,
     ROW_KINDS,
@@ -384,8 +383,6 @@ def checked_form(scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
         or set(scalars) - OPTIONAL.get(format_, set()) != {"format", *fields}
     ):
         raise FormatError(f"expected the fields of a packed weight, got {str(scalars)[:200]}")
-    if scalars.get("order") != (CODE_ORDER if scalars["kind"] in ("int5", "int6") else None):
-        raise FormatError("codes of 5 and 6 bits lie in another order in files of this version: save the model again")
     try:
         form: Any = from_tensors(scalars, tensors)
         check_packed(form, None)

@@ -63,7 +63,8 @@ def optimize(
     size_mb: Annotated[float | None, typer.Option(help="Largest saved model, in megabytes.")] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Largest weights in memory, in megabytes.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="What is best: latency (the default), loss, size, memory; decode or prompt.")
+        str | None,
+        typer.Option(help="What is best: latency (default), loss, size, memory; of texts also decode, prompt."),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch size that is timed; again for more. Not for language models.")

@@ -49,7 +49,7 @@ def quantize_input(
     """Return a value in a kernel's precision and its scales, computed once for all operators that read it so.
 
     bf16 has no scales. In int8 and int16 there is a scale for each token or pixel, or one for each image, whose pixels
-    a convolution sums. With two terms (1), or a scale for each 32 inputs (2 to 4), an input takes more
+    a convolution sums. With two terms (1), or a scale for each 32 inputs (2 or 3), an input takes more
     than 8 bits.
     """
     key = x, precision + " per image" * per_image + (f" terms {two_terms}" if two_terms else "")

@@ -426,10 +426,10 @@ class Decoder:
         return (step.tokens for step in stream_steps(self, ids, **options))
 
     def __repr__(self) -> str:
-        features, held = self.compiled.exported.cache_features, {id(k): k for k in self.compiled.kernels.values()}
-        kinds = Counter(k.held[0].kind for k in held.values())
-        weights = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
-        return f"language model step; weights: {weights}; {features} numbers of a token in the cache\n{self.compiled}"
+        features, packed = self.compiled.exported.cache_features, [k.held[0] for k in self.compiled.kernels.values()]
+        kinds = Counter(p.kind for p in {p.values.data_ptr(): p for p in packed}.values())
+        weights = "".join(f", {count} weights in {kind}" for kind, count in kinds.most_common())
+        return f"language model step{weights}, {features} numbers of a token in the cache\n{self.compiled}"
 
 
 def _grid_of(module: nn.Module) -> Grid | None:

@@ -93,7 +93,7 @@ class Cache:
         try:
             memory, scales = allocate(size), allocate(4 * batch * tiles * TILE * heads)
             self.pages = torch.full((batch, tiles), -1, dtype=torch.int32)
-        except (MemoryError, RuntimeError):  # raised by torch
+        except (MemoryError, RuntimeError):
             size += 4 * batch * tiles * TILE * heads
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None

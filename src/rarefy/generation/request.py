@@ -21,7 +21,7 @@ OBJECTS = (
     *("tokenizer", "logits_processor", "stopping_criteria", "generation_config", "assistant_model", "prompt_cache"),
     *KINDS,
 )
-CALL = ("attention_mask", "precision", *OBJECTS)  # options of `generate` besides those of `Options`
+CALL = ("input_ids", "attention_mask", "precision", *OBJECTS)  # options of `generate` besides those of `Options`
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,15 @@ def prepare(
 
 def prompts_of(ids: Tensor | None, options: dict[str, Any]) -> Any:
     """Return the prompts of a call, which tokenizers call `input_ids`; that is taken out of the options."""
-    if "input_ids" not in options:
-        if ids is None:
-            raise DataError("expected prompts: ids, or input_ids as a tokenizer returns them")
-        return ids
-    if ids is not None:
+    given = options.pop("input_ids", None)
+    if ids is not None and given is not None:
         raise DataError("ids and input_ids are two names of the prompts: pass one of them")
-    return options.pop("input_ids")
+    if ids is None and given is None:
+        raise DataError("expected prompts: ids, or input_ids as a tokenizer returns them")
+    if options.get("token_type_ids") is not None:
+        raise DataError("token_type_ids has no effect on these models: leave it out")
+    options.pop("token_type_ids", None)
+    return given if ids is None else ids
 
 
 def check_ids(ids: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.common.errors import FormatError
+
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int16": torch.int16}
 LANE = {"fp32": 1, "bf16": 2, "int8": 4, "int16": 2}
 DTYPES = ("fp32", "bf16", "int8", "int4", "int5", "int6", "int16")  # rarefy_dtype of csrc/rarefy.h
@@ -214,5 +216,11 @@ def to_tensors(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def from_tensors(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packed:
     """Return the packed weight that `to_tensors` took apart; lists from JSON become tuples again."""
+    if metadata.get("order") != (CODE_ORDER if metadata.get("kind") in ("int5", "int6") else None):
+        raise FormatError(
+            "an earlier version wrote this: its codes of 5 and 6 bits lie in another order; compile the model again"
+            if "order" not in metadata
+            else f"unexpected order {metadata['order']!r} of the codes"
+        )
     numbers = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items() if n not in ("format", "order")}
     return FORMATS[metadata["format"]](**{_FIELDS.get(n, n): v for n, v in {**numbers, **tensors}.items()})

@@ -367,12 +367,16 @@ class QuantizedEmbedding(nn.Module):
             raise IndexError(
                 f"expected ids from 0 to {self.num_embeddings - 1}, got {int(flat.min())} to {int(flat.max())}"
             )
-        fours = F.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
+        panels = flat // 4  # whole ones: four rows of 5 or 6 bits share bytes
+        of_panels = (
+            (4 * panels[:, None] + torch.arange(4, device=flat.device)).flatten().clamp(max=self.num_embeddings - 1)
+        )
         parts: Any = {n: t for n, t in self._buffers.items() if t is not None}
         for name, t in parts.items():
-            parts[name] = t[fours].flatten() if t.dim() == 1 else t[fours // 4, :, fours % 4].transpose(1, 2)
-        rows = unpack(QuantizedPanels(**{**self.metadata, "shape": (fours.numel(), self.embedding_dim)}, **parts))
-        return rows[: len(flat)].to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+            parts[name] = t[of_panels] if t.dim() == 1 else t[panels]
+        rows = unpack(QuantizedPanels(**{**self.metadata, "shape": (4 * len(flat), self.embedding_dim)}, **parts))
+        rows = rows.view(-1, 4, self.embedding_dim)[torch.arange(len(flat), device=flat.device), flat % 4]
+        return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
 
 def refuse_traces(compiling: bool) -> None:

@@ -1,8 +1,8 @@
 """Measure the best models once more: on evaluation data that the search has not used, and their times.
 
 A search compares many models on the same samples and times each once, so the best of them is partly the luckiest. A
-third of the evaluation data is therefore held back, and the best model is timed again. The fastest model that still
-keeps all limits is the result.
+third of the evaluation data is therefore held back, and the best model is timed again. If it keeps all limits, it is
+the result; else the next best one is measured.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SHARE = 3  # of so many batches for evaluation the last is held back
 MIN_SAMPLES = 100  # held back; fewer would say less than the search knows
 ATTEMPTS = 4  # models that are measured once more
 MIN_SECONDS = 150.0  # of a search whose best model is timed once more
+INTERRUPTED = "the best models were not all measured once more: the search was interrupted"
 LATE = 1.1  # of the time of the search, after which no other model is made again
 
 
@@ -52,7 +53,7 @@ def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
     The points that were measured once more get their `checked_loss` and new times. Where none keeps the limits, the one
     that comes nearest is the best. Cost: up to `ATTEMPTS` models are made again, timed and evaluated.
     """
-    targets = search.task.targets
+    targets, notes = search.task.targets, list[str]()
     index, met = targets.best(search.points)
     if index is None or search.points[index] is search.reference:
         return index, met, []
@@ -62,13 +63,21 @@ def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
         for i in _candidates(search, index) if met else [index]:
             if checked and not _has_time(search, i):
                 break
-            search.points[i] = _measured_again(search, i, dense)
+            try:
+                search.points[i] = _measured_again(search, i, dense)
+            except RarefyError as error:
+                notes.append(f"{search.points[i].name} could not be measured once more: {first_line(error, 200)}")
+                continue
             checked[i] = _as_checked(search.points[i])
             if not met or targets.keeps(checked[i]):
-                return i, targets.keeps(checked[i]), []
-    except RarefyError as error:
-        return index, met, [f"the best model could not be measured once more: {first_line(error, 200)}"]
-    return min(checked, key=lambda i: max(targets.limits(checked[i]).values())), False, []
+                return i, targets.keeps(checked[i]), notes
+    except RarefyError as error:  # of the dense model
+        notes.append(f"the dense model could not be measured once more: {first_line(error, 200)}")
+    except KeyboardInterrupt:
+        notes.append(INTERRUPTED)
+    if not checked:
+        return index, met, notes
+    return min(checked, key=lambda i: max(targets.limits(checked[i]).values(), default=0.0)), False, notes
 
 
 def _dense_quality(search: Measured) -> float | None:

@@ -87,7 +87,7 @@ def correction(pairs: Sequence[tuple[float, float]], at: float) -> float:
     >>> correction([(0.2, 0.1), (0.4, 0.2)], 0.3)
     0.5
     """
-    weights = [1 / (abs(p - at) + at / 3 + 1e-9) ** 2 for p, _ in pairs]
+    weights = [1 / (abs(p - at) + abs(at) / 3 + 1e-9) ** 2 for p, _ in pairs]
     squares = sum(w * p * p for w, (p, _) in zip(weights, pairs))
     return sum(w * p * m for w, (p, m) in zip(weights, pairs)) / squares if squares else 1.0
 

@@ -29,7 +29,7 @@ from rarefy.model.forward import call, check_batches, evaluating, without_target
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
 from rarefy.runtime import bindings
-from rarefy.search.confirmation import confirm, hold_back
+from rarefy.search.confirmation import INTERRUPTED, confirm, hold_back
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.other_engines import measured_engines
@@ -196,6 +196,7 @@ def _run(search: Search) -> Frontier:
             engines = search.journal.get("other engines", partial(_other_engines, search))
         finished = search.run()
         confirmed = confirm(search)
+        finished = "interrupted" if INTERRUPTED in confirmed[2] else finished
     except KeyboardInterrupt:
         finished = "interrupted"
     index, met, more = confirmed or (*task.targets.best(search.points), [])

@@ -50,7 +50,8 @@ class PartMeasurer:
         fits: whether a step fits into the time, by the kinds of steps that say what it takes, the nearest first.
             Methods that are not timed are left out; parts whose loss is not measured take the mean of others.
         progress: show progress bars.
-        begin: is called before each method, with the number of methods that are left, this one included.
+        begin: is called before losses are measured, with how many parts the time that is left for losses has: this one
+            and all that follow.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PartMeasurer:
         progress: bool,
         begin: Callable[[int], None] = lambda left: None,
     ):
-        self.begin = begin
+        self.begin, self.methods_left = begin, 1
         self.dense, self.example, self.data, self.variant, self.names = dense, example, data, variant, names
         self.journal, self.layers, self.ignore, self.fits = journal, layers, ignore, fits
         self.progress = progress and journal.processes == 1
@@ -89,7 +90,8 @@ class PartMeasurer:
         methods += [self._blocks, *(partial(self._weights, method) for method in of_weights)]
         methods.append(lambda: self._low_rank(result))
         for i, of_method in enumerate(methods):
-            self.begin(len(methods) - i)
+            self.methods_left = len(methods) - i
+            self.begin(self.methods_left)
             result += of_method()
         return result
 
@@ -202,7 +204,10 @@ class PartMeasurer:
             return []
         levels = BIT_LEVELS[-1:] if method == BITS else PROBE_LEVELS
         shares = space.shares_of_layers(self.dense, layers, self.example)
-        losses = {level: self._layer_losses(layers, method, level) for level in levels}
+        losses: dict[float, dict[str, float]] = {}
+        for i, level in enumerate(levels):  # which share the method's time
+            self.begin(self.methods_left * (len(levels) - i))
+            losses[level] = self._layer_losses(layers, method, level)
         usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])

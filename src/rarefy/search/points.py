@@ -220,7 +220,8 @@ class Measured:
     def _dense_in(self, runs: Variant | Point) -> tuple[Deployed, Mapping[str, float]]:
         """Return the dense model in a precision, or in fp32 where it was not measured in it, and its speed-up."""
         assert self.dense_fast is not None
-        for variant, point in self.bases.items():
+        own = isinstance(runs, Point) and runs in self.bases.values()
+        for variant, point in {} if own else self.bases.items():
             if point is not self.reference and point.loss is not None and runs_in(variant) == runs_in(runs):
                 if self.dense_in is None or self.dense_in[0] != runs_in(runs):
                     self.dense_in = runs_in(runs), self._deploy(self.make(point.recipe), variant)

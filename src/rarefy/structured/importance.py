@@ -322,7 +322,7 @@ def _cholesky(blocks: Tensor) -> Tensor:
         )
         if not bool(failed.any()):
             break
-    return root
+    return root.masked_fill(failed[:, None, None] > 0, torch.nan)  # a unit without a cost is not the cheapest
 
 
 @dataclass(frozen=True)
