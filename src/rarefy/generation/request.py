@@ -132,15 +132,15 @@ def prepare(
 
 def prompts_of(ids: Tensor | None, options: dict[str, Any]) -> Any:
     """Return the prompts of a call, which tokenizers call `input_ids`; that is taken out of the options."""
-    given = options.pop("input_ids", None)
-    if ids is not None and given is not None:
+    input_ids = options.pop("input_ids", None)
+    if ids is not None and input_ids is not None:
         raise DataError("ids and input_ids are two names of the prompts: pass one of them")
-    if ids is None and given is None:
+    if ids is None and input_ids is None:
         raise DataError("expected prompts: ids, or input_ids as a tokenizer returns them")
     if options.get("token_type_ids") is not None:
         raise DataError("token_type_ids has no effect on these models: leave it out")
     options.pop("token_type_ids", None)
-    return given if ids is None else ids
+    return input_ids if ids is None else ids
 
 
 def check_ids(ids: Any) -> None:
