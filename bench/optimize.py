@@ -49,7 +49,7 @@ from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import deploy, times_of
 from rarefy.search.points import trains
-from rarefy.search.targets import DECODE, parse_targets
+from rarefy.search.targets import DECODE, parse_targets, times_tokens
 from runtime import alternate, keep_memory
 from values import keep
 
@@ -249,7 +249,7 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
     compared: dict[str, Any] = {
         n: {"quality": judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
     }
-    decodes = set(found.batches) <= set(DECODE)
+    decodes = times_tokens(found.batches)
     times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, judge, compared)
     for label, entry in compared.items():
         entry["milliseconds"] = {b: t[label] for b, t in times.items()}

@@ -37,7 +37,7 @@ def optimize() -> str:
         note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}; limit: {limits}."
         expected, real = row["predicted"], row["measured"]
         if "loss" in expected:
-            ratios = [expected["milliseconds"][b] / real["milliseconds"][b] for b in times]
+            ratios = [ms / real["milliseconds"][b] for b, ms in expected["milliseconds"].items()]
             note += f" Predicted of the best: loss {expected['loss']:.3g} (measured {real['loss']:.3g}), "
             note += f"time {', '.join(f'{r:.2f}' for r in ratios)} of the measured."
         head = ["model", row["metric"]["name"], *(["distance"] if measured else []), *(f"{b}, ms" for b in times)]

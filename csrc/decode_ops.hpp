@@ -196,10 +196,11 @@ struct CachedCodes {
 };
 
 // Some heads of one token attend to the tiles of keys `begin`..`end`, of which the keys `first`..`last` are visible.
-// Each tile is read for all of them. Head h has the scores and sums at scratch + h * stride.
+// Each tile is read for all of them. Head h has the scores and sums at scratch + h * stride, and position biases of
+// slopes[h].
 template <class Cached>
 void attend_to(const Cached* cached, int64_t heads, int64_t begin, int64_t end, int64_t first, int64_t last,
-               float* scratch, int64_t stride, float* out) {
+               const float* slopes, float* scratch, int64_t stride, float* out) {
   const rarefy_attention& a = cached->a;
   const int64_t head_dim = a.head_dim, keys = (end - begin) * TILE_COLS;
   constexpr int VECS = TILE_COLS / SIMD_WIDTH;
@@ -215,6 +216,8 @@ void attend_to(const Cached* cached, int64_t heads, int64_t begin, int64_t end, 
         cap_scores(a.cap, all, VECS);
         std::memcpy(scores, all, sizeof all);
       }
+      if (slopes[h] != 0.0f)
+        for (int64_t j = 0; j < TILE_COLS; ++j) scores[j] += float(tile * TILE_COLS + j + 1 - last) * slopes[h];
       if (tile * TILE_COLS < first || (tile + 1) * TILE_COLS > last)
         for (int64_t j = 0; j < TILE_COLS; ++j)
           if (tile * TILE_COLS + j < first || tile * TILE_COLS + j >= last) scores[j] = MASKED * 2;
@@ -260,6 +263,8 @@ void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int6
   const int64_t begin = first / TILE_COLS, end = (last + TILE_COLS - 1) / TILE_COLS;
   const int64_t stride = (end - begin) * TILE_COLS + head_dim * SIMD_WIDTH;
   const float* q = a.q + row * a.q_stride + head * head_dim;
+  float slopes[MAX_HEADS_TOGETHER];
+  for (int64_t h = 0; h < heads; ++h) slopes[h] = alibi_slope(a, head + h);
   float *out = a.out + row * a.out_stride + head * head_dim, *scores = scratch + heads * head_dim;
   const auto attend = [&](auto of) {
     const auto make = [&](int64_t h) { return of(q + h * head_dim, scratch + h * head_dim); };
@@ -267,7 +272,7 @@ void attention_row(const rarefy_attention& a, int64_t batch, int64_t token, int6
     static_assert(MAX_HEADS_TOGETHER == 4);
     const decltype(make(0)) cached[MAX_HEADS_TOGETHER] = {one, heads > 1 ? make(1) : one, heads > 2 ? make(2) : one,
                                                           heads > 3 ? make(3) : one};
-    attend_to(cached, heads, begin, end, first, last, scores, stride, out);
+    attend_to(cached, heads, begin, end, first, last, slopes, scores, stride, out);
   };
   if (a.cache->codes)
     attend([&](const float* query, float* memory) { return CachedCodes(a, query, batch, kv_head, memory); });

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Changes with every change of a struct, an enum or a function below; the Python loader compares it with its own.
-enum { RAREFY_ABI_VERSION = 33 };
+enum { RAREFY_ABI_VERSION = 34 };
 
 enum rarefy_error { RAREFY_OK = 0, RAREFY_INVALID = 1, RAREFY_NO_MEMORY = 2 };
 enum rarefy_dtype {
@@ -290,6 +290,7 @@ struct rarefy_attention {
   const int64_t* bounds;  // [batch][2], first column and tokens of each sequence, without a cache and a mask; `queries`
                           // and `keys` are those of the longest. null: as seq_stride, queries and keys say
   int64_t heads_together;  // with a cache: heads that read the same keys and are computed by one thread
+  float max_bias;          // with a cache, linear position biases (ALiBi) as alibi_slope says; 0: none
 };
 
 // Consecutive columns of a tile whose inputs are consecutive in memory too.

@@ -3,6 +3,7 @@
 // Gimelshein 2018).
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -138,6 +139,27 @@ inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] = tanh_vec(scores[i] * inverse) * cap;
 }
 
+// By how much a head's score falls for each token between query and key (Press et al. 2022): 2^-max_bias for the last
+// of 2^n heads, with equal ratios between them; further heads lie between those.
+inline float alibi_slope(const rarefy_attention& a, int64_t head) {
+  int64_t whole = 1;
+  while (2 * whole <= a.heads) whole *= 2;
+  const double step = head < whole ? double(head + 1) : double(head - whole) + 0.5;
+  return a.max_bias == 0.0f ? 0.0f : float(std::exp2(-double(a.max_bias) * step / double(whole)));
+}
+
+// Subtract `slope` for each token between a query and a key.
+template <int VECS>
+inline void add_position_biases(float slope, int64_t first_key, int64_t keys, int64_t first_query,
+                                f32_vec (*scores)[VECS]) {
+  f32_vec lanes{};
+  for (int i = 0; i < SIMD_WIDTH; ++i) lanes[i] = float(i);
+  for (int t = 0; t < VECS; ++t) {
+    const f32_vec distance = float(first_key - first_query - t * SIMD_WIDTH) - lanes;
+    for (int64_t j = 0; j < keys; ++j) scores[j][t] += (distance + float(j)) * slope;
+  }
+}
+
 // Add the mask of `keys` keys; `m` is its element of the first query and key, `query` the first query's position.
 template <int VECS>
 inline void add_mask(const rarefy_attention& a, const float* m, int64_t query, int64_t keys, f32_vec (*scores)[VECS]) {
@@ -213,6 +235,7 @@ struct QueryVectors {
   float* out;
   f32_vec max[VECS], sum[VECS];
   Bf16Tile<VECS>* bf16 = nullptr;  // where products are in bf16
+  float slope = 0.0f;              // of position biases
 
   void begin() {
     for (int t = 0; t < VECS; ++t) {
@@ -234,6 +257,7 @@ struct QueryVectors {
     for (; j + 4 <= keys; j += 4) score_keys<VECS, 4>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     for (; j < keys; ++j) score_keys<VECS, 1>(q + lane, k + j, a.head_dim, a.scale, scores + j);
     if (a.cap != 0.0f) cap_scores(a.cap, scores[0], keys * VECS);
+    if (slope != 0.0f) add_position_biases<VECS>(slope, from, keys, position, scores);
     if (mask) add_mask<VECS>(a, mask + query * a.mask_query_stride + from * a.mask_key_stride, query, keys, scores);
     if ((a.causal && from + keys > position) || from < start || a.window)
       mask_hidden_keys<VECS>(a, from, keys, position, start, scores);
@@ -264,6 +288,7 @@ void attend_queries(const rarefy_attention& a, int64_t batch, int64_t head, int6
   const KeyRange visible = a.cache ? KeyRange{0, past + a.queries} : visible_keys(a, mask);
   const int64_t start = a.cache && a.cache->starts ? a.cache->starts[batch] : 0;
   QueryVectors<VECS> queries{a, mask, start, lane, query, past + query, q, out, {}, {}};
+  queries.slope = alibi_slope(a, head);
   queries.begin();
   Bf16Tile<VECS> bf16;
   if (a.cache && a.dtype == RAREFY_BF16 && bf16.fits(a.head_dim)) {
@@ -318,12 +343,14 @@ void coded_attention_tile(const rarefy_attention& a, int64_t batch, int64_t head
   const int64_t past = a.cache->length, kv_head = head / (a.heads / a.kv_heads);
   const int64_t start = a.cache->starts ? a.cache->starts[batch] : 0;
   const KeyRange visible{0, past + a.queries};
+  const float slope = alibi_slope(a, head);
   float *k = memory, *v = memory + a.head_dim * TILE_COLS;
   float max[TILE_COLS] = {}, sum[TILE_COLS] = {};
   const auto for_each_group = [&](auto&& action) {
     t.for_each_group([&](auto vecs, int64_t at) {
       const int64_t lane = at % TILE_COLS, query = at - t.first;
       QueryVectors<vecs> group{a, nullptr, start, lane, query, past + query, t.q, t.out, {}, {}};
+      group.slope = slope;
       std::memcpy(group.max, max + lane, sizeof group.max);
       std::memcpy(group.sum, sum + lane, sizeof group.sum);
       action(group, keys_of_queries(a, visible, past + query, vecs * SIMD_WIDTH, start));

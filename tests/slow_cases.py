@@ -136,8 +136,6 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_layers_whose_inputs_are_rounded_run_in_8_bits[int8-static]",
         "test_mixtures_of_experts[Qwen3Moe-sizes0]",
         "test_models_of_few_positions[Llama-20]",
-        "test_position_biases_are_refused[Falcon]",
-        "test_position_biases_are_refused[Mpt]",
         "test_prompts_filled_up_on_the_left[Llama]",
         "test_prompts_filled_up_on_the_left[Mistral]",
         "test_recurrent_layers_are_refused_by_name",

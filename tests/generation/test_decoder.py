@@ -525,19 +525,40 @@ def test_what_are_no_ids():
             rarefy.generate(model, torch.ones(1, 2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("Bloom", {"hidden_size": 64, "n_layer": 1, "n_head": 4}),
-        ("Falcon", {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "alibi": True}),
-        ("Mpt", {"d_model": 64, "n_layers": 1, "n_heads": 4}),
-    ],
-    ids=["Bloom", "Falcon", "Mpt"],
-)
-def test_position_biases_are_refused(name, sizes):
-    config = getattr(transformers, f"{name}Config")(vocab_size=V, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ModelError, match=rf"{name}ForCausalLM adds position biases \(ALiBi\) in attention of its own"):
+@pytest.mark.parametrize("cache_precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("family", "heads"), [("Bloom", "n_head"), ("Mpt", "n_heads")])
+def test_position_biases(isa, family, heads, cache_precision, tmp_path):
+    """Linear position biases (ALiBi) in prompts, few and single tokens, for numbers of heads that are no power of two."""
+    width = {"Bloom": "hidden_size", "Mpt": "d_model"}[family]
+    model = small(family, **{heads: 6, width: 96})
+    step, ids = rarefy.decoder(model, cache_precision=cache_precision), torch.randint(3, V, (3, 150))
+    rarefy.save(step, tmp_path / "saved")
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    most = 1e-5 if cache_precision == "fp32" else 0.02
+    for made in (step, rarefy.load(tmp_path / "saved")):
+        assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 2, 1, 76])) < most
+        assert far(eager(model, ids[:1]), in_pieces(made, ids[:1], [140, *[1] * 10])) < most
+        got, want = in_pieces(made, ids, [80, 1, 1, 68], mask), eager(model, ids, mask)
+        assert far(want[mask == 1], got[mask == 1]) < most
+    repeated = in_pieces(step, torch.full((1, 150), 5), [150])
+    assert far(repeated[:, :1], repeated[:, -1:]) < 1e-4  # of equal tokens no position can be told
+
+
+def test_position_biases_change_what_bloom_says(monkeypatch):
+    model, ids = small("Bloom"), torch.randint(3, V, (2, 60))
+    monkeypatch.setattr("rarefy.model.own_attention.MAX_BIAS", 4.0)
+    with pytest.raises(ModelError, match="logits of the decoder of BloomForCausalLM differ"):
+        rarefy.decoder(model)
+    monkeypatch.setattr(decoder, "verify_decoder", lambda *_: None)
+    assert far(eager(model, ids), in_pieces(rarefy.decoder(model), ids, [40, 1, 19])) > 1e-3
+
+
+def test_position_biases_of_falcon_are_refused():
+    """They are rounded to bf16 there."""
+    sizes = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "alibi": True}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(**sizes)).eval()
+    with pytest.raises(ModelError, match=r"FalconForCausalLM adds position biases \(ALiBi\) in attention of its own"):
         rarefy.decoder(model)
 
 

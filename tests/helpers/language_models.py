@@ -28,6 +28,9 @@ GPT = {
 }
 
 
+TOKENS = {"vocab_size": V, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
+
+
 FAMILIES = {
     "Llama": GATED,
     "Mistral": {**GATED, "sliding_window": 9},
@@ -53,6 +56,8 @@ FAMILIES = {
     "GPT2": {**GPT, "pad_token_id": 0},
     "GPTNeoX": {**COMMON, "intermediate_size": 96},
     "OPT": {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "Bloom": {**TOKENS, "hidden_size": 96, "n_layer": 2, "n_head": 6},
+    "Mpt": {**TOKENS, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
 }
 
 

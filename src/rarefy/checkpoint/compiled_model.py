@@ -22,6 +22,7 @@ from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
 from rarefy.compiler.kernel_selection import EmbeddingKernel, reads_static_codes, repack
+from rarefy.compiler.operators.attention import CACHED
 from rarefy.compiler.operators.spec import Call
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.formats import container
@@ -337,7 +338,7 @@ def _cache_features(g: GraphDef) -> int:
     """Return how many features a graph's cached attention stores of a token; ValueError unless slots are contiguous."""
     features = 0
     for node in g.graph.nodes:
-        if node.target in (ops.cached_attention, ops.capped_cached_attention):
+        if node.target in CACHED:
             (keys_at, values_at), heads, kv_heads = node.args[4:7]
             width = values_at - keys_at
             if keys_at != features or width <= 0 or width % kv_heads or heads % kv_heads:

@@ -20,8 +20,9 @@ from rarefy.common.errors import ContainerError, FormatError, ModelError, unknow
 from rarefy.common.version import __version__
 from rarefy.compiler.compile import tolerance
 from rarefy.compiler.half_precision import PRECISIONS
-from rarefy.generation.decoder import Decoder, build_decoder, pack_weight, verify_decoder
+from rarefy.generation.decoder import Decoder, build_decoder, verify_decoder
 from rarefy.generation.kv_cache import check_cache_precision
+from rarefy.generation.weight_format import pack_weight
 from rarefy.model import hf
 from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid, OffsetGrid

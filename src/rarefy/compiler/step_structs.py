@@ -62,6 +62,7 @@ class Attention(Structure):
         ("kv_seq_stride", c_int64),
         ("bounds", c_void_p),
         ("heads_together", c_int64),
+        ("max_bias", c_float),
     ]
 
 

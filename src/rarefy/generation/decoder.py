@@ -28,17 +28,15 @@ from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
 from rarefy.generation.token_step import TokenStep
+from rarefy.generation.weight_format import pack_weight
 from rarefy.model import hf
 from rarefy.model.activation_quant import suspended
 from rarefy.model.compare import relative_distance
 from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid, OffsetGrid
-from rarefy.runtime.candidates import MIN_ZEROS, grid_of, why_not_quantized
-from rarefy.runtime.pack_panels import pack_quantized
-from rarefy.runtime.packing import pack_bitmask
+from rarefy.runtime.candidates import grid_of
 
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # types of models of transformers
-ALIBI = ("bloom", "mpt")
 EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many verify the decoder
 
 
@@ -139,7 +137,7 @@ def _why_no_cache(model: Any) -> str:
     name, kind = type(model).__name__, getattr(model.config, "model_type", "")
     if kind in RECURRENT:
         return f"{name} has recurrent layers in place of attention, which decoders do not support"
-    if kind in ALIBI or getattr(model.config, "alibi", False):
+    if getattr(model.config, "alibi", False):
         return f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support"
     return f"{name} has no attention that can use a KV cache"
 
@@ -235,7 +233,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: An
     scale = q.shape[3] ** -0.5 if scaling is None else float(scaling)
     window = int(options.get("sliding_window") or 0)
     cap = float(options.get("softcap") or 0)
-    return torch.ops.rarefy.cached_attention(q, k, v, scale, window, cap), None
+    return torch.ops.rarefy.cached_attention(q, k, v, scale, window, cap, float(options.get("max_bias") or 0)), None
 
 
 class _Step(nn.Module):
@@ -436,36 +434,6 @@ def _grid_of(module: nn.Module) -> Grid | None:
     """Return the grid of a layer's weight [outputs, inputs], also of a layer that stores it the other way round."""
     grid = grid_of(module)
     return grid.map(Tensor.t) if grid is not None and is_hf_conv1d(module) else grid
-
-
-def _kernels_hold(grid: Grid, precision: str | None) -> bool:
-    """Return whether kernels hold a grid's scales of groups, in bf16, closely enough: exactly, or for up to 6 bits in
-    "int8", where bf16 adds little to the rounding that is there."""
-    exact = grid.scale.shape[1] == 1 or torch.equal(grid.scale.bfloat16().float(), grid.scale.float())
-    return exact or (precision == "int8" and grid.bits <= 6)
-
-
-def pack_weight(weight: Tensor, precision: str | None, grid: Grid | OffsetGrid | None, rounded: bool) -> Any:
-    """Return a packed weight for few inputs: panels for a quantized weight with few zeros, else a bitmask.
-
-    In 8 bits, inputs of panels have two terms, or scales of blocks, unless the model itself rounds them.
-    """
-    if isinstance(grid, OffsetGrid):
-        if precision == "int8" and not rounded:
-            return pack_quantized(weight, grid, False, True)
-        grid = None
-    if grid is not None and not _kernels_hold(grid, precision):
-        grid = None
-    zeros = float((weight == 0).float().mean())
-    quantized = grid is not None and why_not_quantized(weight, grid) is None
-    if grid is not None and quantized and (zeros < MIN_ZEROS or grid.scale.shape[1] > 1):
-        return pack_quantized(weight, grid, precision != "int8", precision == "int8" and not rounded)
-    if precision != "int8":
-        return pack_bitmask(weight, precision or "fp32")
-    if zeros >= MIN_ZEROS:
-        return pack_bitmask(weight, precision, grid)
-    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return pack_quantized(weight, Grid(8, scale), False, not rounded)
 
 
 def verify_decoder(model: Any, step: Decoder, tolerance: float) -> None:

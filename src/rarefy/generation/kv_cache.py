@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, unknown
+from rarefy.compiler.operators.attention import CACHED
 from rarefy.runtime.huge_pages import allocate
 
 TILE = 64  # tokens
@@ -31,7 +32,7 @@ def slots_of(graph: Any) -> list[Slot]:
     """Return where a graph's cached attention stores the keys and values of each layer."""
     slots: list[Slot] = []
     for node in graph.nodes:
-        if getattr(node.target, "__name__", "") in ("cached_attention", "capped_cached_attention"):
+        if node.target in CACHED:
             keys, values = node.args[4]
             heads = node.args[6]
             slots += [Slot(keys, values - keys, heads, True), Slot(values, values - keys, heads, False)]

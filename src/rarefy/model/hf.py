@@ -18,7 +18,7 @@ from torch import nn
 from rarefy.common.atomic_io import read_json_file
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.extras import install
-from rarefy.model import embedding_modules
+from rarefy.model import embedding_modules, own_attention
 
 # in order of preference where an architecture is in several
 AUTO = (
@@ -84,11 +84,15 @@ def is_causal_lm(model: nn.Module) -> bool:
 @contextmanager
 def attending(model: Any, attend: Any) -> Iterator[None]:
     """Have a model's attention run by `attend(module, q, k, v, mask, **how)`, without masks, for a while; ModelError
-    where a model's attention is its own code."""
+    where a model's attention is its own code, unless own_attention.py has it."""
     _transformers()
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    if own_attention.is_known(model):
+        with own_attention.replaced(model, attend):
+            yield
+        return
     before = model.config._attn_implementation
     AttentionInterface.register("rarefy", attend)
     AttentionMaskInterface.register("rarefy", lambda *_, **__: None)

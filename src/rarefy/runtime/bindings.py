@@ -31,7 +31,7 @@ from rarefy.runtime.packed_formats import (
 )
 
 ISAS = ("amx", "avx512", "avx2", "portable")
-ABI_VERSION = 33  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
+ABI_VERSION = 34  # RAREFY_ABI_VERSION of csrc/rarefy.h: change both with every change of the C interface
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORMATS = (Bitmask, Csr, Tiles, QuantizedPanels, Sell, Dense)  # in the order of csrc/rarefy.h
 _KINDS = {name: i for i, name in enumerate(DTYPES)}  # rarefy_dtype

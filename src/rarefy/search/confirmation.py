@@ -93,6 +93,8 @@ def _measured_again(search: Measured, index: int, dense: float | None) -> Point:
     """Return a point with its loss on the data held back and new times, as far as there are data and time."""
     point, task = search.points[index], search.task
     digest = digest_of(point.recipe, point)
+    if task.progress:
+        say([f"{search.elapsed() / 60:5.1f} min  {point.name}, once more"])
     if dense is not None:
         quality = search.journal.get(f"check of {digest}", lambda: _quality(search, index))
         point = replace(point, checked_loss=task.targets.loss(dense, quality, task.metric.higher_is_better))
@@ -126,8 +128,6 @@ def _has_time(search: Measured, index: int) -> bool:
 
 def _made_again(search: Measured, index: int) -> Deployed:
     """Return the model of a point as it is deployed; it is kept as that of the best point."""
-    if search.task.progress:
-        say([f"{search.elapsed() / 60:5.1f} min  {search.points[index].name}, once more"])
     model, deployed = search.models_of(index)
     search.best_models = (index, model, deployed)
     return deployed

@@ -25,7 +25,7 @@ from rarefy.model.layers import all_layers
 from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
 from rarefy.pipeline.speed import resize_batch
 from rarefy.runtime.bindings import multiplies_bf16
-from rarefy.search.targets import DECODE
+from rarefy.search.targets import DECODE, times_tokens
 
 SECONDS = 1.5  # of calls of one model at one batch size
 REPEATS = (5, 400)  # at least and at most
@@ -95,11 +95,12 @@ def times_of(
         example: what they can be called with; it is repeated or cut to each batch size.
         names: what is timed, from `timed_names`.
     """
-    if set(names) <= set(DECODE):
+    if times_tokens(names):
         engines = {n: engine_in(m) for n, m in models.items()}
         engine = next(iter(engines.values()))
         prompt, new = timed_tokens(engine.max_tokens)
         steps = {n: decode_step(e, prompt + new) for n, e in engines.items()}
+        new = new if "decode" in names else 1
         rates_of = rates(steps, engine.vocab_size, prompt=prompt, new=new, repeats=REPEATS[0])
         tokens = {"decode": ("decode", 1), "prompt": ("prefill", prompt)}
         return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in rates_of.items()} for n in names}

@@ -51,7 +51,7 @@ from rarefy.search.recovery import (
 from rarefy.search.several_processes import PROCESSES, in_groups, next_choices
 from rarefy.search.solve import Choice
 from rarefy.search.space import BLOCK, RANK, Amounts, Part
-from rarefy.search.targets import DECODE, mean_speedup
+from rarefy.search.targets import mean_speedup, times_tokens
 
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
 UNIFORM = (1.0, 0.5, 0.0)  # how far the losses of parts are taken as equal, see `solve.shrunk`
@@ -98,7 +98,7 @@ class Search(Measured):
         plain = next(iter(self.bases))
         variant = next((v for v in self.bases if v.precision == "int8" and not v.smooth), None)
         whole = None if variant is None else self.bases[variant]
-        if variant is None or whole is None or whole.loss is None or set(self.names) <= set(DECODE):
+        if variant is None or whole is None or whole.loss is None or times_tokens(self.names):
             return
         others = [p for v, p in self.bases.items() if v != variant and p.loss is not None and self._goes_on(p)]
         fastest = max((mean_speedup(p.speedup) for p in others), default=1.0)

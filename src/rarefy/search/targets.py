@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -152,6 +152,15 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
             f"'{value:g}%' and '{value:g} points' are text"
         )
     return float(value), False
+
+
+def times_tokens(names: Iterable[str]) -> bool:
+    """Return whether what is timed are phases of a language model, not batch sizes.
+
+    >>> times_tokens(("decode",)), times_tokens(("1", "16"))
+    (True, False)
+    """
+    return set(names) <= set(DECODE)
 
 
 def mean_speedup(speedup: Mapping[str, float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import addressof
 from math import prod
 from typing import Any
@@ -99,12 +100,53 @@ def capped_cached_attention(
     cap: float,
 ) -> Tensor:  # fmt: skip
     """Return what `cached_attention` does with scores s replaced by cap tanh(s / cap), as Gemma 2 has it."""
+    return _changed_scores(
+        q, k, v, cache, slots, heads, kv_heads, window, lambda scores: cap * torch.tanh(scores * (scale / cap))
+    )
+
+
+def alibi_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, slots: Pair, heads: int, kv_heads: int, scale: float, window: int,
+    max_bias: float,
+) -> Tensor:  # fmt: skip
+    """Return what `cached_attention` does with linear position biases (ALiBi; Press et al. 2022, section 3).
+
+    The score of a key n tokens before the query falls by n times the head's slope, see `alibi_slopes`.
+    """
+
+    def biased(scores: Tensor) -> Tensor:
+        tokens, keys = scores.shape[-2:]
+        distance = torch.arange(keys) - cache.past - torch.arange(tokens)[:, None]
+        slopes = alibi_slopes(heads, max_bias).view(1, kv_heads, -1, 1, 1)
+        return scores * scale + slopes * distance
+
+    return _changed_scores(q, k, v, cache, slots, heads, kv_heads, window, biased)
+
+
+def alibi_slopes(heads: int, max_bias: float) -> Tensor:
+    """Return how much the scores of each head fall for each token between query and key.
+
+    2^n heads have slopes in equal ratios, the last one 2^-max_bias. Further heads have slopes between those.
+
+    >>> alibi_slopes(4, 8.0).tolist(), alibi_slopes(3, 4.0).tolist()
+    ([0.25, 0.0625, 0.015625, 0.00390625], [0.25, 0.0625, 0.5])
+    """
+    whole = 1 << (heads.bit_length() - 1)
+    steps = [h + 1.0 if h < whole else h - whole + 0.5 for h in range(heads)]
+    return torch.tensor([2 ** (-max_bias * s / whole) for s in steps])
+
+
+def _changed_scores(
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, slots: Pair, heads: int, kv_heads: int, window: int,
+    change: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """Return `cached_attention` with scores [batch, kv_heads, heads of each, tokens, keys] that `change` returns for
+    products of queries and keys."""
     keys, values = (cache.append(slot, t) for slot, t in zip(slots, (k, v)))
     query, key, value = (
         t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (keys, kv_heads), (values, kv_heads))
     )
-    grouped = query.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, heads of each, tokens, head_dim]
-    scores = cap * torch.tanh(grouped @ key[:, :, None].transpose(-1, -2) * (scale / cap))
+    scores = change(query.unflatten(1, (kv_heads, -1)) @ key[:, :, None].transpose(-1, -2))
     mask = _visible(cache, q.shape[1], window)
     scores.masked_fill_(~(mask if mask.dim() == 2 else mask[:, :, None]), float("-inf"))
     return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2).transpose(1, 2).flatten(2)
@@ -152,7 +194,7 @@ def _lower_rope(p: Program, node: Node) -> None:
 
 
 def _lower_cached_attention(p: Program, node: Node) -> None:
-    q, k, v, _, slots, heads, kv_heads, scale, window, *cap = node.args
+    q, k, v, _, slots, heads, kv_heads, scale, window, *change = node.args
     out = p.make(node)
     head_dim = out.features // heads
     a = Attention(
@@ -168,10 +210,11 @@ def _lower_cached_attention(p: Program, node: Node) -> None:
         window=window,
         scale=scale,
         causal=1,
-        cap=cap[0] if cap else 0.0,
         heads_together=heads_together(prod(p.shape(node)[:2]), heads, kv_heads),
         dtype=DTYPES.index("bf16" if bindings.scales_blocks(rows=False) and _reads_codes(p) else "fp32"),
     )
+    if change:
+        setattr(a, "cap" if node.target is capped_cached_attention else "max_bias", change[0])
     values = {"q": p.use(p.values[q]), "out": p.use(out)}
     p.attentions.append((a, values))
     spans = [(CACHE_ADDRESS + s, CACHE_ADDRESS + s + kv_heads * head_dim) for s in slots]
@@ -232,6 +275,8 @@ def _cached_attention_fits(call: Call) -> bool:
     return whole_heads and k == v == (*q[:2], features) and q[2] == heads * (features // kv_heads)
 
 
+CACHED = (cached_attention, capped_cached_attention, alibi_cached_attention)  # which read and write a KV cache
+
 OPERATORS = (
     OpSpec(
         reference=attention,
@@ -254,6 +299,14 @@ OPERATORS = (
     ),
     OpSpec(
         reference=capped_cached_attention,
+        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
+        lower=_lower_cached_attention,
+        fits=_cached_attention_fits,
+        heavy=True,
+        whole_sequences=True,
+    ),
+    OpSpec(
+        reference=alibi_cached_attention,
         arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
         lower=_lower_cached_attention,
         fits=_cached_attention_fits,

@@ -20,10 +20,12 @@ from rarefy.compiler.fx_utils import (
 from rarefy.compiler.passes.matchers import before_head_split
 
 _LIBRARY = torch.library.Library("rarefy", "FRAGMENT")
-_LIBRARY.define("cached_attention(Tensor q, Tensor k, Tensor v, float scale, int window, float cap) -> Tensor")
+_LIBRARY.define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, float scale, int window, float cap, float max_bias) -> Tensor"
+)
 
 
-def _shape_only(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, cap: float) -> Tensor:
+def _shape_only(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, cap: float, max_bias: float) -> Tensor:
     """Return a tensor of the output's shape: the pass below replaces the operator before it is called."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -34,10 +36,10 @@ CACHED_ATTENTION = torch.ops.rarefy.cached_attention.default
 
 def convert_cached_attention(exported: ExportedGraph, node: Node) -> None:
     """Convert rarefy::cached_attention of queries, keys and values in heads; its slots of the cache follow those of the
-    layers before it. A cap of 0 is none."""
+    layers before it. A cap of 0 is none, and so is a max_bias of 0."""
     if node.target is not CACHED_ATTENTION:
         return
-    q, k, v, scale, window, cap = node.args
+    q, k, v, scale, window, cap, max_bias = node.args
     heads, kv_heads, head_dim = shape(q)[1], shape(k)[1], shape(q)[3]
     rows = [_joined(exported, node, x) for x in (q, k, v)]
     slots = exported.cache_features, exported.cache_features + kv_heads * head_dim
@@ -46,6 +48,8 @@ def convert_cached_attention(exported: ExportedGraph, node: Node) -> None:
     with exported.graph.inserting_before(node):
         if cap:
             new = exported.graph.call_function(ops.capped_cached_attention, (*args, cap))
+        elif max_bias:
+            new = exported.graph.call_function(ops.alibi_cached_attention, (*args, max_bias))
         else:
             new = exported.graph.call_function(ops.cached_attention, args)
     new.meta["val"] = node.meta["val"].flatten(2)
