@@ -49,6 +49,7 @@ from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import deploy, times_of
 from rarefy.search.points import trains
+from rarefy.search.solve import in_spread_order
 from rarefy.search.targets import DECODE, parse_targets, times_tokens
 from runtime import alternate, keep_memory
 from values import keep
@@ -206,8 +207,12 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
         elif "weights" in options and "layers" in options:
             free = [n for n in linear if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
-            count = len(options["layers"])
-            options["layers"] = [free[i * len(free) // count] for i in range(count)]
+            size = {n: model.get_submodule(n).weight.numel() for n in {*free, *options["layers"]}}  # type: ignore[union-attr]
+            left, options["layers"] = sum(size[n] for n in options["layers"]), []
+            for name in in_spread_order(free):
+                if left >= size[name] / 2:
+                    options["layers"].append(name)
+                    left -= size[name]
         stages.append(stage)
     return {**recipe, "stages": stages}
 

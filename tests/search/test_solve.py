@@ -67,6 +67,18 @@ def test_shrunk_losses_go_from_the_measured_to_a_uniform_allocation():
     assert sum(p.losses[1] for p in even) == pytest.approx(sum(p.losses[1] for p in parts))
 
 
+def test_equal_steps_are_spread_over_the_model():
+    """Of eight layers that lose the same, whatever their sizes, the first four in fewer bits are every second one."""
+    sizes = (1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 3.0)
+    parts = [
+        Part("fewer bits", f"p{i}", 64, (0.25, 0.5), (0.1 * s, 0.4 * s / 3), {"1": (0.1 * s, 0.2 * s / 3)})
+        for i, s in enumerate(sizes)
+    ]
+    for count, names in ((2, "04"), (4, "0246"), (8, "01234567")):
+        choice = next(c for c in front(shrunk(parts, 1.0)) if len(c.amounts) == count)
+        assert sorted(name for _, name in choice.amounts) == [f"p{i}" for i in names]
+
+
 def test_a_layer_has_one_pattern():
     options = [Part(m, "fc", 64, (0.5, 0.9), (l, 4 * l), {"1": (0.1, 0.2)}) for m, l in (("1x4", 0.2), ("4x1", 0.1))]
     assert [set(c.amounts) for c in front(options)] == [set(), {("4x1", "fc")}, {("4x1", "fc")}]

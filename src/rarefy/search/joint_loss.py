@@ -10,6 +10,7 @@ samples far better than others: of MiniLM without 29 % of its neurons, 0.017 of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.statistics import LayerStats
-from rarefy.dependency.graph import Group, trace
+from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
 from rarefy.model.layers import all_layers
 from rarefy.pipeline.sensitivity import compressed_weight, replaced
@@ -44,8 +45,8 @@ class JointLoss:
         scores: by method the score of units, from `space.cut_score`.
         data: calibration batches; without any, units go by their weights alone and the example is compared.
 
-    Cost: one pass over the data for the scores and moments; each call is a pass over a quarter of the data, after the
-    weights that have not been seen before were fitted, O(units^3) a layer.
+    Cost: each call is a pass over a quarter of the data, after the weights that have not been seen before were fitted,
+    O(units^3) a layer. The first one that cuts units takes a pass over the data for scores and moments.
     """
 
     def __init__(
@@ -56,15 +57,7 @@ class JointLoss:
         weights = sum(p.numel() for p in dense.parameters())
         self.judged = space.few_samples(self.judged, tokens=space.WORK / max(weights, 1)) if data else self.judged
         self.wanted = outputs_of(dense, self.judged)
-        self.graph = trace(dense, example)
-        self.groups = self._groups(parts)
-        self.scores = {k: s for m, score in scores.items() for k, s in self._scored(m, score).items()}
-        one_less = self._masks({k: 1 / g.size for k, g in self.groups.items()})  # each group without one unit
-        self.consumers = layers_losing_inputs(self.graph, one_less)
-        self.reads = {c.name: [k for k, g in self.groups.items() if _reads(c, g, one_less)] for c in self.consumers}
-        self.moments: dict[str, Moments] = {}
-        if self.fitted and self.consumers:
-            self.moments = collect_moments(dense, self.consumers, self.fitted)
+        self.example, self.parts, self.unit_scores = example, parts, scores
         self.layers = {l.full_name: l for l in all_layers(dense)}
         self.score = "wanda" if self.fitted else "magnitude"
         self.stats: dict[str, LayerStats] = {}
@@ -77,14 +70,37 @@ class JointLoss:
 
     # ---- groups of units ---------------------------------------------------------------------------------------
 
-    def _groups(self, parts: Sequence[Part]) -> dict[Key, Group]:
-        """Return the groups of the parts that lose units, by the key of the part."""
+    @cached_property
+    def graph(self) -> Graph:
+        """The dependencies of the model's parameters."""
+        return trace(self.dense, self.example)
+
+    @cached_property
+    def groups(self) -> dict[Key, Group]:
+        """The groups of the parts that lose units, by the key of the part."""
         groups: dict[Key, Group] = {}
-        for method in dict.fromkeys(p.method for p in parts if p.method in CUTS):
-            names = {p.name for p in parts if p.method == method}
+        for method in dict.fromkeys(p.method for p in self.parts if p.method in CUTS):
+            names = {p.name for p in self.parts if p.method == method}
             of_method = space.cuttable_groups(self.dense, self.graph, method, None, None)
             groups |= {(method, g.name): g for g in of_method if g.name in names}
         return groups
+
+    @cached_property
+    def scores(self) -> dict[Key, Tensor]:
+        """The importance of the units of all groups."""
+        return {k: s for method, score in self.unit_scores.items() for k, s in self._scored(method, score).items()}
+
+    @cached_property
+    def reads(self) -> dict[Consumer, list[Key]]:
+        """The groups that each layer reads units of."""
+        one_less = self._masks({k: 1 / g.size for k, g in self.groups.items()})  # each group without one unit
+        consumers = layers_losing_inputs(self.graph, one_less)
+        return {c: [k for k, g in self.groups.items() if _reads(c, g, one_less)] for c in consumers}
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """The second moments of the inputs of these layers, by name; empty without data."""
+        return collect_moments(self.dense, [*self.reads], self.fitted) if self.fitted and self.reads else {}
 
     def _scored(self, method: str, score: str) -> dict[Key, Tensor]:
         """Return the importance of the units of all groups of a method."""
@@ -132,13 +148,15 @@ class JointLoss:
     def _changed(self, amounts: Amounts) -> dict[nn.Parameter, Tensor]:
         """Return the changed weights and biases of an allocation."""
         chosen = {k: a for k, a in amounts.items() if a and k[0] != BLOCK}
-        masks, changed = self._masks(chosen), dict[nn.Parameter, Tensor]()
-        for consumer in self.consumers:
-            read = tuple((k, chosen[k]) for k in self.reads[consumer.name] if k in chosen)
+        changed = dict[nn.Parameter, Tensor]()
+        cuts = {k: a for k, a in chosen.items() if k[0] in CUTS}
+        masks = self._masks(cuts) if cuts else {}
+        for consumer, keys in self.reads.items() if cuts else ():
+            read = tuple((k, chosen[k]) for k in keys if k in chosen)
             if read:
                 changed |= self._cache((consumer.name, read), lambda c=consumer: self._without_units(c, masks))
         for key, amount in chosen.items():
-            if key in self.groups:
+            if key in cuts:
                 continue
             for parameter, weight in self._cache((key, amount), lambda k=key, a=amount: self._smaller(k, a)):
                 cut = changed.get(parameter)  # a layer whose inputs have gone too

@@ -23,7 +23,7 @@ from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
-from rarefy.search.solve import line, mean_savings
+from rarefy.search.solve import in_spread_order, line, mean_savings
 from rarefy.search.space import BIT_LEVELS, BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
 from rarefy.structured.cut import run_cut
 from rarefy.structured.layer_drop import Block
@@ -376,16 +376,6 @@ def measured_losses(
     for name in track(names, f"losses of {what}", progress and journal.processes == 1, len(measures)):
         measure(name)
     return losses
-
-
-def in_spread_order(names: Sequence[str]) -> list[str]:
-    """Return names in an order in which the first ones, however few, are spread over all.
-
-    >>> in_spread_order("abcdefg")
-    ['a', 'e', 'c', 'g', 'b', 'f', 'd']
-    """
-    bits = max(len(names) - 1, 1).bit_length()
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any]:

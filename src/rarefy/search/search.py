@@ -50,7 +50,7 @@ from rarefy.search.recovery import (
 )
 from rarefy.search.several_processes import PROCESSES, in_groups, next_choices
 from rarefy.search.solve import Choice
-from rarefy.search.space import BLOCK, RANK, Amounts, Part
+from rarefy.search.space import BLOCK, CUTS, RANK, Amounts, Part
 from rarefy.search.targets import mean_speedup, times_tokens
 
 BALANCES = ((0.4, 2.5), (0.7, 1.4))  # factors on the losses of one method against those of the others
@@ -196,11 +196,16 @@ class Search(Measured):
         """Return the parts with losses that give less loss together at the best point's saving.
 
         They may take a quarter of the time that is left. Where no joint loss can be measured, the losses of the single
-        parts are all there is.
+        parts are all there is. Losses of one method mislead least beside those of the same method, so there are also
+        lines of the methods of the best point alone.
         """
+        seen = [o for o in self.observed if best is not None and same_model(o.point, best)]
+        saving = sum(seen[-1].savings.values()) / len(seen[-1].savings) if seen else 0.0
+        methods = {method for method, _ in seen[-1].amounts} if seen else set[str]()
+        alone = [p for p in parts if p.method in methods]
         lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
-        seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
-        saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
+        if 0 < len(alone) < len(parts):
+            lines[1:1] = [solve.shrunk(alone, weight) for weight in UNIFORM[1:]]
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
@@ -218,8 +223,9 @@ class Search(Measured):
         """Return the distance of the outputs with all these parts changed; None without time, or where it fails."""
         if any(method == BLOCK for method, _ in amounts) or (amounts and self._joint_loss(parts, {}, until) is None):
             return None
-        key = f"joint loss {short_hash(repr(sorted(amounts.items())))}"
-        if key not in self.journal.values and not self.fits("joint loss", "point", until=until):
+        kind = "joint loss of cuts" if any(method in CUTS for method, _ in amounts) else "joint loss"
+        key = f"{kind}: {short_hash(repr(sorted(amounts.items())))}"
+        if key not in self.journal.values and not self.fits(f"{kind}:", "point", until=until):
             return None
 
         def measured() -> float | None:

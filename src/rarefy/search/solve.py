@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import TypeVar
 
 from rarefy.search.space import BLOCK, CUTS, Amounts, Part
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,20 @@ def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> l
     """Return choices of rising saving, each with the least predicted loss; the first changes nothing. O(steps parts).
 
     Of several methods for one layer's weight the one whose first step is cheapest stays. Where a whole block goes, what
-    was done inside it is undone; of each list one block stays.
+    was done inside it is undone; of each list one block stays. Steps that cost the same are spread over the model.
 
     `scales` multiplies the losses of a method.
     """
     scales = scales or {}
-    steps = [s for part in parts for s in hull(part, scales.get(part.method, 1.0))]
+    methods = dict.fromkeys(p.method for p in parts)
+    spread = chain(*(in_spread_order([p for p in parts if p.method == m]) for m in methods))
+    steps = [s for part in spread for s in hull(part, scales.get(part.method, 1.0))]
     method_of: dict[str, str] = {}  # a layer is pruned, factorized or rounded in one way
     left = Counter(_list_of(p.name) for p in parts if p.method == BLOCK)
     gone: list[str] = []
     taken: dict[tuple[str, str], tuple[float, float, float]] = {}  # amount, loss and saving of each part
     choices = [Choice({}, 0.0, 0.0)]
-    for step in sorted(steps, key=lambda s: s.loss / s.saving):
+    for step in sorted(steps, key=_slope):
         method, name = step.part.key
         if any(name.startswith(f"{block}.") for block in gone):
             continue
@@ -103,6 +108,11 @@ def front(parts: Sequence[Part], scales: Mapping[str, float] | None = None) -> l
     return choices
 
 
+def _slope(step: Step) -> float:
+    """Return the loss of a step for the time that it saves, without the rounding errors that tell equal ones apart."""
+    return float(f"{step.loss / step.saving:.9g}")
+
+
 def _list_of(block: str) -> str:
     """Return the name of the list that a block is in."""
     return block.rpartition(".")[0]
@@ -126,6 +136,16 @@ def shrunk(parts: Sequence[Part], weight: float) -> list[Part]:
             losses = tuple(l ** (1 - weight) * e**weight for l, e in zip(part.losses, even))
             result.append(replace(part, losses=losses))
     return result
+
+
+def in_spread_order(items: Sequence[T]) -> list[T]:
+    """Return items in an order in which the first ones, however few, are spread over all.
+
+    >>> in_spread_order("abcdefg")
+    ['a', 'e', 'c', 'g', 'b', 'f', 'd']
+    """
+    bits = max(len(items) - 1, 1).bit_length()
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def _mean_slope(parts: Sequence[Part], amount: float) -> float:
