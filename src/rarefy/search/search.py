@@ -9,7 +9,7 @@ interpolation. The first line is uniform; the second one is that of the allocati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -196,16 +196,11 @@ class Search(Measured):
         """Return the parts with losses that give less loss together at the best point's saving.
 
         They may take a quarter of the time that is left. Where no joint loss can be measured, the losses of the single
-        parts are all there is. Losses of one method mislead least beside those of the same method, so there are also
-        lines of the methods of the best point alone.
+        parts are all there is.
         """
         seen = [o for o in self.observed if best is not None and same_model(o.point, best)]
         saving = sum(seen[-1].savings.values()) / len(seen[-1].savings) if seen else 0.0
-        methods = {method for method, _ in seen[-1].amounts} if seen else set[str]()
-        alone = [p for p in parts if p.method in methods]
-        lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
-        if 0 < len(alone) < len(parts):
-            lines[1:1] = [solve.shrunk(alone, weight) for weight in UNIFORM[1:]]
+        lines = lines_of(parts, {method for method, _ in seen[-1].amounts} if seen else set())
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
@@ -400,6 +395,19 @@ class Search(Measured):
             loss, losses = joint, [(self._joint_loss(parts, o.amounts), l) for o, (_, l) in zip(self.observed, losses)]  # type: ignore[misc]
         known = [(predicted, lost) for predicted, lost in losses if predicted is not None]
         return {"milliseconds": milliseconds, "loss": base.loss + correction(known, loss) * loss}  # type: ignore[operator]
+
+
+def lines_of(parts: Sequence[Part], methods: Set[str]) -> list[list[Part]]:
+    """Return parts with losses between uniform and measured ones, the uniform ones first.
+
+    Measured losses of one method mislead least beside those of the same method: cuts that cost too little would take
+    the place of fewer bits. So `methods`, those of the best point, also have lines of their own.
+    """
+    lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
+    alone = [p for p in parts if p.method in methods]
+    if 0 < len(alone) < len(parts):
+        lines[1:1] = [solve.shrunk(alone, weight) for weight in UNIFORM[1:]]
+    return lines
 
 
 def _variant(point: Point) -> Variant:
