@@ -6,6 +6,7 @@ and the first one that is known not to; each measurement narrows it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rarefy.search import solve
@@ -49,7 +50,8 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
     if high == len(choices):
         if low >= len(choices) - 1:
             return low
-        saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
+        half = (choices[low].saving + choices[-1].saving) / 2
+        saving = max(min(half, _extrapolated(choices, seen, low, targets)), choices[low].saving + NEAR)
         return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
     if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
         return low
@@ -57,6 +59,17 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
     width = choices[high].saving - choices[low].saving
     inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
     return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
+
+
+def _extrapolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, targets: Targets) -> float:
+    """Return the saving at which the limit is expected, from the losses of the dense model and of one that keeps it."""
+    base, point, limit = seen.get(0), seen.get(low), targets.max_loss
+    if base is None or point is None or base.loss is None or point.loss is None or limit is None:
+        return math.inf
+    if targets.objective == "loss" or point.loss <= base.loss or choices[low].loss <= 0:
+        return math.inf
+    predicted = choices[low].loss * (limit - base.loss) / (point.loss - base.loss)
+    return choices[solve.at_loss(choices, predicted)].saving
 
 
 def _interpolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int, targets: Targets) -> float:
