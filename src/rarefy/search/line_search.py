@@ -15,6 +15,7 @@ from rarefy.search.solve import Choice
 from rarefy.search.space import Part
 from rarefy.search.targets import Targets, mean_speedup
 
+INSIDE = 0.15  # of a bracket or of the rest of a line, which each step crosses at least
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
 
 
@@ -50,14 +51,15 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
     if high == len(choices):
         if low >= len(choices) - 1:
             return low
-        half = (choices[low].saving + choices[-1].saving) / 2
-        saving = max(min(half, _extrapolated(choices, seen, low, targets)), choices[low].saving + NEAR)
+        width = choices[-1].saving - choices[low].saving
+        least = choices[low].saving + max(INSIDE * width, NEAR)
+        saving = max(min(choices[low].saving + width / 2, _extrapolated(choices, seen, low, targets)), least)
         return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
     if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
         return low
     guess = _interpolated(choices, seen, low, high, targets)
     width = choices[high].saving - choices[low].saving
-    inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
+    inside = min(max(guess, choices[low].saving + INSIDE * width), choices[high].saving - INSIDE * width)
     return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
 
 
