@@ -208,11 +208,11 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
         elif "weights" in options and "layers" in options:
             free = [n for n in linear if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
             size = {n: model.get_submodule(n).weight.numel() for n in {*free, *options["layers"]}}  # type: ignore[union-attr]
-            left, options["layers"] = sum(size[n] for n in options["layers"]), []
+            remaining, options["layers"] = sum(size[n] for n in options["layers"]), []
             for name in in_spread_order(free):
-                if left >= size[name] / 2:
+                if remaining >= size[name] / 2:
                     options["layers"].append(name)
-                    left -= size[name]
+                    remaining -= size[name]
         stages.append(stage)
     return {**recipe, "stages": stages}
 

@@ -139,13 +139,13 @@ inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] = tanh_vec(scores[i] * inverse) * cap;
 }
 
-// By how much a head's score falls for each token between query and key (Press et al. 2022): 2^-max_bias for the last
-// of 2^n heads, with equal ratios between them; further heads lie between those.
+// Return how much a head's score falls for each token between query and key (Press et al. 2022). 2^n heads have slopes
+// in equal ratios, the last one 2^-max_bias. More heads have slopes between those.
 inline float alibi_slope(const rarefy_attention& a, int64_t head) {
-  int64_t whole = 1;
-  while (2 * whole <= a.heads) whole *= 2;
-  const double step = head < whole ? double(head + 1) : double(head - whole) + 0.5;
-  return a.max_bias == 0.0f ? 0.0f : float(std::exp2(-double(a.max_bias) * step / double(whole)));
+  int64_t power = 1;
+  while (2 * power <= a.heads) power *= 2;
+  const double step = head < power ? double(head + 1) : double(head - power) + 0.5;
+  return a.max_bias == 0.0f ? 0.0f : float(std::exp2(-double(a.max_bias) * step / double(power)));
 }
 
 // Subtract `slope` for each token between a query and a key.

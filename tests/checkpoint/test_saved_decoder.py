@@ -273,6 +273,15 @@ def embedding_as(name):
     return change
 
 
+@needs_kernels
+@pytest.mark.parametrize("bias", [-1e9, 0.0, 65.0, 8, True, "steep", None])
+def test_wrong_position_biases_in_a_file(tmp_path, bias):
+    rarefy.save(rarefy.decoder(small("Bloom", n_layer=1)), tmp_path / "saved")
+    edit(tmp_path / "saved", set_arg("rarefy.alibi_cached_attention", 9, bias))
+    with pytest.raises(ContainerError, match="argument 10: expected a number above 0 and at most 64, got"):
+        rarefy.load(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rarefy
@@ -526,32 +527,71 @@ def test_what_are_no_ids():
 
 
 @pytest.mark.parametrize("cache_precision", ["fp32", "int8"])
-@pytest.mark.parametrize(("family", "heads"), [("Bloom", "n_head"), ("Mpt", "n_heads")])
-def test_position_biases(isa, family, heads, cache_precision, tmp_path):
-    """Linear position biases (ALiBi) in prompts, few and single tokens, for numbers of heads that are no power of two."""
-    width = {"Bloom": "hidden_size", "Mpt": "d_model"}[family]
-    model = small(family, **{heads: 6, width: 96})
+@pytest.mark.parametrize("family", ["Bloom", "Mpt"])
+def test_position_biases(isa, family, cache_precision, tmp_path):
+    """Linear position biases (ALiBi) in prompts, few and single tokens, for a number of heads that is no power of two."""
+    sizes = {"n_head": 6, "hidden_size": 96} if family == "Bloom" else {"n_heads": 6, "d_model": 96}
+    model = small(family, **sizes)
     step, ids = rarefy.decoder(model, cache_precision=cache_precision), torch.randint(3, V, (3, 150))
     rarefy.save(step, tmp_path / "saved")
     mask = torch.ones_like(ids)
     mask[1, :17] = 0
-    most = 1e-5 if cache_precision == "fp32" else 0.02
-    for made in (step, rarefy.load(tmp_path / "saved")):
-        assert far(eager(model, ids), in_pieces(made, ids, [70, 1, 2, 1, 76])) < most
-        assert far(eager(model, ids[:1]), in_pieces(made, ids[:1], [140, *[1] * 10])) < most
-        got, want = in_pieces(made, ids, [80, 1, 1, 68], mask), eager(model, ids, mask)
-        assert far(want[mask == 1], got[mask == 1]) < most
-    repeated = in_pieces(step, torch.full((1, 150), 5), [150])
-    assert far(repeated[:, :1], repeated[:, -1:]) < 1e-4  # of equal tokens no position can be told
+    tolerance = 1e-5 if cache_precision == "fp32" else 0.02
+    for engine in (step, rarefy.load(tmp_path / "saved")):
+        assert far(eager(model, ids), in_pieces(engine, ids, [70, 1, 2, 1, 76])) < tolerance
+        assert far(eager(model, ids[:1]), in_pieces(engine, ids[:1], [140, *[1] * 10])) < tolerance
+        got, want = in_pieces(engine, ids, [80, 1, 1, 68], mask), eager(model, ids, mask)
+        assert far(want[mask == 1], got[mask == 1]) < tolerance
 
 
-def test_position_biases_change_what_bloom_says(monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("Bloom", {"n_head": 1, "hidden_size": 32}),
+        ("Bloom", {"n_head": 7, "hidden_size": 56}),
+        ("Mpt", {"n_heads": 3, "d_model": 48, "attn_config": {"clip_qkv": 0.01, "softmax_scale": 0.5}}),
+    ],
+    ids=["one head", "seven heads", "clipped"],
+)
+def test_position_biases_of_other_shapes(family, sizes):
+    model, ids = small(family, **sizes), torch.randint(3, V, (2, 80))
+    assert far(eager(model, ids), in_pieces(rarefy.decoder(model), ids, [60, 1, 19])) < 1e-5
+
+
+def test_wrong_position_biases_are_noticed(monkeypatch):
     model, ids = small("Bloom"), torch.randint(3, V, (2, 60))
     monkeypatch.setattr("rarefy.model.own_attention.MAX_BIAS", 4.0)
     with pytest.raises(ModelError, match="logits of the decoder of BloomForCausalLM differ"):
         rarefy.decoder(model)
     monkeypatch.setattr(decoder, "verify_decoder", lambda *_: None)
     assert far(eager(model, ids), in_pieces(rarefy.decoder(model), ids, [40, 1, 19])) > 1e-3
+
+
+def test_modules_of_models_with_position_biases(tmp_path):
+    """Forwards of their own stay, subclasses and models cut in width run, and files may leave the prefix out."""
+    model, ids, calls = small("Bloom"), torch.randint(3, V, (1, 30)), []
+    attention = model.transformer.h[0].self_attention
+    inner = attention.forward
+    attention.forward = lambda *args, **options: (calls.append(1), inner(*args, **options))[1]
+    rarefy.decoder(model)
+    calls.clear()
+    eager(model, ids)
+    assert calls == [1]
+    attention.__class__ = type("Mine", (type(attention),), {})
+    del attention.forward
+    assert far(eager(model, ids), rarefy.decoder(model)(ids)) < 1e-5
+
+    for family, width in (("Bloom", "word_embeddings"), ("Mpt", "wte")):
+        narrow = small(family)
+        rarefy.cut_(narrow, {"input_ids": ids}, counts={f"transformer.{width}.weight:1": 48}, units="neuron")
+        assert far(eager(narrow, ids), rarefy.decoder(narrow)(ids)) < 1e-5
+
+    model = small("Bloom")
+    model.save_pretrained(tmp_path / "short")
+    file = tmp_path / "short" / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert far(eager(model, ids), rarefy.decoder_from_files(tmp_path / "short")(ids)) < 1e-5
 
 
 def test_position_biases_of_falcon_are_refused():
@@ -598,9 +638,10 @@ def test_caps_of_logits_change_what_gemma_2_says(tmp_path):
     assert all(far(want, eager(small("Gemma2", **caps | {name: None}), ids)) > 1e-4 for name in list(caps)[:2])
 
 
-@pytest.mark.parametrize(("family", "tokens"), [("GPT2", 2), ("Llama", 20)])
+@pytest.mark.parametrize(("family", "tokens"), [("GPT2", 2), ("Llama", 20), ("Mpt", 16)])
 def test_models_of_few_positions(family, tokens):
-    model = small(family, **{"n_positions" if family == "GPT2" else "max_position_embeddings": tokens})
+    name = {"GPT2": "n_positions", "Mpt": "max_seq_len"}.get(family, "max_position_embeddings")
+    model = small(family, **{name: tokens})
     step = rarefy.decoder(model)
     ids = torch.randint(3, V, (2, tokens))
     assert step.max_tokens == tokens and far(eager(model, ids), step(ids)) < 1e-5

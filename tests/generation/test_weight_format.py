@@ -64,8 +64,10 @@ def test_what_is_faster_is_measured_once(monkeypatch, tmp_path):
         assert [measured("int8", 8, z, True) for z in (0.25, 0.49, 0.61, 0.69)] == [False, False, True, True]
     assert asked == [("int8", 8, 0.2, True), ("int8", 8, 0.4, True), ("int8", 8, 0.6, True)]
     key = "zeros of a decoder int8 8 6 True"
-    tuning_cache.write(tuning_cache.default_file(), {key: {1: ("another", 2.0)}})
-    assert measured("int8", 8, 0.61, True) and len(asked) == 4
+    for wrong in ({1: ("another", 2.0)}, {2: (BITMASK, 2.0)}, {1: (PANELS, 1.0), 2: (PANELS, 1.0)}):
+        tuning_cache.write(tuning_cache.default_file(), {key: wrong})
+        assert measured("int8", 8, 0.61, True)
+    assert len(asked) == 6
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")

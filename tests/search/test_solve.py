@@ -7,7 +7,6 @@ import torch
 
 from rarefy.search.frontier import Point
 from rarefy.search.line_search import at_speed_of, correction
-from rarefy.search.search import lines_of
 from rarefy.search.solve import at_loss, at_saving, front, hull, shrunk
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
 
@@ -78,18 +77,6 @@ def test_equal_steps_are_spread_over_the_model():
     for count, names in ((2, "04"), (4, "0246"), (8, "01234567")):
         choice = next(c for c in front(shrunk(parts, 1.0)) if len(c.amounts) == count)
         assert sorted(name for _, name in choice.amounts) == [f"p{i}" for i in names]
-
-
-def test_methods_of_the_best_point_have_lines_of_their_own():
-    parts = [
-        Part(m, n, 64, (0.5,), (l,), {"1": (0.1,)})
-        for m, n, l in (("fewer bits", "a", 0.2), ("head", "b", 0.001), ("fewer bits", "c", 0.4))
-    ]
-    every, *rest = lines_of(parts, {"fewer bits"})
-    assert {p.method for p in every} == {"fewer bits", "head"} and len(rest) == 4
-    assert [{p.method for p in line} == {"fewer bits"} for line in rest] == [True, True, False, False]
-    assert [p.losses for p in rest[1]] == [(0.2,), (0.4,)]  # as measured
-    assert len(lines_of(parts, set())) == len(lines_of(parts, {"fewer bits", "head"})) == 3
 
 
 def test_a_layer_has_one_pattern():

@@ -98,6 +98,12 @@ class HuggingFaceFolder:
         self.model: Any = hf.build({"config": config, "class": name, "dtype": "float32"}, empty=True)
         hf.load_generation_config_(self.model, self.path)
         self.files = self._files()
+        prefix, names = f"{self.model.base_model_prefix}.", self.model.state_dict()
+        short = {
+            n: n.removeprefix(prefix) for n in names if n not in self.files
+        }  # as files of BLOOM and GPT-2 have them
+        self.stored = {n: s for n, s in short.items() if s in self.files}
+        self.files |= {n: self.files[s] for n, s in self.stored.items()}
         absent = [n for n in self.model.state_dict() if n not in self.files and n not in aliases(self.model)]
         tied = bool(self.model.config.tie_word_embeddings) and absent == ["lm_head.weight"]
         if absent and not tied:
@@ -116,11 +122,11 @@ class HuggingFaceFolder:
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:
         """Return a weight of the files."""
         with _opened(self.files[name]) as file:
-            return file.get_tensor(name), None
+            return file.get_tensor(self.stored.get(name, name)), None
 
     def _dtype(self, name: str) -> torch.dtype:
         with _opened(self.files[name]) as file:
-            return file.get_slice(name)[:0].dtype
+            return file.get_slice(self.stored.get(name, name))[:0].dtype
 
     def _files(self) -> dict[str, Path]:
         """Return {tensor name: file}."""

@@ -187,6 +187,8 @@ def _check_engine_call(
             raise ValueError(f"argument {i + 1}: expected {description}, got {_short(value)}")
 
 
+MAX_BIAS = 64.0  # of position biases in files
+
 # kinds of arguments in `OpSpec.arguments`: whether a value is one, and what messages call it
 ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "tensor": (lambda v, nodes, _: _is_output(v, TENSOR, nodes), "an earlier tensor"),
@@ -209,6 +211,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number of at least 0"),
     "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
     "number": (lambda v, *_: type(v) in (int, float), "a number"),
+    "max_bias": (lambda v, *_: type(v) is float and 0 < v <= MAX_BIAS, f"a number above 0 and at most {MAX_BIAS:g}"),
     "scale": (lambda v, *_: type(v) is float and MIN_SCALE < v < 1e36, "a scale above zero"),
     "zero_point": (lambda v, *_: type(v) is int and 0 <= v <= 255, "a whole number from 0 to 255"),
     "precision": (lambda v, *_: v in ("bf16", "int8"), "None, bf16 or int8"),

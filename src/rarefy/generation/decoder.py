@@ -55,21 +55,22 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
             whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "bf16" keeps weights in bfloat16, so
             that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
             scale for each output of a weight and one for each token of inputs; what rounding the inputs loses is
-            rounded to 8 bits as well and added, except where many weights are zero. On AVX-512 without AMX prompts have
-            a scale for each 32 inputs instead, and attention in bf16 but to a cache in 8 bits: 1.5 times as fast, with
-            0.3 % more perplexity.
+            rounded to 8 bits as well and added, except where zeros are left out. Whether they are depends on which is
+            faster on this CPU. On AVX-512 without AMX prompts have a scale for each 32 inputs instead, and attention in
+            bf16 but to a cache in 8 bits: 1.5 times as fast, with 0.3 % more perplexity.
         cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
 
     Returns:
         A `Decoder`, which `generate` and `stream` take, and `save` writes.
 
     Raises:
-        ModelError: if this is no language model of transformers, its attention is its own code, it is in training mode,
-            not on the CPU, has parameters of several types, or logits differ from the model's.
+        ModelError: if this is no language model of transformers, its attention is code that is not known, it is in
+            training mode, not on the CPU, has parameters of several types, or logits differ from the model's.
         DataError: if there is no such cache_precision, or not for this model.
 
-    Cost: about ten seconds for the export. Memory: the packed weights beside the model's own, which may be deleted
-    afterwards; a cache takes 4 bytes for each key and value of each token and layer, in "int8" hardly more than one.
+    Cost: about ten seconds for the export, and at first half a second for each tenth of zeros. Memory: the packed
+    weights beside the model's own, which may be deleted afterwards; a cache takes 4 bytes for each key and value of
+    each token and layer, in "int8" hardly more than one.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -215,7 +216,7 @@ def _token_numbers(model: Any) -> dict[str, Any]:
     eos = tuple(e for e in eos if 0 <= e < vocab_size)  # some configurations name tokens outside of the vocabulary
     return {
         "vocab_size": vocab_size,
-        "max_tokens": getattr(config, "max_position_embeddings", None),
+        "max_tokens": getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None),
         "eos_tokens": eos,
         "pad_token": pad if 0 <= pad < vocab_size else (*eos, 0)[0],
         "generation_defaults": model_defaults(getattr(model, "generation_config", None))[0],

@@ -11,7 +11,7 @@ from torch import Tensor
 from rarefy.evaluation.profiling import compare
 from rarefy.model.quant_grid import Grid, OffsetGrid
 from rarefy.runtime import bindings, tuning_cache
-from rarefy.runtime.autotune import FLUSH_BYTES, MIN_SPEEDUP
+from rarefy.runtime.autotune import FLUSH_BYTES, SAME_SPEED
 from rarefy.runtime.candidates import MIN_ZEROS, why_not_quantized
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.pack_panels import pack_quantized
@@ -56,17 +56,18 @@ def skipping_zeros_is_faster(precision: str | None, bits: int, zeros: float, two
     """Return whether one token is multiplied faster by a bitmask than by panels of so many bits with so many zeros.
 
     Measured once on a machine for each tenth of zeros, on random weights that come from memory; the tuning cache keeps
-    it. Cost: half a second. Without kernels it is True.
+    it. Panels round inputs more finely, so a bitmask has to be a tenth faster. Cost: half a second. Without kernels it
+    is True.
     """
     if bindings.missing() is not None:
         return True
     file, tenths = tuning_cache.default_file(), int(10 * zeros)
     key = f"zeros of a decoder {precision} {bits} {tenths} {two_terms}"
     known = tuning_cache.read(file).get(key, {})
-    if [name for name, _ in known.values()] not in ([BITMASK], [PANELS]):
+    if known.keys() != {1} or known[1][0] not in (BITMASK, PANELS):
         seconds = _seconds(precision, bits, tenths / 10, two_terms)
         gain = seconds[PANELS] / seconds[BITMASK]
-        known = {1: (BITMASK if gain > MIN_SPEEDUP else PANELS, gain)}
+        known = {1: (BITMASK if gain > SAME_SPEED else PANELS, gain)}
         tuning_cache.write(file, {key: known})
     return known[1][0] == BITMASK
 

@@ -68,6 +68,10 @@ class JointLoss:
         with replaced(self._changed(amounts)):
             return distance(self.dense, self.wanted, self.judged)
 
+    def score_units(self) -> None:
+        """Compute what allocations that cut units need: else the first one of them does."""
+        assert self.scores is not None and self.moments is not None
+
     # ---- groups of units ---------------------------------------------------------------------------------------
 
     @cached_property

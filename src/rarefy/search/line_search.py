@@ -6,7 +6,6 @@ and the first one that is known not to; each measurement narrows it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from rarefy.search import solve
@@ -15,7 +14,6 @@ from rarefy.search.solve import Choice
 from rarefy.search.space import Part
 from rarefy.search.targets import Targets, mean_speedup
 
-INSIDE = 0.15  # of a bracket or of the rest of a line, which each step crosses at least
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
 
 
@@ -51,27 +49,14 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
     if high == len(choices):
         if low >= len(choices) - 1:
             return low
-        width = choices[-1].saving - choices[low].saving
-        least = choices[low].saving + max(INSIDE * width, NEAR)
-        saving = max(min(choices[low].saving + width / 2, _extrapolated(choices, seen, low, targets)), least)
+        saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
         return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
     if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
         return low
     guess = _interpolated(choices, seen, low, high, targets)
     width = choices[high].saving - choices[low].saving
-    inside = min(max(guess, choices[low].saving + INSIDE * width), choices[high].saving - INSIDE * width)
+    inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
     return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
-
-
-def _extrapolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, targets: Targets) -> float:
-    """Return the saving at which the limit is expected, from the losses of the dense model and of one that keeps it."""
-    base, point, limit = seen.get(0), seen.get(low), targets.max_loss
-    if base is None or point is None or base.loss is None or point.loss is None or limit is None:
-        return math.inf
-    if targets.objective == "loss" or point.loss <= base.loss or choices[low].loss <= 0:
-        return math.inf
-    predicted = choices[low].loss * (limit - base.loss) / (point.loss - base.loss)
-    return choices[solve.at_loss(choices, predicted)].saving
 
 
 def _interpolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int, targets: Targets) -> float:

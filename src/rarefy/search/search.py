@@ -9,7 +9,7 @@ interpolation. The first line is uniform; the second one is that of the allocati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -198,9 +198,9 @@ class Search(Measured):
         They may take a quarter of the time that is left. Where no joint loss can be measured, the losses of the single
         parts are all there is.
         """
-        seen = [o for o in self.observed if best is not None and same_model(o.point, best)]
-        saving = sum(seen[-1].savings.values()) / len(seen[-1].savings) if seen else 0.0
-        lines = lines_of(parts, {method for method, _ in seen[-1].amounts} if seen else set())
+        seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
+        saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
+        lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
@@ -222,16 +222,37 @@ class Search(Measured):
         key = f"{kind}: {short_hash(repr(sorted(amounts.items())))}"
         if key not in self.journal.values and not self.fits(f"{kind}:", "point", until=until):
             return None
+        if kind == "joint loss of cuts" and not self._scored_units(parts, until):
+            return None
 
         def measured() -> float | None:
             try:
-                if self.joint is None:
-                    task = self.task
-                    self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data)
-                return self.joint(amounts)
+                return self._joint(parts)(amounts)
             except RarefyError:
                 return None
 
+        return self.journal.get(key, measured)
+
+    def _joint(self, parts: Sequence[Part]) -> JointLoss:
+        if self.joint is None:
+            self.joint = JointLoss(self.task.dense, self.task.example, parts, self.unit_scores(), self.task.data)
+        return self.joint
+
+    def _scored_units(self, parts: Sequence[Part], until: float) -> bool:
+        """Score the units of all groups, which takes far longer than the joint losses after it; return whether there
+        is time and the model allows it."""
+
+        def measured() -> bool:
+            try:
+                self._joint(parts).score_units()
+                return True
+            except RarefyError:
+                return False
+
+        seconds = sum(s for key, s in self.journal.costs.items() if key.startswith("score of"))
+        key = "score of all units"
+        if key not in self.journal.values and not self.fits("score of", "point", more=seconds, until=until):
+            return False
         return self.journal.get(key, measured)
 
     def _recover(self, recovery: Recovery) -> None:
@@ -395,19 +416,6 @@ class Search(Measured):
             loss, losses = joint, [(self._joint_loss(parts, o.amounts), l) for o, (_, l) in zip(self.observed, losses)]  # type: ignore[misc]
         known = [(predicted, lost) for predicted, lost in losses if predicted is not None]
         return {"milliseconds": milliseconds, "loss": base.loss + correction(known, loss) * loss}  # type: ignore[operator]
-
-
-def lines_of(parts: Sequence[Part], methods: Set[str]) -> list[list[Part]]:
-    """Return parts with losses between uniform and measured ones, the uniform ones first.
-
-    Measured losses of one method mislead least beside those of the same method: cuts that cost too little would take
-    the place of fewer bits. So `methods`, those of the best point, also have lines of their own.
-    """
-    lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
-    alone = [p for p in parts if p.method in methods]
-    if 0 < len(alone) < len(parts):
-        lines[1:1] = [solve.shrunk(alone, weight) for weight in UNIFORM[1:]]
-    return lines
 
 
 def _variant(point: Point) -> Variant:

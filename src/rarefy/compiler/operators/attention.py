@@ -126,14 +126,14 @@ def alibi_cached_attention(
 def alibi_slopes(heads: int, max_bias: float) -> Tensor:
     """Return how much the scores of each head fall for each token between query and key.
 
-    2^n heads have slopes in equal ratios, the last one 2^-max_bias. Further heads have slopes between those.
+    2^n heads have slopes in equal ratios, the last one 2^-max_bias. More heads have slopes between those.
 
     >>> alibi_slopes(4, 8.0).tolist(), alibi_slopes(3, 4.0).tolist()
     ([0.25, 0.0625, 0.015625, 0.00390625], [0.25, 0.0625, 0.5])
     """
-    whole = 1 << (heads.bit_length() - 1)
-    steps = [h + 1.0 if h < whole else h - whole + 0.5 for h in range(heads)]
-    return torch.tensor([2 ** (-max_bias * s / whole) for s in steps])
+    power = 1 << (heads.bit_length() - 1)
+    steps = [h + 1.0 if h < power else h - power + 0.5 for h in range(heads)]
+    return torch.tensor([2 ** (-max_bias * s / power) for s in steps])
 
 
 def _changed_scores(
@@ -307,7 +307,7 @@ OPERATORS = (
     ),
     OpSpec(
         reference=alibi_cached_attention,
-        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
+        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "max_bias"),
         lower=_lower_cached_attention,
         fits=_cached_attention_fits,
         heavy=True,
