@@ -142,10 +142,11 @@ inline void cap_scores(float cap, f32_vec* scores, int64_t count) {
 // Return how much a head's score falls for each token between query and key (Press et al. 2022). 2^n heads have slopes
 // in equal ratios, the last one 2^-max_bias. More heads have slopes between those.
 inline float alibi_slope(const rarefy_attention& a, int64_t head) {
+  if (a.max_bias == 0.0f) return 0.0f;
   int64_t power = 1;
   while (2 * power <= a.heads) power *= 2;
   const double step = head < power ? double(head + 1) : double(head - power) + 0.5;
-  return a.max_bias == 0.0f ? 0.0f : float(std::exp2(-double(a.max_bias) * step / double(power)));
+  return float(std::exp2(-double(a.max_bias) * step / double(power)));
 }
 
 // Subtract `slope` for each token between a query and a key.

@@ -99,9 +99,7 @@ class HuggingFaceFolder:
         hf.load_generation_config_(self.model, self.path)
         self.files = self._files()
         prefix, names = f"{self.model.base_model_prefix}.", self.model.state_dict()
-        short = {
-            n: n.removeprefix(prefix) for n in names if n not in self.files
-        }  # as files of BLOOM and GPT-2 have them
+        short = {n: n.removeprefix(prefix) for n in names if n not in self.files}  # as in files of BLOOM and GPT-2
         self.stored = {n: s for n, s in short.items() if s in self.files}
         self.files |= {n: self.files[s] for n, s in self.stored.items()}
         absent = [n for n in self.model.state_dict() if n not in self.files and n not in aliases(self.model)]

@@ -78,7 +78,7 @@ def _seconds(precision: str | None, bits: int, zeros: float, two_terms: bool) ->
     weight = torch.randn(TIMED_SHAPE, generator=generator)
     weight[torch.rand(TIMED_SHAPE, generator=generator) < zeros] = 0
     grid = Grid(bits, weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1))
-    weight = grid.codes(weight) * grid.scale
+    weight = grid.snap(weight)
     packed = {
         BITMASK: pack_bitmask(weight, precision or "fp32", grid),
         PANELS: pack_quantized(weight, grid, precision != "int8", two_terms),

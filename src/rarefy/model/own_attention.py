@@ -15,7 +15,7 @@ MAX_BIAS = 8.0  # of both models, whatever their settings say
 
 def is_known(model: nn.Module) -> bool:
     """Return whether attention of a model is one of these."""
-    return any(original(m) in FORWARDS and original(m) != "BloomGelu" for m in model.modules())
+    return any(original(m) in ATTENTION for m in model.modules())
 
 
 def original(module: nn.Module) -> str:
@@ -65,8 +65,5 @@ def _mpt(module: Any, attend: Any, hidden_states: Tensor, **_: Any) -> tuple[Ten
     return module.out_proj(y.flatten(2)), None
 
 
-FORWARDS: dict[str, Callable[..., Any]] = {
-    "BloomAttention": _bloom,
-    "BloomGelu": _bloom_gelu,
-    "MptAttention": _mpt,
-}
+ATTENTION: dict[str, Callable[..., Any]] = {"BloomAttention": _bloom, "MptAttention": _mpt}
+FORWARDS = {**ATTENTION, "BloomGelu": _bloom_gelu}  # of all modules that are replaced

@@ -70,7 +70,7 @@ class JointLoss:
 
     def score_units(self) -> None:
         """Compute what allocations that cut units need: else the first one of them does."""
-        assert self.scores is not None and self.moments is not None
+        _ = self.scores, self.moments
 
     # ---- groups of units ---------------------------------------------------------------------------------------
 

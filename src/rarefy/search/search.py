@@ -198,9 +198,9 @@ class Search(Measured):
         They may take a quarter of the time that is left. Where no joint loss can be measured, the losses of the single
         parts are all there is.
         """
+        lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
         seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
         saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
-        lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]

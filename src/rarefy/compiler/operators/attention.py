@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import addressof
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -275,6 +276,14 @@ def _cached_attention_fits(call: Call) -> bool:
     return whole_heads and k == v == (*q[:2], features) and q[2] == heads * (features // kv_heads)
 
 
+CACHED_ATTENTION = OpSpec(
+    reference=cached_attention,
+    arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
+    lower=_lower_cached_attention,
+    fits=_cached_attention_fits,
+    heavy=True,
+    whole_sequences=True,
+)
 CACHED = (cached_attention, capped_cached_attention, alibi_cached_attention)  # which read and write a KV cache
 
 OPERATORS = (
@@ -289,28 +298,7 @@ OPERATORS = (
     ),
     OpSpec(reference=additive_mask, arguments=("tensor",)),
     OpSpec(reference=rope, arguments=("tensor", "tensor", "tensor", "count"), lower=_lower_rope, fits=_rope_fits),
-    OpSpec(
-        reference=cached_attention,
-        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
-        lower=_lower_cached_attention,
-        fits=_cached_attention_fits,
-        heavy=True,
-        whole_sequences=True,
-    ),
-    OpSpec(
-        reference=capped_cached_attention,
-        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "number"),
-        lower=_lower_cached_attention,
-        fits=_cached_attention_fits,
-        heavy=True,
-        whole_sequences=True,
-    ),
-    OpSpec(
-        reference=alibi_cached_attention,
-        arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window", "max_bias"),
-        lower=_lower_cached_attention,
-        fits=_cached_attention_fits,
-        heavy=True,
-        whole_sequences=True,
-    ),
+    CACHED_ATTENTION,
+    replace(CACHED_ATTENTION, reference=capped_cached_attention, arguments=(*CACHED_ATTENTION.arguments, "number")),
+    replace(CACHED_ATTENTION, reference=alibi_cached_attention, arguments=(*CACHED_ATTENTION.arguments, "max_bias")),
 )
