@@ -13,7 +13,7 @@ from rarefy.dependency.graph import trace
 from rarefy.model.layers import all_layers
 from rarefy.pipeline.sensitivity import compressed_weight
 from rarefy.search import solve, space
-from rarefy.search.allocation import climb
+from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import distance
 from rarefy.search.joint_loss import JointLoss, split
 from rarefy.search.space import BITS, RANK, Part
@@ -191,3 +191,33 @@ def test_an_allocation_is_measured_once() -> None:
     asked = []
     climb(parts, [parts, parts], 0.4, lambda chosen: asked.append(tuple(sorted(chosen.items()))) or float(len(chosen)))
     assert len(asked) == len(set(asked)) > 2
+
+
+def test_methods_are_compared_by_what_each_loses_alone() -> None:
+    amounts = (0.25, 0.5, 0.75)
+    true = {"head": 8.0, "neuron": 2.0, "1x4": 100.0}
+    parts = [
+        Part(m, f"{m}{i}", 8, amounts, tuple((100 if m == "1x4" else 1) * a for a in amounts), {"1": (0.1, 0.2, 0.3)})
+        for m in true
+        for i in range(2)
+    ]
+    asked = []
+
+    def loss(chosen: dict) -> float:
+        asked.append({method for method, _ in chosen})
+        return sum(true[method] * a for (method, _), a in chosen.items())
+
+    brought = calibrated(parts, 0.4, loss)
+    assert asked == [{"head"}, {"neuron"}]  # zeros are predicted to lose far more than both
+    for before, after in zip(parts, brought):
+        factor = {"head": 8.0, "neuron": 2.0, "1x4": 1.0}[before.method]
+        assert after.losses == pytest.approx([factor * l for l in before.losses])
+        assert (after.amounts, after.savings) == (before.amounts, before.savings)
+    first = solve.front(brought)[1]
+    assert {method for method, _ in first.amounts} == {"neuron"}
+
+
+def test_methods_that_cannot_be_measured_alone_keep_their_losses() -> None:
+    parts = [part("neuron", "a", 8), part("head", "b", 8)]
+    assert calibrated(parts, 0.3, lambda amounts: None) == parts
+    assert calibrated([], 0.3, lambda amounts: None) == []

@@ -121,3 +121,12 @@ def test_the_first_point_of_a_kind_takes_what_measuring_its_parts_took(steps):
     found._need_time("point cut int8: x", "point cut int8:", ["head"])
     with pytest.raises(search.OutOfTime):
         found._need_time("point cut int8: x", "point cut int8:", ["neuron"])
+
+
+def test_the_first_loss_may_take_longer_than_the_share_of_its_method(steps):
+    """Nobody knows what it takes, and losses of all groups were left out where a point took longer than that share."""
+    _, listed, make = steps
+    found = make(60.0)
+    found.measure_dense()
+    found.run()
+    assert any(key.startswith("loss of neuron") for key, _, _ in listed)

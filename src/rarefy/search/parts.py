@@ -83,12 +83,15 @@ class PartMeasurer:
         result: list[Part] = []
         graph = trace(self.dense, self.example)
         of_weights = (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS
-        times = [partial(self._timed_groups, graph, method) for method in CUTS]
-        times += [self._timed_blocks, *(partial(self._timed_layers, method) for method in (*of_weights, RANK))]
-        self.journal.prefetch(times)
-        methods: list[Callable[[], list[Part]]] = [partial(self._groups, graph, method) for method in CUTS]
-        methods += [self._blocks, *(partial(self._weights, method) for method in of_weights)]
-        methods.append(lambda: self._low_rank(result))
+        times: dict[str, Callable[[], Any]] = {method: partial(self._timed_groups, graph, method) for method in CUTS}
+        times[BLOCK] = self._timed_blocks
+        times |= {method: partial(self._timed_layers, method) for method in (*of_weights, RANK)}
+        self.journal.prefetch(times.values())
+        timed = {method: measure() for method, measure in times.items()}
+        methods: list[Callable[[], list[Part]]] = [partial(self._groups, graph, m, *timed[m]) for m in CUTS]
+        methods.append(partial(self._blocks, *timed[BLOCK]))
+        methods += [partial(self._weights, m, *timed[m]) for m in of_weights]
+        methods.append(lambda: self._low_rank(result, *timed[RANK]))
         for i, of_method in enumerate(methods):
             self.methods_left = len(methods) - i
             self.begin(self.methods_left)
@@ -106,8 +109,9 @@ class PartMeasurer:
         score = self.journal.get(key, lambda: space.cut_score(self.dense, self.example, groups, data, method))
         return groups, score, self._saved(method, lambda: self._halved(groups, method)) if score else {}
 
-    def _groups(self, graph: Graph, method: str) -> list[Part]:
-        groups, score, saved = self._timed_groups(graph, method)
+    def _groups(
+        self, graph: Graph, method: str, groups: Sequence[Group], score: str, saved: Mapping[str, float]
+    ) -> list[Part]:
         if max(saved.values(), default=0.0) * space.MAX_CUT / 0.5 < space.MIN_SAVING:
             return []
         scored = partial(self._scored, graph, score)
@@ -155,7 +159,7 @@ class PartMeasurer:
                 self.dense, self.small, group.name, scored(group), removed[group.name], self.few, self._wanted()
             )
 
-        losses = self._losses(method, {g.name: partial(loss, g) for g in groups})
+        losses = self._losses(method, {g.name: partial(loss, g) for g in groups}, f"score of {method}")
         factors = {n: l if l is None else l / max(errors[n][removed[n] - 1], 1e-30) for n, l in losses.items()}
         return space.filled(factors, list(removed))
 
@@ -186,8 +190,7 @@ class PartMeasurer:
             return [], {}
         return blocks, {b.name: {n: s * shares[b.name] / share for n, s in saved.items()} for b in blocks}
 
-    def _blocks(self) -> list[Part]:
-        blocks, saved = self._timed_blocks()
+    def _blocks(self, blocks: Sequence[Block], saved: Mapping[str, Mapping[str, float]]) -> list[Part]:
         if not blocks:
             return []
         loss = partial(space.measured_block_loss, self.dense, data=self.few, wanted=self._wanted())
@@ -198,8 +201,7 @@ class PartMeasurer:
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
-    def _weights(self, method: str) -> list[Part]:
-        layers, saved = self._timed_layers(method)
+    def _weights(self, method: str, layers: Sequence[Layer], saved: Mapping[float, Mapping[str, float]]) -> list[Part]:
         if not saved:
             return []
         levels = BIT_LEVELS[-1:] if method == BITS else PROBE_LEVELS
@@ -265,9 +267,10 @@ class PartMeasurer:
         }
         return Part(method, layer.full_name, layer.weight.numel(), LEVELS, predicted, savings)
 
-    def _low_rank(self, others: Sequence[Part]) -> list[Part]:
+    def _low_rank(
+        self, others: Sequence[Part], layers: Sequence[Layer], saved: Mapping[float, Mapping[str, float]]
+    ) -> list[Part]:
         """Return the layers that can be factorized; none where others cost far less for the same time."""
-        layers, saved = self._timed_layers(RANK)
         if not saved:
             return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
@@ -309,9 +312,12 @@ class PartMeasurer:
         """Return whether a step is in the journal, or fits into the time."""
         return key in self.journal.values or self.fits(*kinds)
 
-    def _losses(self, what: str, measures: Mapping[str, Callable[[], float | None]]) -> dict[str, float | None]:
-        """Return the loss of each part that there is time for; None for one that cannot be used."""
-        fits = lambda kind: self.fits(kind, "loss of", "point")  # noqa: E731
+    def _losses(
+        self, what: str, measures: Mapping[str, Callable[[], float | None]], like: str = "loss of"
+    ) -> dict[str, float | None]:
+        """Return the loss of each part that there is time for; None for one that cannot be used. `like` is the kind of
+        steps that the first of them may take as long as."""
+        fits = lambda kind: self.fits(kind, like, "loss of", "point")  # noqa: E731
         return measured_losses(what, measures, self.journal, fits, self.progress and len(measures) > 1)
 
     def _saved(self, method: str, smaller: Callable[[], nn.Module], level: float | None = None) -> dict[str, float]:

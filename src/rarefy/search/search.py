@@ -19,7 +19,7 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.compiler.executor import Compiled
 from rarefy.search import solve
-from rarefy.search.allocation import climb
+from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import Variant, deploy, variants_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
@@ -138,17 +138,19 @@ class Search(Measured):
         )  # fmt: skip
 
     def _parts(self, variant: Variant) -> list[Part]:
-        """Return the parts of the model; their losses may take a third of the time that is left, those of a method its
-        share of that."""
-        task, until = self.task, self.elapsed() + self.left() / 3
-        of_method = until
+        """Return the parts of the model; their losses may take a third of the time that is left once it is known what
+        they save, those of a method its share of that."""
+        task, until, of_method = self.task, math.inf, math.inf
 
         def begin(left: int) -> None:
-            nonlocal of_method
+            nonlocal until, of_method
+            until = self.elapsed() + self.left() / 3 if until == math.inf else until
             of_method = self.elapsed() + max(until - self.elapsed(), 0.0) / left
 
         def fits(*kinds: str) -> bool:
             ends = {"loss": of_method, "errors": until}.get(kinds[0].partition(" ")[0], math.inf)
+            if ends == of_method and self.journal.seconds_of(*kinds[:-1]) is None:
+                ends = until  # the first loss takes far less than a point, nobody knows how much
             return self.fits(*kinds, until=ends)
 
         begun = any(key.startswith(("score of", "time of")) for key in self.journal.values)
@@ -167,6 +169,10 @@ class Search(Measured):
         """Find the choice at the limit: along a uniform line, then along others, then with other balances."""
         every, parts = parts, [p for p in parts if p.method != BLOCK]
         line = solve.shrunk(parts, UNIFORM[0])
+        if len({p.method for p in parts}) > 1:
+            choices = solve.front(line)
+            first = choices[first_choice(choices, self.bases[variant], None, self.task.targets)]
+            line = self._calibrated(parts, [line], first.saving, self.elapsed() + self.left() / 4)[0]
         best = self._along(variant, parts, solve.front(line))
         for other_line in self._other_lines(parts, best):
             other = self._along(variant, parts, solve.front(other_line), start=best)
@@ -204,15 +210,26 @@ class Search(Measured):
         until = self.elapsed() + self.left() / 4
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
-        self.measures_joint = True
         if self.task.progress:
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
+        lines = self._calibrated(parts, lines, saving, until)
+        return [climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())]
+
+    def _calibrated(
+        self, parts: list[Part], lines: Sequence[list[Part]], saving: float, until: float
+    ) -> list[list[Part]]:
+        """Return lines with the losses of methods that were measured alone at a saving, where there is time for it."""
+        if self._joint_loss(parts, {}, until) is None:
+            return [*lines]
+        self.measures_joint = True
+        return [calibrated(line, saving, *self._joint_losses(parts, until)) for line in lines]
+
+    def _joint_losses(
+        self, parts: list[Part], until: float
+    ) -> tuple[Callable[[Amounts], float | None], Callable[[Sequence[Amounts]], None]]:
+        """Return what measures the joint loss of an allocation, and of several side by side."""
         joint_loss = partial(self._joint_loss, parts, until=until)
-
-        def prefetch(allocations: Sequence[Amounts]) -> None:
-            self.prefetch(partial(joint_loss, amounts) for amounts in allocations)
-
-        return [climb(parts, lines, saving, joint_loss, prefetch, self._side_by_side())]
+        return joint_loss, lambda allocations: self.prefetch(partial(joint_loss, amounts) for amounts in allocations)
 
     def _joint_loss(self, parts: Sequence[Part], amounts: Amounts, until: float = math.inf) -> float | None:
         """Return the distance of the outputs with all these parts changed; None without time, or where it fails."""
