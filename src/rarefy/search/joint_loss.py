@@ -60,7 +60,6 @@ class JointLoss:
         self.example, self.parts, self.unit_scores = example, parts, scores
         self.layers = {l.full_name: l for l in all_layers(dense)}
         self.score = "wanda" if self.fitted else "magnitude"
-        self.stats: dict[str, LayerStats] = {}
         self.cached: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def __call__(self, amounts: Amounts) -> float | None:
@@ -138,15 +137,20 @@ class JointLoss:
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def stats(self) -> dict[str, LayerStats]:
+        """What scores read of the inputs of all layers that may be pruned or factorized, by name; empty without data."""
+        names = {p.name for p in self.parts if p.method not in (BITS, BLOCK, *CUTS)}
+        layers = [l for name, l in self.layers.items() if name in names]
+        return calibrate(self.dense, layers, self.score, self.fitted, None, 0) if self.fitted else {}
+
     def _smaller(self, key: Key, amount: float) -> list[tuple[nn.Parameter, Tensor]]:
         """Return a layer's weight in a pattern, in fewer bits, or of low rank."""
         method, name = key
-        layer = self.layers[name]
-        if method != BITS and self.fitted and name not in self.stats:
-            self.stats |= calibrate(self.dense, [layer], self.score, self.fitted, None, 0)
+        layer, stats = self.layers[name], {} if method == BITS else self.stats
         if method == RANK:
-            return [(layer.original, space.factorized_weight(layer, amount, self.stats))]
-        weight = compressed_weight(layer, space.setting_of(method, amount), self.stats, self.score)
+            return [(layer.original, space.factorized_weight(layer, amount, stats))]
+        weight = compressed_weight(layer, space.setting_of(method, amount), stats, self.score)
         return [(layer.original, weight)]
 
     def _changed(self, amounts: Amounts) -> dict[nn.Parameter, Tensor]:
