@@ -77,13 +77,14 @@ inline void blocked_rows(const uint32_t* values, const uint16_t* scales, const u
           acc[r][t] = L::load_acc(header + TILE_COLS + t * SIMD_WIDTH);
           if constexpr (EIGHTHS) acc[r][t] = L::acc((i32_vec(acc[r][t]) >> 7) * int32_t(zeros[cell(r, part)]));
         }
-      for (int64_t l = part * PART_LANES; l < (part + 1) * PART_LANES; ++l, x += TILE_COLS) {
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < PART_LANES; ++l, x += TILE_COLS) {
         L::input in[VECS];
 #pragma GCC unroll 4
         for (int t = 0; t < VECS; ++t) in[t] = L::load(x + t * SIMD_WIDTH);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          const auto w = L::broadcast(values[r * DENSE_LANES + l]);
+          const auto w = L::broadcast(values[r * DENSE_LANES + part * PART_LANES + l]);
 #pragma GCC unroll 4
           for (int t = 0; t < VECS; ++t) acc[r][t] = L::multiply_add(acc[r][t], w, in[t]);  // w is the unsigned one
         }

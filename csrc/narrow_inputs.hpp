@@ -79,7 +79,7 @@ inline void narrow_rows(const rarefy_quantized& w, const uint8_t* cells, const u
         for (int r = 0; r < ROWS; ++r) {
           const __m512i codes = _mm512_set1_epi32(weights[r][part * 8 + l]);
 #pragma GCC unroll 2
-          for (int t = 0; t < VECS; ++t) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes, in[t]);
+          for (int t = 0; t < VECS; ++t) acc[r][t] = in_register(_mm512_dpbusd_epi32(acc[r][t], codes, in[t]));
         }
       }
 #pragma GCC unroll 8

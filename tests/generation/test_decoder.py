@@ -497,6 +497,17 @@ def test_the_past_may_only_be_set_back():
     assert far(want[:, 40:], made(ids[:, 40:], cache)) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [17, 33, 63, 65, 129, 200, 257])
+def test_prompts_of_any_length(isa, llama, tokens):
+    """They are padded to whole vectors, long ones to whole tiles."""
+    model, made = llama
+    for batch in (1, 3):
+        ids = torch.randint(3, V, (batch, tokens + 20))
+        cache = made.cache(batch, tokens + 20)
+        got = torch.cat([made(ids[:, :tokens], cache), made(ids[:, tokens:], cache)], 1)
+        assert far(eager(model, ids), got) < 1e-4
+
+
 def test_caches_hold_what_was_asked_for():
     made = rarefy.decoder(small())
     cache = made.cache(1, 4)

@@ -22,9 +22,10 @@ from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.model_checks import check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.profile import Profile, Recorder
+from rarefy.compiler.program import VECTOR
 from rarefy.compiler.row_layout import few_tokens
 from rarefy.compiler.traced_graph import once_more
-from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots_of
+from rarefy.generation.kv_cache import TILE, Cache, SpareMemory, check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
 from rarefy.generation.token_step import TokenStep
@@ -279,6 +280,7 @@ class Decoder:
         self.generation_defaults = checked_defaults(generation_defaults or {})
         self.cache_precision = cache_precision
         self._token_step: TokenStep | None = None  # made by the first token
+        self._spare = SpareMemory()
 
     def eval(self) -> Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
@@ -286,6 +288,8 @@ class Decoder:
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache.
+
+        The memory of the last one that is not used any more serves it where that has the size; `forget` frees that.
 
         Args:
             batch: number of sequences.
@@ -311,7 +315,7 @@ class Decoder:
         padded = starts is not None and bool(starts.any())
         features = self.compiled.exported.cache_features
         precision = self.cache_precision if cache_precision is None else cache_precision
-        return Cache(features, batch, capacity, starts if padded else None, self.slots, precision)
+        return Cache(features, batch, capacity, starts if padded else None, self.slots, precision, self._spare)
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits of the next tokens, and append these to the cache.
@@ -362,6 +366,7 @@ class Decoder:
     def forget(self) -> None:
         """Free the working memory of earlier calls; the next call of each shape allocates it again."""
         self.compiled.forget()
+        self._spare.forget()
         self._token_step = None
 
     def _step_of_token(self, ids: Tensor, cache: Cache) -> TokenStep | None:
@@ -383,8 +388,8 @@ class Decoder:
         if step is not None:
             cache.reserve(1)
             return self._read(cache, 1, 1, step.run(ids, cache, recorder))
-        # Padding to whole tiles keeps the number of shapes small; what is appended is not read, and overwritten later.
-        padded = tokens if few_tokens((batch, tokens)) else -(-tokens // TILE) * TILE
+        # padding keeps the number of shapes small; what is appended is not read, and overwritten later
+        padded = tokens if few_tokens((batch, tokens)) else padded_length(tokens)
         padded = min(padded, cache.capacity - cache.past)
         cache.reserve(padded)
         # padding has the last token's position: a table of positions may end before the padding does
@@ -429,6 +434,16 @@ class Decoder:
         kinds = Counter(p.kind for p in {p.values.data_ptr(): p for p in packed}.values())
         weights = "".join(f", {count} weights in {kind}" for kind, count in kinds.most_common())
         return f"language model step{weights}, {features} numbers of a token in the cache\n{self.compiled}"
+
+
+def padded_length(tokens: int) -> int:
+    """Return the length to which prompts of so many tokens are padded: whole vectors, whole tiles where they are long.
+
+    >>> [padded_length(n) for n in (5, 100, 130, 250, 300)]
+    [16, 112, 160, 256, 320]
+    """
+    step = VECTOR if tokens <= 2 * TILE else 2 * VECTOR if tokens <= 4 * TILE else TILE
+    return -(-tokens // step) * step
 
 
 def _grid_of(module: nn.Module) -> Grid | None:
