@@ -139,7 +139,7 @@ class JointLoss:
 
     @cached_property
     def stats(self) -> dict[str, LayerStats]:
-        """What scores read of the inputs of all layers that may be pruned or factorized, by name; empty without data."""
+        """What scores read of the inputs of layers that may be pruned or factorized, by name; empty without data."""
         names = {p.name for p in self.parts if p.method not in (BITS, BLOCK, *CUTS)}
         layers = [l for name, l in self.layers.items() if name in names]
         return calibrate(self.dense, layers, self.score, self.fitted, None, 0) if self.fitted else {}
