@@ -289,28 +289,6 @@ def test_sequences_share_the_pages_with_which_they_begin(precision):
     assert far(made(more[:, :1], many), _reread(made, fresh, more[:, :1])) < (1e-5 if precision == "fp32" else 0.02)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_caches_take_the_memory_of_earlier_ones(precision):
-    """What was in it does not matter; caches that are in use keep theirs."""
-    made = rarefy.decoder(pair()[0], cache_precision=precision)
-    ids = torch.randint(3, V, (2, 90))
-    first = made.cache(2, 128)
-    want, place = made(ids, first), first.stored.data_ptr()
-    second = made.cache(2, 128)
-    assert second.stored.data_ptr() != place
-    first.stored.fill_(float("nan") if precision == "fp32" else 100)
-    del first
-    third = made.cache(2, 128)
-    assert third.stored.data_ptr() == place
-    assert torch.equal(made(ids, third), want)
-    del third
-    assert made.cache(2, 1280).stored.data_ptr() != place  # it needs more
-    larger = made.cache(2, 640)
-    assert torch.equal(made(ids, larger), want) and larger.max_tokens == 640
-    made.forget()
-    assert not made._spare.memory
-
-
 def _reread(made, cache, ids):
     made(torch.full((8, 20), 7), cache)
     return made(ids, cache)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import trace
 from rarefy.model.layers import all_layers
 from rarefy.pipeline.sensitivity import compressed_weight
@@ -210,14 +211,32 @@ def test_methods_are_compared_by_what_each_loses_alone() -> None:
     brought = calibrated(parts, 0.4, loss)
     assert asked == [{"head"}, {"neuron"}]  # zeros are predicted to lose far more than both
     for before, after in zip(parts, brought):
-        factor = {"head": 8.0, "neuron": 2.0, "1x4": 1.0}[before.method]
+        factor = {"head": 8.0, "neuron": 2.0, "1x4": 8.0}[before.method]  # the largest where none was measured
         assert after.losses == pytest.approx([factor * l for l in before.losses])
         assert (after.amounts, after.savings) == (before.amounts, before.savings)
     first = solve.front(brought)[1]
     assert {method for method, _ in first.amounts} == {"neuron"}
 
 
-def test_methods_that_cannot_be_measured_alone_keep_their_losses() -> None:
+def test_losses_stay_where_a_method_cannot_be_measured_alone() -> None:
     parts = [part("neuron", "a", 8), part("head", "b", 8)]
     assert calibrated(parts, 0.3, lambda amounts: None) == parts
+    assert calibrated(parts, 0.3, lambda amounts: None if ("head", "b") in amounts else 1.0) == parts
     assert calibrated([], 0.3, lambda amounts: None) == []
+
+
+def test_a_layer_that_no_data_reach_is_left_out_alone(net: nn.Module, data: list[torch.Tensor]) -> None:
+    class WithUnused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = net, nn.Linear(12, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    parts = [part("1x4", name, 64 * 32, (0.5,)) for name in ("net.b", "unused")]
+    joint = JointLoss(WithUnused().eval(), data[0], parts, {}, data)
+    alone = JointLoss(net, data[0], [part("1x4", "b", 64 * 32, (0.5,))], {}, data)
+    assert joint({("1x4", "net.b"): 0.5}) == pytest.approx(alone({("1x4", "b"): 0.5}))
+    with pytest.raises(RarefyError, match="unused"):
+        joint({("1x4", "unused"): 0.5})

@@ -130,3 +130,14 @@ def test_the_first_loss_may_take_longer_than_the_share_of_its_method(steps):
     found.measure_dense()
     found.run()
     assert any(key.startswith("loss of neuron") for key, _, _ in listed)
+
+
+def test_a_deadline_is_the_same_after_a_kill(steps):
+    clock, _, make = steps
+    found = make(60.0)
+    found.measure_dense()
+    until = found._deadline("first line", 4)
+    assert clock.now < until < 60.0 / 3
+    clock.now += 10.0
+    assert found._deadline("first line", 4) == until
+    assert found._deadline("other lines", 4) > until

@@ -46,7 +46,7 @@ from rarefy.search.task import Task
 # ---- the schedule ------------------------------------------------------------------------------------------------
 
 # of a step, of MiniLM on two cores
-SECONDS = {"point": 40.0, "loss": 3.0, "errors": 3.0, "score": 20.0, "time": 30.0, "joint": 1.0}
+SECONDS = {"point": 40.0, "loss": 3.0, "errors": 3.0, "score": 20.0, "time": 30.0, "joint": 1.0, "until": 0.0}
 SAVED = {"neuron": 0.25, "head": 0.15, "1x4": 0.35, "layer": 0.4}  # of a call's time; other methods save too little
 
 
@@ -67,7 +67,7 @@ class Simulated(SideBySideJournal):
         costs = []
         for step in steps:
             kind, method = step.key.split()[0], step.key.split()[2]
-            value = step.compute() if kind in ("point", "errors", "joint") else "magnitude"
+            value = step.compute() if kind in ("point", "errors", "joint", "until") else "magnitude"
             if kind == "loss":
                 value = 1e-3 * math.exp(spread(step.key))
             elif kind == "time":

@@ -25,7 +25,7 @@ from rarefy.compiler.profile import Profile, Recorder
 from rarefy.compiler.program import VECTOR
 from rarefy.compiler.row_layout import few_tokens
 from rarefy.compiler.traced_graph import once_more
-from rarefy.generation.kv_cache import TILE, Cache, SpareMemory, check_cache_precision, slots_of
+from rarefy.generation.kv_cache import TILE, Cache, check_cache_precision, slots_of
 from rarefy.generation.options import checked_defaults, model_defaults
 from rarefy.generation.request import check_ids, generate_ids, stream_steps
 from rarefy.generation.token_step import TokenStep
@@ -280,7 +280,6 @@ class Decoder:
         self.generation_defaults = checked_defaults(generation_defaults or {})
         self.cache_precision = cache_precision
         self._token_step: TokenStep | None = None  # made by the first token
-        self._spare = SpareMemory()
 
     def eval(self) -> Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
@@ -288,8 +287,6 @@ class Decoder:
 
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache.
-
-        The memory of the last one that is not used any more serves it where that has the size; `forget` frees that.
 
         Args:
             batch: number of sequences.
@@ -315,7 +312,7 @@ class Decoder:
         padded = starts is not None and bool(starts.any())
         features = self.compiled.exported.cache_features
         precision = self.cache_precision if cache_precision is None else cache_precision
-        return Cache(features, batch, capacity, starts if padded else None, self.slots, precision, self._spare)
+        return Cache(features, batch, capacity, starts if padded else None, self.slots, precision)
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits of the next tokens, and append these to the cache.
@@ -366,7 +363,6 @@ class Decoder:
     def forget(self) -> None:
         """Free the working memory of earlier calls; the next call of each shape allocates it again."""
         self.compiled.forget()
-        self._spare.forget()
         self._token_step = None
 
     def _step_of_token(self, ids: Tensor, cache: Cache) -> TokenStep | None:
@@ -437,7 +433,7 @@ class Decoder:
 
 
 def padded_length(tokens: int) -> int:
-    """Return the length to which prompts of so many tokens are padded: whole vectors, whole tiles where they are long.
+    """Return the length to which prompts of so many tokens are padded: a multiple of 16, 32 or 64.
 
     >>> [padded_length(n) for n in (5, 100, 130, 250, 300)]
     [16, 112, 160, 256, 320]

@@ -48,32 +48,6 @@ def check_cache_precision(precision: Any, slots: Sequence[Slot] = ()) -> None:
         raise DataError(f"cache_precision: int8 needs heads of an even size, got {odd}: leave it out for fp32")
 
 
-class SpareMemory:
-    """The memory of the last cache that nobody reads any more, for the next one.
-
-    Memory that a process has used is ready; new memory is cleared when it is first written to, page by page.
-    """
-
-    def __init__(self) -> None:
-        self.memory: list[Tensor] = []
-
-    def take(self, nbytes: int) -> Tensor:
-        """Return memory of at least this size, with any content."""
-        last, self.memory = self.memory, []
-        if last and nbytes <= len(last[0]) <= 2 * nbytes:
-            return last[0]
-        last.clear()
-        return allocate(nbytes)
-
-    def give(self, memory: Tensor) -> None:
-        """Hold memory for the next cache, in place of other."""
-        self.memory = [memory]
-
-    def forget(self) -> None:
-        """Free the memory."""
-        self.memory = []
-
-
 class Cache:
     """Keys and values of several sequences, as native programs read them; see `Decoder.cache`.
 
@@ -94,7 +68,6 @@ class Cache:
         precision: "fp32", or "int8" for codes with a scale for each token and head.
         head_dim: features of the smallest head, which say where scales are.
         pages: the page of each 64 tokens of a sequence, int32 [batch, capacity / 64]; -1 where there is none yet.
-        spare: where its memory comes from, and returns to.
     """
 
     def __init__(
@@ -105,9 +78,8 @@ class Cache:
         starts: Tensor | None = None,
         slots: Sequence[Slot] = (),
         precision: str = "fp32",
-        spare: SpareMemory | None = None,
     ):
-        self.slots, self.precision, self.spare = tuple(slots), precision, spare or SpareMemory()
+        self.slots, self.precision = tuple(slots), precision
         for name, n in (("batch", batch), ("capacity", capacity)):
             check_int(name, n, 1, DataError)
         check_cache_precision(precision, slots)
@@ -121,19 +93,15 @@ class Cache:
         heads = features // self.head_dim if coded else 0
         size = numbers + 4 * batch * tiles * TILE * heads
         try:
-            self.memory = self.spare.take(size)
+            memory = allocate(size)
             self.pages = torch.full((batch, tiles), -1, dtype=torch.int32)
         except (MemoryError, RuntimeError):
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None
-        self.stored = self.memory[:numbers].view(torch.int8 if coded else torch.float32).view(-1, features * TILE)
-        self.scales = self.memory[numbers:size].view(torch.float32).view(-1, heads * TILE) if coded else None
+        self.stored = memory[:numbers].view(torch.int8 if coded else torch.float32).view(-1, features * TILE)
+        self.scales = memory[numbers:size].view(torch.float32).view(-1, heads * TILE) if coded else None
         self.free: list[int] = []  # pages that were given back
         self.used = 0  # pages that were given out so far
-
-    def __del__(self) -> None:
-        if hasattr(self, "memory"):
-            self.spare.give(self.memory)
 
     @property
     def nbytes(self) -> int:
@@ -180,9 +148,7 @@ class Cache:
         O(tokens that it holds).
         """
         starts = None if self.starts is None else self.starts.repeat_interleave(count, 0)
-        other = Cache(
-            self.features, self.batch * count, self.max_tokens, starts, self.slots, self.precision, self.spare
-        )
+        other = Cache(self.features, self.batch * count, self.max_tokens, starts, self.slots, self.precision)
         other._copy_pages(self, self.past, count)
         return other
 

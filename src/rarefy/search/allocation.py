@@ -19,7 +19,7 @@ from rarefy.search.space import Amounts, Part
 
 FACTORS = (2.0, 1.4, 1.2)  # on the losses of parts, one round of the climb after the other
 GAIN = 1e-3  # of the loss: less is not taken as better
-DEARER = 10.0  # a method that loses so many times what the cheapest one does is not in the best allocation
+DEARER = 10.0  # a method that is predicted to lose so many times what the cheapest one does is not measured
 
 Loss = Callable[[Amounts], float | None]
 
@@ -96,29 +96,33 @@ def calibrated(
     loss: Loss,
     prefetch: Callable[[Sequence[Amounts]], None] = lambda amounts: None,
 ) -> list[Part]:
-    """Return the parts with the losses of each method brought to what the method loses when it saves this time alone.
+    """Return the parts with the losses of each method rescaled to what the method loses when it saves this time alone.
 
     The sum of what single parts lose is too small by a factor that differs between methods: of MiniLM 8 for heads, 2
-    for neurons, 1 for zeros.
+    for neurons, 1 for zeros. Methods that are predicted to lose far more than others are not measured; they get the
+    largest factor of those that are.
 
     Args:
         parts: the parts, with their predicted losses.
         saving: of a call's time; a method that cannot save it alone is compared at the most that it saves.
-        loss: returns the joint loss of an allocation, or None: the method then keeps its losses, as methods do that
-            are predicted to lose far more than others.
+        loss: returns the joint loss of an allocation, or None: then no losses are rescaled, because factors of some
+            methods alone would favour the others.
         prefetch: measures allocations side by side, before `loss` is called for each of them.
     """
-    alone = dict[str, Choice]()
+    choices = dict[str, Choice]()
     for method in dict.fromkeys(p.method for p in parts):
-        choices = solve.front([p for p in parts if p.method == method])
-        alone[method] = choices[solve.at_saving(choices, saving)]
-    alone = {m: c for m, c in alone.items() if c.saving > 0 and c.loss > 0}
-    lowest = min((c.loss / c.saving for c in alone.values()), default=0.0)
-    alone = {m: c for m, c in alone.items() if c.loss / c.saving <= DEARER * lowest}
-    prefetch([c.amounts for c in alone.values()])
-    joint = {m: loss(c.amounts) for m, c in alone.items()}
-    factors = {m: value / alone[m].loss for m, value in joint.items() if value}
-    return scaled(parts, {p.key: factors[p.method] for p in parts if p.method in factors})
+        of_method = solve.front([p for p in parts if p.method == method])
+        choices[method] = of_method[solve.at_saving(of_method, saving)]
+    slopes = {m: c.loss / c.saving for m, c in choices.items() if c.saving > 0 and c.loss > 0}
+    compared = {m: choices[m] for m, slope in slopes.items() if slope <= DEARER * min(slopes.values())}
+    prefetch([c.amounts for c in compared.values()])
+    factors = dict[str, float]()
+    for method, choice in compared.items():
+        if (value := loss(choice.amounts)) is None:
+            return [*parts]
+        factors[method] = max(value, 1e-9) / choice.loss
+    largest = max(factors.values(), default=1.0)
+    return scaled(parts, {p.key: factors.get(p.method, largest) for p in parts})
 
 
 def scaled(parts: Sequence[Part], factors: Mapping[tuple[str, str], float]) -> list[Part]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.statistics import LayerStats
+from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
 from rarefy.model.layers import all_layers
@@ -142,12 +143,17 @@ class JointLoss:
         """What scores read of the inputs of layers that may be pruned or factorized, by name; empty without data."""
         names = {p.name for p in self.parts if p.method not in (BITS, BLOCK, *CUTS)}
         layers = [l for name, l in self.layers.items() if name in names]
-        return calibrate(self.dense, layers, self.score, self.fitted, None, 0) if self.fitted else {}
+        try:
+            return calibrate(self.dense, layers, self.score, self.fitted, None, 0) if self.fitted else {}
+        except RarefyError:  # of one layer, which is then left out alone
+            return {}
 
     def _smaller(self, key: Key, amount: float) -> list[tuple[nn.Parameter, Tensor]]:
         """Return a layer's weight in a pattern, in fewer bits, or of low rank."""
         method, name = key
         layer, stats = self.layers[name], {} if method == BITS else self.stats
+        if method != BITS and self.fitted and name not in stats:
+            stats |= calibrate(self.dense, [layer], self.score, self.fitted, None, 0)
         if method == RANK:
             return [(layer.original, space.factorized_weight(layer, amount, stats))]
         weight = compressed_weight(layer, space.setting_of(method, amount), stats, self.score)

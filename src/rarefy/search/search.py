@@ -144,13 +144,13 @@ class Search(Measured):
 
         def begin(left: int) -> None:
             nonlocal until, of_method
-            until = self.elapsed() + self.left() / 3 if until == math.inf else until
+            until = self._deadline("losses of parts", 3) if until == math.inf else until
             of_method = self.elapsed() + max(until - self.elapsed(), 0.0) / left
 
         def fits(*kinds: str) -> bool:
             ends = {"loss": of_method, "errors": until}.get(kinds[0].partition(" ")[0], math.inf)
-            if ends == of_method and self.journal.seconds_of(*kinds[:-1]) is None:
-                ends = until  # the first loss takes far less than a point, nobody knows how much
+            if ends == of_method and self.journal.seconds_of(kinds[0]) is None:
+                ends = until  # nobody knows what the first loss of its kind takes
             return self.fits(*kinds, until=ends)
 
         begun = any(key.startswith(("score of", "time of")) for key in self.journal.values)
@@ -169,10 +169,9 @@ class Search(Measured):
         """Find the choice at the limit: along a uniform line, then along others, then with other balances."""
         every, parts = parts, [p for p in parts if p.method != BLOCK]
         line = solve.shrunk(parts, UNIFORM[0])
-        if len({p.method for p in parts}) > 1:
-            choices = solve.front(line)
-            first = choices[first_choice(choices, self.bases[variant], None, self.task.targets)]
-            line = self._calibrated(parts, [line], first.saving, self.elapsed() + self.left() / 4)[0]
+        choices = solve.front(line)
+        first = choices[first_choice(choices, self.bases[variant], None, self.task.targets)]
+        line = self._calibrated(parts, [line], first.saving, self._deadline("first line", 4))[0]
         best = self._along(variant, parts, solve.front(line))
         for other_line in self._other_lines(parts, best):
             other = self._along(variant, parts, solve.front(other_line), start=best)
@@ -207,11 +206,12 @@ class Search(Measured):
         lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
         seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
         saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
-        until = self.elapsed() + self.left() / 4
+        until = self._deadline("other lines", 4)
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
         if self.task.progress:
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
+        self.measures_joint = True
         lines = self._calibrated(parts, lines, saving, until)
         return [climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())]
 
@@ -219,10 +219,15 @@ class Search(Measured):
         self, parts: list[Part], lines: Sequence[list[Part]], saving: float, until: float
     ) -> list[list[Part]]:
         """Return lines with the losses of methods that were measured alone at a saving, where there is time for it."""
-        if self._joint_loss(parts, {}, until) is None:
+        if len({p.method for p in parts}) < 2 or self._joint_loss(parts, {}, until) is None:
             return [*lines]
-        self.measures_joint = True
         return [calibrated(line, saving, *self._joint_losses(parts, until)) for line in lines]
+
+    def _deadline(self, what: str, parts: int) -> float:
+        """Return until when a step may take one of so many parts of the time that is left now, in seconds since the
+        start. It is the same after a kill."""
+        key = f"until when: {what}, of {self.task.seconds:g} s"
+        return self.journal.get(key, lambda: self.elapsed() + self.left() / parts)
 
     def _joint_losses(
         self, parts: list[Part], until: float
