@@ -108,7 +108,8 @@ struct Int4BitmaskOps {
   }
 };
 
-// Keep a constant in a register: the compiler would rebuild it in the loop, on the only shuffle port.
+// Hide from the compiler how a vector was computed: it would rebuild constants in a loop, on the only shuffle port, and
+// GCC copies sums of products from register to register, twice for each product.
 inline __m512i in_register(__m512i v) {
   HIDE_FROM_COMPILER(asm, v);
   return v;
@@ -229,7 +230,7 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
   static __m512i broadcast(uint32_t w) { return _mm512_set1_epi32(int(w)); }
   static __m512i multiply_add(__m512i s, __m512i x, __m512i w) {
-    return in_register(_mm512_dpbusd_epi32(s, x, w));  // GCC copies sums in vain where it may
+    return in_register(_mm512_dpbusd_epi32(s, x, w));
   }
   static __m512i load_acc(const uint32_t* o) { return _mm512_load_si512(o); }
   static void store_acc(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
