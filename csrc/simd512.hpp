@@ -229,9 +229,7 @@ struct LaneOps<RAREFY_I8> : I32Accumulator {
   static constexpr int INPUTS = 4;
   static __m512i load(const uint32_t* x) { return _mm512_load_si512(x); }
   static __m512i broadcast(uint32_t w) { return _mm512_set1_epi32(int(w)); }
-  static __m512i multiply_add(__m512i s, __m512i x, __m512i w) {
-    return in_register(_mm512_dpbusd_epi32(s, x, w));
-  }
+  static __m512i multiply_add(__m512i s, __m512i x, __m512i w) { return in_register(_mm512_dpbusd_epi32(s, x, w)); }
   static __m512i load_acc(const uint32_t* o) { return _mm512_load_si512(o); }
   static void store_acc(uint32_t* o, __m512i s) { _mm512_store_si512(o, s); }
   static raw_vec pack(const float* x, int64_t n, float scale) {
