@@ -59,6 +59,23 @@ def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 
+@pytest.mark.parametrize("metric", [[], ["--evaluate", "retrieval", "--eval-data", "pairs.txt"]])
+def test_encoders_get_the_masks_that_their_example_has(metric, place, tmp_path, monkeypatch):
+    """Texts are batches of ids, pairs of texts have attention masks as well; an encoder's example has token types."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained("bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained("bert")
+    text = (place / "text.txt").read_text().split()
+    Path("pairs.txt").write_text("\n".join(" ".join(text[i : i + 12]) for i in range(0, 240, 12)))
+    options = ["--max-loss", "50%", "--batch", "1", *TIMES, "-o", "out"]
+    result = shell("optimize", "bert", "--data", place / "text.txt", *metric, *options)
+    assert result.returncode == 0 and "All limits are kept" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -208,6 +208,8 @@ def test_evaluation_that_fails_on_a_candidate_is_a_point_with_an_error():
     frontier = run(fails_later)
     failed = [p for p in frontier.points if p.error]
     assert len(failed) == 1 and "out of luck" in failed[0].error and frontier.best is not None
+    counted = f"1 of {len(frontier.points)} models could not be measured, the first one: {failed[0].name}: "
+    assert any(note.startswith(counted) and "out of luck" in note for note in frontier.notes)
 
 
 @pytest.mark.parametrize(

@@ -234,4 +234,20 @@ def _inputs(
             result["eval_data"] = pair_batches(eval_data, take, tokenizer=tokenizer, what="--eval-data")
         else:
             result["eval_data"] = read_batches(net, eval_data, take, tokenizer, "--eval-data")
+    if not hf.is_causal_lm(net):
+        names = ("data", "eval_data")
+        result |= {n: [_with_inputs_of(example, b) for b in result[n]] for n in names if result[n] is not None}
     return result
+
+
+def _with_inputs_of(example: Any, batch: Any) -> Any:
+    """Return a batch of texts, or a pair of such, with the masks that the example has: no padding, one segment."""
+    import torch
+
+    if isinstance(batch, tuple):
+        return tuple(_with_inputs_of(example, part) for part in batch)
+    if not isinstance(batch, dict) or not isinstance(example, dict) or "input_ids" not in batch:
+        return batch
+    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+    missing = [n for n in fill if n in example and n not in batch]
+    return {**batch, **{n: fill[n](batch["input_ids"]) for n in missing}}

@@ -210,6 +210,9 @@ def _run(search: Search) -> Frontier:
         point = search.points[index]
         model, deployed = search.models_of(index)
         best = Best(engine_in(deployed), model, point, search.data_of(point.recipe))
+    if failed := [p for p in search.points if p.error]:
+        count = f"{len(failed)} of {len(search.points)} models could not be measured"
+        notes.append(f"{count}, the first one: {failed[0].name}: {failed[0].error}")
     if _constant(search.points):
         notes.append(f"{task.metric.name} is the same for all models: the search could not tell them apart")
     verdict = _verdict(search, index, met, finished)
