@@ -193,6 +193,7 @@ def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: An
 
     from rarefy.cli import onnx_files
     from rarefy.evaluation.example_inputs import example_of
+    from rarefy.model.batches import FILLED, with_masks
     from rarefy.model.signature import get_signature
 
     signature = get_signature(net)
@@ -207,7 +208,6 @@ def example_input(net: Any, tokens: int | None, batch: int | None, tokenizer: An
         raise RecipeError("--tokens has no effect: the model reads images")
     if isinstance(example, dict) and "input_ids" in example:
         input_names = getattr(tokenizer, "model_input_names", ["attention_mask"])
-        fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
         parameters = inspect.signature(net.forward).parameters
-        example |= {n: f(example["input_ids"]) for n, f in fill.items() if n in input_names and n in parameters}
+        example = with_masks(example, [n for n in FILLED if n in input_names and n in parameters])
     return example

@@ -242,12 +242,10 @@ def _inputs(
 
 def _with_inputs_of(example: Any, batch: Any) -> Any:
     """Return a batch of texts, or a pair of such, with the masks that the example has: no padding, one segment."""
-    import torch
+    from rarefy.model.batches import with_masks
 
     if isinstance(batch, tuple):
         return tuple(_with_inputs_of(example, part) for part in batch)
     if not isinstance(batch, dict) or not isinstance(example, dict) or "input_ids" not in batch:
         return batch
-    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-    missing = [n for n in fill if n in example and n not in batch]
-    return {**batch, **{n: fill[n](batch["input_ids"]) for n in missing}}
+    return with_masks(batch, [*example])

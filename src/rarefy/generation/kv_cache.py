@@ -99,7 +99,7 @@ class Cache:
             message = f"not enough memory for a cache of {capacity:,} tokens of {batch} sequences: {size:,} bytes"
             raise MemoryError(message) from None
         self.stored = memory[:numbers].view(torch.int8 if coded else torch.float32).view(-1, features * TILE)
-        self.scales = memory[numbers:size].view(torch.float32).view(-1, heads * TILE) if coded else None
+        self.scales = memory[numbers:].view(torch.float32).view(-1, heads * TILE) if coded else None
         self.free: list[int] = []  # pages that were given back
         self.used = 0  # pages that were given out so far
 

@@ -23,11 +23,11 @@ from rarefy.compiler.executor import Compiled
 from rarefy.generation.decoder import Decoder
 from rarefy.integrations.hf_generation import generate_with
 from rarefy.model import hf
+from rarefy.model.batches import FILLED, with_masks
 
 # files that `save` writes, beside the shards of weights
 OF_MODEL = (INDEX, "rarefy-index.json.xz", "graph.json", "config.json", "receipt.json", "receipt.txt", "receipt.md")
 SWITCHES = ("output_hidden_states", "output_attentions")  # outputs that a model may be compiled with
-FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a model assumes where they are left out
 UNUSED = ("use_cache", "return_dict", "logits_to_keep", "past_key_values", *SWITCHES)  # never inputs of a graph
 
 
@@ -160,9 +160,7 @@ def _fitted(engine: Compiled, tensors: dict[str, Any]) -> dict[str, Any]:
         if not (name in FILLED and bool((tensors[name] == FILLED[name]).all())):
             raise DataError(f"compiled without {name}: pass an example= that has it")
         tensors = {k: v for k, v in tensors.items() if k != name}
-    like = next((t for t in tensors.values() if isinstance(t, Tensor) and t.dim() == 2), None)
-    absent = [n for n in names if n not in tensors and n in FILLED and like is not None]
-    return {**tensors, **{n: torch.full(like.shape, FILLED[n]) for n in absent}}  # type: ignore[union-attr]
+    return with_masks(tensors, names)
 
 
 def _logits(decoder: Decoder, tensors: Mapping[str, Any], keep: Any) -> Tensor:

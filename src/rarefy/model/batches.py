@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a model of texts assumes where they are left out
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -35,6 +37,17 @@ def distinct_tensors(batch: Any) -> Any:
         return t.clone() if repeated else t
 
     return pytree.tree_map_only(Tensor, own, batch)
+
+
+def with_masks(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return inputs of a model of texts with those of these names that change nothing: no padding, one segment.
+
+    >>> with_masks({"input_ids": torch.tensor([[5, 7]])}, ["attention_mask"])["attention_mask"]
+    tensor([[1, 1]])
+    """
+    like = next((t for t in inputs.values() if isinstance(t, Tensor) and t.dim() == 2), None)
+    missing = [n for n in names if n in FILLED and n not in inputs and like is not None]
+    return {**inputs, **{n: torch.full(like.shape, FILLED[n]) for n in missing}}  # type: ignore[union-attr]
 
 
 def count_tokens(batch: Any) -> int:

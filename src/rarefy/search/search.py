@@ -118,7 +118,7 @@ class Search(Measured):
 
     def _eight_bit_parts(self, variant: Variant) -> list[Part]:
         """Return what each layer saves and loses in 8 bits; the losses may take a quarter of the time that is left."""
-        task, until = self.task, self.elapsed() + self.left() / 4
+        task, until = self.task, self._deadline("losses in 8 bits", 4)
         few = few_batches(task.dense, task.data, task.example)
         whole = {n: 1 - 1 / s for n, s in self.bases[variant].speedup.items()}
         key = f"savings of layers in {variant.name}"
@@ -171,7 +171,7 @@ class Search(Measured):
         line = solve.shrunk(parts, UNIFORM[0])
         choices = solve.front(line)
         first = choices[first_choice(choices, self.bases[variant], None, self.task.targets)]
-        line = self._calibrated(parts, [line], first.saving, self._deadline("first line", 4))[0]
+        line = self._calibrated(parts, line, first.saving, self._deadline("first line", 4))
         best = self._along(variant, parts, solve.front(line))
         for other_line in self._other_lines(parts, best):
             other = self._along(variant, parts, solve.front(other_line), start=best)
@@ -212,16 +212,14 @@ class Search(Measured):
         if self.task.progress:
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
         self.measures_joint = True
-        lines = self._calibrated(parts, lines, saving, until)
+        lines = [self._calibrated(parts, line, saving, until) for line in lines]
         return [climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())]
 
-    def _calibrated(
-        self, parts: list[Part], lines: Sequence[list[Part]], saving: float, until: float
-    ) -> list[list[Part]]:
-        """Return lines with the losses of methods that were measured alone at a saving, where there is time for it."""
+    def _calibrated(self, parts: list[Part], line: list[Part], saving: float, until: float) -> list[Part]:
+        """Return a line with the losses of methods that were measured alone at a saving, where there is time for it."""
         if len({p.method for p in parts}) < 2 or self._joint_loss(parts, {}, until) is None:
-            return [*lines]
-        return [calibrated(line, saving, *self._joint_losses(parts, until)) for line in lines]
+            return line
+        return calibrated(line, saving, *self._joint_losses(parts, until))
 
     def _deadline(self, what: str, parts: int) -> float:
         """Return until when a step may take one of so many parts of the time that is left now, in seconds since the
