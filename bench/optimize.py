@@ -11,6 +11,7 @@
 
 After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
 runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
+As many of its layers stay in fp32 as in the model that was found, spread evenly.
 Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean
 squared relative distances from the dense model's outputs, which differ where qualities are equal by chance. State is
 kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from rarefy.data.text_pairs import text_pairs, token_batches
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import hf
+from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import deploy, times_of
@@ -217,6 +219,11 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
     return {**recipe, "stages": stages}
 
 
+def evenly_in_fp32(model: nn.Module, ignore: Sequence[str]) -> tuple[str, ...]:
+    """Return as many layers as stay in fp32 in the model that was found, spread evenly over the whole model."""
+    return tuple(sorted(in_spread_order([l.name for l in all_layers(model)])[: len(ignore)]))
+
+
 @torch.no_grad()
 def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterator[dict[str, Any]]:
     """Yield one record: what the search found, and what stands beside it, measured in turns."""
@@ -243,11 +250,12 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         for label, recipe in recipes.items():
             rarefy.compress_(others[label], Recipe(**recipe), {"calibrate": task.data})
     assert found.best is not None
+    ignored = {n: untrained.ignore for n in others} | {"uniform": evenly_in_fp32(task.model, untrained.ignore)}
     make = partial(deploy, example=task.example, calibration=task.data)
     models = {
         "dense, fp32": make(task.model, precision=None),
         "dense, int8": make(task.model, precision="int8"),
-        **{n: make(m, precision=untrained.precision, ignore=untrained.ignore) for n, m in others.items()},
+        **{n: make(m, precision=untrained.precision, ignore=ignored[n]) for n, m in others.items()},
         "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
     }
     judge, distance = metric_of(task.evaluate, task.model, task.judged), metric_of("distance", task.model, task.unseen)

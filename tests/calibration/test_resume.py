@@ -18,7 +18,7 @@ from helpers.small_blocks import Decoder, lin, rows
 from rarefy.calibration import offload, resume
 from rarefy.cli import main
 from rarefy.common import atomic_io
-from rarefy.common.errors import ContainerError, DataError, PatternError, RecipeError
+from rarefy.common.errors import ContainerError, DataError, PatternError, RarefyError, RecipeError
 from rarefy.prune import layerwise, prune
 
 LEARN = rarefy.Solver(name="refit", reconstruct=4, lr=1e-2)
@@ -394,6 +394,17 @@ def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), atomic_io.resume_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert not prune.exists() and capsys.readouterr().err == ""  # nothing was done yet
+    prune.mkdir(parents=True)
+    (prune / "search.jsonl").write_text('{"settings": {}}\n')
+    with pytest.raises(RarefyError), atomic_io.resume_folder(tmp_path / "out"):
+        raise RarefyError("the dense model cannot be measured")
+    assert not prune.exists() and capsys.readouterr().err == ""  # a search that has measured nothing
+    prune.mkdir(parents=True)
+    (prune / "search.jsonl").write_text('{"settings": {}}\n{"key": "dense"}\n')
+    with pytest.raises(KeyboardInterrupt), atomic_io.resume_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert prune.exists() and "again to resume" in capsys.readouterr().err
+    atomic_io.remove_resume_state(prune.parent)
     for anew in (False, True):
         prune.mkdir(parents=True)
         (prune / "stop-000000.safetensors").touch()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,21 @@ import typer
 from rarefy.cli import shared
 from rarefy.cli.generate_output import Run, Text, print_results, run_steps
 from rarefy.cli.shared import CachePrecision, DecoderPrecision, Json, Offline, Quiet, Threads
-from rarefy.common.errors import ModelError, RecipeError
+from rarefy.common.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from rarefy.cli.shared import Source
 
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that turn on sampling
-
+SHELL_OPTIONS = {  # what errors call by the name of a Python option
+    "do_sample=False": "--greedy",
+    "do_sample=True": "--temperature or another option of sampling",
+    "num_return_sequences": "--n",
+    "num_beams": "--beams",
+    "prompt_lookup_num_tokens": "--lookup",
+    "assistant_model": "--draft",
+    "stop_strings": "--stop",
+}
 
 Model = Annotated[
     str,
@@ -70,7 +79,12 @@ FrequencyPenalty = Annotated[
 NoRepeatNgramSize = Annotated[int | None, typer.Option(min=1, help="Let so many tokens in a row occur only once.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling.")]
 Count = Annotated[int | None, typer.Option("--n", min=1, help="Number of texts for each prompt.")]
-Beams = Annotated[int | None, typer.Option(min=2, help="Search with so many beams instead of sampling.")]
+Beams = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Beam search with so many beams; with options of sampling, such as --temperature, each is drawn."
+    ),
+]
 LengthPenalty = Annotated[
     float | None, typer.Option(help="With --beams: above 0 prefers longer texts, below shorter ones.")
 ]
@@ -151,6 +165,9 @@ def generate(
     """
     texts = _read_prompts(prompt, ids, chat)
     _check_effects(system, chat, logprobs, as_json)
+    guess = "--draft" if draft is not None else "--lookup" if lookup is not None else None
+    count = len(texts) * (n or 1)
+    _check(guess is None or count == 1, f"{guess} works for one text at a time, got {count}")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop_strings": stop or None,
@@ -232,8 +249,21 @@ def _explicit(values: Mapping[str, Any], greedy: bool, draft: str | None) -> dic
 
     options = {name: value for name, value in values.items() if value is not None}
     options |= _sampling(options, greedy)
-    check_options({**options, **({"assistant_model": draft} if draft else {})}, {})
+    try:
+        check_options({**options, **({"assistant_model": draft} if draft else {})}, {})
+    except DataError as error:
+        raise DataError(_in_shell(str(error), [*values])) from None
     return options
+
+
+def _in_shell(message: str, names: Iterable[str]) -> str:
+    """Return a message that calls options as the command line does.
+
+    >>> _in_shell("top_k has no effect: pass num_beams=4", ["top_k", "num_beams"])
+    '--top-k has no effect: pass --beams=4'
+    """
+    shell = {**SHELL_OPTIONS, **{n: f"--{n.replace('_', '-')}" for n in names if n not in SHELL_OPTIONS}}
+    return re.sub("|".join(rf"\b{re.escape(n)}\b" for n in shell), lambda found: shell[found[0]], message)
 
 
 def _constraints(json_schema: str | None, regex: str | None, grammar: Path | None) -> dict[str, str | None]:
@@ -259,6 +289,8 @@ def _file(option: str, path: Path) -> str:
 
 def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str]:
     """Return the prompts of the command line; `-` is read from standard input."""
+    from rarefy.generation.tokenization import parse_ids
+
     if prompts and ids:
         raise RecipeError("give --prompt or --ids, not both")
     if not prompts and not ids:
@@ -266,6 +298,8 @@ def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) 
     if chat and ids:
         raise RecipeError("--chat has no effect on --ids: give --prompt")
     if ids or not prompts:
+        for text in ids or []:
+            parse_ids(text)  # raises before the model is loaded
         return ids or []
     if prompts.count("-") > 1:
         raise RecipeError("standard input can be read only once: give one --prompt -")

@@ -184,9 +184,7 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     try:
         yield work
     except BaseException:
-        if any(
-            f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE, SEARCH_FILE) for f in work.glob(f"stage-*/{name}")
-        ):
+        if _has_progress(work):
             say([f"progress is saved in {work}: run the same command again to resume"])
         else:
             remove_resume_state(work)
@@ -195,6 +193,13 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
                     folder.rmdir()
         raise
     remove_resume_state(work)
+
+
+def _has_progress(work: Path) -> bool:
+    """Return whether a run could go on from a folder: of a search, settings alone are no progress."""
+    if any(f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE) for f in work.glob(f"stage-*/{name}")):
+        return True
+    return any(file.read_bytes().count(b"\n") > 1 for file in work.glob(f"stage-*/{SEARCH_FILE}"))
 
 
 def lock_file(file: Path) -> Any:

@@ -119,7 +119,7 @@ def parse_ids(text: str) -> list[int]:
     """
     numbers = text.replace(",", " ").split()
     if not numbers or not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
-        raise DataError(f"expected ids as whole numbers, such as '1 2 3', got {text[:80]!r}")
+        raise DataError(f"expected ids as whole numbers from 0 on, such as '1 2 3', got {text[:80]!r}")
     return [int(n) for n in numbers]
 
 

@@ -24,7 +24,7 @@ from rarefy.compiler.model_checks import check_module, check_ready
 from rarefy.evaluation.profiling import machine
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import distributed, hf
-from rarefy.model.batches import count_samples, slice_batch
+from rarefy.model.batches import count_samples, slice_batch, tensors_in
 from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
@@ -305,16 +305,13 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
     The last quarter of the batches, or of the samples of a single batch, is for evaluation: a recipe that reads fewer
     samples of the same source then reads those of the calibration.
     """
-    if data is not None:
-        check_batches(data)
-    batches = [] if data is None else list(data)
+    batches = [] if data is None else _checked(data, "data")
     if callable(evaluate) or isinstance(evaluate, Metric):
         if eval_data is not None:
             raise RecipeError("eval_data has no effect on a function: let it read the data itself, or give a name")
         return batches, None
     if eval_data is not None:
-        check_batches(eval_data, "eval_data")
-        return batches, list(eval_data)
+        return batches, _checked(eval_data, "eval_data")
     if len(batches) == 1 and (samples := count_samples(batches[0])) > 1:
         first = samples - max(1, samples // HELD_OUT)
         batches = [slice_batch(batches[0], 0, first), slice_batch(batches[0], first, samples)]
@@ -324,6 +321,18 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
         raise DataError(f"evaluate={evaluate!r} needs data of its own: give eval_data=, or two samples of data or more")
     count = max(1, len(batches) // HELD_OUT)
     return batches[:-count], batches[-count:]
+
+
+def _checked(data: Any, what: str) -> list[Any]:
+    """Return the batches of data; DataError if they are none, or hold NaN or infinity."""
+    check_batches(data, what)
+    batches = list(data)
+    if not batches:
+        raise DataError(f"{what} is empty: give a list of batches, or leave {what} out")
+    for i, batch in enumerate(batches):
+        if not all(bool(t.isfinite().all()) for t in tensors_in(batch)):
+            raise DataError(f"{what}: batch {i} holds NaN or infinity: expected finite numbers")
+    return batches
 
 
 def _check_runs(model: nn.Module, batch: Any, what: str) -> None:
@@ -339,13 +348,11 @@ def _recovery(model: nn.Module, minutes: float, data: Any, calibration: list[Any
     """Return what may be trained, or None. DataError where the model does not run on the first batch."""
     if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 <= minutes < math.inf:
         raise RecipeError(f"train_minutes: expected a number of at least 0, got {minutes!r}")
-    if data is not None:
-        check_batches(data, "train_data")
-        if not minutes:
-            raise RecipeError("train_data has no effect without training: give train_minutes")
+    if data is not None and not minutes:
+        raise RecipeError("train_data has no effect without training: give train_minutes")
     if not minutes:
         return None
-    batches = calibration if data is None else list(data)
+    batches = calibration if data is None else _checked(data, "train_data")
     if not batches:
         raise DataError("training needs data: give train_data=batches, or data=batches")
     _check_runs(model, batches[0], "train_data: the model does not run on its first batch")
