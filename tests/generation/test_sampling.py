@@ -158,7 +158,7 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --prompt w1 --temperature 0", "--temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --temperature -1", "temperature: expected a number above 0"),
         ("{decoder} --prompt w1 --top-p 1.5", "--top-p: expected a probability"),
-        ("{decoder} --prompt w1 --min-p 2", "min_p: expected a probability from 0 to 1"),
+        ("{decoder} --prompt w1 --min-p 2", "--min-p: expected a probability from 0 to 1"),
         ("{decoder} --prompt w1 --greedy --top-p 0.5", "--top-p has no effect on the most likely token: drop --greedy"),
         ("{decoder} --prompt w1 --greedy --n 2", "--n would return the same text several times"),
         ("{decoder} --prompt w1 --beams 2 --n 3", "a search of 2 beams returns at most 2 texts, got 3"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rarefy
-from conftest import Net, Tied
+from conftest import Net, Tied, tiny_llama
 from rarefy.common.errors import DataError, ModelError, PatternError, RecipeError
 from rarefy.model.layers import all_layers, select_layers
 from rarefy.model.masks import get_mask
@@ -412,6 +412,22 @@ def test_tied_weights_stay_tied(tmp_path):
     again = rarefy.load(tmp_path / "out", Tied())
     assert again.lm_head.weight is again.embed.weight and torch.equal(again.embed.weight, net.embed.weight)
     assert set(recorded_grids(again.lm_head)) == {"weight"} == set(recorded_grids(again.embed))
+
+
+def test_obs_rounds_a_tied_output_head_as_one_that_is_not_tied():
+    """It is solved on the inputs of the head; the embedding, which has none, gets the same weights."""
+    pytest.importorskip("transformers")
+    tied, alone = tiny_llama(), tiny_llama(tie=False)
+    alone.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.lm_head.weight})
+    data = [{"input_ids": torch.randint(2, 64, (4, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    nearest = copy.deepcopy(alone)
+    for net, name in ((tied, "model.embed_tokens"), (alone, "lm_head")):
+        report = rarefy.quantize_(net, "int4", group=32, solver="obs", layers=["*.down_proj", name], data=data)
+        assert name in [r["layer"] for r in report.rows]
+    rarefy.quantize_(nearest, "int4", group=32, layers="lm_head")
+    assert torch.equal(tied.lm_head.weight, alone.lm_head.weight)
+    assert torch.equal(tied.model.embed_tokens.weight, tied.lm_head.weight)
+    assert not torch.equal(alone.lm_head.weight, nearest.lm_head.weight)
 
 
 def test_casting_does_not_change_codes(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rarefy
+from conftest import tiny_llama
 from helpers.language_models import small
 from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
@@ -11,8 +12,10 @@ from rarefy.search import space
 from rarefy.search.deploy import Variant, distance, outputs_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.frontier import Point
+from rarefy.search.journal import Journal
+from rarefy.search.parts import PartMeasurer
 from rarefy.search.solve import Choice
-from rarefy.search.space import BIT_LEVELS, BITS, Part
+from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, Part
 from rarefy.search.stages import stages_of, weight_stages
 
 pytest.importorskip("transformers")
@@ -75,6 +78,45 @@ def test_the_recipe_runs_in_these_bits(data, smooth):
     with torch.no_grad():
         lost = distance(made, outputs_of(small(), data), data)
     assert lost is not None and lost < 0.05
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_is_a_part_too(data, tied):
+    made = tiny_llama(tie=tied)
+    name = "model.embed_tokens" if tied else "lm_head"
+    heads = space.chosen_layers(made, HEAD_BITS, None, None)
+    assert [h.full_name for h in heads] == [name] and space.shares_of_layers(made, heads, data[0]) == {name: 1.0}
+    assert space.chosen_layers(made, HEAD_BITS, "model.layers.*", None) == []
+    assert space.chosen_layers(made, HEAD_BITS, None, "lm_head") == []
+    assert name not in [l.full_name for l in space.chosen_layers(made, BITS, None, None)]
+    stages = weight_stages(BITS, {name: 0.25, LAYERS[0]: 0.375}, has_data=True)
+    rarefy.compress_(made, Recipe(stages=[*stages, *INT8.stages([name, LAYERS[0]])], seed=0), {"calibrate": data})
+    step = rarefy.decoder(made, precision="int8")
+    layers, kernels = step.compiled.exported.layers, step.compiled.kernels
+    kinds = {layers[n]: k.held[0].kind for n, k in kernels.items() if n in layers}
+    assert kinds["lm_head"] == "int6" and kinds[LAYERS[0]] == "int5" and kinds[LAYERS[1]] == "int8"
+
+
+def test_the_output_head_is_timed_alone(data, monkeypatch):
+    """Its part has its own time; the layers share theirs. Times of so small a model vary, so they are set here."""
+    made = tiny_llama()
+    timed = {BITS: 0.4, HEAD_BITS: 0.1}
+    monkeypatch.setattr(
+        PartMeasurer,
+        "_saved",
+        lambda self, method, smaller, level=None: {"decode": timed.get(method, 0) * (level or 0)},
+    )
+    measurer = PartMeasurer(
+        made, data[0], data, INT8, ["decode"], Journal(None, {}), None, None, lambda *k: True, False
+    )
+    made_parts = {p.name: p for p in measurer.measure()}
+    head = made_parts.pop("model.embed_tokens")
+    assert head.method == BITS and head.savings["decode"] == pytest.approx([0.025, 0.0375, 0.05])
+    assert sum(p.savings["decode"][-1] for p in made_parts.values()) == pytest.approx(0.2)
+    wanted = outputs_of(made, data)
+    layer = next(l for l in all_layers(made) if l.full_name == "model.embed_tokens")
+    loss = space.measured_layer_loss(made, layer, space.setting_of(BITS, 0.5), {}, "magnitude", measurer.few, wanted)
+    assert head.losses[-1] == pytest.approx(loss) and head.losses[0] < head.losses[1] < head.losses[2]
 
 
 def test_a_choice_in_words():

@@ -165,9 +165,7 @@ def generate(
     """
     texts = _read_prompts(prompt, ids, chat)
     _check_effects(system, chat, logprobs, as_json)
-    guess = "--draft" if draft is not None else "--lookup" if lookup is not None else None
-    count = len(texts) * (n or 1)
-    _check(guess is None or count == 1, f"{guess} works for one text at a time, got {count}")
+    _check_guesses(lookup, draft, len(texts) * (n or 1))
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop_strings": stop or None,
@@ -211,6 +209,11 @@ def _check(condition: bool, message: str) -> None:
 def _check_effects(system: str | None, chat: bool, logprobs: int | None, as_json: bool) -> None:
     _check(system is None or chat, "--system has no effect without --chat")
     _check(logprobs is None or as_json, "--logprobs has no effect without --json")
+
+
+def _check_guesses(lookup: int | None, draft: str | None, count: int) -> None:
+    option = "--draft" if draft is not None else "--lookup"
+    _check((lookup is None and draft is None) or count == 1, f"{option} works for one text at a time, got {count}")
 
 
 def _run(
@@ -263,7 +266,7 @@ def _in_shell(message: str, names: Iterable[str]) -> str:
     '--top-k has no effect: pass --beams=4'
     """
     shell = {**SHELL_OPTIONS, **{n: f"--{n.replace('_', '-')}" for n in names if n not in SHELL_OPTIONS}}
-    return re.sub("|".join(rf"\b{re.escape(n)}\b" for n in shell), lambda found: shell[found[0]], message)
+    return re.sub("|".join(rf"\b{re.escape(n)}\b" for n in shell), lambda match: shell[match[0]], message)
 
 
 def _constraints(json_schema: str | None, regex: str | None, grammar: Path | None) -> dict[str, str | None]:

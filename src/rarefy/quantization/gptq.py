@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rarefy.calibration.sequential import GroupStep, calibrate_sequentially, lay
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model.layers import Layer
+from rarefy.model.layout import layout
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, split_blocks
 from rarefy.prune import solvers
@@ -44,6 +46,7 @@ def gptq_(
     solver = config.solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
+    names, chosen = [l.full_name for l in chosen], [_as_output_head(l) for l in chosen]
     first = check_solvable(chosen, data, f"solver {solver.name}")
     dense = bool(solver.asymmetric)
     rows: dict[str, dict[str, Any]] = {}
@@ -56,7 +59,20 @@ def gptq_(
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
                         rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, config, shapes)
-    return rows, [quantized[l.full_name] for l in chosen]
+    return rows, [quantized[n] for n in names]
+
+
+def _as_output_head(layer: Layer) -> Layer:
+    """Return an embedding that is the output head too as that head, whose inputs the solver needs; others as they are.
+
+    The name stays.
+    """
+    heads = [o for o in layer.owners if isinstance(o[1], nn.Linear)]
+    if layer.layout.kind != "embedding" or not heads:
+        return layer
+    head_layout = layout(heads[0][1], heads[0][2])
+    assert head_layout is not None
+    return replace(layer, param=heads[0][2], owners=(heads[0],), layout=head_layout)
 
 
 def _solve(

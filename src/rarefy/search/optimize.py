@@ -109,7 +109,8 @@ def optimize(
             model's outputs, so that no labels are needed. 0: nothing is trained.
         train_data: batches to train on, the more the better; by default those of the calibration.
         higher_is_better: of the number that a function returns.
-        layers: selectors of layers that may change; by default all but embeddings and head.
+        layers: selectors of layers that may change; by default all but embeddings and head. The head of a language
+            model, and its embedding if they are tied, may get fewer bits.
         ignore: selectors of layers that stay as they are.
         resume_dir: folder for what was measured: after a kill, the same call continues from there, with more `minutes`
             too. Another model, other data or limits, other threads, versions or machines are refused. A function is

@@ -24,7 +24,19 @@ from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
 from rarefy.search.journal import Journal
 from rarefy.search.solve import in_spread_order, line, mean_savings
-from rarefy.search.space import BIT_LEVELS, BITS, BLOCK, CUTS, LEVELS, PATTERNS, PROBE, RANK, RANK_LEVELS, Part
+from rarefy.search.space import (
+    BIT_LEVELS,
+    BITS,
+    BLOCK,
+    CUTS,
+    HEAD_BITS,
+    LEVELS,
+    PATTERNS,
+    PROBE,
+    RANK,
+    RANK_LEVELS,
+    Part,
+)
 from rarefy.structured.cut import run_cut
 from rarefy.structured.layer_drop import Block
 from rarefy.structured.options import CutOptions
@@ -45,7 +57,8 @@ class PartMeasurer:
         variant: the precision.
         names: what is timed (`deploy.timed_names`).
         journal: keeps what was measured.
-        layers: selectors of layers; by default all but embeddings and head.
+        layers: selectors of layers; by default all but embeddings and head. The head of a language model may get
+            fewer bits.
         ignore: selectors of layers to leave as they are.
         fits: whether a step fits into the time, by the kinds of steps that say what it takes, the nearest first.
             Methods that are not timed are left out; parts whose loss is not measured take the mean of others.
@@ -82,7 +95,7 @@ class PartMeasurer:
         """Return all parts that save time, of all methods."""
         result: list[Part] = []
         graph = trace(self.dense, self.example)
-        of_weights = (BITS,) if hf.is_causal_lm(self.dense) else PATTERNS
+        of_weights = (BITS, HEAD_BITS) if hf.is_causal_lm(self.dense) else PATTERNS
         times: dict[str, Callable[[], Any]] = {method: partial(self._timed_groups, graph, method) for method in CUTS}
         times[BLOCK] = self._timed_blocks
         times |= {method: partial(self._timed_layers, method) for method in (*of_weights, RANK)}
@@ -90,7 +103,7 @@ class PartMeasurer:
         timed = {method: measure() for method, measure in times.items()}
         methods: list[Callable[[], list[Part]]] = [partial(self._groups, graph, m, *timed[m]) for m in CUTS]
         methods.append(partial(self._blocks, *timed[BLOCK]))
-        methods += [partial(self._weights, m, *timed[m]) for m in of_weights]
+        methods += [partial(self._weights, BITS if m == HEAD_BITS else m, *timed[m]) for m in of_weights]
         methods.append(lambda: self._low_rank(result, *timed[RANK]))
         for i, of_method in enumerate(methods):
             self.methods_left = len(methods) - i
@@ -221,7 +234,7 @@ class PartMeasurer:
         """Return the layers that a method can change, and what all of them save at each level; nothing where that is
         little at the largest."""
         layers = space.chosen_layers(self.dense, method, self.layers, self.ignore)
-        levels = {BITS: BIT_LEVELS, RANK: RANK_LEVELS}.get(method, TIMED_LEVELS)
+        levels = {BITS: BIT_LEVELS, HEAD_BITS: BIT_LEVELS, RANK: RANK_LEVELS}.get(method, TIMED_LEVELS)
         saved: dict[float, dict[str, float]] = {}
         for level in reversed(levels) if layers else ():
             saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
@@ -232,7 +245,7 @@ class PartMeasurer:
     def _smaller(self, layers: Sequence[Layer], method: str, level: float) -> nn.Module:
         """Return a copy of the model in which all layers are pruned to a level, factorized or quantized."""
         smaller, names = copy.deepcopy(self.dense), [l.full_name for l in layers]
-        if method == BITS:
+        if method in (BITS, HEAD_BITS):
             space.quantize_(smaller, names, level)
         elif method == RANK:
             space.factorize_(smaller, names, level)

@@ -25,7 +25,7 @@ from rarefy.dependency.symbolic_dims import Axis
 from rarefy.lowrank.svd import FactorizeOptions, run_factorize, truncated
 from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
-from rarefy.model.layers import Layer, Selector, all_layers, select_layers
+from rarefy.model.layers import Layer, Selector, all_layers, match_layers, select_layers
 from rarefy.model.masks import fold_
 from rarefy.model.sparsity_pattern import parse_pattern
 from rarefy.pipeline.sensitivity import GROUP, Setting, compressed_weight, replaced_weight
@@ -48,6 +48,7 @@ RANK = "low rank"
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
 BITS, EIGHT_BITS = "fewer bits", "8 bits"
+HEAD_BITS = "fewer bits of the output head"  # is timed alone: its parts are of BITS
 BIT_LEVELS = (0.25, 0.375, 0.5)  # fractions of 8 bits that a layer of a decoder saves: 6, 5 and 4 bits
 RANK_LEVELS = (0.3, 0.5, 0.7)  # fractions of a layer's weights that its factors save
 MAX_CUT = 0.75  # no group loses more than this fraction
@@ -223,6 +224,8 @@ def shares_of_blocks(blocks: Sequence[Block], shares: Mapping[str, float]) -> di
 
 def shares_of_layers(model: nn.Module, layers: Sequence[Layer], example: Any) -> dict[str, float]:
     """Return each layer's part of the multiply-adds of all of them in a call."""
+    if len(layers) == 1:  # the weight may be read as an embedding
+        return {layers[0].full_name: 1.0}
     positions: dict[str, int] = {}
 
     def hook(name: str, outputs: int) -> Callable[..., None]:
@@ -305,8 +308,19 @@ def quantize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
     """Return the layers whose weights a method may change."""
+    if method == HEAD_BITS:
+        return _output_heads(model, layers, ignore)
     kinds = (nn.Linear,) if method in (BITS, RANK) else (nn.Linear, nn.Conv2d)
     return [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
+
+
+def _output_heads(model: nn.Module, layers: Selector, ignore: Selector) -> list[Layer]:
+    """Return the output head of a language model, which may be its embedding too, unless selectors leave it out."""
+    if layers is not None:
+        return []
+    stay = {l.full_name for l in match_layers(all_layers(model), ignore, "ignore")} if ignore else set[str]()
+    heads = [l for l in all_layers(model) if l.is_output_head and l.full_name not in stay]
+    return [l for l in heads if any(isinstance(module, nn.Linear) for _, module, _ in l.owners)]
 
 
 def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = float("inf")) -> list[Any]:
