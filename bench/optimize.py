@@ -208,10 +208,11 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())
             options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
         elif "weights" in options and "layers" in options:
-            named = [*linear, *(n for n in options["layers"] if n not in linear)]  # the output head comes last
-            free = [n for n in named if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
+            heads = [n for n in options["layers"] if n not in linear]  # the output head has the same bits
+            free = [n for n in linear if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
             size = {n: model.get_submodule(n).weight.numel() for n in {*free, *options["layers"]}}  # type: ignore[union-attr]
-            remaining, options["layers"] = sum(size[n] for n in options["layers"]), []
+            remaining = sum(size[n] for n in options["layers"] if n not in heads)
+            options["layers"] = heads
             for name in in_spread_order(free):
                 if remaining >= size[name] / 2:
                     options["layers"].append(name)

@@ -118,7 +118,7 @@ def large_language() -> str:
 def readme() -> str:
     """README's table: the rows of `language` of the machine that was measured last, perplexity beside each speed.
 
-    The sentences below it say how often as fast as llama.cpp the engine is.
+    The sentences below it say how many times as fast as llama.cpp the engine is.
     """
     label = read("language")[-1]["label"]
     rows = [r for r in _language() if r["file"] not in NOT_IN_README and r["label"] == label]
@@ -134,21 +134,28 @@ def readme() -> str:
             line += [number(here[0][n][1]) if here else "" for n in ("decode", "prefill")]
         cells.append(line)
     cells.sort(key=lambda line: line[0].startswith("Rarefy"))
-    return f"{table(head, cells)}\n\n{_readme_gains(cells)}"
+    return f"{table(head, cells)}\n\n{_readme_gains(cells)}".rstrip()
 
 
 def _readme_gains(cells: list[list[str]]) -> str:
-    """Return sentences about the ratios of rows of README's table."""
+    """Return sentences about the ratios of rows of README's table; "" where one of the rows was not measured."""
     rows = {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in cells}
 
-    def gains(ours: str, theirs: str) -> tuple[str, str]:
-        first, second = (a / b for a, b in zip(rows[f"Rarefy, {ours}"][-2:], rows[f"llama.cpp, {theirs}"][-2:]))
+    pairs = {
+        "the file in Q4_1": "4-bit Q4_1",
+        "8 bits": "8-bit Q8_0",
+        "4 bits, groups of 32, GPTQ": "4-bit Q4_0",
+    }
+    if not all(f"Rarefy, {ours}" in rows and f"llama.cpp, {theirs}" in rows for ours, theirs in pairs.items()):
+        return ""
+
+    def gains(ours: str) -> tuple[str, str]:
+        first, second = (a / b for a, b in zip(rows[f"Rarefy, {ours}"][-2:], rows[f"llama.cpp, {pairs[ours]}"][-2:]))
         return f"{first:.1f}x", f"{second:.1f}x"
 
     four, q4_0 = rows["Rarefy, 4 bits, groups of 32, GPTQ"], rows["llama.cpp, 4-bit Q4_0"]
     assert four[0] < q4_0[0] and four[1] < q4_0[1], "the sentence about 4 bits would be wrong"
-    same, eight = gains("the file in Q4_1", "4-bit Q4_1"), gains("8 bits", "8-bit Q8_0")
-    fewer = gains("4 bits, groups of 32, GPTQ", "4-bit Q4_0")
+    same, eight, fewer = (gains(ours) for ours in pairs)
     return (
         f"- **The same file**, in Q4_1, generates text {same[0]} and reads prompts {same[1]} as fast as in llama.cpp. "
         f"In 8 bits Rarefy is {eight[0]} and {eight[1]} as fast as Q8_0. In 4 bits, rounded by GPTQ on 16 articles, it "

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -400,10 +401,16 @@ def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
         raise RarefyError("the dense model cannot be measured")
     assert not prune.exists() and capsys.readouterr().err == ""  # a search that has measured nothing
     prune.mkdir(parents=True)
-    (prune / "search.jsonl").write_text('{"settings": {}}\n{"key": "dense"}\n')
+    (prune / "search.jsonl").write_text('{"settings": {}}\n{"key": "point cast None: 1"}\n')
     with pytest.raises(KeyboardInterrupt), atomic_io.resume_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert prune.exists() and "again to resume" in capsys.readouterr().err
+    atomic_io.remove_resume_state(prune.parent)
+    prune.mkdir(parents=True)
+    with closing(atomic_io.lock_file(prune / "search.jsonl")):  # a search that runs, and has measured nothing yet
+        with pytest.raises(ContainerError), atomic_io.resume_folder(tmp_path / "out"):
+            atomic_io.lock_file(prune / "search.jsonl")
+        assert (prune / "search.jsonl").exists()
     atomic_io.remove_resume_state(prune.parent)
     for anew in (False, True):
         prune.mkdir(parents=True)

@@ -353,6 +353,7 @@ def test_defaults_that_are_not_usable():
             {"min_new_tokens": 9, "max_new_tokens": 8},
             "min_new_tokens: expected at most max_new_tokens, which is 8, got 9",
         ),
+        ({"min_new_tokens": 129}, "min_new_tokens: expected at most max_new_tokens, which is 128, got 129"),
         ({"do_sample": "yes"}, "do_sample: expected True or False, got 'yes'"),
         ({"do_sample": True, "min_p": 1.5}, "min_p: expected a probability from 0 to 1, got 1.5"),
         ({"do_sample": True, "seed": 2**64}, "seed: expected at most 2^63 - 1, got 18446744073709551616"),

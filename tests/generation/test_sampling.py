@@ -180,6 +180,7 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --prompt w1 --beams 2 --draft {decoder}", "--draft has no effect on a beam search"),
         ("{decoder} --prompt w1 --repetition-penalty 0", "--repetition-penalty: expected a number above 0"),
         ("{decoder} --prompt w1 --max-new-tokens 128", "the model has 128 positions"),
+        ("{wordless} --ids 1 --stop a", "--stop needs a tokenizer"),
         ("{wordless} --prompt w1", "has no tokenizer: add its files, such as tokenizer.json, or give --ids"),
         ("{model} --prompt w1 --precision int3", "unknown precision 'int3'"),
         ("{bert} --ids 1", "expected a language model of transformers, got BertModel"),

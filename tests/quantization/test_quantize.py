@@ -430,6 +430,19 @@ def test_obs_rounds_a_tied_output_head_as_one_that_is_not_tied():
     assert not torch.equal(alone.lm_head.weight, nearest.lm_head.weight)
 
 
+def test_obs_rounds_a_tied_head_that_comes_before_its_embedding():
+    net = Tied()
+    first = nn.Module()
+    first.lm_head, first.embed, first.norm, first.body = net.lm_head, net.embed, net.norm, net.body
+    first.forward = net.forward
+    data = [torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    other = copy.deepcopy(net)
+    assert all_layers(first)[0].owners[0][0] == "lm_head"
+    rarefy.quantize_(first, "int4", solver="obs", layers="lm_head", data=data)
+    rarefy.quantize_(other, "int4", solver="obs", layers="embed", data=data)
+    assert torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
 def test_casting_does_not_change_codes(tmp_path):
     net = mlp()
     rarefy.quantize_(net, "int8")

@@ -88,6 +88,9 @@ def test_the_output_head_is_a_part_too(data, tied):
     assert [h.full_name for h in heads] == [name] and space.shares_of_layers(made, heads, data[0]) == {name: 1.0}
     assert space.chosen_layers(made, HEAD_BITS, "model.layers.*", None) == []
     assert space.chosen_layers(made, HEAD_BITS, None, "lm_head") == []
+    named = ["model.layers.*", "lm_head"]
+    assert [h.full_name for h in space.chosen_layers(made, HEAD_BITS, named, None)] == [name]
+    assert name not in [l.full_name for l in space.chosen_layers(made, BITS, named, None)]
     assert name not in [l.full_name for l in space.chosen_layers(made, BITS, None, None)]
     stages = weight_stages(BITS, {name: 0.25, LAYERS[0]: 0.375}, has_data=True)
     rarefy.compress_(made, Recipe(stages=[*stages, *INT8.stages([name, LAYERS[0]])], seed=0), {"calibrate": data})

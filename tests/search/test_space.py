@@ -64,5 +64,6 @@ def test_outputs_that_are_wanted_as_infinite_do_not_count(value):
 
 def test_parts_without_a_loss_take_the_mean_and_those_that_cannot_be_used_are_left_out():
     assert filled({"a": 1.0, "b": None, "c": 4.0}, ["a", "b", "c", "d"]) == {"a": 1.0, "c": 4.0, "d": 2.0}
+    assert filled({"a": None}, ["a", "b"]) == {} == filled({}, ["a"])
     alike = filled({"1.q": 1.0, "3.q": 4.0, "1.v": 100.0}, ["1.q", "2.q", "3.q", "1.v", "2.v"])
     assert alike == pytest.approx({"1.q": 1.0, "2.q": 2.0, "3.q": 4.0, "1.v": 100.0, "2.v": 100.0})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that turn on sampling
 SHELL_OPTIONS = {  # what errors call by the name of a Python option
     "do_sample=False": "--greedy",
-    "do_sample=True": "--temperature or another option of sampling",
     "num_return_sequences": "--n",
     "num_beams": "--beams",
     "prompt_lookup_num_tokens": "--lookup",
     "assistant_model": "--draft",
     "stop_strings": "--stop",
-}
+} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "no_repeat_ngram_size", "length_penalty", "logprobs", "cache_precision", "json_schema",
+    )
+}  # fmt: skip
 
 Model = Annotated[
     str,
@@ -82,7 +88,8 @@ Count = Annotated[int | None, typer.Option("--n", min=1, help="Number of texts f
 Beams = Annotated[
     int | None,
     typer.Option(
-        min=2, help="Beam search with so many beams; with options of sampling, such as --temperature, each is drawn."
+        min=2,
+        help="Beam search with so many beams; their tokens are drawn with options such as --temperature.",
     ),
 ]
 LengthPenalty = Annotated[
@@ -194,7 +201,8 @@ def generate(
         prompts = _ids(texts, tokenizer, bool(ids), chat, model, system)
         continuations = [Text(p, tokenizer, stop or ()) for p in prompts for _ in range(n or 1)]
         streaming = len(continuations) == 1 and not as_json and beams is None
-        run = _run(language_model, tokenizer, prompts, options, continuations, streaming)
+        with _names_of_the_shell():
+            run = _run(language_model, tokenizer, prompts, options, continuations, streaming)
     print_results(run, continuations, streaming, as_json, quiet, n or 1)
     if run.stopped is not None:
         raise shared.Ended(run.stopped)
@@ -252,21 +260,29 @@ def _explicit(values: Mapping[str, Any], greedy: bool, draft: str | None) -> dic
 
     options = {name: value for name, value in values.items() if value is not None}
     options |= _sampling(options, greedy)
-    try:
+    with _names_of_the_shell():
         check_options({**options, **({"assistant_model": draft} if draft else {})}, {})
-    except DataError as error:
-        raise DataError(_in_shell(str(error), [*values])) from None
     return options
 
 
-def _in_shell(message: str, names: Iterable[str]) -> str:
-    """Return a message that calls options as the command line does.
+@contextmanager
+def _names_of_the_shell() -> Iterator[None]:
+    """Let errors of Python's options call them as the command line does."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(_in_shell(str(error))) from None
 
-    >>> _in_shell("top_k has no effect: pass num_beams=4", ["top_k", "num_beams"])
+
+def _in_shell(message: str) -> str:
+    """Return a message with the names of the command line.
+
+    >>> _in_shell("top_k has no effect: pass num_beams=4")
     '--top-k has no effect: pass --beams=4'
     """
-    shell = {**SHELL_OPTIONS, **{n: f"--{n.replace('_', '-')}" for n in names if n not in SHELL_OPTIONS}}
-    return re.sub("|".join(rf"\b{re.escape(n)}\b" for n in shell), lambda match: shell[match[0]], message)
+    return re.sub(
+        "|".join(rf"\b{re.escape(n)}\b" for n in SHELL_OPTIONS), lambda match: SHELL_OPTIONS[match[0]], message
+    )
 
 
 def _constraints(json_schema: str | None, regex: str | None, grammar: Path | None) -> dict[str, str | None]:

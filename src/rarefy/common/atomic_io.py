@@ -25,6 +25,7 @@ INDEX = "rarefy.json"
 KEY_FILE, PARTIAL = "key.json", "partial"  # next to the saved states of a long run
 SETUP_FILES = ("each.json", "given.json", "loss.json")  # results computed before the first saved state
 TRAINING_FILE = "training.safetensors"
+MODEL_MEASURED = b'{"key": "point '  # begins the record of a model in a search's file
 SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
@@ -184,7 +185,9 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     try:
         yield work
     except BaseException:
-        if _has_progress(work):
+        if _in_use(work):
+            pass  # the other one goes on
+        elif _has_progress(work):
             say([f"progress is saved in {work}: run the same command again to resume"])
         else:
             remove_resume_state(work)
@@ -196,10 +199,20 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
 
 
 def _has_progress(work: Path) -> bool:
-    """Return whether a run could go on from a folder: of a search, settings alone are no progress."""
+    """Return whether a run could go on from a folder: a search without a measured model is no progress."""
     if any(f for name in ("stop-*", SETUP_FILES[0], TRAINING_FILE) for f in work.glob(f"stage-*/{name}")):
         return True
-    return any(file.read_bytes().count(b"\n") > 1 for file in work.glob(f"stage-*/{SEARCH_FILE}"))
+    return any(MODEL_MEASURED in file.read_bytes() for file in work.glob(f"stage-*/{SEARCH_FILE}"))
+
+
+def _in_use(work: Path) -> bool:
+    """Return whether a search of another process has its state in a folder."""
+    try:
+        for file in work.glob(f"stage-*/{SEARCH_FILE}"):
+            lock_file(file).close()
+    except ContainerError:
+        return True
+    return False
 
 
 def lock_file(file: Path) -> Any:

@@ -183,8 +183,8 @@ def resolve(options: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> Opt
     unused = [n for n in SAMPLING if n in explicit and explicit[n] != getattr(Options, n, None)]
     if unused and not resolved.do_sample:
         raise DataError(f"{unused[0]} has no effect on the most likely token: pass do_sample=True")
-    low, high = explicit.get("min_new_tokens", 0), resolved.max_new_tokens
-    if high is not None and low > high:
+    low, high = explicit.get("min_new_tokens", 0), resolved.max_new_tokens or MAX_NEW_TOKENS
+    if low > high:
         raise DataError(f"min_new_tokens: expected at most max_new_tokens, which is {high}, got {low}")
     _check_beams(resolved, explicit)
     return resolved

@@ -30,6 +30,8 @@ from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import check_finite, fit_grid, fit_scales
 from rarefy.quantization.scale_fitting import FITS
 
+ROWS = 8192  # whose errors are computed at once
+
 
 def gptq_(
     model: nn.Module,
@@ -68,7 +70,7 @@ def _as_output_head(layer: Layer) -> Layer:
     The name stays.
     """
     heads = [o for o in layer.owners if isinstance(o[1], nn.Linear)]
-    if layer.layout.kind != "embedding" or not heads:
+    if not heads or not any(isinstance(module, nn.Embedding) for _, module, _ in layer.owners):
         return layer
     head_layout = layout(heads[0][1], heads[0][2])
     assert head_layout is not None
@@ -105,13 +107,20 @@ def _solve(
     # casting to the weight's dtype may have moved it off the grid
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))
     weight = check_finite(layer, grid, weight)
-    error, energy = (
-        solvers.squared_errors(to_matrix(layer, weight.float()), W, H).sum(),
-        solvers.squared_errors(torch.zeros_like(W), W, H).sum(),
-    )
+    del column_grid, rounded
+    error, energy = _squared_error(to_matrix(layer, weight.float()), W, H), _squared_error(None, W, H)
     stop.weights[layer.full_name] = weight
     row = {"error": float(error / energy.clamp(min=1e-30)), "damping": damping, "seconds": time.perf_counter() - start}
     return row, (grid, weight, new_mask)
+
+
+def _squared_error(W: Tensor | None, target: Tensor, H: Tensor) -> Tensor:
+    """Return the squared error of all rows; None stands for zeros. A part of the rows at a time, to save memory."""
+    sums = []
+    for i in range(0, target.shape[1], ROWS):
+        rows = target[:, i : i + ROWS]
+        sums.append(solvers.squared_errors(torch.zeros_like(rows) if W is None else W[:, i : i + ROWS], rows, H).sum())
+    return torch.stack(sums).sum()
 
 
 def _block(config: QuantizeConfig) -> int:

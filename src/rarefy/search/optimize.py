@@ -133,8 +133,8 @@ def optimize(
         RarefyError: for a model, data or limits that do not fit, an evaluation that fails on the dense model, or where
             another process of the search has ended.
 
-    Cost: `minutes` and `train_minutes`. Memory: the dense model, two copies and two compiled models; training also
-    takes gradients and the optimizer's state.
+    Cost: `minutes` and `train_minutes`. Memory: the dense model, two copies, two compiled models, and six times the
+    largest weight; training also takes gradients and the optimizer's state.
 
     Example:
         >>> import torch
@@ -325,14 +325,14 @@ def _split(data: Any, eval_data: Any, evaluate: Any, example: Any) -> tuple[list
 
 
 def _checked(data: Any, what: str) -> list[Any]:
-    """Return the batches of data; DataError if they are none, or hold NaN or infinity."""
+    """Return the batches of data; DataError if there is none, or if inputs hold NaN."""
     check_batches(data, what)
     batches = list(data)
     if not batches:
         raise DataError(f"{what} is empty: give a list of batches, or leave {what} out")
     for i, batch in enumerate(batches):
-        if not all(bool(t.isfinite().all()) for t in tensors_in(batch)):
-            raise DataError(f"{what}: batch {i} holds NaN or infinity: expected finite numbers")
+        if any(bool(t.isnan().any()) for t in tensors_in(without_targets(batch))):
+            raise DataError(f"{what}: the inputs of batch {i} hold NaN: expected numbers")
     return batches
 
 

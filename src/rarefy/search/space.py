@@ -25,7 +25,7 @@ from rarefy.dependency.symbolic_dims import Axis
 from rarefy.lowrank.svd import FactorizeOptions, run_factorize, truncated
 from rarefy.model.batches import count_samples, count_tokens, first_samples
 from rarefy.model.forward import call, evaluating, temporary_hooks, without_targets
-from rarefy.model.layers import Layer, Selector, all_layers, match_layers, select_layers
+from rarefy.model.layers import Layer, Selector, all_layers, select_layers
 from rarefy.model.masks import fold_
 from rarefy.model.sparsity_pattern import parse_pattern
 from rarefy.pipeline.sensitivity import GROUP, Setting, compressed_weight, replaced_weight
@@ -48,7 +48,7 @@ RANK = "low rank"
 PATTERNS = ("1x4", "4x1", "unstructured")
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities
 BITS, EIGHT_BITS = "fewer bits", "8 bits"
-HEAD_BITS = "fewer bits of the output head"  # is timed alone: its parts are of BITS
+HEAD_BITS = "fewer bits of the output head"  # timed separately; its parts have the method BITS
 BIT_LEVELS = (0.25, 0.375, 0.5)  # fractions of 8 bits that a layer of a decoder saves: 6, 5 and 4 bits
 RANK_LEVELS = (0.3, 0.5, 0.7)  # fractions of a layer's weights that its factors save
 MAX_CUT = 0.75  # no group loses more than this fraction
@@ -309,18 +309,11 @@ def quantize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
     """Return the layers whose weights a method may change."""
     if method == HEAD_BITS:
-        return _output_heads(model, layers, ignore)
+        every = select_layers(model, "*" if layers is None else layers, ignore)
+        return [l for l in every if l.is_output_head and any(isinstance(m, nn.Linear) for _, m, _ in l.owners)]
     kinds = (nn.Linear,) if method in (BITS, RANK) else (nn.Linear, nn.Conv2d)
-    return [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
-
-
-def _output_heads(model: nn.Module, layers: Selector, ignore: Selector) -> list[Layer]:
-    """Return the output head of a language model, which may be its embedding too, unless selectors leave it out."""
-    if layers is not None:
-        return []
-    stay = {l.full_name for l in match_layers(all_layers(model), ignore, "ignore")} if ignore else set[str]()
-    heads = [l for l in all_layers(model) if l.is_output_head and l.full_name not in stay]
-    return [l for l in heads if any(isinstance(module, nn.Linear) for _, module, _ in l.owners)]
+    chosen = [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
+    return [l for l in chosen if method != BITS or not l.is_output_head]
 
 
 def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = float("inf")) -> list[Any]:
@@ -339,7 +332,9 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
 
 def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
     """Return a value for each name: where none was measured, the geometric mean of those whose names differ in numbers
-    alone, or else of all. Names with None, which cannot be used, are left out."""
+    alone, or else of all; nothing where there is none. Names with None, which cannot be used, are left out."""
+    if not any(v is not None for v in values.values()):
+        return {}
     logs = {n: math.log(max(v, 1e-30)) for n, v in values.items() if v is not None}
     by_kind: dict[str, list[float]] = {}
     for name, log in logs.items():
@@ -347,7 +342,7 @@ def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str
 
     def mean(name: str) -> float:
         alike = by_kind.get(_kind(name), [*logs.values()])
-        return math.exp(sum(alike) / len(alike)) if alike else 1.0
+        return math.exp(sum(alike) / len(alike))
 
     with_mean = {n: values[n] if n in values else mean(n) for n in names}
     return {n: v for n, v in with_mean.items() if v is not None}
