@@ -203,22 +203,32 @@ def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[s
             options["counts"] = {g.name: max(1, round(g.size * (1 - share))) for g in groups}
             if all(options["counts"][g.name] == g.size for g in groups):
                 continue  # too small a share for one unit of each group
+        elif "weights" in options and "layers" in options:
+            bits = {n: options.get("per_layer", {}).get(n, options["weights"]) for n in options["layers"]}
+            options |= spread_evenly(model, linear, bits, options["weights"])
         elif "per_layer" in options:
             weights = {n: model.get_submodule(n).weight.numel() for n in options["per_layer"]}  # type: ignore[union-attr]
             mean = sum(options["per_layer"][n] * w for n, w in weights.items()) / sum(weights.values())
             options["per_layer"] = dict.fromkeys(options["per_layer"], mean)
-        elif "weights" in options and "layers" in options:
-            heads = [n for n in options["layers"] if n not in linear]  # the output head has the same bits
-            free = [n for n in linear if not any(n in next(iter(s.values())).get("layers", ()) for s in stages)]
-            size = {n: model.get_submodule(n).weight.numel() for n in {*free, *options["layers"]}}  # type: ignore[union-attr]
-            remaining = sum(size[n] for n in options["layers"] if n not in heads)
-            options["layers"] = heads
-            for name in in_spread_order(free):
-                if remaining >= size[name] / 2:
-                    options["layers"].append(name)
-                    remaining -= size[name]
         stages.append(stage)
     return {**recipe, "stages": stages}
+
+
+def spread_evenly(model: nn.Module, linear: Sequence[str], bits: Mapping[str, str], most: str) -> dict[str, Any]:
+    """Return layers and their bits: as many weights in each number of bits, spread evenly over the linear layers.
+
+    The output head has the same bits.
+    """
+    size = {n: model.get_submodule(n).weight.numel() for n in {*linear, *bits}}  # type: ignore[union-attr]
+    even = {n: b for n, b in bits.items() if n not in linear}
+    for each in dict.fromkeys(bits.values()):
+        remaining = sum(size[n] for n, b in bits.items() if b == each and n in linear)
+        for name in in_spread_order([n for n in linear if n not in even]):
+            if remaining >= size[name] / 2:
+                even[name] = each
+                remaining -= size[name]
+    other = {n: b for n, b in even.items() if b != most}
+    return {"layers": list(even), "per_layer": other or None}
 
 
 def evenly_in_fp32(model: nn.Module, ignore: Sequence[str]) -> tuple[str, ...]:

@@ -443,6 +443,50 @@ def test_obs_rounds_a_tied_head_that_comes_before_its_embedding():
     assert torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+@pytest.mark.parametrize("solver", ["rtn", "obs"])
+def test_bits_of_single_layers(solver):
+    """One pass gives what one call for each number of bits gives, where each layer reads those rounded before it."""
+    torch.manual_seed(0)
+    data = [torch.randn(64, 16) for _ in range(2)] if solver == "obs" else None
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 8))
+    other = copy.deepcopy(net)
+    options = {"group": 8, "solver": solver, "data": data}
+    report = rarefy.quantize_(net, "int6", layers=["0", "2", "4"], per_layer={"2": "int3", "4": "int8"}, **options)
+    for name, weights in (("0", "int6"), ("2", "int3"), ("4", "int8")):
+        rarefy.quantize_(other, weights, layers=name, **options)
+    assert [r["grid"] for r in report.rows] == ["int6 by 8", "int3 by 8", "int8 by 8"]
+    for one, alone in zip(all_layers(net), all_layers(other)):
+        assert torch.equal(one.weight, alone.weight) and get_grid(one).bits == get_grid(alone).bits
+
+
+def test_a_dry_run_knows_bits_of_single_layers():
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    stage = {"quantize": {"weights": "int6", "group": 8, "layers": "*", "per_layer": {"2": "int4"}}}
+    rows = forecast(net, recipes.from_dict({"stages": [stage]})).rows
+    assert [(r["layer"], r["grid"]) for r in rows] == [("0", "int6 by 8"), ("2", "int4 by 8")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_layer": {}}, "per_layer is empty: expected names of layers with their bits"),
+        ({"per_layer": {"3": "int4"}}, "per_layer: expected full names of selected layers, such as '0', got '3'"),
+        ({"per_layer": {"2": "int9"}}, "unknown precision in per_layer 'int9'; choose from int2, int3, int4"),
+        (
+            {"per_layer": {"2": "int4"}, "layers": "0"},
+            "per_layer: expected full names of selected layers, such as '0', got '2'",
+        ),
+        ({"per_layer": {"2": "int4"}, "solver": "round", "data": [torch.ones(2, 16)]}, "not supported by solver round"),
+    ],
+)
+def test_bits_of_single_layers_that_are_wrong(options, message):
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(PatternError, match=message):
+        rarefy.quantize_(net, "int8", **options)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
 def test_casting_does_not_change_codes(tmp_path):
     net = mlp()
     rarefy.quantize_(net, "int8")

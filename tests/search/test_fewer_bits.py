@@ -56,13 +56,11 @@ def test_losses_are_in_proportion_to_rounding_errors(model, data, name):
         assert losses[2] is not None and losses[2] * error / errors[2] == pytest.approx(loss, rel=0.5)
 
 
-def test_each_number_of_bits_is_a_stage_of_the_recipe():
+def test_all_numbers_of_bits_are_one_stage_of_the_recipe():
     stages = weight_stages(BITS, dict(zip(LAYERS, (0.5, 0.25, 0.375, 0.25))), has_data=True)
-    options = [stage["quantize"] for stage in stages]
-    assert [(o["weights"], o["layers"]) for o in options] == [
-        ("int6", [LAYERS[1], LAYERS[3]]), ("int5", [LAYERS[2]]), ("int4", [LAYERS[0]]),
-    ]  # fmt: skip
-    assert all(o["solver"] == "obs" and o["group"] == 32 for o in options)
+    few = {"weights": "int6", "group": 32, "layers": LAYERS, "solver": "obs"}
+    assert stages == [{"quantize": {**few, "per_layer": {LAYERS[0]: "int4", LAYERS[2]: "int5"}}}]
+    assert weight_stages(BITS, dict.fromkeys(LAYERS, 0.25), has_data=True) == [{"quantize": few}]
 
 
 @pytest.mark.parametrize("smooth", [False, True])

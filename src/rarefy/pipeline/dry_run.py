@@ -99,7 +99,7 @@ def _targets_of(
         else:
             yield from (Target(number, [l], target.pattern, stage.per_layer[l.full_name]) for l in layers)
     elif isinstance(stage, QuantizeOptions):
-        yield _quantized(model, number, stage)
+        yield from _quantized(model, number, stage)
     elif isinstance(stage, ShareStage):
         overhead = partial(_table_bytes, stage.bits, stage.group)
         grid = FewBits(f"{1 << stage.bits} values", stage.bits, overhead)
@@ -113,7 +113,7 @@ def _targets_of(
             layers = chosen_layers(model, stage.prune.layers, stage.prune.ignore, resolved.pattern)
             yield Target(number, layers, resolved.pattern, 0.0 if soft else resolved.sparsity)
         if stage.quantize:
-            yield _quantized(model, number, stage.quantize)
+            yield from _quantized(model, number, stage.quantize)
 
 
 def _check_earlier(target: Target, stage: StageOptions, earlier: dict[int, str]) -> None:
@@ -138,13 +138,16 @@ def _check_earlier(target: Target, stage: StageOptions, earlier: dict[int, str])
             earlier.setdefault(id(layer.original), "zeros")
 
 
-def _quantized(model: nn.Module, number: int, stage: QuantizeOptions) -> Target:
-    config = quantization.resolve_options(stage)
-    layers = layers_to_quantize(model, stage, config)
-    for layer in layers:
-        scale_shape(layer, config.group)
-    grid = FewBits(config.description, config.bits, partial(_scale_bytes, config))
-    return Target(number, layers, config.pattern, config.sparsity, grid)
+def _quantized(model: nn.Module, number: int, stage: QuantizeOptions) -> Iterator[Target]:
+    """Yield a target for each number of bits."""
+    layers = layers_to_quantize(model, stage, quantization.resolve_options(stage))
+    configs = quantization.layer_configs(stage, [l.full_name for l in layers])
+    for config in dict.fromkeys(configs.values()):
+        same = [l for l in layers if configs[l.full_name] == config]
+        for layer in same:
+            scale_shape(layer, config.group)
+        grid = FewBits(config.description, config.bits, partial(_scale_bytes, config))
+        yield Target(number, same, config.pattern, config.sparsity, grid)
 
 
 def _check_memory(recipe: Recipe) -> None:

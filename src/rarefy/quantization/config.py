@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,9 @@ class QuantizeOptions(Options):
     error = PatternError
 
     weights: Annotated[str, OneOf([f"int{b}" for b in BITS])] = Field(default="int8", description="bits of each weight")
+    per_layer: dict[str, Annotated[str, OneOf([f"int{b}" for b in BITS], "precision in per_layer")]] | None = Field(
+        default=None, description="bits of layers that differ from weights, by the full name of the layer"
+    )
     group: Annotated[int, Field(ge=2)] | Literal["tensor"] | None = Field(
         default=None, description="inputs that share a scale; null: all inputs of an output; tensor: the whole weight"
     )
@@ -84,6 +88,11 @@ class QuantizeOptions(Options):
                 raise PatternError(f"sparsity={self.sparsity!r} has no effect without pattern")
         with at("pattern"):
             _pattern_of(self, solver)
+        with at("per_layer"):
+            if self.per_layer == {}:
+                raise PatternError("per_layer is empty: expected names of layers with their bits")
+            if self.per_layer is not None and solver is not None and solver.name == "round":
+                raise PatternError("per_layer is not supported by solver round: quantize each number of bits by itself")
         return self
 
 
@@ -130,6 +139,21 @@ def resolve_options(options: QuantizeOptions) -> QuantizeConfig:
         observer=options.observer or "mse",
         smooth=options.smooth,
     )
+
+
+def layer_configs(options: QuantizeOptions, names: Sequence[str]) -> dict[str, QuantizeConfig]:
+    """Return how each of these layers is quantized; PatternError where `per_layer` names others.
+
+    >>> made = layer_configs(QuantizeOptions(weights="int6", group=32, per_layer={"up": "int4"}), ["up", "down"])
+    >>> {name: config.description for name, config in made.items()}
+    {'up': 'int4 by 32', 'down': 'int6 by 32'}
+    """
+    bits = {name: (options.per_layer or {}).get(name, options.weights) for name in names}
+    other = next((name for name in options.per_layer or {} if name not in bits), None)
+    if other is not None:
+        raise PatternError(f"per_layer: expected full names of selected layers, such as {names[0]!r}, got {other!r}")
+    configs = {b: resolve_options(options.model_copy(update={"weights": b})) for b in {*bits.values()}}
+    return {name: configs[b] for name, b in bits.items()}
 
 
 def _solver_of(solver: SolverField) -> Solver | None:

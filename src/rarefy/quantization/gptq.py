@@ -36,16 +36,17 @@ ROWS = 8192  # whose errors are computed at once
 def gptq_(
     model: nn.Module,
     chosen: Sequence[Layer],
-    config: QuantizeConfig,
+    configs: Mapping[str, QuantizeConfig],
     shapes: Mapping[str, tuple[int, ...]],
     data: Iterable[Any],
     progress: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Round the selected layers in place; return their report rows (relative error, damping, seconds) and their grids.
 
-    Each layer is rounded on the inputs from layers rounded before it. One forward pass and the solver.
+    Each layer is rounded on the inputs from layers rounded before it, as its own entry of `configs` says; they differ
+    in bits alone. One forward pass and the solver.
     """
-    solver = config.solver
+    solver = configs[chosen[0].full_name].solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     names, chosen = [l.full_name for l in chosen], [_as_output_head(l) for l in chosen]
@@ -60,7 +61,8 @@ def gptq_(
                 assert isinstance(stop, GroupStep)
                 with torch.autocast("cpu", enabled=False):
                     for layer in stop.group.layers:
-                        rows[layer.full_name], quantized[layer.full_name] = _solve(layer, stop, config, shapes)
+                        name = layer.full_name
+                        rows[name], quantized[name] = _solve(layer, stop, configs[name], shapes)
     return rows, [quantized[n] for n in names]
 
 

@@ -20,7 +20,7 @@ from rarefy.model.quant_grid import Grid, WeightGrid, attached_grid, get_grid, r
 from rarefy.prune.prune import check_weights, chosen_layers
 from rarefy.prune.solver_config import Solver
 from rarefy.quantization.activation_observers import input_grids, matmul_modules
-from rarefy.quantization.config import QuantizeConfig, QuantizedWeight, QuantizeOptions, resolve_options
+from rarefy.quantization.config import QuantizeConfig, QuantizedWeight, QuantizeOptions, layer_configs, resolve_options
 from rarefy.quantization.grids import check_finite, fit_grid
 from rarefy.quantization.smoothquant import smooth_
 
@@ -29,6 +29,7 @@ def quantize_(
     model: nn.Module,
     weights: str = "int8",
     *,
+    per_layer: Mapping[str, str] | None = None,
     group: int | Literal["tensor"] | None = None,
     symmetric: bool = True,
     fit: str | None = None,
@@ -52,6 +53,8 @@ def quantize_(
     Args:
         model: any module with Linear, Conv or Embedding layers.
         weights: "int2" to "int8".
+        per_layer: bits of single layers that differ from `weights`, by their full name: {"model.layers.0.mlp.up_proj":
+            "int4"}. They are rounded in the same pass. Not for solver "round".
         group: how many inputs share a scale. None: all inputs of an output; "tensor": the whole weight.
         symmetric: codes are centred at 0. False: with a zero point, for weights that are not centred.
         fit: how a scale is found (`rarefy.quantization.scale_fitting`): minmax, mse or hqq. By default mse, of 8 bits
@@ -85,8 +88,9 @@ def quantize_(
         ('int4 by 32', True)
     """
     options = QuantizeOptions(
-        weights=weights, group=group, symmetric=symmetric, fit=fit, solver=solver, activations=activations,
-        observer=observer, smooth=smooth, pattern=pattern, sparsity=sparsity, layers=layers, ignore=ignore,
+        weights=weights, per_layer=None if per_layer is None else dict(per_layer), group=group, symmetric=symmetric,
+        fit=fit, solver=solver, activations=activations, observer=observer, smooth=smooth, pattern=pattern,
+        sparsity=sparsity, layers=layers, ignore=ignore,
     )  # fmt: skip
     return run_quantize(model, options, data, progress=progress)
 
@@ -99,6 +103,7 @@ def run_quantize(
     check_data(config, data)
     data = data if data is None or isinstance(data, list | tuple) else list(data)
     layers = layers_to_quantize(model, options, config)
+    configs = layer_configs(options, [l.full_name for l in layers])
     shapes = check_layers(layers, config)
     smoothed: dict[str, str] = {}
     undo: Callable[[], None] = _nothing
@@ -111,14 +116,14 @@ def run_quantize(
             input_grid, unquantized = input_grids(
                 unwrap(model), layers, config.activations, config.observer, data, progress
             )
-        measured, weights = _quantized_weights(model, layers, shapes, config, data, progress)
+        measured, weights = _quantized_weights(model, layers, shapes, configs, data, progress)
     except BaseException:
         undo()
         raise
     rows = []
     for layer, quantized in zip(layers, weights):
         inputs = input_grid.get(layer.full_name)
-        rows.append(_apply(layer, quantized, inputs, config, measured[layer.full_name]))
+        rows.append(_apply(layer, quantized, inputs, configs[layer.full_name], measured[layer.full_name]))
     model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
@@ -142,20 +147,22 @@ def _quantized_weights(
     model: nn.Module,
     layers: Sequence[Layer],
     shapes: dict[str, tuple[int, ...]],
-    config: QuantizeConfig,
+    configs: Mapping[str, QuantizeConfig],
     data: Any,
     progress: bool,
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Return what a solver measured of each layer, and each layer's grid, weights and new mask."""
+    config = configs[layers[0].full_name]  # all but the bits are the same for all layers
     if config.solver is None:
-        tracked = track(layers, "rounding", progress, len(layers))
-        return {l.full_name: {} for l in layers}, [_nearest(l, shapes[l.full_name], config) for l in tracked]
+        tracked, names = track(layers, "rounding", progress, len(layers)), [l.full_name for l in layers]
+        return {n: {} for n in names}, [_nearest(l, shapes[n], configs[n]) for n, l in zip(names, tracked)]
     from rarefy.quantization.adaround import learn_rounding_
     from rarefy.quantization.gptq import gptq_
 
     assert data is not None
-    run = learn_rounding_ if config.solver.name == "round" else gptq_
-    return run(unwrap(model), layers, config, shapes, data, progress)
+    if config.solver.name == "round":
+        return learn_rounding_(unwrap(model), layers, config, shapes, data, progress)
+    return gptq_(unwrap(model), layers, configs, shapes, data, progress)
 
 
 def _apply(
