@@ -47,10 +47,10 @@ def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> 
     names = {level: [n for n, a in amounts.items() if a == level] for level in levels}
     if method == BITS:  # in one pass
         solver = {"solver": "obs"} if has_data else {}
-        most = max(levels, key=lambda v: len(names[v]))
-        other = {n: f"int{bits_at(v)}" for n, v in amounts.items() if v != most}
+        common = max(levels, key=lambda v: len(names[v]))
+        other = {n: f"int{bits_at(v)}" for n, v in amounts.items() if v != common}
         layers = {"layers": list(amounts), **({"per_layer": other} if other else {})}
-        return [{"quantize": {"weights": f"int{bits_at(most)}", "group": GROUP, **layers, **solver}}]
+        return [{"quantize": {"weights": f"int{bits_at(common)}", "group": GROUP, **layers, **solver}}]
     if method == RANK:
         return [{"factorize": {"keep": round(1 - level, 4), "layers": names[level]}} for level in levels]
     solver = {"solver": "admm"} if has_data else {"score": "magnitude"}
