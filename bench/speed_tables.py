@@ -159,7 +159,19 @@ def _readme_gains(cells: list[list[str]]) -> str:
     return (
         f"- **The same file**, in Q4_1, generates text {same[0]} and reads prompts {same[1]} as fast as in llama.cpp. "
         f"In 8 bits Rarefy is {eight[0]} and {eight[1]} as fast as Q8_0. In 4 bits, rounded by GPTQ on 16 articles, it "
-        f"is smaller than Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast."
+        f"is smaller than Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast.{_readme_search()}"
+    )
+
+
+def _readme_search() -> str:
+    """Return a sentence about what a search found for the language model, on the same machine."""
+    row = read("optimize", run="smollm2")[-1]
+    found, eight, dense = (row["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
+    ratio = eight["milliseconds"]["decode"]["median"] / found["milliseconds"]["decode"]["median"]
+    lost = found["quality"] / dense["quality"] - 1
+    return (
+        f" [A search](docs/results/optimize.md) found a mix of bits that generates {ratio:.1f}x as fast as 8 bits, at "
+        f"{100 * lost:.1f} % more perplexity."
     )
 
 
