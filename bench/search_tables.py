@@ -21,8 +21,8 @@ def optimize() -> str:
         row = min(rows, key=lambda r: r["seed"])
         measured = "distance" in row["compared"]["found"]
         compared, times = dict(row["compared"]), list(next(iter(row["compared"].values()))["milliseconds"])
-        if measured and _same_model(compared["uniform"], compared["found"]):
-            del compared["uniform"]  # older runs left the same layers in fp32
+        if _has_no_uniform(row):
+            del compared["uniform"]
         slow = {b: compared["dense, int8"]["milliseconds"][b]["median"] for b in times}
         names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform, not trained"}
         cells = [
@@ -54,8 +54,10 @@ def optimize() -> str:
     return "\n\n".join(sections)
 
 
-def _same_model(first: Row, second: Row) -> bool:
-    return (first["quality"], first["distance"]) == (second["quality"], second["distance"])
+def _has_no_uniform(row: Row) -> bool:
+    """Return whether a run is of the time when uniform models left the same layers in fp32 as those that were found."""
+    found, uniform = row["compared"]["found"], row["compared"]["uniform"]
+    return " but " in row["best"] and found.get("distance") == uniform.get("distance")
 
 
 def _other_seeds(rows: list[Row], row: Row) -> str:
@@ -63,7 +65,7 @@ def _other_seeds(rows: list[Row], row: Row) -> str:
     texts = []
     for other in rows:
         found, uniform = other["compared"]["found"], other["compared"]["uniform"]
-        if other is not row and "distance" in found:
+        if other is not row and "distance" in found and not _has_no_uniform(other):
             ratio = max(uniform["milliseconds"][b]["median"] / t["median"] for b, t in found["milliseconds"].items())
             texts.append(
                 f"seed {other['seed']}: {found['quality']:.4g} (uniform {uniform['quality']:.4g}), distance "

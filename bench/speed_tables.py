@@ -134,10 +134,10 @@ def readme() -> str:
             line += [number(here[0][n][1]) if here else "" for n in ("decode", "prefill")]
         cells.append(line)
     cells.sort(key=lambda line: line[0].startswith("Rarefy"))
-    return f"{table(head, cells)}\n\n{_readme_gains(cells)}".rstrip()
+    return f"{table(head, cells)}\n\n{_readme_gains(cells, label)}".rstrip()
 
 
-def _readme_gains(cells: list[list[str]]) -> str:
+def _readme_gains(cells: list[list[str]], label: str) -> str:
     """Return sentences about the ratios of rows of README's table; "" where one of the rows was not measured."""
     rows = {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in cells}
 
@@ -159,19 +159,20 @@ def _readme_gains(cells: list[list[str]]) -> str:
     return (
         f"- **The same file**, in Q4_1, generates text {same[0]} and reads prompts {same[1]} as fast as in llama.cpp. "
         f"In 8 bits Rarefy is {eight[0]} and {eight[1]} as fast as Q8_0. In 4 bits, rounded by GPTQ on 16 articles, it "
-        f"is smaller than Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast.{_readme_search()}"
+        f"is smaller than Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast.{_readme_search(label)}"
     )
 
 
-def _readme_search() -> str:
-    """Return a sentence about what a search found for the language model, on the same machine."""
-    row = read("optimize", run="smollm2")[-1]
-    found, eight, dense = (row["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
+def _readme_search(label: str) -> str:
+    """Return a sentence about what a search found for the language model on a machine; "" where there was none."""
+    rows = [r for r in read("optimize", run="smollm2") if r["label"] == label]
+    if not rows:
+        return ""
+    found, eight, dense = (rows[-1]["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
     ratio = eight["milliseconds"]["decode"]["median"] / found["milliseconds"]["decode"]["median"]
-    lost = found["quality"] / dense["quality"] - 1
     return (
-        f" [A search](docs/results/optimize.md) found a mix of bits that generates {ratio:.1f}x as fast as 8 bits, at "
-        f"{100 * lost:.1f} % more perplexity."
+        f" [A search](docs/results/optimize.md) found a mix of bits that generates {ratio:.1f}x as fast as 8 bits, and "
+        f"has {100 * (found['quality'] / dense['quality'] - 1):.1f} % more perplexity than fp32."
     )
 
 

@@ -407,11 +407,14 @@ def test_what_is_kept_is_said_and_what_is_removed_was_ours(tmp_path, capsys):
     assert prune.exists() and "again to resume" in capsys.readouterr().err
     atomic_io.remove_resume_state(prune.parent)
     prune.mkdir(parents=True)
-    with closing(atomic_io.lock_file(prune / "search.jsonl")):  # a search that runs, and has measured nothing yet
-        with pytest.raises(ContainerError), atomic_io.resume_folder(tmp_path / "out"):
-            atomic_io.lock_file(prune / "search.jsonl")
-        assert (prune / "search.jsonl").exists()
-    atomic_io.remove_resume_state(prune.parent)
+    for name in ("search.jsonl", "key.json"):  # a run that goes on, and has nothing to resume from yet
+        prune.mkdir(parents=True, exist_ok=True)
+        with closing(atomic_io.lock_file(prune / name)):
+            for anew in (False, True):
+                with pytest.raises(ContainerError), atomic_io.resume_folder(tmp_path / "out", fresh=anew):
+                    atomic_io.lock_file(prune / name)
+                assert (prune / name).exists() and capsys.readouterr().err == ""
+        atomic_io.remove_resume_state(prune.parent)
     for anew in (False, True):
         prune.mkdir(parents=True)
         (prune / "stop-000000.safetensors").touch()

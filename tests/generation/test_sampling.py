@@ -170,7 +170,12 @@ def test_what_was_written_stays_when_it_is_stopped(run, given, monkeypatch, json
         ("{decoder} --prompt w1 --logprobs 2", "--logprobs has no effect without --json"),
         ("{decoder} --prompt w1 --json-schema no.json", "--json-schema: no.json cannot be read"),
         ("{decoder} --prompt w1 --grammar no.lark", "--grammar: no.lark cannot be read"),
-        ("{decoder} --prompt w1 --regex a --json-schema {{}}", "a text follows one constraint"),
+        (
+            "{decoder} --prompt w1 --regex a --json-schema {{}}",
+            "a text follows one constraint: got --json-schema and --regex",
+        ),
+        ("{decoder} --prompt w1 --regex a --beams 2", "--regex has no effect on a beam search"),
+        ("{decoder} --prompt w1 --seed 9223372036854775808", "--seed: expected at most 2^63 - 1"),
         (
             "{decoder} --prompt w1 --lookup 2 --draft {decoder}",
             "tokens are guessed one way: pass --draft or --lookup, not both",

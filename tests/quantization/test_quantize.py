@@ -459,11 +459,20 @@ def test_bits_of_single_layers(solver):
         assert torch.equal(one.weight, alone.weight) and get_grid(one).bits == get_grid(alone).bits
 
 
-def test_a_dry_run_knows_bits_of_single_layers():
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_dry_run_knows_bits_of_single_layers(in_training):
     net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
     stage = {"quantize": {"weights": "int6", "group": 8, "layers": "*", "per_layer": {"2": "int4"}}}
-    rows = forecast(net, recipes.from_dict({"stages": [stage]})).rows
-    assert [(r["layer"], r["grid"]) for r in rows] == [("0", "int6 by 8"), ("2", "int4 by 8")]
+    report = forecast(net, recipes.from_dict({"stages": [{"train": stage} if in_training else stage]}))
+    assert [(r["layer"], r["grid"]) for r in report.rows] == [("0", "int6 by 8"), ("2", "int4 by 8")]
+    assert not in_training or "int6 and int4 from 0% on" in report.notes[0]
+
+
+def test_a_tied_head_has_bits_by_each_of_its_names():
+    for name in ("embed", "lm_head"):
+        net = Tied()
+        rarefy.quantize_(net, "int8", layers=["body", "lm_head"], per_layer={name: "int4"})
+        assert [get_grid(l).bits for l in all_layers(net)] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -471,7 +480,7 @@ def test_a_dry_run_knows_bits_of_single_layers():
     [
         ({"per_layer": {}}, "per_layer is empty: expected names of layers with their bits"),
         ({"per_layer": {"3": "int4"}}, "per_layer: expected full names of selected layers, such as '0', got '3'"),
-        ({"per_layer": {"2": "int9"}}, "unknown precision in per_layer 'int9'; choose from int2, int3, int4"),
+        ({"per_layer": {"2": "int9"}}, "unknown bits in per_layer 'int9'; choose from int2, int3, int4"),
         (
             {"per_layer": {"2": "int4"}, "layers": "0"},
             "per_layer: expected full names of selected layers, such as '0', got '2'",

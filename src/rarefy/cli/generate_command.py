@@ -20,20 +20,19 @@ if TYPE_CHECKING:
     from rarefy.cli.shared import Source
 
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that turn on sampling
-SHELL_OPTIONS = {  # what errors call by the name of a Python option
+SHELL_OPTIONS = {  # what errors call by the name of a Python option, other than name: --name
     "do_sample=False": "--greedy",
     "num_return_sequences": "--n",
     "num_beams": "--beams",
     "prompt_lookup_num_tokens": "--lookup",
     "assistant_model": "--draft",
     "stop_strings": "--stop",
-} | {
-    name: f"--{name.replace('_', '-')}"
-    for name in (
-        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "no_repeat_ngram_size", "length_penalty", "logprobs", "cache_precision", "json_schema",
-    )
-}  # fmt: skip
+}
+WORDS = ("temperature", "logprobs", "regex", "grammar", "seed")  # options that are words as well
+OPTIONS = (
+    "max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "no_repeat_ngram_size", "length_penalty", "cache_precision", "json_schema", *WORDS,
+)  # fmt: skip
 
 Model = Annotated[
     str,
@@ -279,10 +278,13 @@ def _in_shell(message: str) -> str:
 
     >>> _in_shell("top_k has no effect: pass num_beams=4")
     '--top-k has no effect: pass --beams=4'
+    >>> _in_shell("seed: expected a seed from 0 on")
+    '--seed: expected a seed from 0 on'
     """
-    return re.sub(
-        "|".join(rf"\b{re.escape(n)}\b" for n in SHELL_OPTIONS), lambda match: SHELL_OPTIONS[match[0]], message
-    )
+    shell = {**{name: f"--{name.replace('_', '-')}" for name in OPTIONS}, **SHELL_OPTIONS}
+    names = "|".join(rf"\b{re.escape(n)}\b" for n in shell if n not in WORDS)
+    words = rf"(?:^|(?<=pass )|(?<=got )|(?<=and ))(?:{'|'.join(WORDS)})\b"
+    return re.sub(f"{names}|{words}", lambda match: shell[match[0]], message)
 
 
 def _constraints(json_schema: str | None, regex: str | None, grammar: Path | None) -> dict[str, str | None]:

@@ -97,9 +97,9 @@ def optimize(
     """Search the model that runs fastest on this machine within the loss you accept, and save it.
 
     Tries the precisions of the engine, fewer neurons, heads, channels and blocks, zeros in patterns, low rank, and
-    4 bits, measures each model as it is deployed, and keeps to the time. The output folder holds the compiled model
-    (rarefy.load, rarefy bench), recipe.yaml, which makes the torch model again (rarefy compress MODEL --recipe
-    OUT/recipe.yaml), and frontier.json with every model that was tried.
+    fewer bits for layers and heads of language models. It measures each model as it is deployed, and keeps to the
+    time. The output folder holds the compiled model (rarefy.load, rarefy bench), recipe.yaml, which makes the torch
+    model again (rarefy compress MODEL --recipe OUT/recipe.yaml), and frontier.json with every model that was tried.
 
     rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
 

@@ -176,11 +176,14 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     """Yield the path of a folder next to `path` for the state of a long run.
 
     The folder is removed when the block succeeds. When it fails, the folder stays, so that the next run can resume.
+    ContainerError if a run that goes on shall start again.
     """
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.work")
     new = [p for p in target.parents if not p.exists()]
     if fresh:
+        if _in_use(work):
+            raise ContainerError(f"{work} is in use by another run; wait for it, or give another name")
         remove_resume_state(work)
     try:
         yield work
@@ -206,9 +209,10 @@ def _has_progress(work: Path) -> bool:
 
 
 def _in_use(work: Path) -> bool:
-    """Return whether a search of another process has its state in a folder."""
+    """Return whether another process has its state in a folder."""
+    places = ("stage-*", "stage-*/training-*/stage-*")
     try:
-        for file in work.glob(f"stage-*/{SEARCH_FILE}"):
+        for file in (f for p in places for name in (SEARCH_FILE, KEY_FILE) for f in work.glob(f"{p}/{name}")):
             lock_file(file).close()
     except ContainerError:
         return True

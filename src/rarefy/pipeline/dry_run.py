@@ -141,7 +141,7 @@ def _check_earlier(target: Target, stage: StageOptions, earlier: dict[int, str])
 def _quantized(model: nn.Module, number: int, stage: QuantizeOptions) -> Iterator[Target]:
     """Yield a target for each number of bits."""
     layers = layers_to_quantize(model, stage, quantization.resolve_options(stage))
-    configs = quantization.layer_configs(stage, [l.full_name for l in layers])
+    configs = quantization.layer_configs(stage, layers)
     for config in dict.fromkeys(configs.values()):
         same = [l for l in layers if configs[l.full_name] == config]
         for layer in same:
@@ -226,7 +226,9 @@ def _not_counted(recipe: Recipe) -> Iterator[str]:
             parts = [f"{s.epochs} epochs by {s.optimizer.name} at {s.optimizer.lr:g}"]
             parts += [f"pruned by {getattr(s.prune, 'method', '')}"] if s.prune else []
             parts += [f"distilled from {s.distill.teacher or 'the original model'}"] if s.distill else []
-            parts += [f"{s.quantize.weights} from {s.quantize.start:.0%} on"] if s.quantize else []
+            if s.quantize:
+                bits = dict.fromkeys([s.quantize.weights, *(s.quantize.per_layer or {}).values()])
+                parts.append(f"{' and '.join(bits)} from {s.quantize.start:.0%} on")
             yield f"stage {number} trains {', '.join(parts)}"
 
 

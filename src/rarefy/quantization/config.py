@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy.calibration.static_grids import OBSERVERS
 from rarefy.common.errors import PatternError, unknown
 from rarefy.common.options import Fraction, Names, OneOf, Options, at
+from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import BITS, WeightGrid
 from rarefy.model.sparsity_pattern import Pattern, check_sparsity, parse_pattern
 from rarefy.prune.solver_config import Solver, SolverField, as_solver, check_options, resolve
@@ -32,7 +33,7 @@ class QuantizeOptions(Options):
     error = PatternError
 
     weights: Annotated[str, OneOf([f"int{b}" for b in BITS])] = Field(default="int8", description="bits of each weight")
-    per_layer: dict[str, Annotated[str, OneOf([f"int{b}" for b in BITS], "precision in per_layer")]] | None = Field(
+    per_layer: dict[str, Annotated[str, OneOf([f"int{b}" for b in BITS], "bits in per_layer")]] | None = Field(
         default=None, description="bits of layers that differ from weights, by the full name of the layer"
     )
     group: Annotated[int, Field(ge=2)] | Literal["tensor"] | None = Field(
@@ -141,17 +142,23 @@ def resolve_options(options: QuantizeOptions) -> QuantizeConfig:
     )
 
 
-def layer_configs(options: QuantizeOptions, names: Sequence[str]) -> dict[str, QuantizeConfig]:
+def layer_configs(options: QuantizeOptions, layers: Sequence[Layer]) -> dict[str, QuantizeConfig]:
     """Return how each of these layers is quantized; PatternError where `per_layer` names others.
 
-    >>> made = layer_configs(QuantizeOptions(weights="int6", group=32, per_layer={"up": "int4"}), ["up", "down"])
+    >>> from torch import nn
+    >>> from rarefy.model.layers import all_layers
+    >>> options = QuantizeOptions(weights="int6", group=32, per_layer={"0": "int4"})
+    >>> made = layer_configs(options, all_layers(nn.Sequential(nn.Linear(32, 2), nn.Linear(2, 2))))
     >>> {name: config.description for name, config in made.items()}
-    {'up': 'int4 by 32', 'down': 'int6 by 32'}
+    {'0': 'int4 by 32', '1': 'int6 by 32'}
     """
-    bits = {name: (options.per_layer or {}).get(name, options.weights) for name in names}
-    other = next((name for name in options.per_layer or {} if name not in bits), None)
+    known = {name: l.full_name for l in layers for name in (l.full_name, *(owner for owner, _, _ in l.owners))}
+    other = next((name for name in options.per_layer or {} if name not in known), None)
     if other is not None:
-        raise PatternError(f"per_layer: expected full names of selected layers, such as {names[0]!r}, got {other!r}")
+        first = layers[0].full_name
+        raise PatternError(f"per_layer: expected full names of selected layers, such as {first!r}, got {other!r}")
+    bits = dict.fromkeys(known.values(), options.weights)
+    bits |= {known[name]: b for name, b in (options.per_layer or {}).items()}
     configs = {b: resolve_options(options.model_copy(update={"weights": b})) for b in {*bits.values()}}
     return {name: configs[b] for name, b in bits.items()}
 

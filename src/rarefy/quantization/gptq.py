@@ -43,8 +43,8 @@ def gptq_(
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Round the selected layers in place; return their report rows (relative error, damping, seconds) and their grids.
 
-    Each layer is rounded on the inputs from layers rounded before it, as its own entry of `configs` says; they differ
-    in bits alone. One forward pass and the solver.
+    Each layer is rounded on the inputs from layers rounded before it, as its own entry of `configs` says. The solver is
+    the same for all. One forward pass and the solver.
     """
     solver = configs[chosen[0].full_name].solver
     assert solver is not None

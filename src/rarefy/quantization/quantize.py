@@ -103,7 +103,7 @@ def run_quantize(
     check_data(config, data)
     data = data if data is None or isinstance(data, list | tuple) else list(data)
     layers = layers_to_quantize(model, options, config)
-    configs = layer_configs(options, [l.full_name for l in layers])
+    configs = layer_configs(options, layers)
     shapes = check_layers(layers, config)
     smoothed: dict[str, str] = {}
     undo: Callable[[], None] = _nothing
@@ -152,7 +152,7 @@ def _quantized_weights(
     progress: bool,
 ) -> tuple[dict[str, dict[str, Any]], list[QuantizedWeight]]:
     """Return what a solver measured of each layer, and each layer's grid, weights and new mask."""
-    config = configs[layers[0].full_name]  # all but the bits are the same for all layers
+    config = configs[layers[0].full_name]  # the solver is the same for all layers
     if config.solver is None:
         tracked, names = track(layers, "rounding", progress, len(layers)), [l.full_name for l in layers]
         return {n: {} for n in names}, [_nearest(l, shapes[n], configs[n]) for n, l in zip(names, tracked)]

@@ -164,7 +164,7 @@ class Measured:
     ) -> Point:
         """Return a point, from the journal or measured. `methods` are those of its parts."""
         recipe = self._recipe(name, variant, stages)
-        kind = f"point {'+'.join(next(iter(stage)) for stage in stages)} {variant.precision}:"
+        kind = f"point {'+'.join(map(_work_of, stages))} {variant.precision}:"
         key = f"{kind} {digest_of(recipe, variant)}"
         self._need_time(key, kind, methods)
         measured = self.journal.get(
@@ -343,3 +343,13 @@ def digest_of(recipe: Mapping[str, Any], runs: Variant | Point | None = None) ->
 def short_hash(text: str) -> str:
     """Return 16 hexadecimal digits that tell a text from others."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _work_of(stage: Mapping[str, Any]) -> str:
+    """Return what tells how long a stage takes: its name, and its solver.
+
+    >>> _work_of({"quantize": {"weights": "int6", "solver": "obs"}}), _work_of({"cast": {"dtype": "fp32"}})
+    ('quantize by obs', 'cast')
+    """
+    (name, options), *_ = stage.items()
+    return f"{name} by {options['solver']}" if "solver" in options else name
