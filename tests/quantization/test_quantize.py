@@ -465,7 +465,7 @@ def test_a_dry_run_knows_bits_of_single_layers(in_training):
     stage = {"quantize": {"weights": "int6", "group": 8, "layers": "*", "per_layer": {"2": "int4"}}}
     report = forecast(net, recipes.from_dict({"stages": [{"train": stage} if in_training else stage]}))
     assert [(r["layer"], r["grid"]) for r in report.rows] == [("0", "int6 by 8"), ("2", "int4 by 8")]
-    assert not in_training or "int6 and int4 from 0% on" in report.notes[0]
+    assert not in_training or "int6 and int4 from 50% on" in report.notes[0]
 
 
 def test_a_tied_head_has_bits_by_each_of_its_names():
