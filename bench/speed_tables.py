@@ -171,8 +171,8 @@ def _readme_search(label: str) -> str:
     found, eight, dense = (rows[-1]["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
     ratio = eight["milliseconds"]["decode"]["median"] / found["milliseconds"]["decode"]["median"]
     return (
-        f" [A search](docs/results/optimize.md) found a mix of bits that generates {ratio:.1f}x as fast as 8 bits, and "
-        f"has {100 * (found['quality'] / dense['quality'] - 1):.1f} % more perplexity than fp32."
+        f" [A search](docs/results/optimize.md) found a mix of bits that generates {ratio:.1f}x as fast as 8 bits, at "
+        f"{100 * (found['quality'] / dense['quality'] - 1):.1f} % more perplexity than fp32."
     )
 
 
