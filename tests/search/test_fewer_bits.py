@@ -15,7 +15,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.solve import Choice
-from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, Part
+from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, RANK, Part
 from rarefy.search.stages import stages_of, weight_stages
 
 pytest.importorskip("transformers")
@@ -118,6 +118,24 @@ def test_the_output_head_is_timed_alone(data, monkeypatch):
     layer = next(l for l in all_layers(made) if l.full_name == "model.embed_tokens")
     loss = space.measured_layer_loss(made, layer, space.setting_of(BITS, 0.5), {}, "magnitude", measurer.few, wanted)
     assert head.losses[-1] == pytest.approx(loss) and head.losses[0] < head.losses[1] < head.losses[2]
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_low_rank_is_tried_on_some_layers_first(data, monkeypatch, limit):
+    """The others are measured where one of these costs little enough beside other methods."""
+    made = small(num_hidden_layers=8)
+    names = [l.full_name for l in space.chosen_layers(made, RANK, None, None)]
+    monkeypatch.setattr(PartMeasurer, "_saved", lambda self, method, smaller, level=None: {"decode": level or 0.5})
+    other = Part(BITS, "other", 1, (0.5,), (limit,), {"decode": (0.5,)})
+    journal = Journal(None, {})
+    measurer = PartMeasurer(made, data[0], data, INT8, ["decode"], journal, None, None, lambda *k: True, False)
+    found = measurer._low_rank([other], *measurer._timed_layers(RANK))
+    tried = {key.split()[-1] for key in journal.values if key.startswith("loss of low rank 0.3")}
+    if limit:
+        assert tried == set(names) == {p.name for p in found}
+    else:
+        assert not found and len(tried) == 3 * 7 and len(names) == 8 * 7
+        assert {space.kind_of(name) for name in tried} == {space.kind_of(name) for name in names}
 
 
 def test_a_choice_in_words():

@@ -44,6 +44,7 @@ from rarefy.structured.options import CutOptions
 PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
 TOKENS = 64  # of a text on which cuts are checked
+OF_EACH_KIND = 3  # layers that are factorized first; the others if one of these can be used
 CHEAP = 2.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
@@ -288,10 +289,9 @@ class PartMeasurer:
             return []
         shares = space.shares_of_layers(self.dense, layers, self.example)
         score = "wanda" if self.data else "magnitude"
-        first = RANK_LEVELS[0]
         limit = CHEAP * min((p.losses[0] / max(mean_savings(p)[0], 1e-9) for p in others), default=math.inf)
         losses: dict[str, list[float | None]] = {}
-        mean_saved = sum(saved[first].values()) / len(saved[first])
+        mean_saved = sum(saved[RANK_LEVELS[0]].values()) / len(saved[RANK_LEVELS[0]])
 
         def loss(layer: Layer, level: float) -> float | None:
             stats = self._stats(layers, RANK, score)
@@ -306,9 +306,13 @@ class PartMeasurer:
                     break  # the higher levels of this layer cost even more
             return of_layer
 
-        self.journal.prefetch(partial(measure, layer) for layer in layers)
-        for layer in track(layers, "losses of low rank", self.progress, len(layers)):
-            losses[layer.full_name] = measure(layer)
+        first = _some_of_each_kind(layers)
+        for chosen in (first, [l for l in layers if l not in first]):
+            self.journal.prefetch(partial(measure, layer) for layer in chosen)
+            for layer in track(chosen, "losses of low rank", self.progress, len(chosen)):
+                losses[layer.full_name] = measure(layer)
+            if all(len(of_layer) < len(RANK_LEVELS) for of_layer in losses.values()):
+                return []  # none of these can be used, and so none of the others
         usable = {n: [v for v in of_layer if v is not None] for n, of_layer in losses.items()}
         return [
             Part(
@@ -395,6 +399,14 @@ def measured_losses(
     for name in track(names, f"losses of {what}", progress and journal.processes == 1, len(measures)):
         measure(name)
     return losses
+
+
+def _some_of_each_kind(layers: Sequence[Layer]) -> list[Layer]:
+    """Return a few layers of each kind, spread over the model."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        kinds.setdefault(space.kind_of(layer.full_name), []).append(layer)
+    return [layer for same in kinds.values() for layer in in_spread_order(same)[:OF_EACH_KIND]]
 
 
 def few_batches(dense: nn.Module, data: Sequence[Any], example: Any) -> list[Any]:

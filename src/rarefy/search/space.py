@@ -338,15 +338,20 @@ def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str
     logs = {n: math.log(max(v, 1e-30)) for n, v in values.items() if v is not None}
     by_kind: dict[str, list[float]] = {}
     for name, log in logs.items():
-        by_kind.setdefault(_kind(name), []).append(log)
+        by_kind.setdefault(kind_of(name), []).append(log)
 
     def mean(name: str) -> float:
-        alike = by_kind.get(_kind(name), [*logs.values()])
+        alike = by_kind.get(kind_of(name), [*logs.values()])
         return math.exp(sum(alike) / len(alike))
 
     with_mean = {n: values[n] if n in values else mean(n) for n in names}
     return {n: v for n, v in with_mean.items() if v is not None}
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Return what names of the same layers of different blocks have in common.
+
+    >>> kind_of("layers.3.mlp.up")
+    'layers.*.mlp.up'
+    """
     return re.sub(r"[0-9]+", "*", name)
