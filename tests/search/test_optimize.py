@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import rarefy
+from rarefy.common.atomic_io import MODEL_MEASURED
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, RecipeError
 from rarefy.runtime.bindings import multiplies_bf16
 from rarefy.search import search as search_module
@@ -99,6 +100,7 @@ def test_a_search_that_was_done_gives_the_same_result_from_its_folder(found):
     before = (work / "search.jsonl").read_bytes()
     again = run(resume_dir=work, batch=(1, 16))
     assert (work / "search.jsonl").read_bytes() == before  # nothing is measured again
+    assert MODEL_MEASURED in before  # by which the command line knows that there is something to resume
     assert [p.name for p in again.points] == [p.name for p in frontier.points]
     assert again.points == frontier_from_dict(frontier.to_dict()).points and again.best_index == frontier.best_index
     assert torch.equal(again.best.model(X), frontier.best.model(X))

@@ -197,7 +197,7 @@ def generate(
         language_model, tokenizer = _decoder(model, precision, offline, quiet)
         if draft is not None:
             options["assistant_model"] = _decoder(draft, None, offline, quiet)[0]
-        prompts = _ids(texts, tokenizer, bool(ids), chat, model, system)
+        prompts = [p if isinstance(p, list) else _encoded(p, tokenizer, chat, model, system) for p in texts]
         continuations = [Text(p, tokenizer, stop or ()) for p in prompts for _ in range(n or 1)]
         streaming = len(continuations) == 1 and not as_json and beams is None
         with _names_of_the_shell():
@@ -308,10 +308,8 @@ def _file(option: str, path: Path) -> str:
         raise RecipeError(f"{option}: {path} cannot be read: {error}") from error
 
 
-def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str]:
-    """Return the prompts of the command line; `-` is read from standard input."""
-    from rarefy.generation.tokenization import parse_ids
-
+def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str] | list[list[int]]:
+    """Return the prompts of the command line as texts, or as ids; `-` is read from standard input."""
     if prompts and ids:
         raise RecipeError("give --prompt or --ids, not both")
     if not prompts and not ids:
@@ -319,22 +317,20 @@ def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) 
     if chat and ids:
         raise RecipeError("--chat has no effect on --ids: give --prompt")
     if ids or not prompts:
-        for text in ids or []:
-            parse_ids(text)  # raises before the model is loaded
-        return ids or []
+        from rarefy.generation.tokenization import parse_ids
+
+        return [parse_ids(text) for text in ids or []]
     if prompts.count("-") > 1:
         raise RecipeError("standard input can be read only once: give one --prompt -")
     return [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
 
 
-def _ids(texts: list[str], tokenizer: Any, listed: bool, chat: bool, model: str, system: str | None) -> list[list[int]]:
-    from rarefy.generation.tokenization import encode_prompt, parse_ids
+def _encoded(text: str, tokenizer: Any, chat: bool, model: str, system: str | None) -> list[int]:
+    from rarefy.generation.tokenization import encode_prompt
 
-    if listed:
-        return [parse_ids(t) for t in texts]
     if tokenizer is None:
         raise ModelError(f"{model} has no tokenizer: add its files, such as tokenizer.json, or give --ids '1 2 3'")
-    return [encode_prompt(tokenizer, t, chat, system) for t in texts]
+    return encode_prompt(tokenizer, text, chat, system)
 
 
 def _decoder(name: str, precision: str | None, offline: bool, quiet: bool) -> tuple[Any, Any]:

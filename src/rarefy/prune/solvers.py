@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 ChooseMask = Callable[[Tensor, int, int], Tensor]  # score [G, O, b - a] of columns a to b -> mask of the same shape
+ROWS = 8192  # whose errors are computed at once, to save memory
 
 
 class ColumnQuantizer(Protocol):
@@ -45,8 +46,8 @@ def squared_errors(W: Tensor, target: Tensor, H: Tensor) -> Tensor:
     >>> squared_errors(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.eye(2)[None])
     tensor([[2.]])
     """
-    D = W - target
-    return ((D @ H) * D).sum(-1)
+    differences = (a - b for a, b in zip(W.split(ROWS, -2), target.split(ROWS, -2)))
+    return torch.cat([((D @ H) * D).sum(-1) for D in differences], -1)
 
 
 def damped(H: Tensor, damping: float) -> Tensor:

@@ -30,8 +30,6 @@ from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import check_finite, fit_grid, fit_scales
 from rarefy.quantization.scale_fitting import FITS
 
-ROWS = 8192  # whose errors are computed at once
-
 
 def gptq_(
     model: nn.Module,
@@ -110,19 +108,11 @@ def _solve(
     weight = torch.where(weight == 0, 0.0, grid.snap(weight))
     weight = check_finite(layer, grid, weight)
     del column_grid, rounded
-    error, energy = _squared_error(to_matrix(layer, weight.float()), W, H), _squared_error(None, W, H)
+    zeros = W.new_zeros(1).expand_as(W)
+    error, energy = (solvers.squared_errors(w, W, H).sum() for w in (to_matrix(layer, weight.float()), zeros))
     stop.weights[layer.full_name] = weight
     row = {"error": float(error / energy.clamp(min=1e-30)), "damping": damping, "seconds": time.perf_counter() - start}
     return row, (grid, weight, new_mask)
-
-
-def _squared_error(W: Tensor | None, target: Tensor, H: Tensor) -> Tensor:
-    """Return the squared error of all rows; None stands for zeros. A part of the rows at a time, to save memory."""
-    sums = []
-    for i in range(0, target.shape[1], ROWS):
-        rows = target[:, i : i + ROWS]
-        sums.append(solvers.squared_errors(torch.zeros_like(rows) if W is None else W[:, i : i + ROWS], rows, H).sum())
-    return torch.stack(sums).sum()
 
 
 def _block(config: QuantizeConfig) -> int:
