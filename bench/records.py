@@ -56,6 +56,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+NAMES = {  # of models and engines in records
+    "ours, ": "Rarefy, ",
+    "onnxruntime ": "ONNX Runtime, ",
+    "openvino ": "OpenVINO, ",
+    "narrow-0, trained": "30 % fewer neurons, 25 % fewer heads, trained",
+    "narrower-0, trained": "50 % fewer neurons, 33 % fewer heads, trained",
+    "narrowest-0, trained": "67 % fewer neurons, 50 % fewer heads, trained",
+    "int8": "8 bits",
+    "int4": "4 bits",
+}
+
+
+def model_name(name: str) -> str:
+    """Return the name of a deployed model for a table.
+
+    >>> model_name("ours, narrower-0, trained, int8"), model_name("eager")
+    ('Rarefy, 50 % fewer neurons, 33 % fewer heads, trained, 8 bits', 'eager torch, fp32')
+    """
+    if name == "eager":
+        return "eager torch, fp32"
+    for recorded, title in NAMES.items():
+        name = name.replace(recorded, title)
+    return name
+
+
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:
     """Return one table for each machine, under a line that names it and its threads."""
     parts = []

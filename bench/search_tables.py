@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from records import Row, latest, number, per_machine, read, table
+from records import Row, latest, model_name, number, per_machine, read, table
 
 TITLES = {
     "minilm": "MiniLM, R@1 of articles",
-    "smollm2": "SmolLM2-135M off its 4-bit grid, perplexity",
+    "smollm2": "SmolLM2-135M with weights that were never in 4 bits, perplexity",
     "efficientnet": "EfficientNet-Lite0, agreement on photographs",
     "fashion": "Small ResNet, accuracy on Fashion-MNIST",
 }
@@ -24,9 +25,9 @@ def optimize() -> str:
         if _has_no_uniform(row):
             del compared["uniform"]
         slow = {b: compared["dense, int8"]["milliseconds"][b]["median"] for b in times}
-        names = {"found": f"found: {row['best']}", "uniform": "the same methods, uniform, not trained"}
+        names = {"found": f"found: {_name_of_best(row)}", "uniform": "the same methods, uniform, not trained"}
         cells = [
-            [names.get(n, n), f"{c['quality']:.4g}"]
+            [model_name(names.get(n) or n), _quality(row, n)]
             + ([f"{c['distance']:.2g}" if "distance" in c else ""] if measured else [])
             + [
                 f"{number(c['milliseconds'][b]['median'])} ({slow[b] / c['milliseconds'][b]['median']:.2f}x)"
@@ -35,8 +36,9 @@ def optimize() -> str:
             for n, c in compared.items()
         ]
         limits = ", ".join(f"{k} {v}" for k, v in row["targets"].items() if k != "objective")
-        training = f", {row['train_minutes']:g} of them of training" if row.get("train_minutes") else ""
-        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}; limit: {limits}."
+        limits = limits.replace(" 1 points", " 1 point")  # as older records have it
+        training = f", of which {row['train_minutes']:g} were training" if row.get("train_minutes") else ""
+        note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}. Limit: {limits}."
         expected, real = row["predicted"], row["measured"]
         if "loss" in expected:
             ratios = [ms / real["milliseconds"][b] for b, ms in expected["milliseconds"].items()]
@@ -54,6 +56,17 @@ def optimize() -> str:
     return "\n\n".join(sections)
 
 
+def _name_of_best(row: Row) -> str:
+    """Return the name of the model that was found; older records say which layers are in fp32 in other words."""
+    return re.sub(r" but (.+)$", r", \1 in fp32", row["best"])
+
+
+def _quality(row: Row, name: str) -> str:
+    """Return the quality of a model; accuracies in percent."""
+    percent = row["metric"]["name"] == "accuracy" and row["compared"]["found"]["quality"] <= 1
+    return f"{(100 if percent else 1) * row['compared'][name]['quality']:.4g}"
+
+
 def _has_no_uniform(row: Row) -> bool:
     """Return whether a run is of the time when uniform models left the same layers in fp32 as those that were found."""
     found, uniform = row["compared"]["found"], row["compared"]["uniform"]
@@ -68,7 +81,7 @@ def _other_seeds(rows: list[Row], row: Row) -> str:
         if other is not row and "distance" in found and not _has_no_uniform(other):
             ratio = max(uniform["milliseconds"][b]["median"] / t["median"] for b, t in found["milliseconds"].items())
             texts.append(
-                f"seed {other['seed']}: {found['quality']:.4g} (uniform {uniform['quality']:.4g}), distance "
+                f"seed {other['seed']}: {_quality(other, 'found')} (uniform {_quality(other, 'uniform')}), distance "
                 f"{found['distance']:.2g} ({uniform['distance']:.2g}), {ratio:.2f}x as fast"
             )
     return f" Other seeds, found and uniform: {'; '.join(texts)}." if texts else ""

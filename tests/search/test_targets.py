@@ -120,6 +120,31 @@ def test_what_exceeds_a_loss_of_0_does_not_outweigh_the_speed():
 
 def test_losses_have_their_unit():
     assert Targets().text(0.0123) == "1.23 %" and Targets(points=True).text(0.5) == "0.5 points"
+    assert Targets(1.0, points=True).to_dict()["max_loss"] == Targets(points=True).text(1.0) == "1 point"
+
+
+@pytest.mark.parametrize(
+    "points, quality, message",
+    [
+        (
+            0.5,
+            0.93,
+            r"at most 0.1 points, got 0.5: the dense model's accuracy is 0.93 \(it is a fraction, so a percent",
+        ),
+        (1.0, 1.0, "at most 0.1 points, got 1: the dense model's accuracy is 1 "),
+        (62.0, 61.8, r"at most 61.8 points, got 62: .* is 61.8 \(any model loses less\); or give a percentage of it"),
+    ],
+)
+def test_points_that_nearly_any_model_keeps_are_refused(points, quality, message):
+    with pytest.raises(RecipeError, match=message):
+        check_dense(Targets(points, points=True), "accuracy", quality)
+    check_dense(Targets(points, points=True), "perplexity", quality, higher_is_better=False)
+    check_dense(Targets(points, points=True), "accuracy")  # before it is measured
+
+
+def test_few_points_are_no_mistake():
+    for points, quality in ((0.1, 0.93), (1.0, 61.8), (-0.5, 0.93)):
+        assert check_dense(Targets(points, points=True), "accuracy", quality).max_loss == points
 
 
 @pytest.mark.parametrize("metric", ["kl", "distance", "mine"])

@@ -1,4 +1,4 @@
-"""Compensation for removed units, and recalibrated BatchNorms."""
+"""Compensation for removed units, and corrected statistics of BatchNorms."""
 
 import copy
 
@@ -58,15 +58,98 @@ def test_ridge_regression_matches_a_solver():
     torch.testing.assert_close(shift, x.mean(0).double() - B @ x.mean(0).double()[left], rtol=1e-3, atol=1e-4)
 
 
-def test_batch_norms_are_recalibrated():
+def norms_net():
+    """A network whose running statistics are of other data than the tests give."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).eval()
-    data = [torch.randn(4, 3, 8, 8) * 2 + 1 for _ in range(3)]
-    rarefy.cut_(net, data[0], data=data, repair="batchnorm")
+    for norm in (net[1], net[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.2, 2.0)
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return net
+
+
+def norm_outputs(net, data):
+    """Return all outputs of the two norms in evaluation mode, [pixels, channels] each."""
+    with torch.no_grad():
+        first = [net[1](net[0](x)) for x in data]
+        return [torch.cat([y.movedim(1, -1).flatten(0, -2) for y in ys]) for ys in (first, [net[2:](y) for y in first])]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_norms_return_what_they_did(shuffled):
+    """The remaining channels have the dense model's mean and standard deviation, on data unlike the statistics."""
+    net = norms_net()
+    data = [torch.randn(4, 3, 8, 8) * scale + 1 for scale in (0.5, 2.0, 3.0)]
+    dense, loader = copy.deepcopy(net), data
+    if shuffled:
+        pictures = torch.cat(data)
+        loader = torch.utils.data.DataLoader(pictures, batch_size=4, shuffle=True)
+    rarefy.cut_(net, data[0], data=loader, repair="batchnorm", layers="0")
     assert net[1].num_features == 4 and net[1].momentum == 0.1 and not net[1].training
-    seen = [net[0](x) for x in data]
-    torch.testing.assert_close(net[1].running_mean, torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0))
-    want = torch.stack([s.var((0, 2, 3), unbiased=True) for s in seen]).mean(0)
-    torch.testing.assert_close(net[1].running_var, want)
+    stays = [next(i for i in range(8) if torch.equal(w, dense[0].weight[i])) for w in net[0].get_parameter("weight")]
+    first, want = norm_outputs(net, data)[0], norm_outputs(dense, data)[0][:, stays]
+    torch.testing.assert_close(first, want, rtol=1e-3, atol=1e-3)  # its inputs have not changed
+    second, want = norm_outputs(net, data)[1], norm_outputs(dense, data)[1]
+    # one pass corrects all norms: later ones were measured while each batch was corrected on its own
+    torch.testing.assert_close(second.mean(0), want.mean(0), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(second.std(0), want.std(0), rtol=0.2, atol=0.05)
+
+
+def test_norms_whose_inputs_stay_keep_their_statistics():
+    """Averages over the data alone would replace what was collected in training."""
+    net = nn.Sequential(norms_net(), nn.Flatten(), nn.Linear(4 * 36, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    before = copy.deepcopy(net[0].state_dict())
+    data = [torch.randn(4, 3, 8, 8) * 2 + 1 for _ in range(3)]
+    rarefy.cut_(net, data[0], data=data, layers="2")
+    assert net[2].out_features == 4
+    for name, value in net[0].state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
+
+
+def test_constant_channels_keep_their_scale():
+    net = norms_net()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].weight[:4] = 1e-4  # the others are the smallest
+        net[0].weight[0] = 0
+        net[0].bias.copy_(torch.tensor([9.0, 1, 1, 1, 0, 0, 0, 0]))
+    dense, data = copy.deepcopy(net), [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    rarefy.cut_(net, data[0], data=data, repair="batchnorm", layers="0")
+    assert all(torch.isfinite(b).all() for b in (net[1].running_mean, net[1].running_var))
+    x = torch.randn(2, 3, 8, 8)
+    assert (net(x) - dense(x)).abs().max() < 1.0
+
+
+def test_a_norm_of_vectors_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b, self.c = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.c(self.norm(self.b(self.norm(self.a(x)).relu())).relu())
+
+    net = Twice().eval()
+    data = [torch.randn(32, 6) for _ in range(4)]
+    dense, plain = copy.deepcopy(net), copy.deepcopy(net)
+    rarefy.cut_(net, data[0], data=data, keep=0.75)
+    rarefy.cut_(plain, data[0], keep=0.75)
+    assert net.norm.num_features == 6
+    x = torch.cat(data)
+    with torch.no_grad():
+        assert (net(x) - dense(x)).norm() < (plain(x) - dense(x)).norm()
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    class Own(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+    net = Own(*norms_net())
+    data = [torch.randn(4, 3, 8, 8)]
+    with pytest.raises(ModelError, match=r"Own cannot be copied, .* give repair=\['ridge', 'bias'\] \(no copies\)"):
+        rarefy.cut_(net, data[0], data=data)
+    rarefy.cut_(net, data[0], data=data, repair=["ridge", "bias"])
 
 
 @pytest.mark.parametrize(

@@ -154,10 +154,10 @@ class Variant:
         """Return this precision with layers that stay in fp32.
 
         >>> Variant("int8", "int8").with_fp32(["stem", "head"]).name
-        'int8 but 2 layers'
+        'int8, 2 layers in fp32'
         """
         count = f"{len(layers)} layers" if len(layers) > 1 else layers[0]
-        return replace(self, name=f"{self.name} but {count}", ignore=tuple(layers))
+        return replace(self, name=f"{self.name}, {count} in fp32", ignore=tuple(layers))
 
     def stages(self, ignore: Sequence[str]) -> list[dict[str, Any]]:
         """Return the recipe's last stages; layers in `ignore` keep their own bits."""

@@ -137,7 +137,9 @@ class Measured:
         self.dense_fast = deploy(task.dense, task.example, None, task.data)
         dense = self.point("dense, fp32", PLAIN, self.stages({}, (), PLAIN))
         if dense.quality is not None:
-            self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
+            metric = task.metric
+            targets = check_dense(task.targets, metric.name, dense.quality, metric.higher_is_better)
+            self.task = replace(task, targets=targets)
         self.reference = self.bases[PLAIN] = self.add(dense)
         return self.reference
 

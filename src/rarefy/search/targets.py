@@ -16,6 +16,7 @@ from rarefy.search.frontier import Point
 DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
 OBJECTIVES = ("latency", *DECODE, "loss", "size", "memory")
 NOISE = 1e-6  # a smaller number of the dense model counts as 0
+LARGEST_OF_FRACTION = 0.1  # points of a number up to 1 that may be lost: more are meant as percentage points
 LOSS = re.compile(r"(-?[0-9]*\.?[0-9]+)\s*(%|points?)?")
 
 
@@ -54,7 +55,7 @@ class Targets:
 
     def text(self, loss: float) -> str:
         """Return a loss with its unit, such as "1.2 %" or "0.5 points"."""
-        return f"{loss:.3g} points" if self.points else f"{100 * loss:.3g} %"
+        return f"{loss:.3g} {_points(loss)}" if self.points else f"{100 * loss:.3g} %"
 
     def limits(self, point: Point) -> dict[str, float]:
         """Return, for each limit, how much of it a point uses; above 1 it is exceeded.
@@ -118,7 +119,7 @@ class Targets:
         """Return the limits that are set, as text by name."""
         loss = None
         if self.max_loss is not None:
-            loss = f"{self.max_loss:g} points" if self.points else f"{100 * self.max_loss:g} %"
+            loss = f"{self.max_loss:g} {_points(self.max_loss)}" if self.points else f"{100 * self.max_loss:g} %"
         named = {
             "max_loss": loss,
             "speedup": None if self.speedup is None else f"{self.speedup:g}x",
@@ -152,6 +153,10 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
             f"'{value:g}%' and '{value:g} points' are text"
         )
     return float(value), False
+
+
+def _points(number: float) -> str:
+    return "point" if number == 1 else "points"
 
 
 def times_tokens(names: Iterable[str]) -> bool:
@@ -194,17 +199,28 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
     return targets
 
 
-def check_dense(targets: Targets, metric: str, quality: float = math.inf) -> Targets:
+def check_dense(targets: Targets, metric: str, quality: float = math.inf, higher_is_better: bool = True) -> Targets:
     """Return the targets with losses in points where the dense model's number is 0, but for rounding errors.
 
     Args:
         targets: the limits.
         metric: the name of the number.
         quality: the dense model's number; by default only the metric counts, before anything is measured.
+        higher_is_better: whether a higher number is better.
 
     Raises:
-        RecipeError: where the largest loss is a fraction of 0, which means nothing.
+        RecipeError: where the largest loss is a fraction of 0, which means nothing, or where so many points may be lost
+            that nearly any model would do: they are meant as percentage points of a number from 0 to 1.
     """
+    exact = metric in BEST_IS_ZERO or not higher_is_better
+    if targets.points and targets.max_loss is not None and not exact and quality > NOISE:
+        largest = LARGEST_OF_FRACTION if quality <= 1 + NOISE else quality
+        if targets.max_loss > largest:
+            hint = "it is a fraction, so a percentage point is 0.01" if quality <= 1 + NOISE else "any model loses less"
+            raise RecipeError(
+                f"max_loss: expected at most {largest:g} points, got {targets.max_loss:g}: the dense model's {metric} "
+                f"is {quality:.3g} ({hint}); or give a percentage of it, such as '1%'"
+            )
     if metric not in BEST_IS_ZERO and abs(quality) >= NOISE:
         return targets
     if targets.max_loss and not targets.points:

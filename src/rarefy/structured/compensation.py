@@ -1,4 +1,4 @@
-"""Compensate for removed units: update the weights of their consumers in closed form, then recalibrate BatchNorms.
+"""Compensate for removed units: update the weights of their consumers in closed form.
 
 h [C]     inputs of a consumer, S those that stay; one pass of the dense model over the data gives E[h h'] and E[h]
 B [C, S]  ridge regression of all inputs on those that stay (GRAIL, arXiv 2602.23795, section 3): h ~ B h_S
@@ -10,16 +10,12 @@ With the means subtracted first, the regression has an intercept that is added t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
-from rarefy.model.forward import call, evaluating, on_device
 from rarefy.structured.consumers import Consumer, Moments, all_consumers
 
 REPAIRS = ("ridge", "bias", "batchnorm")
@@ -98,43 +94,3 @@ def _mean_of_removed(moments: Moments, keep: Tensor) -> Tensor:
     """Return the mean input [C], zero for inputs that stay."""
     mean = moments.first / max(moments.count, 1)
     return torch.where(keep.to(mean.device), torch.zeros_like(mean), mean)
-
-
-def batch_norms(model: nn.Module) -> dict[str, Any]:
-    """Return the BatchNorms that keep running statistics, by name."""
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return {n: m for n, m in model.named_modules() if isinstance(m, batch_norm) and m.running_mean is not None}
-
-
-def recalibrate_batch_norms(model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any]) -> None:
-    """Set the running statistics of BatchNorms to their mean over the data.
-
-    The caller restores them if needed. Raises DataError for data without a batch, ModelError for statistics that are
-    not finite.
-    """
-    if not norms:
-        return
-    batches = 0
-    with evaluating(model), torch.no_grad(), _averaging(norms.values()):
-        for batch in data:
-            call(model, on_device(model, batch))
-            batches += 1
-    if not batches:
-        raise DataError("the data gave no batch: BatchNorm statistics need at least one")
-    name = next((n for n, m in norms.items() if not all(torch.isfinite(b).all() for b in m.buffers())), None)
-    if name is not None:
-        raise ModelError(f"{name}: running statistics are not finite on this data: NaN or inf in inputs or weights")
-
-
-@contextmanager
-def _averaging(norms: Iterable[Any]) -> Any:
-    """Make BatchNorms average over all batches of the context."""
-    momenta = [(norm, norm.momentum) for norm in norms]
-    try:
-        for norm, _ in momenta:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        yield
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum

@@ -23,7 +23,8 @@ from rarefy.model.layers import Selector, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured import unit_selection
-from rarefy.structured.compensation import batch_norms, compensate_, layers_losing_inputs, recalibrate_batch_norms
+from rarefy.structured.batch_norms import batch_norms, copy_before_cut, match_batch_norms_
+from rarefy.structured.compensation import compensate_, layers_losing_inputs
 from rarefy.structured.consumers import collect_moments
 from rarefy.structured.group_selection import History, select_groups
 from rarefy.structured.hf_config import merge_sizes, update_config
@@ -107,8 +108,8 @@ def cut_(
         steps: cut in so many steps, with new scores and repairs in each.
         data: batches for scores, and for repairs. They are gone through more than once.
         loss: callable(output, batch) for gradient scores; by default the model's own.
-        repair: with `data`, how the remaining units compensate: "ridge" (new weights for layers that read lost units),
-            "bias" (the mean of what is lost), "batchnorm" (new statistics); True: all, False: none.
+        repair: how the remaining units compensate, with `data`: "ridge" (new weights for layers that read lost units),
+            "bias" (the mean of what is lost), "batchnorm" (corrected statistics); True: all, False: none.
         optimizer: one that trains the model: it continues with what is left.
         mask_only: set units to zero and keep all sizes.
         dry_run: change nothing: only report.
@@ -481,6 +482,7 @@ def remove_and_compensate(
     consumers = layers_losing_inputs(graph, masks) if {"ridge", "bias"} & set(repairs) and not stay else []
     dense = {c.name: c.module.weight.detach().clone() for c in consumers} if data is not None else {}
     moments = collect_moments(model, consumers, data) if data is not None and consumers else {}
+    before = copy_before_cut(model) if "batchnorm" in repairs and data is not None and not stay else None
     removal = remove_units(model, example, graph, masks, stay=stay)
     try:
         if not stay:
@@ -489,11 +491,9 @@ def remove_and_compensate(
                 dense[name].index_copy_(dim, rows, dense[name].index_select(dim, rows) * factor)
             removal.undo += [value_restorer(c.module.bias) for c in consumers if c.module.bias is not None]
             removal.repaired += compensate_(consumers, graph, masks, dense, moments, removal.constants, repairs)
-            if "batchnorm" in repairs and data is not None:
-                norms = batch_norms(model)
-                removal.undo += [value_restorer(b) for m in norms.values() for b in m.buffers()]
-                recalibrate_batch_norms(model, norms, data)
-                removal.repaired += norms
+            if before is not None and data is not None:
+                removal.undo += [value_restorer(b) for m in batch_norms(model).values() for b in m.buffers()]
+                removal.repaired += match_batch_norms_(model, before, graph, masks, data)
     except BaseException:
         removal.put_back()
         raise
