@@ -389,7 +389,7 @@ def test_interrupting_leaves_nothing(given, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and out == ""
-    assert err.rstrip().endswith("rarefy: interrupted; nothing was written") and "Traceback" not in err
+    assert err.rstrip().endswith("rarefy: interrupted; the output was not written") and "Traceback" not in err
     assert not inside.exists()
 
 
@@ -456,7 +456,7 @@ def test_export_errors(run, packed, tmp_path):
     ran = run("export", packed, "--to", "onnx", "-o", tmp_path / "x")
     assert ran.code == 2 and "rarefy.export_onnx(model" in ran.err and not list(tmp_path.iterdir())
     ran = run("export", packed, "--to", "onyx", "-o", tmp_path / "x")
-    assert ran.code == 2 and "'onyx': choose from hf, safetensors" in ran.err and not list(tmp_path.iterdir())
+    assert ran.code == 2 and "'onyx'; choose from compressed-tensors, gguf, hf" in ran.err and not list(tmp_path.iterdir())
     rarefy.save(Net(), tmp_path / "net")
     ran = run("export", tmp_path / "net", "-o", tmp_path / "x")
     assert (

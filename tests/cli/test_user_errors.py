@@ -90,7 +90,7 @@ def test_a_criterion_is_a_loss():
 
 
 def test_a_class_that_is_no_output():
-    with pytest.raises(DataError, match="expected classes from 0 to 4, as the model has outputs, got 11"):
+    with pytest.raises(DataError, match="expected classes from 0 to 4, as the model has outputs, .* got 11"):
         rarefy.fit_(Net(), [(torch.zeros(1, 3, 9, 9), torch.tensor([11]))])
 
 

@@ -213,7 +213,7 @@ def test_heads_of_odd_sizes_are_refused():
 def test_caches_of_other_heads_are_refused():
     """As many features, but fewer scales than kernels would read."""
     made, other = pair(num_key_value_heads=4)[1], pair(num_key_value_heads=2, head_dim=32)[1]
-    with pytest.raises(DataError, match="or for another model"):
+    with pytest.raises(DataError, match="the cache is of another model"):
         made(torch.ones(1, 3, dtype=torch.int64), other.cache(1, 8, cache_precision="int8"))
 
 

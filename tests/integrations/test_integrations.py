@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from conftest import Net, image_batches
-from rarefy.common.errors import ContainerError, PatternError, RecipeError
+from rarefy.common.errors import ContainerError, ModelError, PatternError, RecipeError
 from rarefy.train.sparsifier import Sparsifier as Bare
 from rarefy.train.sparsity_config import Gradual, Movement, Rigl
 
@@ -115,6 +115,26 @@ def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
     trainer = trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4)
     with pytest.raises(ContainerError, match="the checkpoint was saved without this callback"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path):
+    from rarefy.integrations.hf_trainer import FILE, SparsifyCallback
+
+    trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4).train()
+    file = tmp_path / "a" / "checkpoint-3" / FILE
+    file.write_bytes(file.read_bytes()[:40])
+    trainer = trainer_of(llama(), SparsifyCallback(RECIPE), tmp_path / "a", max_steps=4)
+    with pytest.raises(ContainerError, match=r"is damaged or cut short: remove this checkpoint, and resume from an"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+
+
+def test_a_callback_that_comes_too_late_is_said(tmp_path):
+    from rarefy.integrations.hf_trainer import SparsifyCallback
+
+    trainer = trainer_of(llama(), transformers.TrainerCallback(), tmp_path / "a")
+    trainer.add_callback(SparsifyCallback(RECIPE))
+    with pytest.raises(ModelError, match=r"added to a Trainer that existed already, .* callbacks=\[SparsifyCallback"):
+        trainer.train()
 
 
 def test_inside_the_trainer_of_lightning(tmp_path):

@@ -241,5 +241,5 @@ def test_groups_in_python():
     report = rarefy.groups(nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(1, 4))
     assert [r["units"] for r in report.rows] == [4] * len(report.rows)
     assert report.summary["units that can go"] == "3 of 5 groups"
-    with pytest.raises(ModelError, match="Sequential cannot be called with the example"):
+    with pytest.raises(ModelError, match="example: Sequential cannot be called with"):
         rarefy.groups(nn.Sequential(nn.Linear(4, 4)), torch.randn(1, 5))

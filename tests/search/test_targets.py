@@ -4,7 +4,7 @@ import pytest
 
 from rarefy.common.errors import RecipeError
 from rarefy.search.frontier import Point, pareto
-from rarefy.search.targets import Targets, check_dense, parse_loss, parse_targets
+from rarefy.search.targets import Targets, check_dense, check_points, parse_loss, parse_targets
 
 
 def point(name, loss, speed, disk=1e6, memory=1e6, error=""):
@@ -123,28 +123,24 @@ def test_losses_have_their_unit():
     assert Targets(1.0, points=True).to_dict()["max_loss"] == Targets(points=True).text(1.0) == "1 point"
 
 
-@pytest.mark.parametrize(
-    "points, quality, message",
-    [
-        (
-            0.5,
-            0.93,
-            r"at most 0.1 points, got 0.5: the dense model's accuracy is 0.93 \(it is a fraction, so a percent",
-        ),
-        (1.0, 1.0, "at most 0.1 points, got 1: the dense model's accuracy is 1 "),
-        (62.0, 61.8, r"at most 61.8 points, got 62: .* is 61.8 \(any model loses less\); or give a percentage of it"),
-    ],
-)
-def test_points_that_nearly_any_model_keeps_are_refused(points, quality, message):
+@pytest.mark.parametrize(("metric", "points"), [("accuracy", 0.5), ("accuracy", 1.0), ("similarity", 0.11)])
+def test_points_that_nearly_any_model_keeps_are_refused(metric, points):
+    message = f"{metric} goes from 0 to 1, .* at most 0.1 points or a percentage, such as '1%', got {points:g} point"
     with pytest.raises(RecipeError, match=message):
-        check_dense(Targets(points, points=True), "accuracy", quality)
-    check_dense(Targets(points, points=True), "perplexity", quality, higher_is_better=False)
-    check_dense(Targets(points, points=True), "accuracy")  # before it is measured
+        check_points(Targets(points, points=True), metric)
 
 
-def test_few_points_are_no_mistake():
-    for points, quality in ((0.1, 0.93), (1.0, 61.8), (-0.5, 0.93)):
-        assert check_dense(Targets(points, points=True), "accuracy", quality).max_loss == points
+def test_few_points_and_those_of_percentages_are_no_mistake():
+    for metric, points in (
+        ("accuracy", 0.1),
+        ("accuracy", -0.5),
+        ("retrieval", 1.0),
+        ("agreement", 3.0),
+        ("mine", 0.5),
+    ):
+        check_points(Targets(points, points=True), metric)
+    check_points(Targets(0.5), "accuracy")
+    check_points(Targets(None, speedup=2.0), "accuracy")
 
 
 @pytest.mark.parametrize("metric", ["kl", "distance", "mine"])

@@ -124,6 +124,12 @@ def input_columns(layer: Layer, module: Any, x: Any, mask: Tensor | None) -> Ten
     return token_rows(x, mask, batch_first)[None]
 
 
+def padding_mask(batch: Any) -> Tensor | None:
+    """Return the attention mask of a batch, bool [texts, tokens]; None without one."""
+    mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def token_rows(x: Tensor, mask: Tensor | None, batch_first: bool = True) -> Tensor:
     """Return [tokens, width] without the padding that `mask` [batch, length] marks, if the shapes agree."""
     if mask is not None and not batch_first and x.dim() == 3:

@@ -14,7 +14,7 @@ from rarefy.checkpoint import compiled_model, compressed_tensors, gguf_export, p
 from rarefy.checkpoint.load import load
 from rarefy.checkpoint.tensor_slots import trusted_shape
 from rarefy.common.atomic_io import INDEX, atomic_folder, check_output_folder, container_errors
-from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.errors import ContainerError, ModelError, unknown
 from rarefy.common.version import __version__
 from rarefy.formats import container
 from rarefy.lowrank import layer_tying
@@ -48,7 +48,8 @@ def export(
         type: for "gguf", the type of matrices: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1". None: quantized layers
             in the smallest type that holds their codes, others in f16.
         tokenizer: for "gguf" of a model: its tokenizer, of transformers. A folder's own is written by itself.
-        example: for "pt2" what the model is called with; random for models whose inputs are known.
+        example: for "pt2" a tensor, a tuple of positional arguments, or a dict of keyword arguments; by default random
+            inputs for models whose inputs are known.
         overwrite: replace an earlier export.
 
     Returns:
@@ -68,7 +69,9 @@ def export(
         ['model.safetensors', 'rarefy-export.json']
     """
     if to not in EXPORTS:
-        raise ContainerError(f"export --to {to!r}: choose from {', '.join(EXPORTS)}")
+        raise ContainerError(unknown("export", to, EXPORTS))
+    if to != "pt2" and not isinstance(path, str | os.PathLike | nn.Module):
+        raise ModelError(f"export: expected a folder or a torch model, got {path.__class__.__name__}")
     if example is not None and to != "pt2":
         raise ContainerError(f"example= is for to='pt2': leave it out with to={to!r}")
     if to == "gguf":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def inspect(what: str | Path | nn.Module) -> Report:
     """Return a report with a row for each tensor. O(weights).
 
     Args:
-        what: a model, a saved folder, a Hugging Face folder, or a .safetensors or .gguf file.
+        what: a model, a saved folder, a folder of Hugging Face or compressed-tensors, or a .safetensors or .gguf file.
 
     Returns:
         Rows with tensor, shape, dtype, format, sparsity, the pattern of its zeros, bytes stored and dense; the summary
@@ -74,6 +75,8 @@ def _tensors(what: str | Path | nn.Module, compiled: dict[str, Any]) -> Iterator
         return
     if isinstance(what, Compiled | Decoder):
         raise ModelError("a compiled model: print it, or save it and inspect its folder")
+    if not isinstance(what, str | os.PathLike):
+        raise ModelError(f"inspect: expected a model or a path, got {type(what).__name__}")
     path = Path(what)
     if gguf_file.is_file(path):
         yield from _gguf_tensors(path)

@@ -51,8 +51,8 @@ def save(
     Args:
         model: a module, or what `compile` or `decoder` returned.
         path: the folder.
-        receipt: written as receipt.json and receipt.md; by default the model's own.
-        recipe: plain data, written into the index; by default the model's own.
+        receipt: written as receipt.json and receipt.txt; by default a module's own.
+        recipe: plain data, written into the index; by default a module's own.
         format: "smallest", or the format of every prunable weight that it fits: "dense", "dense+mask", "bitmask",
             "csr", "csc", "bsr", "nm".
         files: more files by name, such as those of a tokenizer.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import ModelError, RarefyError
+from rarefy.common.errors import ModelError, RarefyError, first_line
 from rarefy.common.report import Report, three_digits
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled, InputSpec
@@ -55,16 +55,19 @@ def bench_models(
 
     Raises ModelError if the texts are longer than a model accepts, or if only some models generate text.
     """
+    generate = all(_generates_text(s) for s in subjects.values())
     for name, s in subjects.items():
         max_tokens = (
             s.max_tokens
             if isinstance(s, Decoder)
             else getattr(getattr(s, "config", None), "max_position_embeddings", None)
         )
-        if isinstance(max_tokens, int) and tokens + new > max_tokens:
-            raise ModelError(f"{name} accepts at most {max_tokens} tokens, got {tokens} and {new} new ones")
+        written = new if generate else 0
+        if isinstance(max_tokens, int) and tokens + written > max_tokens:
+            more = f" and {new} new ones" if generate else ""
+            raise ModelError(f"{name} accepts at most {max_tokens} tokens, got {tokens}{more}")
     timed: dict[str, Any] = {}
-    if all(_generates_text(s) for s in subjects.values()):
+    if generate:
         rows = _rates(subjects, tokens, new, repeats, progress)
         timed["timed"] = f"a prompt of {tokens} tokens, then {new} new ones, batch 1"
     else:
@@ -113,11 +116,27 @@ def _calls(
     batch_size = next(len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     size = f"batch {batch_size}" if input_ids is None else f"{len(input_ids)} x {input_ids.shape[1]} tokens"
     runs: dict[str, Callable[[], Any]] = {name: partial(s, *args, **kwargs) for name, s in subjects.items()}
+    for name, run in list(runs.items())[1:]:
+        _check_runs(name, run)
     rows: list[Mapping[str, Any]] = []
     for name, t in profiling.compare(runs, repeats=repeats, progress=progress).items():
         millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
         rows.append({"what": f"forward, {size}", "of": name, "unit": "ms", **millis})
     return rows
+
+
+def _check_runs(name: str, run: Callable[[], Any]) -> None:
+    """Raise ModelError for a model that does not take the inputs of the first one."""
+    try:
+        with torch.no_grad():
+            run()
+    except RarefyError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{name} cannot be called with the inputs of the first model: compare models that take the same inputs "
+            f"({first_line(error)})"
+        ) from error
 
 
 def example_for(compiled: Compiled, tokens: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

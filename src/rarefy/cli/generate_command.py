@@ -57,11 +57,14 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="System message before each prompt; needs --chat.")]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Largest number of new tokens; by default 128, or as many as fit.")
+    int | None,
+    typer.Option(
+        min=1, help="Largest number of new tokens; by default as the model says, else 128, as far as they fit."
+    ),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="A string that ends a text; it is not printed. May be given several times."),
+    typer.Option(help="A string that ends a text; it is not printed; repeat for more."),
 ]
 Greedy = Annotated[
     bool, typer.Option("--greedy", help="Take the most likely token, also where the model's settings sample.")
@@ -322,7 +325,14 @@ def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) 
         return [parse_ids(text) for text in ids or []]
     if prompts.count("-") > 1:
         raise RecipeError("standard input can be read only once: give one --prompt -")
-    return [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
+    return [_standard_input() if p == "-" else p for p in prompts]
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"--prompt -: standard input is not UTF-8 text (byte {error.start})") from None
 
 
 def _encoded(text: str, tokenizer: Any, chat: bool, model: str, system: str | None) -> list[int]:

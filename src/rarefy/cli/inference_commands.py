@@ -26,7 +26,7 @@ from rarefy.common.report import Report
 
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help="A layer that stays in fp32, by name or glob; may be given several times. Not for decoders."),
+    typer.Option(help="A layer that stays in fp32, by name or glob; repeat for more. Not for decoders."),
 ]
 
 
@@ -68,8 +68,8 @@ def compile_(
     than memory, and a command that was killed continues when it is given again.
 
     Other transformers models accept other batch sizes and lengths than the example's; so do ONNX files with open sizes.
-    What was an ONNX file is then called by the names of its inputs: rarefy.load("fast/").run({"x": array}). Compile
-    models that are built in Python there: rarefy.save(rarefy.compile(model, example), "out/").
+    What was an ONNX file is then called by the names of its inputs: rarefy.load("fast/").run({"x": array}). Models
+    built in Python are compiled in Python: rarefy.save(rarefy.compile(model, example), "out/").
 
     rarefy compile smollm2-135m --precision int8 --out decoder/
 

@@ -115,9 +115,10 @@ def compress(
 ) -> None:
     """Compress a model by a recipe, save it, and print the receipt.
 
-    A run with a solver or training saves its state in .OUT.work next to the output. After it was killed, the same
-    command resumes it. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work among processes; such runs
-    cannot be resumed. Exit code 1: quality fell further than the recipe allows; the folder is written all the same.
+    A run with a `train` stage, or a `prune` stage with a solver, saves its state in .OUT.work next to the output.
+    After it was killed, the same command resumes it. torchrun --nproc-per-node 2 -m rarefy compress ... shares the work
+    among processes; such runs cannot be resumed. Exit code 1: quality fell further than the recipe allows; the folder
+    is written all the same.
     """
     from rarefy.common.atomic_io import check_output_folder, parse_bytes
 
@@ -127,7 +128,8 @@ def compress(
     memory_limit = parse_bytes(memory)
     if fresh and not loaded_recipe.solves:
         raise RecipeError(
-            f"--fresh has no effect: recipe {loaded_recipe.name} has no solver or training, so no state is saved"
+            f"--fresh has no effect: recipe {loaded_recipe.name} has no prune stage with a solver and no train stage, "
+            "so no state is saved"
         )
     if out is None and not dry_run:
         raise RecipeError("compress needs --out FOLDER (or --dry-run)")
@@ -356,6 +358,9 @@ def main() -> None:
     except RarefyError as error:
         print(f"rarefy: {shell_text(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError as error:
+        print(f"rarefy: {error or 'out of memory'}: ask for less at once, such as a smaller batch", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -364,7 +369,7 @@ def main() -> None:
             if end.code == 2 and sys.argv[1:2] == ["compress"]:
                 _explain_fields(sys.argv[2:])
             raise
-        print("rarefy: interrupted; nothing was written", file=sys.stderr)
+        print("rarefy: interrupted; the output was not written", file=sys.stderr)
         sys.exit(end.code if isinstance(end, SystemExit) else 130)
     finally:
         warnings.showwarning = show_elsewhere

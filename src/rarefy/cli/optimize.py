@@ -35,7 +35,11 @@ CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration data: text, .jsonl, images, .npz, or a built-in name.")
 ]
 MaxLoss = Annotated[
-    str, typer.Option(help="Largest accepted loss: 1% of the dense model's number, or points of it, such as 0.5.")
+    str,
+    typer.Option(
+        help="Largest accepted loss. 1%: of the dense model's number. 0.5: points of that number; accuracy goes from 0 "
+        "to 1, so a percentage point is 0.01. any: no limit, with another one such as --speedup."
+    ),
 ]
 TrainMinutes = Annotated[
     float,
@@ -47,6 +51,10 @@ TrainData = Annotated[
         help="Data to train on; no labels are read. By default the samples that are calibrated on, or all of "
         "--data where --eval-data is given."
     ),
+]
+Changing = Annotated[
+    list[str] | None,
+    typer.Option(help="Layers that may change: a name, a glob (model.layers.0.*) or a class; repeat for more."),
 ]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
 
@@ -67,7 +75,8 @@ def optimize(
         typer.Option(help="What is best: latency (default), loss, size, memory; of texts also decode, prompt."),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size that is timed; again for more. Not for language models.")
+        list[int] | None,
+        typer.Option(min=1, help="Batch size that is timed; repeat the option for more. Not for language models."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of texts; by default 128, of language models 512.")
@@ -82,8 +91,8 @@ def optimize(
     train: TrainMinutes = 0.0,
     train_data: TrainData = None,
     train_samples: Annotated[int | None, typer.Option(min=1, help="Samples to train on; by default all.")] = None,
-    layers: Annotated[list[str] | None, typer.Option(help="Selector of layers that may change; give several.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Selector of layers that stay; give several.")] = None,
+    layers: Changing = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layers that stay as they are; repeat for more.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
     other_engines: Annotated[
         bool, typer.Option("--other-engines", help="Measure ONNX Runtime and OpenVINO too, where they are installed.")

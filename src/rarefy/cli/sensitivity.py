@@ -11,6 +11,7 @@ import typer
 
 from rarefy.cli import shared
 from rarefy.cli.shared import Checkpoint, InputShape, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
+from rarefy.common.atomic_io import container_errors
 from rarefy.common.errors import RecipeError
 
 RANDOM_INPUTS = "inputs were random and weights ranked by magnitude: give --data for losses on real inputs"
@@ -30,12 +31,12 @@ def sensitivity(
         ),
     ] = "distance",
     pattern: Annotated[
-        list[str] | None, typer.Option(help="Pattern of zeros; again for more. Default: unstructured and 2:4.")
+        list[str] | None, typer.Option(help="Pattern of zeros; repeat for more. Default: unstructured and 2:4.")
     ] = None,
     sparsity: Annotated[
-        list[float] | None, typer.Option(help="Fraction of zeros; again for more. Default: 0.5 and 0.75.")
+        list[float] | None, typer.Option(help="Fraction of zeros; repeat for more. Default: 0.5 and 0.75.")
     ] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="Bits of the weights; again for more. Default: 8, 4.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bits of the weights; repeat for more. Default: 8, 4.")] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Names or globs of layers. Default: all but embeddings and the head.")
     ] = None,
@@ -92,9 +93,10 @@ def sensitivity(
         )
     if data is None:
         report = replace(report, notes=(*report.notes, RANDOM_INPUTS))
-    if plot is not None:
-        write_bytes_atomic(plot, figure(report).encode())
     shared.show(report, as_json, quiet)
+    if plot is not None:
+        with container_errors(plot):
+            write_bytes_atomic(plot, figure(report).encode())
 
 
 def _check_needs(data: str | None, metric: str, score: str | None) -> None:
@@ -115,6 +117,8 @@ def _check_plot(plot: Path | None, force: bool) -> None:
         if force:
             raise RecipeError("--force has no effect without --plot")
         return
+    if not plot.absolute().parent.is_dir():
+        raise RecipeError(f"--plot {plot}: there is no folder {plot.parent}: create it, or give another name")
     if plot.suffix.lower() != ".svg":
         raise RecipeError(f"--plot {plot}: expected a name that ends in .svg")
     if plot.is_dir() or (plot.exists() and not force):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only: no progress bars and no report.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; by default all cores.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; by default as torch decides.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that Rarefy wrote, or an empty one.")]
 ModelPath = Annotated[
     str,
     typer.Argument(
@@ -45,15 +45,15 @@ InputShape = Annotated[
     typer.Option(
         "--input-shape",
         metavar="NAME=SIZES",
-        help="Sizes of an input of an ONNX or .pt2 file, as x=1x3x224x224; again for more inputs. Default: those of "
-        "the file; open ones are --batch, --tokens, and 224 for images.",
+        help="Sizes of an input of an ONNX or .pt2 file, as x=1x3x224x224; repeat the option for more. Default: those "
+        "of the file; open ones are --batch, --tokens, and 224 for images.",
     ),
 ]
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="bf16 runs linear layers and attention in bfloat16; int16 runs linear layers and convolutions in 16-bit "
-        "integers, for CPUs without fast bf16; int8 runs them in 8 bits. Outputs change a little. Default: fp32."
+        help="bf16 runs linear layers and attention in bfloat16; int16 (not for language models) runs linear layers "
+        "and convolutions in 16-bit integers; int8 runs them in 8 bits. Outputs change a little. Without: fp32."
     ),
 ]
 DecoderPrecision = Annotated[

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
 from rarefy.common.errors import RarefyError
+
+
+def as_dict(value: Any) -> Any:
+    """Return a mapping as a dict; anything else as it is, for the checks of options."""
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def check_int(name: str, value: Any, minimum: int, error: type[RarefyError] = RarefyError) -> int:

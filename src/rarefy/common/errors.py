@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class RarefyError(ValueError):
-    """An input cannot be used. The base class of all errors that Rarefy raises for users.
+    """An input cannot be used. The base class of all errors that Rarefy raises for users (`rarefy.common.errors`).
 
     Example:
         >>> try:
@@ -28,11 +28,11 @@ class SelectorError(RarefyError):
 
 
 class PatternError(RarefyError):
-    """A sparsity pattern, sparsity or scope is invalid."""
+    """An option of pruning, quantization, low rank or sparse training is invalid."""
 
 
 class ModelError(RarefyError):
-    """The model cannot be processed: no layer matches, or weights or activations contain NaN."""
+    """The model or an option cannot be used: NaN in weights or activations, other outputs, or a missing package."""
 
 
 class OutputsDifferError(ModelError):

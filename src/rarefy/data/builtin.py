@@ -10,6 +10,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.atomic_io import atomic_folder, container_errors
-from rarefy.common.errors import DataError, unknown
+from rarefy.common.errors import DataError, first_line, unknown
 from rarefy.common.extras import install
 from rarefy.model import hf
 
@@ -100,20 +103,30 @@ def wiki(test: bool) -> list[str]:
 
     Articles are ordered by hash, so any prefix is a random sample.
     """
-    articles = json.loads(find("wiki").read_text(encoding="utf-8")).values()
-    keyed = sorted(
-        (hashlib.sha256(a["title"].encode()).hexdigest(), a) for a in {x["title"]: x for x in articles}.values()
-    )
-    return [f"{a['title']}\n{a['extract']}" for h, a in keyed if (int(h, 16) % 10 == 0) == test]
+    with _reading(find("wiki")) as file:
+        articles = json.loads(file.read_text(encoding="utf-8")).values()
+        texts = {a["title"]: f"{a['title']}\n{a['extract']}" for a in articles}
+    keyed = sorted((hashlib.sha256(title.encode()).hexdigest(), text) for title, text in texts.items())
+    return [text for h, text in keyed if (int(h, 16) % 10 == 0) == test]
 
 
 def fashion_mnist(test: bool) -> tuple[Tensor, Tensor]:
     """Return images [n, 1, 28, 28] as floats with mean 0 and standard deviation 1, and class ids [n]."""
     folder, part = find("fashion-mnist"), "t10k" if test else "train"
-    pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8)[16:]
-    classes = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)[8:]
-    images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
+    with _reading(folder):
+        pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8)[16:]
+        classes = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)[8:]
+        images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
     return (images - 0.2860) / 0.3530, torch.from_numpy(classes.astype(np.int64))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Raise DataError for installed data that cannot be read."""
+    try:
+        yield path
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: install its package again ({first_line(error)})") from error
 
 
 def _package(name: str, inside: str) -> Path | None:

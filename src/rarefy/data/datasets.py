@@ -72,7 +72,8 @@ def batches(
         raise DataError(f"expected rows as dicts by column, got {type(first).__name__}")
     kind, name = _kind(first, column)
     if labels is not None and labels not in first:
-        raise DataError(f"the dataset has no column {labels!r} for labels: its columns are {', '.join(first)}")
+        columns = ", ".join(map(str, first))
+        raise DataError(f"the dataset has no column {labels!r} for labels: its columns are {columns}")
     if kind == "text":
         check_tokenizer(tokenizer, f"the column {name!r}")
         if getattr(tokenizer, "pad_token", "") is None:
@@ -110,10 +111,21 @@ class DatasetBatches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield each batch as a dict of tensors."""
         rows = islice(iter(self.dataset), self.samples)
+        number = 0
         for first in rows:
             part = list(chain([first], islice(rows, self.batch - 1)))
+            for number, row in enumerate(part, number + 1):  # noqa: B020 (goes on counting)
+                self._check(row, number)
             labels = {} if self.labels is None else {"labels": _stacked("labels", [row[self.labels] for row in part])}
             yield {**self._inputs(part), **labels}
+
+    def _check(self, row: Row, number: int) -> None:
+        """Raise DataError for a row that lacks a value of the columns that are read."""
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number} of the dataset: expected a dict by column, got {type(row).__name__}")
+        missing = next((c for c in (self.column, self.labels) if c is not None and row.get(c) is None), None)
+        if missing is not None:
+            raise DataError(f"row {number} of the dataset has no {missing!r}: leave such rows out")
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         if self.kind == "text":
@@ -138,7 +150,7 @@ class DatasetBatches:
 def _kind(row: Row, column: str | None) -> tuple[str, str]:
     """Return what a row holds, and the column of texts or images."""
     if column is not None and column not in row:
-        raise DataError(f"the dataset has no column {column!r}: its columns are {', '.join(row)}")
+        raise DataError(f"the dataset has no column {column!r}: its columns are {', '.join(map(str, row))}")
     if column is None and "input_ids" in row:
         return "tokenized", "input_ids"
     if column is None and "pixel_values" in row:
@@ -149,7 +161,9 @@ def _kind(row: Row, column: str | None) -> tuple[str, str]:
         if len(fitting) == 1 and _is_a(kind, row[fitting[0]]):
             return kind, fitting[0]
     wanted = "texts or images" if column is None else f"texts or images in {column!r}"
-    raise DataError(f"expected {wanted}: name the column, column=..., or tokenize first; columns are {', '.join(row)}")
+    raise DataError(
+        f"expected {wanted}: name the column, column=..., or tokenize first; columns are {', '.join(map(str, row))}"
+    )
 
 
 def _is_a(kind: str, value: Any) -> bool:

@@ -186,6 +186,8 @@ def _opened(source: str | Path, datasets: Any, what: str) -> Any:
     path = Path(source)
     if (path / DICT_FILE).is_file():
         splits = sorted(p.name for p in path.iterdir() if (p / DATASET_FILES[0]).is_file())
+        if not splits:
+            raise DataError(f"{what}: {path} lists splits, but holds none: the copy is incomplete")
         raise DataError(f"{what}: {path} holds the splits {', '.join(splits)}: give one of them, {path / splits[0]}")
     try:
         if path.is_file():
@@ -204,7 +206,8 @@ def _decoded(content: bytes, transform: Callable[[Any], Tensor], failed: str) ->
         with Image.open(io.BytesIO(content)) as image:
             return transform(image)
     except Exception as error:  # damaged images make each plugin of Pillow raise its own errors
-        raise DataError(f"{failed}: {error}") from None
+        unknown = "it is damaged, or of a kind that Pillow does not read"
+        raise DataError(f"{failed}: {unknown if 'BytesIO' in str(error) else error}") from None
 
 
 def _batches(

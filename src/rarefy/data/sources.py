@@ -97,7 +97,8 @@ def read_errors(path: Path, what: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # each reader raises its own errors
-        said = "" if "pickle" in str(error) else f": {error}"  # numpy suggests allow_pickle, which is never used here
+        objects = "it is damaged, or holds Python objects, which are not read: save arrays of numbers"
+        said = f": {objects if 'pickle' in str(error) else error}"  # numpy names allow_pickle, which is not used
         raise DataError(f"{what}: {path} is not readable as {path.suffix.lower()}{said}") from None
 
 

@@ -89,7 +89,9 @@ def pair_batches(
     check_tokenizer(tokenizer, f"{what} {source}")
     texts = _builtin_texts(source) if path is None else _read(path, what)
     if take.samples is not None and len(texts) < take.samples:
-        raise DataError(f"{what} {source} is too short: {len(texts):,} pairs, {take.samples:,} are needed")
+        raise DataError(
+            f"{what} {source} is too short: {len(texts):,} pairs, {take.samples:,} are needed: add some, or set samples"
+        )
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(take.seed))[: take.samples]
     try:
         return text_pairs([texts[i] for i in order], tokenizer, batch=take.batch, tokens=take.tokens)

@@ -21,7 +21,7 @@ from rarefy.dependency.symbolic_dims import Axis, Expr, fixed, leaves, lock, uni
 from rarefy.dependency.tracer import KERNEL, Trace, clear_caches, decomposed_ops, tracking_module_names
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
-from rarefy.model.layers import unwrap
+from rarefy.model.layers import check_is_module, unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     from rarefy.dependency.op_table import RULES  # the rules import the tracer
 
     model = unwrap(model)
+    check_is_module(model)
     clear_caches(model)
     run = Trace(model, RULES)
     for t in tensors_in(example):
@@ -116,7 +117,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
         with evaluating(model), torch.no_grad(), decomposed_ops(), tracking_module_names(model, run.stack), run:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be called with the example: {error}") from error
+        raise ModelError(f"example: {error}") from error
     for t in tensors_in(output):
         for e in run.dims(t):
             lock(e, "the model returns it")

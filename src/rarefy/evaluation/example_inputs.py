@@ -39,11 +39,17 @@ def example_of(model: nn.Module, tokens: int, batch: int) -> Any:
         )
     config: Any = model.config
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
-        shape = (batch, getattr(config, "num_channels", 3), size, size)
+        size = getattr(config, "image_size", None) or IMAGE_SIZE
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (batch, getattr(config, "num_channels", None) or 3, height, width)
         return {"pixel_values": torch.randn(shape, generator=noise)}
-    ids = torch.randint(0, config.vocab_size, (batch, tokens), generator=noise)
-    return {"input_ids": ids}
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int):
+        raise ModelError(
+            f"{type(model).__name__}: its config does not say how many tokens it knows (vocab_size), so there is no "
+            "example: load the model in Python and give one"
+        )
+    return {"input_ids": torch.randint(0, vocab_size, (batch, tokens), generator=noise)}
 
 
 def as_example(signature: Signature, tensors: dict[str, Tensor]) -> Any:

@@ -72,6 +72,11 @@ def accuracies(model: Model, data: Iterable[Any], *, progress: bool = False) -> 
             raise DataError(f"accuracy needs (inputs, class) batches or dicts with labels, got {describe_batch(batch)}")
         out = call(model, batch if isinstance(model, nn.Module) else without_targets(batch))
         logits = getattr(out, "logits", out)
+        if not isinstance(logits, Tensor):
+            raise DataError(
+                "accuracy needs a model that returns one number for each class, or an output with logits; "
+                f"{type(model).__name__} returns {type(logits).__name__}: give a metric of your own"
+            )
         best = logits.argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
             target = target[..., 0]

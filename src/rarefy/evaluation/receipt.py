@@ -17,7 +17,7 @@ LISTS = ("speed", "stages", "notes", "samples", "runtimes")  # fields that hold 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """The measurements of one compression. Sizes are in bytes, times in seconds, sparsity is a fraction.
+    """The measurements of one compression. Sizes are in bytes, sparsity is a fraction; each speed names its unit.
 
     Args:
         name: name of the recipe.
@@ -25,11 +25,12 @@ class Receipt:
             before and after of what was measured beside it, by name.
         disk: before, after, same_precision (dense bytes at the precision of the result).
         memory: before, after (parameters and buffers), peak_rss of the process.
-        sparsity: asked, achieved, weights, zeros, and layers with one row per layer.
+        sparsity: asked, achieved, weights, zeros, model_before and model_after (fractions of zeros of the whole model),
+            and layers with one row per layer; empty where nothing was pruned.
         speed: one row per measurement: what, before, after (accelerated), unit, with quartiles.
         flops: what, before, after.
-        stages: the report of each stage.
-        settings: seed, machine, versions, duration in seconds.
+        stages: the reports of all stages but `prune`, whose rows are those of the sparsity.
+        settings: seed, seconds, machine, and with an engine what ran.
         notes: remarks for the user.
         samples: prompt, before, after: the continuations of a prompt by both models.
         runtimes: one row for each engine that the result was measured in: runtime, quality, milliseconds (batch ->
@@ -266,11 +267,12 @@ def receipt_from_dict(data: Any) -> Receipt:
             raise ContainerError(f"receipt: unknown field {unknown[0]!r}: not a receipt, or of a newer Rarefy")
         receipt = Receipt(**{**data, **{name: tuple(data.get(name, ())) for name in LISTS}})
         _ = str(receipt) + receipt.to_json()
+        named = [r[key] for r in receipt.sparsity.get("layers", ()) for key in ("layer", "pattern")]
     except ContainerError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ContainerError(f"receipt: not written by Rarefy ({first_line(error)!r})") from error
-    if any(not isinstance(r[key], str) for r in receipt.sparsity.get("layers", ()) for key in ("layer", "pattern")):
+    if not all(isinstance(name, str) for name in named):
         raise ContainerError("receipt: not written by Rarefy (a layer's name or pattern is not text)")
     return receipt
 

@@ -54,7 +54,7 @@ def compile(
     dynamic: bool = True,
     cache_precision: str = "fp32",
 ) -> Compiled | Decoder:
-    """Return a faster callable that computes what the model does: with an example any model, without a language model.
+    """Return a faster callable that computes what the model does.
 
     With an example, the model is exported with `torch.export`, its operators are fused, and each fused subgraph runs as
     one native call on the CPU. Operators that the engine does not have run in torch. Without an example, a causal
@@ -66,8 +66,9 @@ def compile(
             one, which has its example.
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. A language
             model with an example is compiled as it is called: from ids to logits, without a cache.
-        precision: None for that of the model; those in fp16 run in fp32. "bf16" and "int8" run layers in bfloat16 and
-            in 8 bits; see `rarefy.compiler.compile.compile` and `rarefy.decoder` for what stays in fp32.
+        precision: None for that of the model; those in fp16 run in fp32. "bf16", "int16" (not for decoders) and "int8"
+            run layers in bfloat16, 16-bit integers and 8 bits; see `rarefy.compiler.compile.compile` and
+            `rarefy.decoder` for what stays in fp32.
         ignore: selectors of layers that stay in fp32, whatever the precision.
         calibrate: batches, each like the example, for static scales of int8 convolutions.
         solver: with calibrate, how weights are rounded: "obs" or "rtn".

@@ -55,10 +55,10 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
         precision: None for that of the model, or that which it was quantized to; models in fp16 run in fp32, layers
             whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "bf16" keeps weights in bfloat16, so
             that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
-            scale for each output of a weight and one for each token of inputs; what rounding the inputs loses is
-            rounded to 8 bits as well and added, except where zeros are left out. Whether they are depends on which is
-            faster on this CPU. On AVX-512 without AMX prompts have a scale for each 32 inputs instead, and attention in
-            bf16 but to a cache in 8 bits: 1.5 times as fast, with 0.3 % more perplexity.
+            scale for each output of a weight and one for each token of inputs. The rounding error of the inputs is
+            rounded to 8 bits as well and added, except in layers whose zeros are skipped; timing decides which.
+            On AVX-512 without AMX, prompts have a scale for each 32 inputs instead, and attention in bf16 unless the
+            cache is in 8 bits.
         cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
 
     Returns:
@@ -404,8 +404,10 @@ class Decoder:
         return logits
 
     def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
-        if batch != cache.batch or cache.slots != self.slots:
-            raise DataError(f"the cache is for {cache.batch} sequences, got {batch}, or for another model")
+        if cache.slots != self.slots:
+            raise DataError("the cache is of another model: make one with cache() of this decoder")
+        if batch != cache.batch:
+            raise DataError(f"the cache is for {cache.batch} sequences, got {batch}: make one for {batch}")
         if cache.past > cache.reserved:
             raise DataError(
                 f"the cache has read {cache.reserved} tokens at most, so its past cannot be {cache.past}: it may only "

@@ -15,11 +15,11 @@ class PromptCache:
     """Keeps the keys and values of the last text, so that the next prompt is read from where it differs.
 
     Pass one object to several calls of `generate` or `stream`: to those of a conversation, whose prompts grow, or to
-    those that share a system prompt. Whole pages of 64 tokens are not read again, so that a prompt is cut where it is
-    cut anyway. Several prompts of a call share their memory. Generated tokens were read one by one: in 8 bits their
+    those that share a system prompt. Of the common beginning whole pages of 64 tokens are not read again; the rest of
+    the prompt is. Several prompts of a call share their memory. Generated tokens were read one by one: in 8 bits their
     keys differ from those of a prompt by what rounding loses, and so may the text. Of several texts the first is kept,
-    of a beam search the prompt. Prompts with padding are read whole, and nothing of them is kept. One text at a time
-    uses it.
+    of a beam search the prompt. Prompts with padding are read whole, and nothing of them is kept. A second call
+    that uses the object at the same time raises DataError.
 
     Attributes:
         ids: the tokens that are kept.

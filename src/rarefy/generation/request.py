@@ -57,6 +57,8 @@ class Generation:
 
 def stream_steps(decoder: LanguageModel, ids: Tensor | None, **options: Any) -> Iterator[Step]:
     """Yield the next token of each text as `Step`s, which hold log probabilities and whether each text has ended."""
+    if options.get("logprobs") is not None:
+        raise DataError("logprobs has no effect on a stream of tokens: call generate with details=True")
     request = prepare(decoder, prompts_of(ids, options), **options)
     if request.options.num_beams > 1:
         raise DataError("num_beams: a beam search has no text before it ends; call generate")
@@ -120,6 +122,8 @@ def prepare(
     resolved, objects = check_options(options, defaults)
     check_ids(ids)
     _check_one_text(resolved, objects, len(ids))
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise DataError(f"attention_mask: expected a tensor of the shape of ids, got {type(attention_mask).__name__}")
     if attention_mask is not None and attention_mask.shape != ids.shape:
         raise DataError(
             f"expected attention_mask of the shape of ids, {list(ids.shape)}, got {list(attention_mask.shape)}"

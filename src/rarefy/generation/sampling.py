@@ -30,8 +30,8 @@ def stream(
         ids: the prompts, int64 [batch, tokens]; or `input_ids`, as tokenizers return them: `**tokenizer(text,
             return_tensors="pt")`.
         attention_mask: [batch, tokens], 0 for padding, which must be on the left, else 1; None without padding.
-        precision: of a model: "int8", as for `decoder`.
-        **options: those of `generate` but for `num_beams`.
+        precision: of a model: "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
+        **options: those of `generate` but for `num_beams` and `logprobs`.
 
     Yields:
         int64 [texts]; the padding token for sequences that have ended.
@@ -74,10 +74,11 @@ def generate(
         streamer: an object whose put(ids) is called with the prompt and with each new token [batch], and whose end() is
             called at the end, as in transformers.
         details: return a `Generation` with log probabilities and more.
-        precision: of a model: "int8", as for `decoder`.
-        **options: `attention_mask` as for `stream`, and the options of `Options`, by the names of
-            transformers. What is left out is what the model's `generation_config` says; `max_new_tokens` is 128 where
-            it says nothing. Further:
+        precision: of a model: "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
+        **options: `attention_mask` as for `stream`, and by the names of transformers max_new_tokens, min_new_tokens,
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_beams, num_return_sequences,
+            stop_strings, seed, logprobs and more, see `rarefy.generation.options.Options`. What is left out is
+            what the model's `generation_config` says; `max_new_tokens` is 128 where it says nothing. Further:
             `generation_config`: one of transformers, in place of the model's.
             `tokenizer`: finds `stop_strings` and follows constraints.
             `logits_processor`, `stopping_criteria`: of transformers, or functions of ids and scores; lists of them too.
@@ -91,6 +92,7 @@ def generate(
 
     Raises:
         DataError: as `stream` does.
+        ModelError: as `rarefy.decoder` does.
 
     Cost: a pass over all weights for each new token, or for several tokens that are guessed right. Memory: the KV
     cache, 4 bytes for each key and value of each token and layer.

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rarefy.common.errors import ContainerError, ModelError, RecipeError
+from rarefy.common.atomic_io import write_bytes_atomic
+from rarefy.common.errors import ContainerError, ModelError, RecipeError, first_line
 from rarefy.integrations.rewind import refuse_rewind
 from rarefy.model.layers import unwrap
 from rarefy.model.masks import fold_
@@ -27,11 +28,20 @@ FILE = "rarefy_sparsifier.safetensors"
 
 
 class SparsifyCallback(TrainerCallback):
-    """Run a recipe's `train` stage inside a Trainer. Arguments: those of `rarefy.Sparsifier`.
+    """Run a recipe's `train` stage inside a Trainer: pass it when you create the Trainer, callbacks=[...].
 
     Masks are attached when the Trainer is created. Their state is saved in its checkpoints and restored on resume. With
     `fold`, masks are written into the weights when training ends, so `save_model` writes an ordinary model. If the
     recipe has `distill`, the model returns the distillation loss while it trains.
+
+    Args:
+        recipe: as for `rarefy.Sparsifier`.
+        fold: write masks into the weights when training ends.
+        **options: teacher, calibrate, loss, example, cache and new values of the recipe's fields, as for
+            `rarefy.Sparsifier`; steps and optimizer are those of the Trainer.
+
+    Raises:
+        RecipeError: for the method rewind, and for load_best_model_at_end where pruning is not finished at the start.
     """
 
     def __init__(self, recipe: Any, *, fold: bool = True, **options: Any):
@@ -62,7 +72,11 @@ class SparsifyCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Register the optimizer, and restore the state when training resumes from a checkpoint."""
-        assert self.sparsifier is not None
+        if self.sparsifier is None:
+            raise ModelError(
+                "SparsifyCallback was added to a Trainer that existed already, so it has no masks: pass it when you "
+                "create the Trainer, callbacks=[SparsifyCallback(recipe)]"
+            )
         if model is not None and unwrap(model) is not self.sparsifier.model:
             raise ModelError("the Trainer trains another model than it was created with: pass model=, not model_init=")
         self._scaler = getattr(optimizer, "scaler", None)
@@ -75,9 +89,13 @@ class SparsifyCallback(TrainerCallback):
         file = next((p / FILE for p in folders if (p / FILE).is_file()), None)
         if file is None:
             raise ContainerError(f"no {FILE} in {folders[-1]}: the checkpoint was saved without this callback")
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            numbers = json.loads((opened.metadata() or {}).get("numbers", "{}"))
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                numbers = json.loads((opened.metadata() or {}).get("numbers", "{}"))
+        except (SafetensorError, ValueError) as error:
+            hint = "remove this checkpoint, and resume from an earlier one"
+            raise ContainerError(f"{file} is damaged or cut short: {hint} ({first_line(error)})") from None
         before = set(self.sparsifier.model.state_dict())
         self.sparsifier.load_state_dict({**numbers, **tensors})
         if (
@@ -98,7 +116,7 @@ class SparsifyCallback(TrainerCallback):
         tensors = {k: v.contiguous() for k, v in state_dict.items() if isinstance(v, Tensor)}
         numbers = json.dumps({k: v for k, v in state_dict.items() if k not in tensors})
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file(tensors, folder / FILE, {"numbers": numbers})
+        write_bytes_atomic(folder / FILE, save(tensors, {"numbers": numbers}))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the sparsity to the logs."""

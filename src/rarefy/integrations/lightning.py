@@ -12,18 +12,29 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from rarefy.common.errors import RecipeError
+from rarefy.common.errors import RecipeError, SelectorError, nearest
 from rarefy.integrations.rewind import refuse_rewind
 from rarefy.model.masks import fold_
 from rarefy.pipeline.train_stage import Sparsifier
 
 
 class SparsifyCallback(Callback):
-    """Run a recipe's `train` stage inside a LightningModule's training. Arguments: those of `rarefy.Sparsifier`.
+    """Run a recipe's `train` stage inside a LightningModule's training.
 
-    `of` names the submodule to prune (default: the whole module). Masks are attached before the strategy wraps the
+    Masks are attached before the strategy wraps the
     module, and their state is saved in Lightning's checkpoints. With `fold`, masks are written into the weights when
     training ends. If the recipe has `distill`, `training_step` returns `callback.sparsifier.loss(output, batch)`.
+
+    Args:
+        recipe: as for `rarefy.Sparsifier`.
+        of: name of the submodule to prune; by default the whole module.
+        fold: write masks into the weights when training ends.
+        **options: teacher, calibrate, loss, example, cache and new values of the recipe's fields, as for
+            `rarefy.Sparsifier`; steps and optimizer are those of the trainer.
+
+    Raises:
+        RecipeError: for the method rewind.
+        SelectorError: where the module has no part `of`.
     """
 
     def __init__(self, recipe: Any, *, of: str = "", fold: bool = True, **options: Any):
@@ -34,7 +45,13 @@ class SparsifyCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Attach the masks, before a checkpoint is loaded."""
         if stage == "fit" and self.sparsifier is None:
-            self.sparsifier = Sparsifier(pl_module.get_submodule(self.of), self.recipe, **self.options)
+            try:
+                part = pl_module.get_submodule(self.of)
+            except AttributeError:
+                near = nearest(self.of, [name for name, _ in pl_module.named_modules()])
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise SelectorError(f"of: {type(pl_module).__name__} has no part {self.of!r}{hint}") from None
+            self.sparsifier = Sparsifier(part, self.recipe, **self.options)
             refuse_rewind(self.sparsifier)
             if self.sparsifier.distiller is not None and len(self.sparsifier.distiller.projectors):
                 pl_module.rarefy_projectors = self.sparsifier.distiller.projectors  # its optimizer finds them

@@ -89,6 +89,8 @@ def compile(
             unused = "example" if example is not None else next(iter(options))
             raise ModelError(f"{unused}= has no effect on a language model: leave it out")
         return adapter(model, decoder(model, precision=precision))
+    if example is not None and not isinstance(example, Mapping):
+        raise ModelError(f"example: expected a dict of inputs by name, got {type(example).__name__}")
     example = _example(model, tokenizer, image_processor) if example is None else dict(example)
     with _without_cache(model):
         return adapter(model, compile_graph(model, example, precision=precision, **options))

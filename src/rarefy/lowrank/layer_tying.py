@@ -20,7 +20,7 @@ from rarefy.common.options import Options
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import activation_quants as rounded
 from rarefy.model.block_lists import block_lists
-from rarefy.model.layers import unwrap
+from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.lowrank_modules import factor_records as factorized
 from rarefy.model.quant_grid import recorded_grids
 
@@ -96,6 +96,7 @@ def run_tie(model: nn.Module, options: TieOptions) -> Report:
 
 def _check_untouched(model: nn.Module) -> None:
     """Raise ModelError for a model that was pruned, quantized, factorized or tied."""
+    check_is_module(model)
     changed = next((n for n, m in model.named_modules() if parametrize.is_parametrized(m)), None)
     changed = changed or next((n for n, m in model.named_modules() if recorded_grids(m)), None)
     changed = next(iter([*factorized(model), *rounded(model)]), None) if changed is None else changed

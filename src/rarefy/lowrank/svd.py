@@ -127,7 +127,8 @@ def factorize_(
         energy: fraction of each layer's output energy on `data` (without data: of its squared weights) that stays.
         time: fraction of each Linear layer's time, on `batch` inputs on this machine, that its factors take at most.
         batch: how many inputs `time` is measured on.
-        round_to: ranks found by keep, energy or time are multiples of this, such as the group size of quantization.
+        round_to: ranks found by keep, energy or time are multiples of this, such as the group size of quantization; by
+            time also of 8.
         of: the model before it was pruned or quantized: layers then stay, and get factors of `rank` beside them that
             restore most of what was lost.
         layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
@@ -137,7 +138,8 @@ def factorize_(
         progress: show progress bars.
 
     Returns:
-        A row a layer: its ranks, weights before and after, relative error, and why it stayed.
+        A `Report` with one row for each layer: its ranks, weights before and after, the squared error, relative to that
+        of zeros, and why it stayed.
 
     Raises:
         RarefyError: for options, layers or data that do not fit, or where no layer would have fewer weights; the model

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rarefy.common.atomic_io import write_bytes_atomic
+from rarefy.common.atomic_io import container_errors, write_bytes_atomic
 from rarefy.common.errors import RarefyError, RecipeError, unknown
 from rarefy.migration.migrate import Migrated, checked
 from rarefy.migration.recipe_text import HAS_MODIFIERS, MARKDOWN, find_recipes, read_file
@@ -80,8 +80,9 @@ def write_entries(entries: Sequence[FolderEntry], out: Path, force: bool) -> Non
         raise RecipeError(f"{out} is a file: --out takes a folder where the source is one")
     for target, entry in targets.items():
         if entry.migrated is not None:
-            (out / target).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomic(out / target, entry.migrated.text.encode())
+            with container_errors(out / target):
+                (out / target).parent.mkdir(parents=True, exist_ok=True)
+                write_bytes_atomic(out / target, entry.migrated.text.encode())
 
 
 def _targets(entries: Sequence[FolderEntry]) -> list[Path]:

@@ -44,6 +44,8 @@ class RecipeText:
 
 def read_file(path: Path) -> str:
     """Return the text of a file; RecipeError if there is none, or if it is too large or not text."""
+    if "\n" in str(path):
+        raise RecipeError("expected the name of a file, got the text of a recipe: save it to a file")
     if path.is_dir():
         raise RecipeError(f"{path} is a folder: give one of its files, or run `rarefy migrate {path}`, which does all")
     if not path.is_file():
@@ -62,6 +64,8 @@ def read_file(path: Path) -> str:
         raise RecipeError(
             f"{path.name}: a recipe is UTF-8 text; byte {error.start} is not: {error.reason}. Save it as UTF-8"
         ) from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def find_recipes(text: str, name: str) -> list[RecipeText]:

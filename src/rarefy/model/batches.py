@@ -128,4 +128,4 @@ def slice_batch(batch: Any, start: int, end: int) -> Any:
         return batch[start:end]
     if hasattr(batch, "keys"):
         return {k: batch[k][start:end] for k in batch}
-    return tuple(t[start:end] for t in batch)
+    return tuple(slice_batch(part, start, end) for part in batch)

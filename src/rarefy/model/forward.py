@@ -111,6 +111,10 @@ def check_batches(data: Any, what: str = "data") -> None:
         raise DataError(
             f"{what}: expected an iterable of batches, got one tensor ({describe_batch(data)}): give a list, [tensor]"
         )
+    if isinstance(data, Mapping):
+        raise DataError(
+            f"{what}: expected an iterable of batches, got one batch ({describe_batch(data)}): give a list, [batch]"
+        )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise DataError(
             f"{what}: expected an iterable of batches, got a {type(data).__name__}: wrap it in a DataLoader"

@@ -139,7 +139,8 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
         raise ModelError(f"{path}: the model does not load: {first_line(error, 300)}") from None
     lost = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
     if lost:
-        raise ModelError(f"{path}: {len(lost)} weights are missing or of another shape, such as {lost[0]}")
+        example = f"such as {lost[0]}: the copy is incomplete, or config.json is of another model"
+        raise ModelError(f"{path}: {len(lost)} weights are missing or of another shape, {example}")
     head = embedding_modules.head_of(Path(path))
     if head is not None:
         setattr(model, embedding_modules.HEAD, head)
@@ -219,9 +220,11 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
 
 
 def without_weights() -> Any:
-    """Return a context in which modules are made without their parameters."""
-    from accelerate import init_empty_weights  # installed with transformers by the extra hf
-
+    """Return a context in which modules are made without their parameters; ModelError without accelerate."""
+    try:
+        from accelerate import init_empty_weights  # installed with transformers by the extra hf
+    except ImportError:
+        raise ModelError(f"weights are read one at a time by the package accelerate: {install('hf')}") from None
     return init_empty_weights(include_buffers=False)
 
 

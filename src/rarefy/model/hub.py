@@ -202,8 +202,11 @@ def _is_whole(folder: Path) -> bool:
     if not index.is_file():
         nested = (folder / MODULES).is_file() and any(folder.glob("*/model.safetensors"))
         return (folder / "model.safetensors").is_file() or nested
-    shards = read_json_file(index, MAX_INDEX_BYTES).get("weight_map", {}).values()
-    return bool(shards) and all((folder / Path(str(shard)).name).is_file() for shard in shards)
+    content = read_json_file(index, MAX_INDEX_BYTES)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        raise ContainerError(f"{index}: not an index of safetensors files: download the model again")
+    return bool(shards) and all((folder / Path(str(shard)).name).is_file() for shard in shards.values())
 
 
 def _repository(named: HubName, cache_folder: Any = None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from rarefy.common.errors import DataError, ModelError
 from rarefy.model.forward import describe_batch
 
 Loss = Callable[[Any, Any], Tensor]
+IGNORED = -100  # the class of samples that losses leave out
 
 
 def resolve_loss(loss: Any) -> Loss:
@@ -24,12 +25,22 @@ def resolve_loss(loss: Any) -> Loss:
     if loss is None:
         return default_loss
     if isinstance(loss, nn.Module):
-        return lambda output, batch: loss(getattr(output, "logits", output), _target(batch))
+        return lambda output, batch: _single(loss(getattr(output, "logits", output), _target(batch)))
     if callable(loss):
-        return cast(Loss, loss)
+        return lambda output, batch: _single(loss(output, batch))
     raise DataError(
         f"loss: expected a callable(output, batch) or a criterion such as nn.CrossEntropyLoss(), got {loss!r}"
     )
+
+
+def _single(value: Any) -> Tensor:
+    """Return a loss; DataError for what is no tensor with one number."""
+    if not isinstance(value, Tensor):
+        name = type(value).__name__
+        raise DataError(f"loss: expected a tensor with one number, got {name}: return it without item()")
+    if value.numel() != 1:
+        raise DataError(f"loss: expected a tensor with one number, got {describe_batch(value)}: use reduction='mean'")
+    return value
 
 
 def _target(batch: Any) -> Any:
@@ -56,10 +67,18 @@ def default_loss(output: Any, batch: Any) -> Tensor:
         return model_loss
     if has_loss(output, batch):
         logits, target = getattr(output, "logits", output), batch[1]
-        if target.numel() and logits.dim() > 1 and int(target.max()) >= logits.shape[1]:
+        if target.dim() == 0 or target.dtype == torch.bool:
+            raise DataError(f"expected classes as integers [samples], got {describe_batch(target)}")
+        target = target.long()
+        classes = target[target != IGNORED]
+        if classes.numel() and logits.dim() > 1 and not 0 <= int(classes.min()) <= int(classes.max()) < logits.shape[1]:
+            wrong = int(classes.min()) if int(classes.min()) < 0 else int(classes.max())
             raise DataError(
-                f"expected classes from 0 to {logits.shape[1] - 1}, as the model has outputs, got {int(target.max())}"
+                f"expected classes from 0 to {logits.shape[1] - 1}, as the model has outputs, or {IGNORED} for samples "
+                f"to leave out, got {wrong}"
             )
+        if logits.dim() > 1 and len(logits) != len(target):
+            raise DataError(f"the model returns outputs of {len(logits)} samples, the batch has {len(target)} classes")
         return F.cross_entropy(logits.float(), target)
     raise DataError(
         "no loss: the model's output has no .loss (are there labels in the batch?) and the batch is not "

@@ -226,9 +226,8 @@ def adopt_(
         layers: which layers to search, as in `prune_`; by default all of them.
         at_least: fraction of exact zeros, 0..1, from which an unmasked weight counts as pruned. Rounding to a grid also
             makes zeros, so quantized weights need at least 0.3.
-        state: a state dict of a model that `torch.nn.utils.prune` has pruned (with `weight_orig` and `weight_mask`); it
-        is
-            loaded first.
+        state: a state dict of a model that `torch.nn.utils.prune` has pruned (with `weight_orig` and `weight_mask`);
+            it is loaded first.
 
     Returns:
         The names of the layers that now have a mask or a grid.
@@ -331,6 +330,8 @@ def _masks_of(module: nn.Module, param: str) -> list[Mask]:
 
 def _load_pruned_(model: nn.Module, state: Mapping[str, Any]) -> dict[int, Tensor]:
     """Load a state dict of `torch.nn.utils.prune`; return {id of the parameter: mask}."""
+    if not isinstance(state, Mapping):
+        raise ModelError(f"state: expected a state dict, got {type(state).__name__}: load the file first")
     pruned = [
         k.removesuffix("_orig") for k in state if k.endswith("_orig") and f"{k.removesuffix('_orig')}_mask" in state
     ]

@@ -46,7 +46,7 @@ class OnnxFile(Report):
     """A written ONNX file: how far its outputs are from the model's. It can be given wherever a path can.
 
     Args:
-        path: the file.
+        path: the file. Further fields are those of a `Report`.
     """
 
     path: Path = Path()
@@ -67,7 +67,7 @@ def export_onnx(
     verify: bool = True,
     overwrite: bool = False,
 ) -> OnnxFile:
-    """Write a model in evaluation mode as an ONNX file, and compare it with the model in ONNX Runtime and OpenVINO.
+    """Write a model, in evaluation mode, as an ONNX file, and compare its outputs in ONNX Runtime and OpenVINO.
 
     Masks are folded into what is written. Quantized weights are stored as codes of 8 bits. Statically quantized
     activations get QuantizeLinear and DequantizeLinear; dynamically quantized ones DynamicQuantizeLinear, with

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
+from rarefy.model.layers import check_is_module
 from rarefy.model.quant_grid import GridParametrization
 from rarefy.recipe.schema import CastOptions
 from rarefy.runtime.sparse_layers import Sparse
@@ -32,7 +33,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
 
     Raises:
         RecipeError: for another dtype.
-        ModelError: where a weight would overflow; the model is then unchanged.
+        ModelError: where a weight would overflow, or the model is accelerated; the model is then unchanged.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -44,6 +45,7 @@ def cast_(model: nn.Module, dtype: str) -> Report:
 
 def run_cast(model: nn.Module, options: CastOptions) -> Report:
     """Cast a model by checked options. See `cast_`."""
+    check_is_module(model)
     to = DTYPES[options.dtype]
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:

@@ -45,7 +45,7 @@ def compress_(
     *,
     tokenizer: Any = None,
     loss: Loss | None = None,
-    base: Path | None = None,
+    base: str | Path | None = None,
     memory: int | str | None = None,
     resume_dir: str | Path | None = None,
     log: str | Path | Sequence[str] | None = None,
@@ -62,12 +62,13 @@ def compress_(
         data: batches for calibration and training, or a dict of "calibrate", "train", "validate" and "evaluate". What
             is not given is read from the paths and names in the recipe.
         tokenizer: for text that the recipe names.
-        loss: callable(output, batch) for gradient scores and training; by default the model's own.
+        loss: for gradient scores and training, a function of (output, batch) or a criterion (logits, target); see
+            `rarefy.fit_`.
         base: folder that relative paths in the recipe start from.
-        memory: bytes, or text such as "4G", to stay near: weights stay in the files they were loaded from, see
-            `rarefy.prune_`. For recipes of solvers only.
-        resume_dir: folder for the state of solvers and training: after a kill, the same call continues from there. It
-            stays until you remove it.
+        memory: bytes, or text such as "4G", at least "256M", to stay near: weights stay in the files they were loaded
+            from, see `rarefy.prune_`. For recipes whose stages are all `prune` with a solver; needs `resume_dir`.
+        resume_dir: folder for the state of `prune` stages with a solver and of `train` stages: after a kill, the same
+            call continues from there. It stays until you remove it.
         log: where each epoch's numbers go too: a file for JSON lines, "tensorboard:FOLDER", "wandb:PROJECT",
             "mlflow:EXPERIMENT".
         progress: show progress bars.
@@ -91,7 +92,7 @@ def compress_(
     loaded = load(recipe, **overrides)
     memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)
     _check_recipe(model, loaded, memory, resume_dir, log)
-    run_data = RunData(loaded, data, tokenizer, base, image_config_of(model))
+    run_data = RunData(loaded, data, tokenizer, parse_path(base), image_config_of(model))
     _check_data(model, loaded, run_data)
     context = RunContext(run_data, loss, memory=memory, log=log, progress=progress)
     with offload.limiting_resident_weights(model, memory):
@@ -105,7 +106,8 @@ def _check_recipe(model: nn.Module, recipe: Recipe, memory: int | None, resume_d
             check_weights(target.layers)
     if resume_dir is not None and not recipe.solves:
         raise RecipeError(
-            f"resume_dir has no effect: recipe {recipe.name} has no solver or training, whose state could be kept"
+            f"resume_dir has no effect: recipe {recipe.name} has neither a prune stage with a solver nor a train "
+            "stage, whose state could be kept"
         )
     if resume_dir is not None and distributed.world_size() > 1:
         raise RecipeError("resume_dir supports a single process only: leave it out with torchrun")

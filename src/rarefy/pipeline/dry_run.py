@@ -19,7 +19,7 @@ from rarefy.model.lowrank_modules import max_ranks, num_factor_weights, why_not_
 from rarefy.model.quant_grid import scale_shape
 from rarefy.model.sparsity_pattern import Pattern
 from rarefy.prune.options import PruneOptions, resolve_options
-from rarefy.prune.prune import check_memory, chosen_layers
+from rarefy.prune.prune import check_layer_names, check_memory, chosen_layers
 from rarefy.quantization import config as quantization
 from rarefy.quantization.config import QuantizeConfig, QuantizeOptions
 from rarefy.quantization.quantize import layers_to_quantize
@@ -97,6 +97,7 @@ def _targets_of(
         if stage.per_layer is None:
             yield Target(number, layers, target.pattern, target.sparsity)
         else:
+            check_layer_names(stage.per_layer, layers)
             yield from (Target(number, [l], target.pattern, stage.per_layer[l.full_name]) for l in layers)
     elif isinstance(stage, QuantizeOptions):
         yield from _quantized(model, number, stage)

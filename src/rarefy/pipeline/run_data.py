@@ -42,9 +42,10 @@ class RunData:
         if isinstance(data, Mapping):
             wrong = set(data) - PURPOSES
             if wrong:
-                near = nearest(min(wrong), PURPOSES)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise DataError(f"data has {', '.join(sorted(wrong))}; known are {', '.join(sorted(PURPOSES))}{hint}")
+                names = sorted(map(str, wrong))
+                near = nearest(names[0], PURPOSES)
+                hint = f" (did you mean {near[0]!r}?)" if near else "; a single batch goes into a list, [batch]"
+                raise DataError(f"data has {', '.join(names)}; known are {', '.join(sorted(PURPOSES))}{hint}")
             for purpose, batches in data.items():
                 if not callable(batches):
                     check_batches(batches, f"data[{purpose!r}]")

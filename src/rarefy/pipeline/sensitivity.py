@@ -69,7 +69,8 @@ def sensitivity(
         data: batches that `model` can be called with, a few are enough; pairs of them for the metric "retrieval".
         patterns: where zeros may be, as in `prune_`: "unstructured", "2:4", "4x1". N:M patterns fix their sparsity.
         sparsities: fractions of zeros to try with all other patterns.
-        bits: numbers of bits to try, 2 to 8, by rounding to the nearest; fewer than 8 in groups of 32 inputs.
+        bits: numbers of bits to try, 2 to 8, by rounding to the nearest; fewer than 8 with a scale for 32 inputs
+            where that divides them.
         layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
         ignore: selectors of layers to leave out.
         metric: what is measured: "distance", the mean squared relative distance of the outputs, or another metric of
@@ -125,6 +126,9 @@ def _settings(patterns: Sequence[str], sparsities: Sequence[float], bits: Sequen
     """Return all settings, each once, in the order of the arguments."""
     if isinstance(patterns, str):
         raise PatternError(f"patterns: expected a list, got {patterns!r}: give [{patterns!r}]")
+    for name, numbers in (("sparsities", sparsities), ("bits", bits)):
+        if not isinstance(numbers, Iterable):
+            raise PatternError(f"{name}: expected a list, got {numbers!r}: give [{numbers!r}]")
     settings = list[Setting]()
     for pattern in map(parse_pattern, patterns):
         wanted = (None,) if pattern.kind == "nm" else tuple(sparsities)

@@ -19,7 +19,7 @@ from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.common.report import Report
 from rarefy.evaluation.metrics import BETTER, METRICS
 from rarefy.model import hf
-from rarefy.model.forward import on_device
+from rarefy.model.forward import check_batches, on_device
 from rarefy.model.losses import Loss, resolve_loss
 from rarefy.model.masks import adopt_
 from rarefy.pipeline.run_data import Labelled, RunContext, RunData, needs_calibration, with_labels
@@ -170,9 +170,11 @@ def load_teacher(folder: str, base: Path | None, before: nn.Module) -> nn.Module
 
 
 class Sparsifier(sparsifier.Sparsifier):
-    """A recipe's train stage in your own training loop: zeros, grids and a teacher, on the steps of that loop.
+    """Apply a recipe's train stage in your own training loop: masks, quantization and distillation.
 
-    `rarefy.fold_(model)` makes an ordinary model of the result. See `rarefy.train.sparsifier.Sparsifier` for the rest.
+    `rarefy.fold_(model)` makes an ordinary model of the result. Masks are attached at once, so create the sparsifier
+    before torch.compile, DDP or FSDP wrap the model. Call `step()` after `optimizer.step()` and before `zero_grad()`;
+    with gradient accumulation or a loss scaler once an optimizer step. `sparsity` and `done` say how far it is.
 
         sparsifier = rarefy.Sparsifier(model, "recipe.yaml", steps_per_epoch=len(loader), optimizer=optimizer)
         for batch in loader:
@@ -187,11 +189,12 @@ class Sparsifier(sparsifier.Sparsifier):
         recipe: a preset, file, dict or Recipe with one stage, train; or a configuration such as rarefy.Gradual. The
             recipe's optimizer, rates and data are not used.
         steps_per_epoch: optimizer steps in one of the stage's `epochs`.
-        steps: instead: optimizer steps in all. Without both, call `step(progress)`.
+        steps: instead of steps_per_epoch: optimizer steps in all. Without both, call `step(progress)`.
         optimizer: the optimizer of the loop; its state of masked weights is set to zero.
         teacher: what the model learns from where the recipe has distill; by default the model as it is now.
         calibrate: batches for scores that read data, and for static activations.
-        loss: callable(output, batch) for gradient scores and `loss`; by default the model's own.
+        loss: for gradient scores and `loss`, a function of (output, batch) or a criterion (logits, target); see
+            `rarefy.fit_`.
         example: a batch by which student and teacher are checked at once.
         cache: folder for the teacher's outputs.
         **overrides: new values of the recipe's fields.
@@ -224,6 +227,8 @@ class Sparsifier(sparsifier.Sparsifier):
         **overrides: Any,
     ):
         seed, data = 0, None
+        if calibrate is not None:
+            check_batches(calibrate, "calibrate")
         if isinstance(recipe, SparsityConfig):
             stage = _stage_of_config(recipe, steps_per_epoch, overrides)
         else:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from rarefy.calibration.statistics import LayerStats, collect_stats
 from rarefy.common.atomic_io import parse_bytes, parse_path
+from rarefy.common.checks import as_dict, check_int
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -64,31 +65,38 @@ def prune_(
 
     Args:
         model: any module with Linear, Conv, Embedding or MultiheadAttention layers.
-        pattern: where zeros may be (`rarefy.model.sparsity_pattern`): unstructured, 2:4, 4x1, row, channel, column.
-        score: how weights are ranked (`rarefy.prune.scores.SCORES`). Some scores need `data`; gradient scores need
-            labels in it, or `loss`. By default magnitude, or the solver's own criterion.
+        pattern: where zeros may be: unstructured, N:M such as 2:4 (N of M inputs stay), RxC blocks of outputs by inputs
+            such as 4x1, row, channel, column.
+        score: how weights are ranked: magnitude, l2, lamp, random; with `data` wanda, ria, activation; with labels in
+            it, or `loss`, gradient, taylor, fisher. By default wanda with data, else magnitude; of a solver its own
+            criterion.
         sparsity: fraction of zeros, 0 to 1. N:M patterns determine it.
         per_layer: instead of sparsity and layers: the fraction of zeros of each layer to prune, by its full name.
         solver: "obs" (SparseGPT, Frantar 2023), "admm" (ALPS, Meng 2024) or "refit": move the remaining weights so that
             each layer's outputs on `data` are preserved. `rarefy.Solver` sets options. Layers are then pruned in the
             order in which the model runs them.
-        allocate: how the sparsity is distributed over layers (`rarefy.prune.allocation`): uniform, erk, line, owl,
-            errors or search. The last two read gradients of the loss, or of the outputs of a model without one.
-        scope: where scores compete: row, layer or global. By default what the paper of the score does.
-        reduce: how a unit of several weights is scored: mean, sum, max or l2.
+        allocate: how the sparsity is distributed over layers (`rarefy.prune.allocation`): uniform (the default), erk,
+            line; with `data` owl, errors, search. The last two read gradients of the loss, or of the outputs of a model
+            without one.
+        scope: where scores compete: row, layer or global. By default global for lamp, row for wanda and ria, else
+            layer.
+        reduce: how a unit of several weights is scored: mean (the default), sum, max or l2.
         layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
         ignore: selectors of layers to leave as they are.
         data: batches that `model` can be called with.
-        loss: callable(output, batch) for gradient scores; by default the model's own.
+        loss: for gradient scores and allocations, a function of (output, batch) or a criterion (logits, target); see
+            `rarefy.fit_`.
         seed: of random scores, and of the search for an allocation.
-        memory: bytes, or text such as "4G", to stay near (solvers only). Weights stay in the files they were loaded
-            from, new ones go to `resume_dir`, and zeros are written into the weights, without masks.
+        memory: bytes, or text such as "4G", at least "256M", to stay near. It needs a solver and `resume_dir`. Weights
+            stay in the files they were loaded from, new ones go to `resume_dir`, and zeros are written into the
+            weights, without masks.
         resume_dir: folder for the state of a solver's run: after a kill, the same call on the same model continues from
             there. Remove it when the result is saved.
         progress: show progress bars.
 
     Returns:
-        A row a layer: its shape, pattern, wanted and achieved sparsity, and how many weights are kept.
+        A `Report` with one row for each layer: its shape, pattern, wanted and achieved sparsity, and how many weights
+        are kept.
 
     Raises:
         RarefyError: for options, layers or data that do not fit. The model is then unchanged; if a solver fails
@@ -99,14 +107,22 @@ def prune_(
         >>> prune_(net, "2:4").summary["sparsity"]
         0.5
     """
+    check_int("seed", seed, 0, PatternError)
     options = PruneOptions(
         pattern=pattern, score=score, sparsity=sparsity,
-        per_layer=None if per_layer is None else dict(per_layer), solver=solver, allocate=allocate,
+        per_layer=as_dict(per_layer), solver=solver, allocate=allocate,
         scope=scope, reduce=reduce, layers=layers, ignore=ignore,
     )  # fmt: skip
+    if data is not None and options.score is None and options.solver is None:
+        options = options.model_copy(update={"score": _score_of_data(options)})
     return run_prune(
         model, options, data, loss=loss, seed=seed, memory=memory, resume_dir=resume_dir, progress=progress
     )
+
+
+def _score_of_data(options: PruneOptions) -> str | None:
+    """Return the default score where there is data: units of whole rows and columns keep that without data."""
+    return "wanda" if patterns.parse_pattern(options.pattern).kind in ("unstructured", "nm", "block") else None
 
 
 def run_prune(
@@ -161,13 +177,18 @@ def _reusable(data: Iterable[Any] | None, as_list: bool) -> Iterable[Any] | None
     return batches
 
 
+def check_layer_names(per_layer: Mapping[str, float], layers: Sequence[Layer]) -> None:
+    """Raise PatternError for a layer that `per_layer` selects, but not by its full name."""
+    for layer in layers:
+        if layer.full_name not in per_layer:
+            raise PatternError(f"per_layer: expected full names of layers, such as {layer.full_name!r}")
+
+
 def _weighted(target: SparsityTarget, layers: Sequence[Layer]) -> SparsityTarget:
     """Return a target with a sparsity for each layer, whose own is their mean over all weights."""
     if not target.each:
         return target
-    for layer in layers:
-        if layer.full_name not in target.each:
-            raise PatternError(f"per_layer: expected full names of layers, such as {layer.full_name!r}")
+    check_layer_names(target.each, layers)
     sizes = {layer.full_name: layer.original.numel() for layer in layers}
     zeros = sum(target.each[name] * size for name, size in sizes.items())
     return replace(target, sparsity=zeros / max(sum(sizes.values()), 1))

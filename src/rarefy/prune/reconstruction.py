@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.calibration.sequential import BlockStep, first_tensor
 from rarefy.model.layers import Layer
@@ -47,9 +47,9 @@ def reconstruct_(
         if p.is_floating_point() and id(p) not in shared and (p.requires_grad or id(p) in kept_entries)
     ]
     kept_entries |= {id(p): p != 0 for p in parameters if id(p) not in kept_entries and p.dim() > 1}
-    training, held_out = calls[:-1] or calls, calls[-1:]
+    training, held_out, axis = calls[:-1] or calls, calls[-1:], channel_axis(module)
     trainable = [p.requires_grad for p in parameters]
-    best_values, first_error = [p.detach().clone() for p in parameters], block_error(module, held_out, bf16)
+    best_values, first_error = [p.detach().clone() for p in parameters], block_error(module, held_out, bf16, axis)
     best_error = first_error
     masters = [
         p.detach().float() if p.element_size() < 4 else p.detach() for p in parameters
@@ -64,7 +64,7 @@ def reconstruct_(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
                 with torch.enable_grad():
-                    loss = block_loss(module, call, bf16)
+                    loss = block_loss(module, call, bf16, axis)
                     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for p, m, g in zip(parameters, masters, grads):
                     g = torch.where(kept_entries[id(p)], g, 0) if g is not None and id(p) in kept_entries else g
@@ -74,7 +74,7 @@ def reconstruct_(
                     if m.dtype != p.dtype:  # otherwise they share memory
                         p.data.copy_(m)
                 step += 1
-            error = block_error(module, held_out, bf16)
+            error = block_error(module, held_out, bf16, axis)
             if error < best_error:
                 best_error, best_values = error, [p.detach().clone() for p in parameters]
     finally:
@@ -85,18 +85,27 @@ def reconstruct_(
     return first_error, best_error
 
 
-def block_loss(module: Any, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool) -> Tensor:
-    """Return the mean over tokens of |y' - y|^2 / |y|^2 for one call of a block or of its replacement."""
+def channel_axis(module: nn.Module) -> int:
+    """Return the axis of channels of a block's outputs: the second of images of convolutions, else the last."""
+    return 1 if any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()) else -1
+
+
+def block_loss(module: Any, call: tuple[tuple, dict[str, Any], Tensor], bf16: bool, axis: int = -1) -> Tensor:
+    """Return the mean over tokens or pixels of |y' - y|^2 / |y|^2 for one call of a block or of its replacement.
+
+    `axis` holds the channels; outputs of at most three dimensions have them last.
+    """
     args, kwargs, target = call
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         out = first_tensor(module(*args, **kwargs)).float()
     target = target.float()
-    energy = target.square().sum(-1)
+    axis = axis if target.dim() > 3 else -1
+    energy = target.square().sum(axis)
     # relative to each token's norm: a norm follows, and a few tokens are a thousand times larger
-    return ((out - target).square().sum(-1) / (energy + 1e-3 * energy.mean())).mean()
+    return ((out - target).square().sum(axis) / (energy + 1e-3 * energy.mean())).mean()
 
 
 @torch.no_grad()
-def block_error(module: Any, calls: Sequence[tuple[tuple, dict[str, Any], Tensor]], bf16: bool) -> float:
+def block_error(module: Any, calls: Sequence[tuple[tuple, dict[str, Any], Tensor]], bf16: bool, axis: int) -> float:
     """Return the mean of `block_loss` over calls, without gradients."""
-    return sum(float(block_loss(module, c, bf16)) for c in calls) / len(calls)
+    return sum(float(block_loss(module, c, bf16, axis)) for c in calls) / len(calls)

@@ -20,7 +20,10 @@ SOLVER_NAMES = ("obs", "admm", "refit", "round", "rtn")  # of all functions; eac
 
 
 class Solver(Options):
-    """Options of a solver, which refits the remaining weights. None selects the solver's default, see `SOLVERS`.
+    """Set options of a solver of `prune_` or `quantize_`. None selects the default of the solver.
+
+    Defaults are damping 0.01, block 128 (obs), refits 6, reconstruct 0 and its lr 1e-3, steps 10 (admm). Of the solver
+    round they are steps 200 and lr 1 / steps.
 
     Example:
         >>> Solver(name="obs", block=64).block
@@ -53,7 +56,7 @@ class Solver(Options):
     reconstruct: int | None = Field(
         default=None, ge=0, le=1000, description="passes in which each block learns the dense block's outputs"
     )
-    lr: float | None = Field(default=None, gt=0, le=1, description="learning rate of that (Adam, cosine)")
+    lr: float | None = Field(default=None, gt=0, le=1, description="learning rate of reconstruct and of round (cosine)")
     blocks: str | None = Field(
         default=None,
         description="names of modules that learn as one, globs separated by |; by default the members of the model's "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.gram import padding_mask, token_rows
 from rarefy.calibration.static_grids import sample_values, static_grid
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
@@ -60,10 +61,12 @@ def _sample_inputs(
     """Return sampled input values of each layer, its minimum and maximum among them."""
     rng = torch.Generator().manual_seed(0)
     samples: dict[str, list[Tensor]] = {l.full_name: [] for l in layers}
+    mask: Tensor | None = None
 
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach().float().flatten()
+            x = (args[0] if args else next(iter(kwargs.values()))).detach().float()
+            x = (token_rows(x, mask) if x.dim() else x).flatten()
             if not bool(torch.isfinite(x).all()):
                 raise ModelError(f"{name} gets NaN or inf on the calibration data: its inputs have no finite range")
             if x.numel():
@@ -77,5 +80,7 @@ def _sample_inputs(
                 hook = module.register_forward_pre_hook(recorder(layer.full_name), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in track(data, "ranges of inputs", progress):
-            call(model, on_device(model, batch))
+            batch = on_device(model, batch)
+            mask = padding_mask(batch)
+            call(model, batch)
     return samples

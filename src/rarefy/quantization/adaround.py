@@ -34,7 +34,7 @@ from rarefy.model.layers import Layer
 from rarefy.model.masks import get_mask
 from rarefy.model.quant_grid import Grid, broadcast_scales, split_blocks
 from rarefy.prune.layerwise import check_solvable
-from rarefy.prune.reconstruction import block_error, block_loss
+from rarefy.prune.reconstruction import block_error, block_loss, channel_axis
 from rarefy.prune.solver_config import in_bf16, passes
 from rarefy.quantization.config import QuantizeConfig, QuantizedWeight
 from rarefy.quantization.grids import fit_grid
@@ -147,17 +147,19 @@ def _learn(
         return functional_call(module, {n: r.weight() for n, r in roundings.items()}, args, kwargs)
 
     train, held, bf16 = end.calls[:-1] or end.calls, end.calls[-1:], in_bf16(solver)
-    start = best = block_error(run, held, bf16)
+    axis = channel_axis(module)
+    start = best = block_error(run, held, bf16, axis)
     tensors = [t for r in roundings.values() for t in (r.V, r.a)]
     rate = solver.lr or 1 / solver.steps
     for step in range(solver.steps):
         with torch.enable_grad():
-            grads = torch.autograd.grad(block_loss(run, train[step % len(train)], bf16), tensors, allow_unused=True)
+            loss = block_loss(run, train[step % len(train)], bf16, axis)
+            grads = torch.autograd.grad(loss, tensors, allow_unused=True)
         lr = rate * (1 - step / solver.steps)
         for i, r in enumerate(roundings.values()):
             r.step(grads[2 * i], grads[2 * i + 1], lr)
         if (step + 1) % max(1, solver.steps // EVALUATIONS) == 0:
-            error = block_error(run, held, bf16)
+            error = block_error(run, held, bf16, axis)
             if error < best:
                 best = error
                 for r in roundings.values():

@@ -72,7 +72,8 @@ def share_(
         progress: show progress bars.
 
     Returns:
-        A row a layer: how many values, fraction of zeros, bytes stored and dense, relative error.
+        A `Report` with one row for each layer: how many values, fraction of zeros, bytes stored and dense, and the
+        squared error, relative to the squared weights.
 
     Raises:
         RarefyError: for options, layers or data that do not fit; the model is then unchanged.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.gram import padding_mask, token_rows
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.model.activation_quant import get_activation_quant
@@ -29,6 +30,7 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 from rarefy.model.quant_grid import attached_grid, recorded_grids
 
+FLOOR = 0.1  # of the median of the channels' maxima
 NEAR = 1e-3  # allowed relative change of outputs in fp32; a scale that is read elsewhere changes them far more
 
 
@@ -66,7 +68,7 @@ def smooth_(
         for group in selected:
             inputs = torch.stack([maxima[l.full_name] for l in group.layers]).amax(0)
             weights = torch.stack([l.weight.detach().float().abs().amax(0) for l in group.layers]).amax(0)
-            scale = (inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
+            scale = smoothing_scale(inputs, weights, alpha)
             old += [(p, p.detach().clone()) for p in _parameters(group)]
             _scale(group, scale)
         if _close(_outputs(model, data[0]), before, near):
@@ -84,6 +86,16 @@ def smooth_(
                 saved += old
                 done.append(group)
     return {l.full_name: g.name for g in done for l in g.layers}, partial(_restore, saved)
+
+
+def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Return the factor of each channel: max|X|^alpha / max|W|^(1 - alpha) (Xiao 2023, eq. 4), [channels].
+
+    Maxima that are far below the median are raised to a part of it: a channel that was silent on the calibration data
+    may not be on other data.
+    """
+    inputs, weights = (m.clamp(min=max(FLOOR * float(m.median()), 1e-5)) for m in (inputs, weights))
+    return inputs**alpha / weights ** (1 - alpha)
 
 
 @torch.no_grad()
@@ -138,11 +150,15 @@ def _channel_maxima(
 ) -> dict[str, Tensor]:
     """Return max|X_j| of the inputs of each layer over the data, [channels]."""
     maxima: dict[str, Tensor] = {}
+    mask: Tensor | None = None
 
     def recorder(layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            x = inputs.detach().float().reshape(-1, inputs.shape[-1]).abs().amax(0)
+            rows = token_rows(inputs.detach().float(), mask)
+            if not len(rows):
+                return
+            x = rows.abs().amax(0)
             if not bool(torch.isfinite(x).all()):
                 raise ModelError(f"{layer.full_name} gets NaN or inf on the calibration data")
             previous = maxima.get(layer.full_name)
@@ -154,7 +170,9 @@ def _channel_maxima(
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(recorder(layer), with_kwargs=True).remove)
         for batch in track(data, "channels of inputs", progress):
-            call(model, on_device(model, batch))
+            batch = on_device(model, batch)
+            mask = padding_mask(batch)
+            call(model, batch)
     return maxima
 
 

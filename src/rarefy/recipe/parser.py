@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rarefy.common.errors import RecipeError, nearest, unknown
-from rarefy.common.options import branches, dotted, expectation, problem_of, show
+from rarefy.common.options import Options, branches, dotted, expectation, problem_of, show
 from rarefy.common.yaml_text import Document, plain, read_yaml
 from rarefy.recipe.old_names import FIELDS
 from rarefy.recipe.schema import STAGES, Recipe
@@ -152,7 +153,13 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"{error}; to set it in one stage, name the stage: {', '.join(hints)}") from None
 
 
-def _from_file(source: str | Path) -> Recipe:
+def _from_file(source: Any) -> Recipe:
+    if not isinstance(source, str | os.PathLike):
+        stages = ": put stages into {'stages': [...]}" if isinstance(source, list | tuple | Options) else ""
+        kinds = "the name of a preset, a YAML file, a dict or a Recipe"
+        raise RecipeError(f"recipe: expected {kinds}, got {type(source).__name__}{stages}")
+    if "\n" in str(source):
+        raise RecipeError("recipe: expected the name of a file, got the YAML text itself: save it to a file")
     known = presets()
     path = known.get(str(source), Path(source))
     if not path.is_file():
@@ -166,6 +173,8 @@ def _from_file(source: str | Path) -> Recipe:
         return from_yaml(path.read_text(encoding="utf-8-sig"), path.name)
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: a recipe is UTF-8 text") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _validated(document: Document) -> Recipe:

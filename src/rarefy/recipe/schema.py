@@ -179,6 +179,9 @@ STAGE_NAMES = {options: name for name, options in STAGES.items()}
 
 def _check_stage(value: Any) -> Any:
     if isinstance(value, Options):
+        if type(value) not in STAGE_NAMES:
+            name = type(value).__name__
+            raise RecipeError(f"expected a stage, one of {', '.join(STAGES)}, got {name}: write it inside its stage")
         return value
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RecipeError(f"expected a stage, one of {', '.join(STAGES)}, with its options, got {show(value)}")
@@ -372,7 +375,7 @@ class Recipe(Options):
         return any(isinstance(stage, CutStage) for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain data, with every default; `from_dict` reads it back."""
+        """Return the recipe as plain data, with every default; `Recipe(**values)` reads it back."""
         stages = [{STAGE_NAMES[type(stage)]: stage.model_dump(mode="json")} for stage in self.stages]
         return {"stages": stages, **self.model_dump(mode="json", exclude={"stages"})}
 

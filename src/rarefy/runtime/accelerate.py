@@ -107,10 +107,11 @@ def accelerate_(
         model: the model, on the CPU.
         batch: numbers of inputs in a call of a Linear layer (samples x tokens) that are timed; a call between two of
             them is served by the nearer one.
-        example: what the model can be called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-            Convolutions need it, because their choice depends on the image size; they are timed for one image and for
-            the batch of the example.
-        layers: names or classes of the layers to try; all by default.
+        example: a batch: a tensor, a dict of keyword arguments, or a tuple (inputs, target), of which only the inputs
+            are passed. Convolutions need it, because their choice depends on the image size; they are timed for one
+            image and for the batch of the example.
+        layers: selectors of the layers to try. By default all but embeddings and the output head, and every quantized
+            layer.
         ignore: names or classes of the layers that stay as they are.
         fold: with an example, fuse a BatchNorm into the weights before it and an activation (ReLU, GELU, SiLU) into the
             kernel, leaving an Identity in their place; run Linear layers that have the same input in one call. Undone

@@ -83,6 +83,8 @@ def _run(data: Any, line: int) -> BenchRun:
         missing = keys if not isinstance(data, Mapping) else [key for key in keys if key not in data]
         raise ContainerError(f"bench: line {line} has no {missing[0]}: expected run, quality and milliseconds")
     quality, times, machine = data["quality"], data["milliseconds"], data.get("machine", {})
+    if not quality:
+        raise ContainerError(f"bench: line {line}: quality has no models: nothing was measured")
     if not (_is_nested(quality) and all(_is_number(v) for values in quality.values() for v in values.values())):
         raise ContainerError(f"bench: line {line}: quality: expected numbers by model and metric")
     if not (_is_nested(times) and all(_is_quartiles(t) for models in times.values() for t in models.values())):

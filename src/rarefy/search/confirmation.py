@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from rarefy.common.errors import RarefyError, first_line
 from rarefy.common.progress import say
-from rarefy.model.batches import count_samples
+from rarefy.model import hf
+from rarefy.model.batches import count_samples, slice_batch
 from rarefy.search.deploy import Deployed
 from rarefy.search.frontier import Point
 from rarefy.search.points import Measured, digest_of, with_times
 from rarefy.search.targets import NOISE
+from rarefy.search.task import Task
 
 SHARE = 3  # of so many batches for evaluation the last is held back
 MIN_SAMPLES = 100  # held back; fewer would say less than the search knows
+COUNTED = ("accuracy", "agreement", "retrieval R@")  # metrics that count samples
 ATTEMPTS = 4  # models that are measured once more
 MIN_SECONDS = 150.0  # of a search whose best model is timed once more
 INTERRUPTED = "the best models were not all measured once more: the search was interrupted"
@@ -30,21 +34,52 @@ LATE = 1.1  # of the time of the search, after which no other model is made agai
 def hold_back(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return the evaluation batches that the search uses, and those that are held back: none of few samples.
 
+    Fewer batches than `SHARE` are divided first.
+
     >>> import torch
     >>> used, held_back = hold_back([torch.zeros(50, 4)] * 9)
     >>> len(used), len(held_back)
     (6, 3)
+    >>> [len(part[0]) for part in hold_back([torch.zeros(600, 4)])]
+    [200, 200]
     """
+    if 0 < len(batches) < SHARE:
+        batches = [part for batch in batches for part in _divided(batch)]
     first = len(batches) - len(batches) // SHARE
-    if sum(map(_count, batches[first:])) < MIN_SAMPLES:
+    if sum(map(count_evaluated, batches[first:])) < MIN_SAMPLES:
         return list(batches), []
     return list(batches[:first]), list(batches[first:])
 
 
-def _count(batch: Any) -> int:
+def _divided(batch: Any) -> list[Any]:
+    """Return a batch in as many parts as `SHARE`, without empty ones."""
+    count = count_evaluated(batch)
+    ends = [count * i // SHARE for i in range(SHARE + 1)]
+    return [slice_batch(batch, a, b) for a, b in pairwise(ends) if b > a]
+
+
+def count_evaluated(batch: Any) -> int:
     """Return the number of samples of a batch: of pairs of texts, of (inputs, target), or of inputs alone."""
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and hasattr(batch[0], "keys")
     return count_samples(batch[0] if pair else batch)
+
+
+def too_few_samples(task: Task, dense: Point) -> list[str]:
+    """Return a note where so few samples are counted that the largest loss is within their noise.
+
+    Of n samples none of which is lost, up to 3 / n may be (a one-sided 95 % interval).
+    """
+    name, limit = task.metric.name, task.targets.max_loss
+    if not name.startswith(COUNTED) or not limit or limit <= 0 or not task.num_samples or hf.is_causal_lm(task.dense):
+        return []
+    whole = 100.0 if task.metric.scale == "%" else 1.0
+    limit = limit / whole if task.targets.points else limit * (dense.quality or 0.0) / whole
+    if 3 / task.num_samples <= limit:
+        return []
+    return [
+        f"{task.num_samples} samples for evaluation are few for a loss of {100 * limit:.2g} %: even if none of them is "
+        f"lost, up to {300 / task.num_samples:.2g} % of others may be; give more"
+    ]
 
 
 def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:

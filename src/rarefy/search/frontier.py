@@ -28,7 +28,8 @@ class Point:
         name: short text, such as "int8, 25 % fewer neurons".
         quality: the metric of this very model; None where it could not be made.
         loss: how much worse than the dense model, in the unit of the limit: a fraction, or points. Negative: better.
-        milliseconds: batch -> {"median", "low", "high"}: quartiles of a call, in turns with the dense model in the same
+        milliseconds: batch (of language models "decode", a token, and "prompt") -> {"median", "low", "high"}: quartiles
+            of a call, in turns with the dense model in the same
             precision. The best point of a search of 2.5 minutes or more is timed once more at the end.
         speedup: batch -> times as fast as the dense model compiled in fp32: as the dense model in its precision is,
             times how much faster than that it is.
@@ -94,7 +95,8 @@ class Frontier:
 
     Attributes:
         metric: {"name", "higher_is_better", "scale"}.
-        targets: what was asked for, as text by name: max_loss, speedup, latency_ms, size_mb, memory_mb, objective.
+        targets: what was asked for, by name: max_loss, speedup and objective as text, latency_ms, size_mb and memory_mb
+            as numbers.
         dense: the model before, compiled in fp32: quality, milliseconds and bytes.
         points: all that was tried, in this order.
         best_index: the point that meets the targets best, or else comes nearest; None where none could be made.
@@ -103,8 +105,9 @@ class Frontier:
         machine: CPU, instruction sets, threads, load, versions.
         seconds: of the whole search.
         finished: why the search ended: "done", "time", "interrupted".
-        batches: names of what was timed, such as "1" and "16".
-        peers: other engines that were measured beside, rows of name, quality, milliseconds (as those of points).
+        batches: what was timed: batch sizes such as "1" and "16", or "decode" and "prompt".
+        peers: other engines that were measured beside, rows of name, quality, milliseconds and speedup (as those of
+            points).
         notes: sentences about the search.
         model: the model as the user named it, such as "minilm"; "" where it has no name.
         limits: the targets as numbers, for plots: "quality" (of the metric), "milliseconds" (batch -> number).

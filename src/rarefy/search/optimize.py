@@ -22,21 +22,21 @@ from rarefy.common.progress import say
 from rarefy.common.yaml_text import write_yaml
 from rarefy.compiler.model_checks import check_module, check_ready
 from rarefy.evaluation.profiling import machine
-from rarefy.evaluation.quality import Metric, metric_of
+from rarefy.evaluation.quality import Metric, default_metric, metric_of
 from rarefy.model import distributed, hf
 from rarefy.model.batches import count_samples, slice_batch, tensors_in
 from rarefy.model.forward import call, check_batches, evaluating, without_targets
 from rarefy.model.layers import Selector, select_layers, unwrap
 from rarefy.recipe.schema import Data
 from rarefy.runtime import bindings
-from rarefy.search.confirmation import INTERRUPTED, confirm, hold_back
+from rarefy.search.confirmation import INTERRUPTED, confirm, count_evaluated, hold_back, too_few_samples
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
 from rarefy.search.other_engines import measured_engines
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
 from rarefy.search.several_processes import ProcessError, open_journal
-from rarefy.search.targets import DECODE, check_dense, objective_of, parse_targets
+from rarefy.search.targets import DECODE, check_dense, check_points, objective_of, parse_targets
 from rarefy.search.task import Task
 
 HELD_OUT = 4  # of so many batches or samples the last is for evaluation where no other data are given
@@ -82,29 +82,31 @@ def optimize(
         model: the model, in evaluation mode, on the CPU, in fp32.
         example: what it can be called with: a tensor, a dict of inputs by name, or a tuple (inputs, target) as batches
             are. Its length and image size are those that are timed.
-        data: batches for calibration, each like the example. Without them only the engine's precisions and cuts and
-            pruning by the size of weights are tried.
+        data: batches for calibration, each like the example. Without them only the engine's precisions are tried; with
+            a function as `evaluate` also cuts and pruning by the size of weights.
         evaluate: how good a model is: a function of a model that returns a number, a name (perplexity, accuracy,
             retrieval, ndcg@10, similarity, agreement, distance, kl), or None: the perplexity of a language model on
             its data, else how well a model agrees with the dense one. The function gets the model as it is deployed:
             call it as the model itself. It is always in evaluation mode, and has no parameters.
         max_loss: the largest accepted loss: a fraction of the dense model's number (0.01), or text: "1%", or
-            "0.5 points" of the number itself. None: any. Where the dense model's number is 0, as with kl and distance,
-            points alone mean something.
+            "0.5 points" of the number itself; text without a unit means points. At most 0.1 of accuracy and
+            similarity, which go from 0 to 1. None: any, with another limit. Where
+            the dense model's number is 0, as with kl and distance, points alone mean something.
         speedup: how many times as fast as the dense compiled model it has to be, in every batch.
-        latency_ms: the longest call, in milliseconds; of a language model the time of a token, and of a prompt.
+        latency_ms: instead of speedup: the longest call, in milliseconds; of a language model the time of a token, and
+            of a prompt.
         size_mb: largest size of the saved model, in megabytes.
         memory_mb: largest size of its weights in memory, in megabytes.
         target: what is best among the models within all limits: "latency", "loss", "size" or "memory". By default
             latency, or the loss where it has no limit. Of a language model "decode" or "prompt": only the time of a
             token, or of a prompt, is measured and counts.
-        batch: batch sizes that are timed, by default 1. Language models are timed at decoding and reading one text.
+        batch: batch sizes that are timed, by default 1; not for language models, which decode and read one text.
         minutes: how long the search may take. A step begins only if it fits, by what such steps took before. The dense
             model's measurement always ends. What was measured until then decides.
-        eval_data: batches that a named metric measures on; by default the last quarter of `data`, which is then not
-            calibrated on. A function reads its own data, and all of `data` is calibrated on. Of 300 samples or more a
-            third is held back: the best models are measured there once more, and one that keeps the largest loss there
-            too is the result.
+        eval_data: batches that a named metric measures on; by default the last quarter of the batches of `data`, at
+            least one, which are then not calibrated on. A function reads its own data, and all of `data` is calibrated
+            on. If the last third of the batches has 100 samples or more, it is held back: the best models are measured
+            there once more, and one that keeps the largest loss there too is the result.
         train_minutes: how long models may be trained after the search, in addition to `minutes`: they learn the dense
             model's outputs, so that no labels are needed. 0: nothing is trained.
         train_data: batches to train on, the more the better; by default those of the calibration.
@@ -119,7 +121,7 @@ def optimize(
         progress: say what is measured.
         other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32, bf16
             and calibrated 8 bits. Their points stand in `peers` and in the report. They take half of the time at most.
-        data_options: where a recipe finds the calibration data, for the recipes of the result.
+        data_options: a `rarefy.recipe.schema.Data`, which says where recipes of the result find the calibration data.
 
     With torch.distributed, several processes divide the search; each has to be on a machine of its own, of the same
     kind. The first one reads `resume_dir`, and it alone has `best`.
@@ -163,15 +165,20 @@ def optimize(
     if data_options is not None:  # a recipe reads the samples that were calibrated on
         data_options = data_options.model_copy(update={"samples": sum(map(count_samples, calibration))})
     recovery = _recovery(inner, train_minutes, train_data, calibration)
-    if evaluate is None and data is None and eval_data is None and hf.is_causal_lm(inner):
+    blind = evaluate is None and data is None and eval_data is None
+    if blind and hf.is_causal_lm(inner):
         evaluate = "agreement"  # the example may be no text, whose perplexity would say nothing
+    elif blind and default_metric(inner, [example]) == "agreement":
+        evaluate = "similarity"  # one sample agrees or not
     used, held_back = hold_back(held_out or [])
     metric = metric_of(evaluate, inner, used if held_out else held_out, higher_is_better=higher_is_better)
     check = metric_of(evaluate, inner, held_back, higher_is_better=higher_is_better) if held_back else None
     targets = check_dense(targets, metric.name)
+    if not callable(evaluate) and not isinstance(evaluate, Metric):
+        check_points(targets, evaluate or metric.name)
     task = Task(
         inner, example, calibration, metric, targets, batches, 60 * float(minutes), layers, ignore, recovery,
-        data_options, seed, progress, other_engines, check,
+        data_options, seed, progress, other_engines, check, sum(map(count_evaluated, held_out or [])), blind,
     )  # fmt: skip
     folder = parse_path(resume_dir)
     try:
@@ -214,6 +221,9 @@ def _run(search: Search) -> Frontier:
     if failed := [p for p in search.points if p.error]:
         count = f"{len(failed)} of {len(search.points)} models could not be measured"
         notes.append(f"{count}, the first one: {failed[0].name}: {failed[0].error}")
+    notes += [*too_few_samples(task, dense)]
+    if task.only_precisions:
+        notes.append("there is no data: only precisions were tried, judged on the example; give data to try more")
     if _constant(search.points):
         notes.append(f"{task.metric.name} is the same for all models: the search could not tell them apart")
     verdict = _verdict(search, index, met, finished)

@@ -137,9 +137,7 @@ class Measured:
         self.dense_fast = deploy(task.dense, task.example, None, task.data)
         dense = self.point("dense, fp32", PLAIN, self.stages({}, (), PLAIN))
         if dense.quality is not None:
-            metric = task.metric
-            targets = check_dense(task.targets, metric.name, dense.quality, metric.higher_is_better)
-            self.task = replace(task, targets=targets)
+            self.task = replace(task, targets=check_dense(task.targets, task.metric.name, dense.quality))
         self.reference = self.bases[PLAIN] = self.add(dense)
         return self.reference
 

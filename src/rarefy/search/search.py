@@ -141,6 +141,8 @@ class Search(Measured):
         """Return the parts of the model; their losses may take a third of the time that is left once it is known what
         they save, those of a method its share of that."""
         task, until, of_method = self.task, math.inf, math.inf
+        if task.only_precisions:
+            return []
 
         def begin(left: int) -> None:
             nonlocal until, of_method

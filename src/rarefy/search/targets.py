@@ -16,7 +16,8 @@ from rarefy.search.frontier import Point
 DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
 OBJECTIVES = ("latency", *DECODE, "loss", "size", "memory")
 NOISE = 1e-6  # a smaller number of the dense model counts as 0
-LARGEST_OF_FRACTION = 0.1  # points of a number up to 1 that may be lost: more are meant as percentage points
+FRACTIONS = ("accuracy", "similarity")  # metrics from 0 to 1
+LARGEST_OF_FRACTION = 0.1  # points of these that may be lost
 LOSS = re.compile(r"(-?[0-9]*\.?[0-9]+)\s*(%|points?)?")
 
 
@@ -199,28 +200,29 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
     return targets
 
 
-def check_dense(targets: Targets, metric: str, quality: float = math.inf, higher_is_better: bool = True) -> Targets:
+def check_points(targets: Targets, metric: str) -> None:
+    """Raise RecipeError for points of a named metric from 0 to 1 that nearly any model keeps.
+
+    They are meant as percentage points.
+    """
+    if metric in FRACTIONS and targets.points and (targets.max_loss or 0.0) > LARGEST_OF_FRACTION:
+        raise RecipeError(
+            f"max_loss: {metric} goes from 0 to 1, where a percentage point is 0.01: expected at most "
+            f"{LARGEST_OF_FRACTION:g} points or a percentage, such as '1%', got {targets.text(targets.max_loss or 0.0)}"
+        )
+
+
+def check_dense(targets: Targets, metric: str, quality: float = math.inf) -> Targets:
     """Return the targets with losses in points where the dense model's number is 0, but for rounding errors.
 
     Args:
         targets: the limits.
         metric: the name of the number.
         quality: the dense model's number; by default only the metric counts, before anything is measured.
-        higher_is_better: whether a higher number is better.
 
     Raises:
-        RecipeError: where the largest loss is a fraction of 0, which means nothing, or where so many points may be lost
-            that nearly any model would do: they are meant as percentage points of a number from 0 to 1.
+        RecipeError: where the largest loss is a fraction of 0, which means nothing.
     """
-    exact = metric in BEST_IS_ZERO or not higher_is_better
-    if targets.points and targets.max_loss is not None and not exact and quality > NOISE:
-        largest = LARGEST_OF_FRACTION if quality <= 1 + NOISE else quality
-        if targets.max_loss > largest:
-            hint = "it is a fraction, so a percentage point is 0.01" if quality <= 1 + NOISE else "any model loses less"
-            raise RecipeError(
-                f"max_loss: expected at most {largest:g} points, got {targets.max_loss:g}: the dense model's {metric} "
-                f"is {quality:.3g} ({hint}); or give a percentage of it, such as '1%'"
-            )
     if metric not in BEST_IS_ZERO and abs(quality) >= NOISE:
         return targets
     if targets.max_loss and not targets.points:

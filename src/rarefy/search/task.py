@@ -35,6 +35,8 @@ class Task:
         progress: whether to say what is measured.
         other_engines: whether the dense model is measured in ONNX Runtime and OpenVINO too.
         check: the metric on data held back, by which the best models are measured once more; None without such data.
+        num_samples: how many samples are evaluated, those held back included; 0 where a function reads its own data.
+        only_precisions: whether there is no data: the example alone cannot tell how good a smaller model is.
     """
 
     dense: nn.Module
@@ -52,3 +54,5 @@ class Task:
     progress: bool = False
     other_engines: bool = False
     check: Metric | None = None
+    num_samples: int = 0
+    only_precisions: bool = False

@@ -3,10 +3,11 @@
 m, d  mean and standard deviation of a channel's inputs over the data, in the dense model
 n, c  the same in the cut model
 r, s  running mean and standard deviation of the dense model
-r' = n - (m - r) c / d,  s' = s c / d:  then outputs of the norm have the dense model's mean and standard deviation
+q = sqrt((c^2 + k s^2) / (d^2 + k s^2)),  s' = s q,  r' = n - (m - r) q
 
-Averages over the data alone, as torch makes them, are of the data: a few samples would replace what was collected in
-training. Here only the change counts. Without a cut the statistics stay as they are.
+With k = 0, outputs of the norm would have exactly the dense model's mean and standard deviation. A small k bounds q for
+channels that hardly vary on this data. Averages over the data alone, as torch makes them, would replace the statistics
+of training by those of a few samples. Without a cut the statistics stay as they are.
 """
 
 from __future__ import annotations
@@ -24,36 +25,28 @@ from rarefy.dependency.graph import Graph
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 
-CONSTANT = 1e-6  # times the running standard deviation: a channel that varies less has no scale to compare
+PRIOR = 1e-2  # k
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over the inputs of a norm, [C] each, in fp64."""
+    """Number, mean and variance of the inputs of a norm, by channel [C] in fp64."""
 
     count: int
-    first: Tensor  # sum
-    square: Tensor  # sum of squares
+    mean: Tensor
+    variance: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Return the sums of inputs [N, C, ...]."""
-        count = x.numel() // max(x.shape[1], 1)
+        """Return the moments of inputs [N, C, ...]."""
         variance, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
-        return cls(count, mean.double() * count, (variance.double() + mean.double().square()) * count)
+        return cls(x.numel() // x.shape[1], mean.double(), variance.double())
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.first + other.first, self.square + other.square)
-
-    @property
-    def mean(self) -> Tensor:
-        """Return the mean of each channel."""
-        return self.first / self.count
-
-    @property
-    def deviation(self) -> Tensor:
-        """Return the standard deviation of each channel."""
-        return (self.square / self.count - self.mean.square()).clamp(min=0).sqrt()
+        count = self.count + other.count
+        a, b = self.count / count, other.count / count
+        between = a * b * (other.mean - self.mean).square()
+        return Moments(count, a * self.mean + b * other.mean, a * self.variance + b * other.variance + between)
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
@@ -86,12 +79,12 @@ def match_batch_norms_(
 ) -> list[str]:
     """Set the running statistics of a cut model's BatchNorms, in place, and return the names of these norms.
 
-    Both models run on each batch. Within a batch each norm is corrected at once, so that the layers behind it get
-    inputs as they will be. The caller restores the statistics if needed.
+    Both models run on each batch. Norms are corrected while the cut model runs, by all batches so far, so that later
+    layers get inputs as they will be. The caller restores the statistics if needed.
 
     Args:
         model: the cut model.
-        dense: the model before the cut.
+        dense: a copy from before the cut.
         graph: what belongs together in the dense model.
         masks: the units that stayed.
         data: batches, read once.
@@ -101,23 +94,27 @@ def match_batch_norms_(
         ModelError: for statistics that are not finite.
     """
     norms, references = batch_norms(model), batch_norms(dense)
-    stayed = {n: kept_mask(graph.dims[f"{n}.running_mean"][0], masks.get) for n in norms}
+    stayed = _stayed(norms, graph, masks)
     totals: dict[str, tuple[Moments, Moments]] = {}
-    expected: dict[str, list[Moments]] = {}  # in this batch, call by call
+    expected: dict[str, list[Moments]] = {}  # of the dense model in this batch, call by call
 
     def observe(name: str) -> Any:
-        def hook(norm: Any, args: tuple) -> None:
-            expected.setdefault(name, []).append(Moments.of(args[0]))
+        def hook(norm: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = (args or tuple(kwargs.values()))[0].detach()
+            if x.numel():
+                expected.setdefault(name, []).append(Moments.of(x))
 
         return hook
 
     def correct(name: str) -> Any:
-        def hook(norm: Any, args: tuple) -> None:
-            if expected.get(name):
-                before, after = expected[name].pop(0), Moments.of(args[0])
-                seen = totals.get(name)
-                totals[name] = (before, after) if seen is None else (seen[0] + before, seen[1] + after)
-                _set(norm, references[name], stayed[name], before, after)
+        def hook(norm: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = (args or tuple(kwargs.values()))[0].detach()
+            if not x.numel() or not expected.get(name):
+                return
+            before, after = expected[name].pop(0), Moments.of(x)
+            seen = totals.get(name)
+            totals[name] = (before, after) if seen is None else (seen[0] + before, seen[1] + after)
+            _set(norm, references[name], stayed[name], *totals[name])
 
         return hook
 
@@ -126,29 +123,33 @@ def match_batch_norms_(
         for batch in data:
             batch = on_device(model, batch)
             expected.clear()
-            with temporary_hooks([references[n].register_forward_pre_hook(observe(n)) for n in norms]):
-                call(dense, batch)
-            with temporary_hooks([norm.register_forward_pre_hook(correct(n)) for n, norm in norms.items()]):
-                call(model, batch)
+            for run, hooked, hook in ((dense, references, observe), (model, norms, correct)):
+                with temporary_hooks([hooked[n].register_forward_pre_hook(hook(n), with_kwargs=True) for n in stayed]):
+                    call(run, batch)
             batches += 1
-        for name, pair in totals.items():
-            _set(norms[name], references[name], stayed[name], *pair)
     if not batches:
         raise DataError("the data gave no batch: BatchNorm statistics need at least one")
-    name = next((n for n, m in norms.items() if not all(torch.isfinite(b).all() for b in m.buffers())), None)
+    name = next((n for n in totals if not all(torch.isfinite(b).all() for b in norms[n].buffers())), None)
     if name is not None:
         raise ModelError(f"{name}: running statistics are not finite on this data: NaN or inf in inputs or weights")
-    return list(norms)
+    return list(totals)
 
 
-def _set(norm: Any, reference: Any, mask: Tensor, dense: Moments, cut: Moments) -> None:
+def _stayed(norms: Mapping[str, Any], graph: Graph, masks: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
+    """Return which channels of each norm stayed, bool [C]; a norm that the graph does not know is left out."""
+    known = {id(m): n for n, owners in graph.owners.items() for m, attribute in owners if attribute == "running_mean"}
+    return {
+        name: kept_mask(graph.dims[known[id(norm)]][0], masks.get) for name, norm in norms.items() if id(norm) in known
+    }
+
+
+def _set(norm: Any, reference: Any, stayed: Tensor, dense: Moments, cut: Moments) -> None:
     """Set the statistics of a norm of the cut model."""
-    mask = mask.to(reference.running_mean.device)
-    mean, deviation = dense.mean[mask], dense.deviation[mask]
-    running_mean = reference.running_mean[mask].double()
-    running_deviation = (reference.running_var[mask].double() + norm.eps).sqrt()
-    smallest = CONSTANT * running_deviation
-    compared = (deviation > smallest) & (cut.deviation > smallest)
-    ratio = torch.where(compared, cut.deviation / deviation, 1.0)
-    norm.running_mean.copy_(cut.mean - (mean - running_mean) * ratio)
-    norm.running_var.copy_(((running_deviation * ratio).square() - norm.eps).clamp(min=0.0))
+    stayed = stayed.to(reference.running_mean.device)
+    mean, variance = dense.mean[stayed], dense.variance[stayed]
+    running_mean, running_variance = reference.running_mean[stayed].double(), reference.running_var[stayed].double()
+    running_variance = running_variance + norm.eps
+    ratio = ((cut.variance + PRIOR * running_variance) / (variance + PRIOR * running_variance)).sqrt()
+    new_variance = (running_variance * ratio.square()).clamp(min=norm.eps)
+    norm.running_mean.copy_(cut.mean - (mean - running_mean) * (new_variance / running_variance).sqrt())
+    norm.running_var.copy_(new_variance - norm.eps)

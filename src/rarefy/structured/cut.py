@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.common.checks import as_dict
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
@@ -38,6 +38,7 @@ from rarefy.structured.surgery import (
     Removal,
     give_own_heads,
     remove_units,
+    short_reason,
     value_restorer,
 )
 
@@ -78,25 +79,28 @@ def cut_(
 ) -> Report:
     """Remove the units of a model that matter least, in place, and every slice of a parameter that belongs to them.
 
-    The model stays an ordinary dense one of its class, only smaller. Its outputs are those of the model whose units are
-    zero where they are made (`mask_only`): they are compared, and everything is restored if they differ. An exception
-    is what counts the units, such as a LayerNorm; the note of the group says so. `nn.MultiheadAttention` becomes a
+    The model stays an ordinary dense one of its class, only smaller. Its outputs are compared with those of the model
+    whose removed units are zero (`mask_only`), and everything is restored if they differ. Operators that depend on the
+    number of units, such as a LayerNorm, do change; the note of the group says so. `nn.MultiheadAttention` becomes a
     subclass with heads of its own where it has to. Groups whose sizes are fixed in the code of a class stay, and the
     report names them. Costs O(weights) and four calls besides the score, more for groups that a class keeps.
 
     Args:
         model: any module whose operators have rules (`rarefy.dependency`); others lock the channels they touch.
-        example: what the model can be called with: one call shows which slices belong together.
+        example: a batch: a tensor, a dict of keyword arguments, or a tuple (inputs, target), of which only the inputs
+            are passed. One call shows which slices belong together.
         units: kinds of units: "channel" or "group" of a convolution, "neuron" of a Linear layer (also the width of a
             transformer), "head" (with the queries that share its keys), "head_dim", "query_head" (queries that share
             keys); or "layer" alone: whole blocks, see `drop_layers_`.
-        keep: fraction of units that stays in each group; 0.5 where no budget is given.
+        keep: fraction of units that stays in each group; 0.5 where no budget is given. Of units="layer" the fraction
+            of blocks, by default 0.75; with `layers` and without `keep` all of these go.
         parameters: instead of keep: fraction of the model's parameters to leave, met within 1 %.
         flops: instead of keep: fraction of the operations of a call on `example` to leave, met within 1 %.
         latency: instead of keep: fraction of the time of such a call to leave, found by timing cuts.
         counts: instead of keep: how many units stay in each group, by its name in `rarefy.groups`; other groups stay.
-        score: how units are ranked (`rarefy.structured.importance`): magnitude (the default), l1, scale, median,
-            random; from data also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient.
+        score: how units are ranked (`rarefy.structured.importance`): magnitude, l1, scale, median, random; from data
+            also activation, apoz, fluctuation, obs; from gradients taylor, fisher, gradient. By default fluctuation
+            with data, else magnitude. Of units="layer": similarity (the default), loss or random.
         reduce: how the slices of a unit are joined: sum, mean or max.
         scope: units compete in their group ("layer"), with all ("global"), or in groups of equal structure
             ("isomorphic").
@@ -107,7 +111,7 @@ def cut_(
         round_to: unit counts that stay are multiples of this.
         steps: cut in so many steps, with new scores and repairs in each.
         data: batches for scores, and for repairs. They are gone through more than once.
-        loss: callable(output, batch) for gradient scores; by default the model's own.
+        loss: for gradient scores, a function of (output, batch) or a criterion (logits, target); see `rarefy.fit_`.
         repair: how the remaining units compensate, with `data`: "ridge" (new weights for layers that read lost units),
             "bias" (the mean of what is lost), "batchnorm" (corrected statistics); True: all, False: none.
         optimizer: one that trains the model: it continues with what is left.
@@ -117,10 +121,11 @@ def cut_(
         progress: show progress bars.
 
     Returns:
-        A row a group: units before and after, and why it stays.
+        A `Report` with one row for each group: units before and after, and why it stays.
 
     Raises:
         ModelError: for options or a model that do not fit; the model is then unchanged.
+        SelectorError: where `layers` or `ignore` matches nothing.
         DataError: for data that does not fit.
 
     Example:
@@ -136,8 +141,8 @@ def cut_(
         units=units,  # type: ignore[arg-type]  # lists and single names become tuples
         repair=repair,  # type: ignore[arg-type]  # the same
         keep=keep, parameters=parameters, flops=flops, latency=latency,
-        counts=None if counts is None else dict(counts), score=score, reduce=reduce,
-        scope=scope, min_keep=min_keep, layers=layers, ignore=ignore, round_to=round_to, steps=steps,
+        counts=as_dict(counts), score=score, reduce=reduce, scope=scope, min_keep=min_keep, layers=layers,
+        ignore=ignore, round_to=round_to, steps=steps,
     )  # fmt: skip
     return run_cut(
         model, example, options, data, loss=loss, optimizer=optimizer, mask_only=mask_only, dry_run=dry_run, seed=seed,
@@ -177,6 +182,8 @@ def run_cut(
     except BaseException:
         _put_back(run.removals)
         raise
+    if not dry_run:
+        inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     if dry_run:
         _put_back(run.removals)
     elif mask_only:
@@ -264,7 +271,7 @@ class _Cut:
             self.model,
             self.graph,
             groups,
-            self.options.unit_score,
+            self.options.score,
             reduce=self.options.reduce,
             data=self.data,
             loss=self.loss,
@@ -400,7 +407,7 @@ class _Cut:
         if not affected or (len(affected) + len(self.stays) == len(self.groups) and not heads):
             return False
         module = error.module or type(self.model).__name__
-        self.stays |= {g.axis: f"{module} has a hard-coded size ({_short_reason(error)})" for g in heads or affected}
+        self.stays |= {g.axis: f"{module} has a hard-coded size ({short_reason(error)})" for g in heads or affected}
         return True
 
     def _find_removable(self, error: ModelError, target: float) -> None:
@@ -421,7 +428,7 @@ class _Cut:
                 if len(groups) > 1 and trials < MAX_SEARCH:
                     untried += [groups[len(groups) // 2 :], groups[: len(groups) // 2]]
                 else:
-                    self.stays |= {g.axis: _short_reason(reason) for g in groups}
+                    self.stays |= {g.axis: short_reason(reason) for g in groups}
         if not removable:
             raise error
 
@@ -450,13 +457,6 @@ class _Cut:
         title = "cut: nothing done" if dry_run else "cut: units are zero, none removed" if mask_only else "cut"
         selected_rows = [r for r in rows if r["stays because"] != NOT_SELECTED]
         return Report(title, tuple(rows), summary, notes, tuple(group_similar_rows(selected_rows, "group")))
-
-
-def _short_reason(error: ModelError) -> str:
-    """Return the cause that an error names, in at most 160 characters."""
-    reason = str(error).removeprefix("the cut model does not run, so the cut was undone: ").partition(" (it takes")[0]
-    reason = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", reason)
-    return reason if len(reason) <= 160 else reason[:157] + "..."
 
 
 def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:

@@ -35,17 +35,17 @@ def prune_heads_(
     heads keep their size.
 
     Args:
-        model: The model to change.
+        model: the model to change.
         heads: {name of an attention module: numbers of its query heads}, counted from 0. Where queries share keys (GQA,
             MQA), heads are removed in whole groups: the numbers must name all queries of a group.
-        example: Something the model can be called with.
-        optimizer: An optimizer of the model; it continues with the parameters that remain.
+        example: a batch, as for `rarefy.cut_`.
+        optimizer: an optimizer of the model; it continues with the parameters that remain.
 
     Returns:
         A report with a row for each attention module.
 
     Raises:
-        ModelError: A name or number is wrong, or the cut model does not return what the masked one does. The model is
+        ModelError: a name or number is wrong, or the cut model does not return what the masked one does. The model is
             then unchanged.
 
     Example:
@@ -75,6 +75,7 @@ def prune_heads_(
         raise
     if optimizer is not None:
         replace_parameters(optimizer, removal.replaced)
+    inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unsupported_notes(graph))

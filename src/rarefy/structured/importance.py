@@ -8,6 +8,7 @@ the output error of consumers. A new score is one function here and one line in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,8 +249,10 @@ def _problem(moments: Moments, consumer: Consumer, group: Group) -> tuple[Tensor
     """Return weights [inputs, outputs], Gram matrix [inputs, inputs] and columns of each unit [units, columns]."""
     assert moments.second is not None
     W = consumer.matrix().double()
-    H = moments.second / max(moments.count, 1)
-    H = H + 1e-2 * H.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    n = max(moments.count, 1)
+    H = moments.second / n
+    damping = 1e-2 + (len(H) / n) ** 2  # with few rows the errors would be those of their noise
+    H = H + damping * H.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
     return W, H, _by_unit(unit_of_index(consumer.inputs, group.axis), group.size).to(H.device)
 
 
@@ -351,11 +354,14 @@ UNIT_SCORES: Mapping[str, UnitScore] = {
 }
 
 
+SCORE_OF_DATA = "fluctuation"  # the default with data
+
+
 def unit_scores(
     model: nn.Module,
     graph: Graph,
     groups: Sequence[Group],
-    score: str = "magnitude",
+    score: str | None = None,
     *,
     reduce: str = "sum",
     data: Iterable[Any] | None = None,
@@ -365,12 +371,18 @@ def unit_scores(
 ) -> dict[Axis, Tensor]:
     """Return the importance of each unit of each group, fp64 [units].
 
-    `removed` says how many units at most will be removed, where that is known: obs orders no more than these.
+    `removed` says how many units at most will be removed, where that is known: obs orders no more than these. By
+    default the score is fluctuation where there is data and it applies to all groups, else magnitude.
 
     Raises DataError where the score needs data and has none, ModelError for a group that the score does not apply to or
     scores that are not finite.
     """
-    scores = UNIT_SCORES[score].of(ScoreInputs(model, graph, groups, reduce, data, loss, seed, removed or {}))
+    inputs = ScoreInputs(model, graph, groups, reduce, data, loss, seed, removed or {})
+    if score is None and data is not None:
+        with suppress(ModelError):
+            return unit_scores(model, graph, groups, SCORE_OF_DATA, reduce=reduce, data=data)
+    score = score or "magnitude"
+    scores = UNIT_SCORES[score].of(inputs)
     for g in groups:
         if not torch.isfinite(scores[g.axis]).all():
             raise ModelError(f"the {score} score of {g.name} is not finite: NaN or inf in weights or data")

@@ -223,17 +223,17 @@ def drop_layers_(
 
     Args:
         model: a model with a list of equal blocks that return what has the shape of their input.
-        example: what the model can be called with; also the data, where none is given.
+        example: a batch, as for `rarefy.cut_`; also the data, where none is given.
         keep: fraction of such blocks that stays; by default 0.75, or without those that `layers` names.
         score: "similarity" of a block's input and output (ShortGPT, Men 2024), "loss" (its rise without the block;
             slow) or "random".
         layers: names or globs of blocks that may go, such as "model.layers.1*".
         ignore: names or globs of blocks that stay.
         data: batches for the score.
-        loss: callable(output, batch) for score="loss"; by default the model's own.
+        loss: for score="loss", a function of (output, batch) or a criterion (logits, target); see `rarefy.fit_`.
         optimizer: one that trains the model: it forgets the parameters that go.
-        mask_only: remove nothing, but prove that it could be done.
-        dry_run: remove nothing: only report.
+        mask_only: the same as dry_run, as an option of `cut_`.
+        dry_run: verify the removal, report it, and restore the model.
         seed: of score="random".
         progress: show progress bars.
 
@@ -242,6 +242,7 @@ def drop_layers_(
 
     Raises:
         ModelError: for options or a model that do not fit; the model is then unchanged.
+        SelectorError: where `layers` or `ignore` matches nothing.
         DataError: for data that does not fit.
 
     Example:
@@ -285,6 +286,8 @@ def run_drop_layers(
     _drop_and_update_config(inner, example, dropped, stay)
     if optimizer is not None:
         remove_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
+    if not stay:
+        inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
     rows = [{"block": b.name, column: float(s), "goes": b in dropped} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()

@@ -137,7 +137,7 @@ class CutOptions(Options):
 
     @property
     def unit_score(self) -> str:
-        """Return the score of units."""
+        """Return the score of units; by default that without data."""
         return self.score or "magnitude"
 
     @property
@@ -206,6 +206,6 @@ def check_data(options: CutOptions, data: Any, loss: Any) -> tuple[str, ...]:
             raise DataError(f"repair {', '.join(options.repairs)} needs data: give batches")
         return ()
     check_repeatable(data)
-    if not options.repairs and not needs:
+    if not options.repairs and not needs and options.score is not None:
         raise DataError(f"data has no effect: nothing is repaired, and score {options.unit_score} reads weights alone")
     return options.repairs

@@ -85,14 +85,14 @@ def permute_(
 
     Args:
         model: any module whose operators have rules (`rarefy.dependency`).
-        example: what the model can be called with: one call shows which slices belong together. What it does not call
-            is not seen, and a note names it.
+        example: a batch, as for `rarefy.cut_`: one call shows which slices belong together. What it does not call is
+            not seen, and a note names it.
         pattern: the N:M pattern that the order is for.
         score: what the kept weights should have most of (`rarefy.prune.scores.SCORES`).
         layers: names, globs or other selectors of layers; by default all but embeddings and the output head.
         ignore: selectors of layers to leave as they are.
         data: batches, for scores that need them.
-        loss: callable(output, batch) for gradient scores; by default the model's own.
+        loss: for gradient scores, a function of (output, batch) or a criterion (logits, target); see `rarefy.fit_`.
         optimizer: one that trains the model: its state is reordered too.
         seconds: how long the search takes at most, of all groups together. 64 x 128 weights take a second; wide layers
             use all of it.
@@ -100,7 +100,8 @@ def permute_(
         progress: show progress bars.
 
     Returns:
-        A row a group of units: the fraction of scores kept before and after, swaps, seconds, why it stayed.
+        A `Report` with one row for each group of units: the fraction of scores kept before and after, swaps, seconds,
+        why it stayed.
 
     Raises:
         RarefyError: for options, a model or data that do not fit; the model is then unchanged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -75,6 +76,13 @@ class Removal:
         del self.undo[first:]
         if self.model is not None:
             clear_caches(self.model)
+
+
+def short_reason(error: ModelError) -> str:
+    """Return the cause that an error names, in at most 160 characters."""
+    reason = str(error).removeprefix("the cut model does not run, so the cut was undone: ").partition(" (it takes")[0]
+    reason = re.sub(r"^\w+ cannot be called with a batch of .*?: (?=[^:]*$)", "", reason)
+    return reason if len(reason) <= 160 else reason[:157] + "..."
 
 
 def remove_units(

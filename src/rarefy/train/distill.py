@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -182,6 +182,10 @@ class Distiller(nn.Module):
                 raise ModelError(f"{name}: expected a torch.nn.Module, got {side!r}; rarefy.load(path) returns one")
         if student is teacher:
             raise ModelError("student and teacher are one model: give a copy as it was, copy.deepcopy(model)")
+        if isinstance(config, Mapping):
+            config = Distill(**config)
+        if config is not None and not isinstance(config, Distill):
+            raise RecipeError(f"config: expected rarefy.Distill(...), got {type(config).__name__}")
         config, self.prepared = config or Distill(), False
         if config.cache and cache is None:
             raise RecipeError("cache needs a folder for the teacher's outputs: give Distiller(..., cache=FOLDER)")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -26,7 +27,7 @@ from rarefy.model import distributed
 from rarefy.model.batches import count_tokens
 from rarefy.model.distributed import all_reduce_mean
 from rarefy.model.forward import call, check_batches, on_device
-from rarefy.model.layers import all_layers
+from rarefy.model.layers import all_layers, check_is_module
 from rarefy.model.losses import Loss, resolve_loss
 from rarefy.model.masks import MIN_ZEROS_ON_GRID, get_mask, reattach_grids_, zero_fraction
 from rarefy.runtime.sparse_layers import Sparse
@@ -54,6 +55,9 @@ class Steps(Options):
     )
     dropout: bool = Field(
         default=True, description="false: dropout is off, as is best where a teacher without it is copied"
+    )
+    batch_norm: bool = Field(
+        default=True, description="false: BatchNorms keep their statistics, as is best for few or small batches"
     )
 
 
@@ -100,7 +104,8 @@ def fit_(
         epochs: passes over the data.
         optimizer: a torch optimizer, or a function of the parameters that makes one; by default AdamW at 1e-4.
         lr_schedule: constant, linear, cosine or one-cycle.
-        loss: callable(output, batch); by default the model's own.
+        loss: a function of (output, batch), or a criterion such as nn.CrossEntropyLoss(), which is called with (logits,
+            target). By default the loss of the output, or the cross entropy of (inputs, classes).
         prune: how zeros come in: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind.
         calibrate: batches that the scores of `prune` read.
         distill: a `rarefy.Distiller`, or any callable(output, batch, own loss), whose loss is used instead.
@@ -119,10 +124,10 @@ def fit_(
         progress: show progress bars.
 
     Returns:
-        A row an epoch: loss, sparsity, metric, seconds.
+        A `Report` with one row for each epoch: loss, sparsity, metric, seconds.
 
     Raises:
-        DataError: on empty data.
+        RarefyError: for options, a model or data that do not fit, before training.
         ModelError: when the loss is not finite (epoch and step named); the best weights so far are then restored.
 
     Example:
@@ -217,6 +222,7 @@ def _filled_zeros(model: nn.Module, zeros_before: Mapping[str, float]) -> tuple[
 
 def _check_arguments(model: nn.Module, data: Any, options: FitOptions, distill: Any, at: Any, validate: Any) -> None:
     """Raise for what would only be found wrong in the middle of training."""
+    check_is_module(model)
     fixed = next((n for n, m in model.named_modules() if isinstance(m, Sparse)), None)
     if fixed is not None:
         raise ModelError(f"{fixed} runs on kernels, which have no gradients: train before accelerate_")
@@ -262,7 +268,7 @@ def _key(model: nn.Module, data: Any, moves: torch.optim.Optimizer, options: dic
 
 
 def _number(metric: Any) -> float:
-    if not isinstance(metric, int | float) and not (isinstance(metric, torch.Tensor) and metric.numel() == 1):
+    if not isinstance(metric, Real) and not (isinstance(metric, torch.Tensor) and metric.numel() == 1):
         raise RecipeError(f"validate must return a number, got {type(metric).__name__}")
     return float(metric)
 
@@ -331,9 +337,9 @@ class _Run:
     def one(self, data: Batches) -> float:
         """Train one epoch, or what is left of it, and return its mean loss."""
         self.model.train()
-        if not self.steps.dropout:  # however a model drops: all but BatchNorm, which learns its statistics
-            for module in (m for m in self.model.modules() if not isinstance(m, BATCH_NORM)):
-                module.training = False
+        for module in self.model.modules():  # however a model drops: all but BatchNorm
+            learns = self.steps.batch_norm if isinstance(module, BATCH_NORM) else self.steps.dropout
+            module.training = module.training and learns
         self.moves.zero_grad()
         self.random = checkpoint.random_state() if not self.resumed else self.random
         batches = data(self.epoch) if callable(data) else data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model import distributed
 from rarefy.model.distributed import all_reduce_mean, full_tensor, is_sharded
+from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, all_layers, select_layers
 from rarefy.model.losses import Loss
 from rarefy.model.masks import Mask, check_maskable, dense_mask, get_mask, masks, set_mask_, zero_masked_
@@ -33,7 +35,7 @@ class Sparsifier:
     accumulation or a loss scaler once an optimizer step. Masked weights are zero at every moment.
 
     Args:
-        model: Gets open masks at once: create the sparsifier before torch.compile, DDP or FSDP wrap the model.
+        model: gets masks without zeros at once: create the sparsifier before torch.compile, DDP or FSDP wrap the model.
         config: Gradual, Movement, SecondOrder, Rigl, Alternate, Admm or Rewind; None keeps the present masks.
         steps: Number of training steps; afterwards the masks stay. Without it, call `step(progress)`.
         optimizer: Its state of masked weights is set to zero, so that no momentum moves a weight that grows back.
@@ -77,6 +79,11 @@ class Sparsifier:
         self.optimizer = optimizer
         self._events: list[tuple[float, Any]] = []  # that are not done yet
         self._layers: list[Layer] = []
+        if at is not None and not isinstance(at, Mapping):
+            raise PatternError(f"at: expected a dict of functions by training progress, got {type(at).__name__}")
+        wrong = next((t for t in at or {} if isinstance(t, bool) or not isinstance(t, Real)), None)
+        if wrong is not None:
+            raise PatternError(f"at: expected training progress between 0 and 1, got {wrong!r}")
         self._actions = dict(sorted((at or {}).items()))
         outside = next((t for t in self._actions if not 0 <= t <= 1), None)
         if outside is not None:
@@ -89,6 +96,8 @@ class Sparsifier:
         resolved = resolve_config(config)
         self._layers = select_layers(model, config.layers, config.ignore)
         prune.refuse_impossible(self._layers, resolved.pattern)
+        if calibrate is not None:
+            check_batches(calibrate, "calibrate")
         data = list(calibrate) if isinstance(calibrate, Iterator) else calibrate
         self._check(config, data)
         self._method = METHODS[type(config)]
