@@ -30,6 +30,14 @@ def test_language_models_beside_their_decoders():
         bench_models({"engine": made}, 127, 2, 1, 2, False)
 
 
+def test_a_model_is_timed_beside_what_it_was_compiled_to():
+    """The compiled model wants all the inputs that it was compiled with, the model itself only one of them."""
+    model, ids = tiny_bert(), torch.randint(1, 64, (2, 9))
+    fast = rarefy.compile(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tune=False)
+    report = bench_models({"model": model, "fast": fast}, 8, 2, 1, 2, False)
+    assert [r["of"] for r in report.rows] == ["model", "fast"] and report.rows[0]["what"] == "forward, 1 x 8 tokens"
+
+
 def test_both_write_the_same_tokens(monkeypatch):
     model, tokens = tiny_llama(), {"model": [], "engine": []}
     made, _ = engine_of(model, 8, 1)

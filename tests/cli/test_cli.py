@@ -456,7 +456,9 @@ def test_export_errors(run, packed, tmp_path):
     ran = run("export", packed, "--to", "onnx", "-o", tmp_path / "x")
     assert ran.code == 2 and "rarefy.export_onnx(model" in ran.err and not list(tmp_path.iterdir())
     ran = run("export", packed, "--to", "onyx", "-o", tmp_path / "x")
-    assert ran.code == 2 and "'onyx'; choose from compressed-tensors, gguf, hf" in ran.err and not list(tmp_path.iterdir())
+    assert (
+        ran.code == 2 and "'onyx'; choose from compressed-tensors, gguf, hf" in ran.err and not list(tmp_path.iterdir())
+    )
     rarefy.save(Net(), tmp_path / "net")
     ran = run("export", tmp_path / "net", "-o", tmp_path / "x")
     assert (

@@ -44,7 +44,7 @@ def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
     assert json.loads((out / "frontier.json").read_text()) == frontier
     ids = torch.randint(0, 60, (1, 8))
     assert rarefy.load(out)(ids).shape[:2] == (1, 8)
-    assert not (place / ".fast.work").exists()
+    assert (place / ".fast.work").exists() == (frontier["finished"] != "done")  # more minutes go on from it
     again = shell("compress", place / "model", "--recipe", out / "recipe.yaml", "-o", place / "torch", "-q")
     assert again.returncode == 0, again.stderr
 
@@ -112,6 +112,26 @@ def test_an_output_that_exists_is_refused(run, ran, place):
     _, out = ran
     result = run("optimize", place / "model", "--data", place / "text.txt", "-o", out, *TIMES)
     assert result.code == 2 and "--force" in result.err
+
+
+def test_a_search_whose_time_was_over_goes_on_with_more(place, tmp_path):
+    options = [
+        place / "model",
+        "--data",
+        place / "text.txt",
+        "-o",
+        tmp_path / "out",
+        "--max-loss",
+        "50%",
+        *TIMES,
+        "--json",
+    ]
+    first = shell("optimize", *options, "--minutes", "0.1")
+    before = json.loads(first.stdout)
+    assert before["finished"] == "time" and "with --force and more time to go on" in first.stderr
+    again = shell("optimize", *options, "--minutes", "0.4", "--force")
+    after = json.loads(again.stdout)
+    assert after["points"][0]["seconds"] == before["points"][0]["seconds"]  # it was not measured again
 
 
 def test_ctrl_c_saves_the_best_so_far(place, tmp_path):

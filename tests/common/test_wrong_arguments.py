@@ -96,7 +96,10 @@ def test_a_dry_run_checks_names_of_layers():
 
 def test_a_relative_folder_of_a_recipe_may_be_text(tmp_path):
     np.savez(tmp_path / "data.npz", input=X.numpy())
-    recipe = {"data": {"calibrate": "data.npz", "samples": 4}, "stages": [{"prune": {"sparsity": 0.5, "score": "wanda"}}]}
+    recipe = {
+        "data": {"calibrate": "data.npz", "samples": 4},
+        "stages": [{"prune": {"sparsity": 0.5, "score": "wanda"}}],
+    }
     assert rarefy.compress_(net(), recipe, base=str(tmp_path)).sparsity["achieved"] == 0.5
 
 

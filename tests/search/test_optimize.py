@@ -138,9 +138,14 @@ def test_text_of_a_frontier(found):
 # ---- what users do -----------------------------------------------------------------------------------------------
 
 
-def test_without_data_the_precisions_and_sizes_of_weights_are_tried():
-    frontier = rarefy.optimize(NET, X[:4], max_loss=0.5, minutes=9)
-    assert frontier.best is not None and frontier.metric["name"] == "agreement"
+def test_without_data_sizes_of_weights_are_tried_where_a_function_judges():
+    frontier = rarefy.optimize(NET, X[:4], None, accuracy, max_loss=0.5, minutes=9)
+    assert frontier.best is not None and any("cut" in stage for p in frontier.points for stage in p.recipe["stages"])
+
+
+def test_targets_of_another_number_of_samples_are_refused():
+    with pytest.raises(DataError, match="data: batch 1 has 4 samples and 3 targets"):
+        rarefy.optimize(NET, X[:4], [(X[:4], torch.zeros(n).long()) for n in (4, 3)], "accuracy", max_loss=0.5)
 
 
 def test_a_limit_that_the_dense_model_keeps_is_met_at_once():

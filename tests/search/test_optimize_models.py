@@ -282,6 +282,16 @@ def test_options_without_effect_are_refused(evaluate, options, error, message):
         optimize(Net().eval(), X[:2], X.split(8), evaluate, **options)
 
 
+def test_an_encoder_whose_attention_has_groups_of_one_name():
+    """Heads and the three parts of in_proj are groups of the same parameter and dimension."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(32, 6, 32)
+    found = optimize(encoder, x[:2], list(x.split(8)), max_loss=0.3, minutes=0.4)
+    assert found.best is not None and len(found.points) > 1
+
+
 def test_the_global_random_state_is_left_as_it_was():
     net = Net().eval()
     before = torch.random.get_rng_state()

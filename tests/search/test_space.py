@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import tiny_llama
 from rarefy.dependency.graph import trace
+from rarefy.search import space
 from rarefy.search.deploy import distance
 from rarefy.search.space import MAX_CUT, filled, local_errors, removal_scores
 from rarefy.structured.importance import unit_scores
@@ -67,3 +69,12 @@ def test_parts_without_a_loss_take_the_mean_and_those_that_cannot_be_used_are_le
     assert filled({"a": None}, ["a", "b"]) == {} == filled({}, ["a"])
     alike = filled({"1.q": 1.0, "3.q": 4.0, "1.v": 100.0}, ["1.q", "2.q", "3.q", "1.v", "2.v"])
     assert alike == pytest.approx({"1.q": 1.0, "2.q": 2.0, "3.q": 4.0, "1.v": 100.0, "2.v": 100.0})
+
+
+def test_the_width_of_a_transformer_is_left_alone():
+    """A norm averages over it: without one unit it makes other values of all others, in every block."""
+    model, example = tiny_llama(), torch.randint(64, (1, 8))
+    graph = trace(model, example)
+    names = [g.name for g in space.cuttable_groups(model, graph, "neuron", None, None)]
+    assert len(names) == 2 and all(".mlp." in name for name in names)
+    assert any("embed_tokens" in g.name for g in graph.groups if g.kind == "neuron" and g.lock is None)

@@ -109,7 +109,7 @@ def test_norms_behind_corrected_norms(size):
     rarefy.cut_(net, x, data=list(x.split(size)), repair="batchnorm", keep=0.75)
     rarefy.cut_(plain, x, keep=0.75)
     with torch.no_grad():
-        stays = [next(i for i in range(8) if torch.equal(b, dense[7].bias[i])) for b in net[7].bias]
+        stays = [next(i for i in range(8) if torch.equal(b, dense[7].bias[i])) for b in net[7].get_parameter("bias")]
         want, got = dense[:9](x)[:, stays], net[:9](x)
         worse = plain[:9](x)
     for moment in (lambda y: y.mean((0, 2, 3)), lambda y: y.std((0, 2, 3))):

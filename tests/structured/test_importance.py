@@ -227,7 +227,11 @@ def test_reduced_scores_are_scale_free():
         ),
         ({"score": "taylor", "data": [torch.randn(2, 5)]}, DataError, "no loss: "),
         ({"data": "text.txt"}, DataError, "data: expected an iterable of batches, got the text 'text.txt'"),
-        ({"data": [torch.randn(2, 5)], "repair": False, "score": "l1"}, DataError, "data has no effect: nothing is repaired"),
+        (
+            {"data": [torch.randn(2, 5)], "repair": False, "score": "l1"},
+            DataError,
+            "data has no effect: nothing is repaired",
+        ),
     ],
 )
 def test_messages_for_wrong_arguments(how, error, message):

@@ -115,7 +115,9 @@ def _calls(
     input_ids = kwargs.get("input_ids")
     batch_size = next(len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     size = f"batch {batch_size}" if input_ids is None else f"{len(input_ids)} x {input_ids.shape[1]} tokens"
-    runs: dict[str, Callable[[], Any]] = {name: partial(s, *args, **kwargs) for name, s in subjects.items()}
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(s, *args, **_keywords_of(s, kwargs, tokens, batch)) for name, s in subjects.items()
+    }
     for name, run in list(runs.items())[1:]:
         _check_runs(name, run)
     rows: list[Mapping[str, Any]] = []
@@ -123,6 +125,14 @@ def _calls(
         millis = {"median": 1000 * t.median, "low": 1000 * t.low, "high": 1000 * t.high, "repeats": t.repeats}
         rows.append({"what": f"forward, {size}", "of": name, "unit": "ms", **millis})
     return rows
+
+
+def _keywords_of(subject: Subject, kwargs: dict[str, Any], tokens: int, batch: int) -> dict[str, Any]:
+    """Return the inputs by name: of a compiled model those that it was compiled with, such as a mask."""
+    if not isinstance(subject, Compiled) or not kwargs:
+        return kwargs
+    own = example_for(subject, tokens, batch)[1]
+    return {name: kwargs.get(name, value) for name, value in own.items()} or kwargs
 
 
 def _check_runs(name: str, run: Callable[[], Any]) -> None:

@@ -52,6 +52,10 @@ TrainData = Annotated[
         "--data where --eval-data is given."
     ),
 ]
+TimedBatch = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Batch size that is timed; repeat the option for more. Not for language models."),
+]
 Changing = Annotated[
     list[str] | None,
     typer.Option(help="Layers that may change: a name, a glob (model.layers.0.*) or a class; repeat for more."),
@@ -74,10 +78,7 @@ def optimize(
         str | None,
         typer.Option(help="What is best: latency (default), loss, size, memory; of texts also decode, prompt."),
     ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Batch size that is timed; repeat the option for more. Not for language models."),
-    ] = None,
+    batch: TimedBatch = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of texts; by default 128, of language models 512.")
     ] = None,
@@ -112,13 +113,12 @@ def optimize(
 
     rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
 
-    rarefy optimize model.onnx --data images.npz --max-loss 1% --minutes 30 -o fast/
-
-    Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on. torchrun --nnodes 2
+    Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on; after Ctrl-C or the
+    end of the minutes it does so with --force. torchrun --nnodes 2
     ... -m rarefy optimize ... divides the search among machines of the same kind. Exit code 1: no model keeps all
     limits; the nearest one is saved.
     """
-    from rarefy.common.atomic_io import check_output_folder, resume_folder
+    from rarefy.common.atomic_io import UNFINISHED, check_output_folder, resume_folder
     from rarefy.search.optimize import optimize, save_result
     from rarefy.search.targets import objective_of, parse_targets
 
@@ -141,6 +141,8 @@ def optimize(
                 ), model=model)  # fmt: skip
                 if frontier.best is not None:
                     save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
+                if state is not None and frontier.finished != "done":
+                    (state / UNFINISHED).touch()
         _show(frontier, out, as_json, quiet, rank)
     if not frontier.met:
         raise typer.Exit(1)

@@ -25,6 +25,7 @@ INDEX = "rarefy.json"
 KEY_FILE, PARTIAL = "key.json", "partial"  # next to the saved states of a long run
 SETUP_FILES = ("each.json", "given.json", "loss.json")  # results computed before the first saved state
 TRAINING_FILE = "training.safetensors"
+UNFINISHED = "unfinished"  # marks the state of a run that wrote a result before its end
 MODEL_MEASURED = b'{"key": "point '  # begins the record of a model in a search's file
 SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
@@ -175,8 +176,8 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False, mark
 def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator[Path]:
     """Yield the path of a folder next to `path` for the state of a long run.
 
-    The folder is removed when the block succeeds. When it fails, the folder stays, so that the next run can resume.
-    ContainerError if a run that goes on shall start again.
+    The folder is removed when the block succeeds. When it fails, or has put a file UNFINISHED into it, the folder
+    stays, so that the next run can resume. ContainerError if a run that goes on shall start again.
     """
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.work")
@@ -198,7 +199,11 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
                 for folder in new:
                     folder.rmdir()
         raise
-    remove_resume_state(work)
+    if (work / UNFINISHED).exists():
+        (work / UNFINISHED).unlink()
+        say([f"progress is saved in {work}: run the same command with --force and more time to go on"])
+    else:
+        remove_resume_state(work)
 
 
 def _has_progress(work: Path) -> bool:

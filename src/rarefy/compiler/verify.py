@@ -54,7 +54,7 @@ def verify(
             where = " where a size is 1" if names else ""
             raise OutputsDifferError(
                 f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
-                f"at most {tolerance:g} is allowed (a random model, or outliers in 8 bits?)"
+                f"at most {tolerance:g} is allowed (a random model, outliers in 8 bits, or outputs at padding?)"
             )
     allowed: list[set[str]] = []
     for names in _connected_sizes(compiled, leaves) if unit_sizes is None else []:

@@ -123,9 +123,11 @@ def split_batch(batch: Any, max_parts: int) -> list[Any]:
 
 
 def slice_batch(batch: Any, start: int, end: int) -> Any:
-    """Return the samples from `start` to `end` of a batch."""
+    """Return the samples from `start` to `end` of a batch; what is no tensor, such as a flag, stays as it is."""
     if isinstance(batch, Tensor):
-        return batch[start:end]
+        return batch[start:end] if batch.dim() else batch
     if hasattr(batch, "keys"):
-        return {k: batch[k][start:end] for k in batch}
-    return tuple(slice_batch(part, start, end) for part in batch)
+        return {k: slice_batch(batch[k], start, end) for k in batch}
+    if isinstance(batch, tuple | list):
+        return tuple(slice_batch(part, start, end) for part in batch)
+    return batch

@@ -343,6 +343,9 @@ def _checked(data: Any, what: str) -> list[Any]:
     for i, batch in enumerate(batches):
         if any(bool(t.isnan().any()) for t in tensors_in(without_targets(batch))):
             raise DataError(f"{what}: the inputs of batch {i} hold NaN: expected numbers")
+        sizes = [len(t) for t in batch if isinstance(t, torch.Tensor) and t.dim()] if isinstance(batch, tuple) else []
+        if len(set(sizes)) > 1:
+            raise DataError(f"{what}: batch {i} has {sizes[0]} samples and {sizes[1]} targets")
     return batches
 
 

@@ -89,7 +89,7 @@ class PartMeasurer:
         self.few, self.small = few_batches(dense, data, example), small_example(dense, example)
         self.wanted: list[Any] = []
         self.stats: dict[str, LayerStats] = {}
-        self.scores: dict[str, Tensor] = {}  # of the units of groups, by name
+        self.scores: dict[tuple[str, str], Tensor] = {}  # of the units of groups, by kind and name
         self.deployed: Deployed | None = None  # the dense model in this precision
 
     def measure(self) -> list[Part]:
@@ -150,10 +150,11 @@ class PartMeasurer:
 
     def _scored(self, graph: Graph, score: str, group: Group) -> Tensor:
         """Return the importance of a group's units."""
-        if group.name not in self.scores:
+        key = group.kind, group.name
+        if key not in self.scores:
             data = self.few if self.data else []
-            self.scores[group.name] = space.removal_scores(self.dense, graph, [group], score, data)[group.axis]
-        return self.scores[group.name]
+            self.scores[key] = space.removal_scores(self.dense, graph, [group], score, data)[group.axis]
+        return self.scores[key]
 
     def _halved(self, groups: Sequence[Group], method: str) -> nn.Module:
         """Return a copy of the model in which all groups have lost half of their units."""
@@ -170,7 +171,7 @@ class PartMeasurer:
 
         def loss(group: Group) -> float | None:
             return space.measured_group_loss(
-                self.dense, self.small, group.name, scored(group), removed[group.name], self.few, self._wanted()
+                self.dense, self.small, group, scored(group), removed[group.name], self.few, self._wanted()
             )
 
         losses = self._losses(method, {g.name: partial(loss, g) for g in groups}, f"score of {method}")

@@ -114,12 +114,22 @@ def group_amounts(size: int, method: str) -> tuple[float, ...]:
 def cuttable_groups(
     model: nn.Module, graph: Graph, method: str, layers: Selector, ignore: Selector
 ) -> tuple[Group, ...]:
-    """Return the groups of a kind that can lose units."""
+    """Return the groups of a kind that can lose units.
+
+    Units over which a LayerNorm or RMSNorm averages are left out: the width of a transformer. Each unit that goes
+    changes what the norm makes of all others, in every block, and only training wins that back.
+    """
     try:
         groups = select_groups(model, graph, (method,), layers, ignore)
     except RarefyError:
         return ()
-    return tuple(g for g in groups if group_amounts(g.size, method))
+    return tuple(g for g in groups if group_amounts(g.size, method) and not _is_averaged(graph, g))
+
+
+def _is_averaged(graph: Graph, group: Group) -> bool:
+    """Return whether a norm over units reads those of a group."""
+    owners = (type(module).__name__ for m in group.members for module, _ in graph.owners.get(m.name, ()))
+    return any(name.endswith(("LayerNorm", "RMSNorm")) for name in owners)
 
 
 def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Sequence[Any], method: str) -> str:
@@ -167,12 +177,12 @@ def local_errors(scores: torch.Tensor, score: str) -> list[float]:
 
 
 def measured_group_loss(
-    model: nn.Module, example: Any, name: str, scores: torch.Tensor, removed: int, data: Sequence[Any], wanted: Any
+    model: nn.Module, example: Any, group: Group, scores: torch.Tensor, removed: int, data: Sequence[Any], wanted: Any
 ) -> float | None:
-    """Return the loss where one group loses so many units and the others compensate."""
+    """Return the loss where one group, of the model or of a copy, loses so many units and the others compensate."""
     smaller = copy.deepcopy(model)
     graph = trace(smaller, example)
-    group = next(g for g in graph.groups if g.name == name)
+    group = next(g for g in graph.groups if (g.name, g.kind) == (group.name, group.kind))
     masks = keep_masks({group.axis: scores}, {group.axis: group.size - removed})
     remove_and_compensate(smaller, example, graph, masks, REPAIRS, data)
     return distance(smaller, wanted, data)
