@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO    = build/demo
-WORKERS = -n auto --maxprocesses 4 --dist loadfile  # tests of a file stay together; one thread each, but where they ask for more
+WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 
 .PHONY: demo test test-all lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 

@@ -28,7 +28,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ran(place):
     out = place / "fast"
-    options = ["--evaluate", "perplexity", "--max-loss", "50%", *TIMES, "--minutes", "0.5"]
+    options = ["--evaluate", "perplexity", "--max-loss", "50%", *TIMES, "--minutes", "0.3"]
     result = shell("optimize", place / "model", "--data", place / "text.txt", "-o", out, "--json", *options)
     return result, out
 
@@ -129,7 +129,7 @@ def test_a_search_whose_time_was_over_goes_on_with_more(place, tmp_path):
     first = shell("optimize", *options, "--minutes", "0.1")
     before = json.loads(first.stdout)
     assert before["finished"] == "time" and "with --force and more time to go on" in first.stderr
-    again = shell("optimize", *options, "--minutes", "0.4", "--force")
+    again = shell("optimize", *options, "--minutes", "0.15", "--force")
     after = json.loads(again.stdout)
     assert after["points"][0]["seconds"] == before["points"][0]["seconds"]  # it was not measured again
 
