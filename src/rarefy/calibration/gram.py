@@ -125,9 +125,9 @@ def input_columns(layer: Layer, module: Any, x: Any, mask: Tensor | None) -> Ten
 
 
 def padding_mask(batch: Any) -> Tensor | None:
-    """Return the attention mask of a batch, bool [texts, tokens]; None without one."""
+    """Return the attention mask of a batch as bool, usually [texts, tokens]; None without one."""
     mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return None if mask is None else mask.bool()
 
 
 def token_rows(x: Tensor, mask: Tensor | None, batch_first: bool = True) -> Tensor:

@@ -24,7 +24,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.calibration.gram import Gram, all_reduce_gram, input_columns, input_signature
+from rarefy.calibration.gram import Gram, all_reduce_gram, input_columns, input_signature, padding_mask
 from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import distributed
@@ -286,7 +286,7 @@ class _SequentialCalibration:
         run: Any = greenlet(lambda batch: _discard_output(call(self.model, batch)))
         run.owner, run.batch, run.stream, run.data = self, index, stream, batch
         run.state, run.input_versions, run.rerun = _torch_state(), {}, False
-        run.attention_mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
+        run.attention_mask = padding_mask(batch)
         self.stack.callback(run.throw)
         self.advance(run, batch)
 

@@ -114,9 +114,8 @@ def optimize(
     rarefy optimize minilm --data a.txt --evaluate retrieval --eval-data b.txt --max-loss 1% --minutes 30 -o fast/
 
     Ctrl-C ends the search and saves the best model so far. After a kill, the same command goes on; after Ctrl-C or the
-    end of the minutes it does so with --force. torchrun --nnodes 2
-    ... -m rarefy optimize ... divides the search among machines of the same kind. Exit code 1: no model keeps all
-    limits; the nearest one is saved.
+    end of the minutes it does so with --force. torchrun --nnodes 2 ... -m rarefy optimize ... divides the search among
+    machines of the same kind. Exit code 1: no model keeps all limits; the nearest one is saved.
     """
     from rarefy.common.atomic_io import UNFINISHED, check_output_folder, resume_folder
     from rarefy.search.optimize import optimize, save_result

@@ -114,8 +114,9 @@ class DatasetBatches:
         number = 0
         for first in rows:
             part = list(chain([first], islice(rows, self.batch - 1)))
-            for number, row in enumerate(part, number + 1):  # noqa: B020 (goes on counting)
-                self._check(row, number)
+            for i, row in enumerate(part, 1):
+                self._check(row, number + i)
+            number += len(part)
             labels = {} if self.labels is None else {"labels": _stacked("labels", [row[self.labels] for row in part])}
             yield {**self._inputs(part), **labels}
 

@@ -21,9 +21,9 @@ from rarefy.pipeline.train_stage import Sparsifier
 class SparsifyCallback(Callback):
     """Run a recipe's `train` stage inside a LightningModule's training.
 
-    Masks are attached before the strategy wraps the
-    module, and their state is saved in Lightning's checkpoints. With `fold`, masks are written into the weights when
-    training ends. If the recipe has `distill`, `training_step` returns `callback.sparsifier.loss(output, batch)`.
+    Masks are attached before the strategy wraps the module, and their state is saved in Lightning's checkpoints. With
+    `fold`, masks are written into the weights when training ends. If the recipe has `distill`, `training_step` returns
+    `callback.sparsifier.loss(output, batch)`.
 
     Args:
         recipe: as for `rarefy.Sparsifier`.

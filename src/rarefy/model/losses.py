@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError, ModelError
 from rarefy.model.forward import describe_batch
+from rarefy.model.image_config import NO_CLASS
 
 Loss = Callable[[Any, Any], Tensor]
-IGNORED = -100  # the class of samples that losses leave out
 
 
 def resolve_loss(loss: Any) -> Loss:
@@ -70,12 +70,12 @@ def default_loss(output: Any, batch: Any) -> Tensor:
         if target.dim() == 0 or target.dtype == torch.bool:
             raise DataError(f"expected classes as integers [samples], got {describe_batch(target)}")
         target = target.long()
-        classes = target[target != IGNORED]
+        classes = target[target != NO_CLASS]
         if classes.numel() and logits.dim() > 1 and not 0 <= int(classes.min()) <= int(classes.max()) < logits.shape[1]:
             wrong = int(classes.min()) if int(classes.min()) < 0 else int(classes.max())
             raise DataError(
-                f"expected classes from 0 to {logits.shape[1] - 1}, as the model has outputs, or {IGNORED} for samples "
-                f"to leave out, got {wrong}"
+                f"expected classes from 0 to {logits.shape[1] - 1}, as the model has outputs, or {NO_CLASS} for "
+                f"samples to leave out, got {wrong}"
             )
         if logits.dim() > 1 and len(logits) != len(target):
             raise DataError(f"the model returns outputs of {len(logits)} samples, the batch has {len(target)} classes")

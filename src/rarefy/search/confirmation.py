@@ -43,12 +43,11 @@ def hold_back(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     >>> [len(part[0]) for part in hold_back([torch.zeros(600, 4)])]
     [200, 200]
     """
-    if 0 < len(batches) < SHARE:
-        batches = [part for batch in batches for part in _divided(batch)]
-    first = len(batches) - len(batches) // SHARE
-    if sum(map(count_evaluated, batches[first:])) < MIN_SAMPLES:
+    parts = [*batches] if len(batches) >= SHARE else [part for batch in batches for part in _divided(batch)]
+    first = len(parts) - len(parts) // SHARE
+    if sum(map(count_evaluated, parts[first:])) < MIN_SAMPLES:
         return list(batches), []
-    return list(batches[:first]), list(batches[first:])
+    return parts[:first], parts[first:]
 
 
 def _divided(batch: Any) -> list[Any]:

@@ -29,8 +29,8 @@ class Point:
         quality: the metric of this very model; None where it could not be made.
         loss: how much worse than the dense model, in the unit of the limit: a fraction, or points. Negative: better.
         milliseconds: batch (of language models "decode", a token, and "prompt") -> {"median", "low", "high"}: quartiles
-            of a call, in turns with the dense model in the same
-            precision. The best point of a search of 2.5 minutes or more is timed once more at the end.
+            of a call, in turns with the dense model in the same precision. The best point of a search of 2.5 minutes
+            or more is timed once more at the end.
         speedup: batch -> times as fast as the dense model compiled in fp32: as the dense model in its precision is,
             times how much faster than that it is.
         disk_bytes: of the saved compiled model.

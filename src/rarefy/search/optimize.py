@@ -90,8 +90,8 @@ def optimize(
             call it as the model itself. It is always in evaluation mode, and has no parameters.
         max_loss: the largest accepted loss: a fraction of the dense model's number (0.01), or text: "1%", or
             "0.5 points" of the number itself; text without a unit means points. At most 0.1 of accuracy and
-            similarity, which go from 0 to 1. None: any, with another limit. Where
-            the dense model's number is 0, as with kl and distance, points alone mean something.
+            similarity, which go from 0 to 1. None: any, with another limit. Where the dense model's number is 0, as
+            with kl and distance, points alone mean something.
         speedup: how many times as fast as the dense compiled model it has to be, in every batch.
         latency_ms: instead of speedup: the longest call, in milliseconds; of a language model the time of a token, and
             of a prompt.
@@ -221,7 +221,7 @@ def _run(search: Search) -> Frontier:
     if failed := [p for p in search.points if p.error]:
         count = f"{len(failed)} of {len(search.points)} models could not be measured"
         notes.append(f"{count}, the first one: {failed[0].name}: {failed[0].error}")
-    notes += [*too_few_samples(task, dense)]
+    notes += too_few_samples(task, dense)
     if task.only_precisions:
         notes.append("there is no data: only precisions were tried, judged on the example; give data to try more")
     if _constant(search.points):

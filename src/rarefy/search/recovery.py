@@ -59,7 +59,7 @@ def train_stage(model: nn.Module, example: Any, metric: str, epochs: int) -> dic
     elif not metric.startswith(OF_CLASSES):
         distill["by"] = "mse"
     train = {"epochs": epochs, "optimizer": {"lr": RATE}, "lr_schedule": "one-cycle", "clip": 1.0, "dropout": False}
-    train["batch_norm"] = False  # those of the dense model were learned from far more data
+    train["batch_norm"] = False  # statistics were learned from far more data
     fast = {"autocast": "bf16"} if native_bf16() else {}
     return {"train": {**train, **fast, "distill": distill}}
 

@@ -116,20 +116,14 @@ def cuttable_groups(
 ) -> tuple[Group, ...]:
     """Return the groups of a kind that can lose units.
 
-    Units over which a LayerNorm or RMSNorm averages are left out: the width of a transformer. Each unit that goes
-    changes what the norm makes of all others, in every block, and only training wins that back.
+    Units that a norm averages over, of which the group has a note, are left out: the width of a transformer. Each unit
+    that goes changes what the norm makes of all others, in every block, and only training wins that back.
     """
     try:
         groups = select_groups(model, graph, (method,), layers, ignore)
     except RarefyError:
         return ()
-    return tuple(g for g in groups if group_amounts(g.size, method) and not _is_averaged(graph, g))
-
-
-def _is_averaged(graph: Graph, group: Group) -> bool:
-    """Return whether a norm over units reads those of a group."""
-    owners = (type(module).__name__ for m in group.members for module, _ in graph.owners.get(m.name, ()))
-    return any(name.endswith(("LayerNorm", "RMSNorm")) for name in owners)
+    return tuple(g for g in groups if group_amounts(g.size, method) and not g.notes)
 
 
 def cut_score(model: nn.Module, example: Any, groups: Sequence[Group], data: Sequence[Any], method: str) -> str:

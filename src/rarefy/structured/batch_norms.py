@@ -29,7 +29,7 @@ PRIOR = 1e-2  # k
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class ChannelMoments:
     """Number, mean and variance of the inputs of a norm, by channel [C] in fp64."""
 
     count: int
@@ -37,16 +37,16 @@ class Moments:
     variance: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
+    def of(cls, x: Tensor) -> ChannelMoments:
         """Return the moments of inputs [N, C, ...]."""
         variance, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
         return cls(x.numel() // x.shape[1], mean.double(), variance.double())
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: ChannelMoments) -> ChannelMoments:
         count = self.count + other.count
         a, b = self.count / count, other.count / count
         between = a * b * (other.mean - self.mean).square()
-        return Moments(count, a * self.mean + b * other.mean, a * self.variance + b * other.variance + between)
+        return ChannelMoments(count, a * self.mean + b * other.mean, a * self.variance + b * other.variance + between)
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def match_batch_norms_(
     """
     norms, references = batch_norms(model), batch_norms(dense)
     stayed = _stayed(norms, graph, masks)
-    totals: dict[str, tuple[Moments, Moments]] = {}
-    expected: dict[str, list[Moments]] = {}  # of the dense model in this batch, call by call
+    totals: dict[str, tuple[ChannelMoments, ChannelMoments]] = {}
+    expected: dict[str, list[ChannelMoments]] = {}  # of the dense model in this batch, call by call
 
     def observe(name: str) -> Any:
         def hook(norm: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             x = (args or tuple(kwargs.values()))[0].detach()
             if x.numel():
-                expected.setdefault(name, []).append(Moments.of(x))
+                expected.setdefault(name, []).append(ChannelMoments.of(x))
 
         return hook
 
@@ -111,7 +111,7 @@ def match_batch_norms_(
             x = (args or tuple(kwargs.values()))[0].detach()
             if not x.numel() or not expected.get(name):
                 return
-            before, after = expected[name].pop(0), Moments.of(x)
+            before, after = expected[name].pop(0), ChannelMoments.of(x)
             seen = totals.get(name)
             totals[name] = (before, after) if seen is None else (seen[0] + before, seen[1] + after)
             _set(norm, references[name], stayed[name], *totals[name])
@@ -143,7 +143,7 @@ def _stayed(norms: Mapping[str, Any], graph: Graph, masks: Mapping[Axis, Tensor]
     }
 
 
-def _set(norm: Any, reference: Any, stayed: Tensor, dense: Moments, cut: Moments) -> None:
+def _set(norm: Any, reference: Any, stayed: Tensor, dense: ChannelMoments, cut: ChannelMoments) -> None:
     """Set the statistics of a norm of the cut model."""
     stayed = stayed.to(reference.running_mean.device)
     mean, variance = dense.mean[stayed], dense.variance[stayed]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.gram import padding_mask
 from rarefy.common.errors import DataError, ModelError
 from rarefy.dependency.graph import Graph, Group
 from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, Prod, leaves
@@ -147,9 +148,8 @@ def run_batches(model: nn.Module, data: Iterable[Any], padding: list[Tensor | No
         for batch in data:
             batches += 1
             batch = on_device(model, batch)
-            mask = batch.get("attention_mask") if hasattr(batch, "keys") else None
             if padding is not None:
-                padding[0] = None if mask is None else mask.bool()
+                padding[0] = padding_mask(batch)
             call(model, batch)
     return batches
 

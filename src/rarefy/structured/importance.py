@@ -377,12 +377,11 @@ def unit_scores(
     Raises DataError where the score needs data and has none, ModelError for a group that the score does not apply to or
     scores that are not finite.
     """
-    inputs = ScoreInputs(model, graph, groups, reduce, data, loss, seed, removed or {})
     if score is None and data is not None:
         with suppress(ModelError):
             return unit_scores(model, graph, groups, SCORE_OF_DATA, reduce=reduce, data=data)
     score = score or "magnitude"
-    scores = UNIT_SCORES[score].of(inputs)
+    scores = UNIT_SCORES[score].of(ScoreInputs(model, graph, groups, reduce, data, loss, seed, removed or {}))
     for g in groups:
         if not torch.isfinite(scores[g.axis]).all():
             raise ModelError(f"the {score} score of {g.name} is not finite: NaN or inf in weights or data")

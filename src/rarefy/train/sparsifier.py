@@ -81,13 +81,10 @@ class Sparsifier:
         self._layers: list[Layer] = []
         if at is not None and not isinstance(at, Mapping):
             raise PatternError(f"at: expected a dict of functions by training progress, got {type(at).__name__}")
-        wrong = next((t for t in at or {} if isinstance(t, bool) or not isinstance(t, Real)), None)
-        if wrong is not None:
-            raise PatternError(f"at: expected training progress between 0 and 1, got {wrong!r}")
+        outside = [t for t in at or {} if isinstance(t, bool) or not isinstance(t, Real) or not 0 <= t <= 1]
+        if outside:
+            raise PatternError(f"at: expected training progress between 0 and 1, got {outside[0]!r}")
         self._actions = dict(sorted((at or {}).items()))
-        outside = next((t for t in self._actions if not 0 <= t <= 1), None)
-        if outside is not None:
-            raise PatternError(f"at: expected training progress between 0 and 1, got {outside!r}")
         if config is None:
             self._layers = [l for l in all_layers(model) if get_mask(l) is not None]
             self._clear_masked()
