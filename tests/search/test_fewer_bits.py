@@ -15,7 +15,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.solve import Choice
-from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, RANK, Part
+from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, RANK, RANK_LEVELS, Part
 from rarefy.search.stages import stages_of, weight_stages
 
 pytest.importorskip("transformers")
@@ -136,6 +136,21 @@ def test_low_rank_is_tried_on_some_layers_first(data, monkeypatch, limit):
     else:
         assert not found and len(tried) == 3 * 7 and len(names) == 8 * 7
         assert {space.kind_of(name) for name in tried} == {space.kind_of(name) for name in names}
+
+
+def test_low_rank_that_cannot_be_timed_costs_no_losses(data, monkeypatch):
+    """A level that the engine refuses is not used, so that no layer's loss at others is of use."""
+    made, refused = small(), []
+
+    def saved(self, method, smaller, level=None):
+        refused.append(level)
+        return {"decode": 0.4 if level == RANK_LEVELS[-1] else 0.0}
+
+    monkeypatch.setattr(PartMeasurer, "_saved", saved)
+    journal = Journal(None, {})
+    measurer = PartMeasurer(made, data[0], data, INT8, ["decode"], journal, None, None, lambda *k: True, False)
+    assert measurer._low_rank([], *measurer._timed_layers(RANK)) == []
+    assert refused == [*RANK_LEVELS[:0:-1]] and not journal.values
 
 
 def test_a_choice_in_words():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rarefy.evaluation.quality import metric_of
+from rarefy.search import deploy as deploying
 from rarefy.search import parts, search
 from rarefy.search.journal import Journal
 from rarefy.search.search import Search
@@ -141,3 +142,16 @@ def test_a_deadline_is_the_same_after_a_kill(steps):
     clock.now += 10.0
     assert found._deadline("first line", 4) == until
     assert found._deadline("other lines", 4) > until
+
+
+@pytest.mark.parametrize(("spreads", "kept"), [([0.1], 0), ([0.6, 0.1], 1), ([0.6, 0.3, 0.4], 1)])
+def test_times_that_vary_are_measured_again(monkeypatch, spreads, kept):
+    """Other programs made them vary: the steadiest of up to three attempts counts."""
+    made = [
+        {"1": {"model": {"median": 1.0 + i, "low": 1.0 + i, "high": (1.0 + i) * (1 + s)}}}
+        for i, s in enumerate(spreads)
+    ]
+    attempts = iter(made)
+    monkeypatch.setattr(deploying, "_times_once", lambda *arguments: next(attempts))
+    assert deploying.times_of({}, X, ["1"]) == made[kept]
+    assert next(attempts, None) is None

@@ -15,13 +15,14 @@ from typing import Any
 
 from rarefy.search import solve
 from rarefy.search.solve import Choice
-from rarefy.search.space import Amounts, Part
+from rarefy.search.space import Amounts, Part, kind_of
 
 FACTORS = (2.0, 1.4, 1.2)  # on the losses of parts, one round of the climb after the other
 GAIN = 1e-3  # of the loss: less is not taken as better
 DEARER = 10.0  # a method that is predicted to lose so many times what the cheapest one does is not measured
 
 Loss = Callable[[Amounts], float | None]
+Key = tuple[str, str]  # of a part
 
 
 def climb(
@@ -43,7 +44,7 @@ def climb(
         prefetch: measures allocations side by side, before `loss` is called for each of them.
         count: how many: the next one, and those that follow it as long as none is better.
 
-    Cost: two allocations for each part and method in each round, until a round finds nothing better.
+    Cost: two allocations for each of `sets_of_parts` in each round, until a round finds nothing better.
     """
     seen: dict[tuple[tuple[tuple[str, str], float], ...], float | None] = {}
 
@@ -69,11 +70,7 @@ def climb(
     lowest = joint(best)
     if lowest == float("inf"):
         return list(best)
-    sets = [[p.key] for p in parts]
-    methods = list(dict.fromkeys(p.method for p in parts))
-    if len(methods) > 1:
-        sets = [[p.key for p in parts if p.method == m] for m in methods] + sets
-    for factor in FACTORS:
+    for sets, factor in product(sets_of_parts(parts), FACTORS):
         improved = True
         while improved:
             improved = False
@@ -88,6 +85,27 @@ def climb(
     choices = solve.front(best)
     predicted = choices[solve.at_saving(choices, saving)].loss
     return scaled(best, dict.fromkeys((p.key for p in best), lowest / predicted if predicted > 0 else 1.0))
+
+
+def sets_of_parts(parts: Sequence[Part]) -> list[list[list[Key]]]:
+    """Return which parts get a factor together: those of a method or of a kind, then those of a kind in a quarter of
+    the model, then each alone.
+
+    Of the layers of many blocks one alone changes little, and measuring each takes long.
+
+    >>> parts = [Part("head", f"{i}.{n}", 8, (0.5,), (1.0,), {}) for i in range(8) for n in "ab"]
+    >>> [[len(keys) for keys in sets] for sets in sets_of_parts(parts)]
+    [[8, 8], [2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
+    """
+    methods: dict[Any, list[Key]] = {}
+    kinds: dict[Any, list[Key]] = {}
+    for part in parts:
+        methods.setdefault(part.method, []).append(part.key)
+        kinds.setdefault((part.method, kind_of(part.name)), []).append(part.key)
+    quarters = [of[i * len(of) // 4 : (i + 1) * len(of) // 4] for of in kinds.values() for i in range(4)]
+    of_kinds = [keys for keys in kinds.values() if keys not in methods.values()]
+    several = [[k for k in sets if 1 < len(k) < len(parts)] for sets in ([*methods.values(), *of_kinds], quarters)]
+    return [*several, [[p.key] for p in parts]]
 
 
 def calibrated(

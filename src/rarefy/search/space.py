@@ -335,8 +335,8 @@ def few_samples(data: Sequence[Any], samples: int = SAMPLES, tokens: float = flo
 
 
 def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
-    """Return a value for each name: where none was measured, the geometric mean of those whose names differ in numbers
-    alone, or else of all; nothing where there is none. Names with None, which cannot be used, are left out."""
+    """Return a value for each name: where none was measured, the geometric mean of those of the same kind, or else
+    of all; nothing where there is none. Names with None, which cannot be used, are left out."""
     if not any(v is not None for v in values.values()):
         return {}
     logs = {n: math.log(max(v, 1e-30)) for n, v in values.items() if v is not None}
@@ -355,7 +355,7 @@ def filled(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str
 def kind_of(name: str) -> str:
     """Return what names of the same layers of different blocks have in common.
 
-    >>> kind_of("layers.3.mlp.up")
-    'layers.*.mlp.up'
+    >>> kind_of("layers.3.mlp.up"), kind_of("blocks.0.fc1")
+    ('layers.*.mlp.up', 'blocks.*.fc1')
     """
-    return re.sub(r"[0-9]+", "*", name)
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
