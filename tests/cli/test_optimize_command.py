@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import rarefy
 from conftest import shell, text_model
@@ -160,3 +162,32 @@ def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and "interrupted" in stdout, stderr
     assert (out / "frontier.json").is_file() and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "read"),
+    [(60, [], (60, None)), (200, [], (128, 72)), (900, [], (128, 512)), (900, ["--samples", "300"], (300, None))],
+)
+def test_the_command_keeps_samples_for_evaluation(tmp_path, monkeypatch, count, options, read):
+    """Without --eval-data up to 512 samples of --data are not calibrated on; the recipe reads those that are."""
+    from rarefy.cli.main import main
+    from rarefy.common.errors import DataError
+    from rarefy.search import optimize as searching
+
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((count, 16)).astype("float32"))
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    rarefy.export_onnx(net, torch.randn(4, 16), tmp_path / "net.onnx")
+    seen = {}
+
+    def stopped(*arguments, eval_data, data_options, **others):
+        seen["read"] = tuple(None if d is None else sum(map(len, d)) for d in (arguments[2], eval_data))
+        seen["recipe"] = data_options.samples
+        raise DataError("enough")
+
+    monkeypatch.setattr(searching, "optimize", stopped)
+    arguments = ["optimize", tmp_path / "net.onnx", "--data", tmp_path / "x.npz", "-o", tmp_path / "out", *options]
+    monkeypatch.setattr(sys, "argv", ["rarefy", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    assert seen == {"read": read, "recipe": read[0]}

@@ -106,3 +106,18 @@ def test_an_encoder():
     assert set(kinds(made)) == {"int8"}
     got = made(**texts).pooler_output
     assert far(got, exact) < 1.5 * far(want, exact)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [({}, 2), ({"weights": "int4", "group": 32}, 2), ({"layers": ["0"]}, 1), ({"activations": "int8"}, 0)],
+)
+def test_quantized_weights_that_make_no_difference_have_a_note(options, idle):
+    """Kernels in 8 bits round the inputs too: a model whose weights alone are quantized runs in fp32 until it is told."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(4, 64)
+    rarefy.quantize_(net, **{"weights": "int8", **options})
+    found = [n for n in rarefy.compile(net, x, tune=False).exported.notes if "weights alone" in n]
+    layers = {1: "1 layer, which run", 2: "2 layers, which run"}
+    assert len(found) == bool(idle) and all(layers[idle] in n and "precision='int8'" in n for n in found)
+    assert not any("weights alone" in n for n in rarefy.compile(net, x, precision="int8", tune=False).exported.notes)

@@ -253,7 +253,7 @@ def spoil(folder: Path) -> None:
 
 ERRORS = [
     ("long.txt", {"samples": 16, "tokens": 64}, r"data .*long.txt is too short: 1,002 tokens make 15 windows of 64; 16 are needed \(1,024 tokens\): give more text, or pass samples=15 \(shell: "),
-    ("long.txt", {"tokens": 2000}, r"long.txt is too short: 1,002 tokens make 0 windows of 2000; 1 is needed \(2,000 tokens\): give more text, or pass tokens=512 \(shell: pass --set tokens=512\)"),
+    ("long.txt", {"tokens": 2000}, r"long.txt is too short: 1,002 tokens make 0 windows of 2000; 1 is needed \(2,000 tokens\): give more text, or pass tokens=512 \(shell: pass --set data.tokens=512\)"),
     ("many.jsonl", {"samples": 5, "tokens": 100}, r"many.jsonl is too short: 220 tokens make 2 windows of 100; 5 are needed \(500 tokens\)"),
     ("empty.txt", {}, r"data .*empty.txt is empty: give a file with text"),
     ("empty.jsonl", {}, r"data .*empty.jsonl is empty: give a file with text"),

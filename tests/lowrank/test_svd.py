@@ -324,3 +324,25 @@ def test_hooks_are_refused_and_frozen_weights_stay_frozen():
     frozen = linear().requires_grad_(False)
     rarefy.factorize_(frozen, keep=0.5)
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+class Scaled(nn.Linear):
+    """A layer that does something else with its weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, 0.1 * self.weight, self.bias)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_out():
+    net = nn.Sequential(Scaled(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    x = torch.randn(8, 32)
+    before = net[0](x)
+    report = rarefy.factorize_(net, keep=0.5)
+    torch.testing.assert_close(net[0](x), before)
+    assert any("computes its outputs in a way of its own" in str(n) for n in (*report.notes, *report.rows))
+
+
+def test_convolutions_with_few_outputs():
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 3, 3))
+    rarefy.factorize_(net, rank=32)
+    assert net(torch.randn(1, 64, 8, 8)).shape == (1, 3, 4, 4)

@@ -167,3 +167,19 @@ def test_without_data_only_precisions_are_tried():
     assert [point.name for point in found.points][:1] == ["dense, fp32"]
     assert all("cast" in stage for point in found.points for stage in point.recipe["stages"])
     assert found.metric["name"] == "similarity"
+
+
+def test_recipes_rank_weights_by_inputs_where_there_are_data():
+    """As `prune_` does: the same zeros."""
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), [torch.randn(64, 32) * torch.rand(32)]
+    stages = {"stages": [{"prune": {"sparsity": 0.5}}]}
+    by_recipe, by_call, without = (copy.deepcopy(net) for _ in range(3))
+    rarefy.compress_(by_recipe, stages, data)
+    rarefy.compress_(without, stages)
+    rarefy.fold_(rarefy.prune_(by_call, sparsity=0.5, data=data) and by_call)
+    assert torch.equal(by_recipe[0].weight, by_call[0].weight)
+    assert not torch.equal(by_recipe[0].weight, without[0].weight)
+    rows = {"stages": [{"prune": {"sparsity": 0.5, "pattern": "row", "layers": "0"}}]}
+    rarefy.compress_(net, rows, data)  # whole rows are ranked as without data
+    assert int((net[0].weight == 0).all(1).sum()) == 16

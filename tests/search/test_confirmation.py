@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from rarefy.search.frontier import Point, frontier_from_dict
 from rarefy.search.html_report import frontier_page
 from rarefy.search.optimize import optimize
 from rarefy.search.points import with_times
+from rarefy.search.targets import parse_targets
 
 torch.manual_seed(0)
 NET = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
@@ -141,12 +144,70 @@ def test_a_rejected_model_is_no_result_where_the_next_one_cannot_be_measured(mon
         return real(search, index)
 
     monkeypatch.setattr(confirmation, "_quality", fails_later)
+    monkeypatch.setattr(
+        confirmation, "_loss_factor", lambda point: 1.0
+    )  # else no other one is expected to keep the limit
     hard = searched(CLOSE, max_loss="0.5%")
     assert len(calls) > 1, "the first model was not rejected"
-    lost = hard.best_point.checked_loss
-    assert not hard.met and lost is not None and lost > 0.005
-    said = "could not be measured once more: no" if isinstance(error, RarefyError) else "the search was interrupted"
-    assert any(said in note for note in hard.notes)
+    losses = [p.checked_loss for p in hard.points if p.checked_loss is not None]
+    assert losses and min(losses) > 0.005
+    if isinstance(error, RarefyError):  # the dense model is left
+        assert hard.met and hard.best_point.name == "dense, fp32"
+        assert any("could not be measured once more: no" in note for note in hard.notes)
+    else:
+        assert not hard.met and hard.best_point.checked_loss in losses
+        assert any("the search was interrupted" in note for note in hard.notes)
+
+
+def checked_search(losses: dict[str, tuple[float, float, float]], limit: float):
+    """A search that has measured these models: loss, loss on the data held back, speed-up."""
+    made = [
+        Point(n, 1 - loss, loss, {"1": {"median": 1 / s}}, {"1": s}, 1, 1, {"stages": [n], "seed": 0})
+        for n, (loss, _, s) in losses.items()
+    ]
+    task = SimpleNamespace(targets=parse_targets(limit, "latency"), check=object(), progress=False)
+    return SimpleNamespace(
+        task=task, points=made, reference=made[0], seconds=1.0, dense_fast=None, elapsed=lambda: 0.0, made=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["bf16", None])
+def test_after_a_model_that_loses_more_than_in_the_search_a_safer_one_is_measured(monkeypatch, other):
+    """Models at the edge of the limit lose too much alike: the next is one that keeps it with the same factor."""
+    losses = {"dense": (0.0, 0.0, 1.0), **{f"c{i}": (0.029 - i / 1e4, 0.05, 3.0 - i / 10) for i in range(6)}}
+    losses |= {other: (0.005, 0.006, 1.5)} if other else {}
+    search, again = checked_search(losses, 0.03), []
+
+    def measured_again(search, index, dense):
+        search.made.append(search.points[index].name)
+        return replace(search.points[index], checked_loss=losses[search.points[index].name][1])
+
+    monkeypatch.setattr(confirmation, "_measured_again", measured_again)
+    monkeypatch.setattr(confirmation, "_dense_quality", lambda search: 1.0)
+
+    def search_again(factor):
+        again.append(factor)
+        if not other:
+            return
+        search.points.append(replace(search.points[1], name="new", loss=0.02, speedup={"1": 2.0}))  # too much still
+
+    index, met, notes = confirmation.confirm(search, search_again)
+    assert met and search.points[index].name == (other or "dense")
+    assert search.made == ["c0", *([other] if other else [])] and again == [pytest.approx(0.05 / 0.029)]
+    assert bool(notes) == (other is None)
+
+
+def test_the_search_goes_on_with_a_smaller_limit(tmp_path):
+    """Where the best model loses more on the data held back, and there is time."""
+    harder = torch.cat([X[5000:5138], CLOSE[:12]])  # than what the search evaluates on
+    options = {"eval_data": [*X[2000:2300].split(50), *harder.split(50)], "max_loss": "10%", "target": "size"}
+    runs = [optimize(NET, X[:4], [*X[1000:1100].split(50)], "agreement", minutes=3, resume_dir=tmp_path, **options)
+            for _ in range(2)]  # fmt: skip
+    for frontier in runs:
+        lost = {p.checked_loss for p in frontier.points if p.checked_loss is not None}
+        assert frontier.met and max(lost) > 0.1 >= (frontier.best_point.checked_loss or 0.0)
+        assert frontier.best_point.precision == "int8" and frontier.best_point.name != "dense, int8"
+    assert runs[0].best_point.recipe == runs[1].best_point.recipe
 
 
 def test_predicted_times_are_brought_to_the_speed_of_the_new_ones():

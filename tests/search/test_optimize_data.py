@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_another_search_is_not_continued(tmp_path, change, differs):
         return optimize(net, example, data, evaluate, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimize_module, "_run", lambda search: None)  # the journal alone
+        patch.setattr(optimize_module, "_run", lambda search: SimpleNamespace(best=None))  # the journal alone
         run(**options)
         run(**options)
         with pytest.raises(
@@ -115,7 +116,7 @@ def test_another_search_is_not_continued(tmp_path, change, differs):
 
 
 def test_other_evaluation_data_and_threads_are_another_search(tmp_path, monkeypatch):
-    monkeypatch.setattr(optimize_module, "_run", lambda search: None)
+    monkeypatch.setattr(optimize_module, "_run", lambda search: SimpleNamespace(best=None))
     optimize(NET, X[:4], BATCHES, "accuracy", eval_data=BATCHES[:2], resume_dir=tmp_path, **BEGIN)
     with pytest.raises(ContainerError, match=r"another search \(eval_data differ\)"):
         optimize(NET, X[:4], BATCHES, "accuracy", eval_data=BATCHES[:3], resume_dir=tmp_path, **BEGIN)
@@ -178,6 +179,7 @@ def test_a_folder_that_is_in_use_or_no_folder_is_refused(tmp_path, monkeypatch):
     def again(search):
         with pytest.raises(ContainerError, match="is in use by another run"):
             optimize(NET, X[:4], BATCHES, first, **options)
+        return SimpleNamespace(best=None)
 
     with monkeypatch.context() as patch:
         patch.setattr(optimize_module, "_run", again)

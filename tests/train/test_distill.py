@@ -281,3 +281,18 @@ def test_answers_are_learned_from_starts_and_ends(by):
     data = [{**batch, "start_positions": torch.tensor([1, 2, 3, 4]), "end_positions": torch.tensor([2, 3, 4, 5])}]
     distiller.close()
     rarefy.compress_(student, {"stages": [{"train": {"epochs": 1, "distill": {"logits": 1.0, "by": by}}}]}, data)
+
+
+def test_teachers_that_find_answers_are_cached(tmp_path):
+    """Their logits are of starts and of ends: two rows for each sample."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    teacher, student = (transformers.BertForQuestionAnswering(config) for _ in range(2))
+    batch = {"input_ids": torch.randint(0, 60, (4, 6)), "attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    losses = []
+    for cache in (None, tmp_path, tmp_path):
+        distiller = Distiller(student, teacher, Distill(task=0.0, logits=1.0), cache=cache)
+        losses.append(float(distiller(student.eval()(**batch), batch, None).detach()))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-2)

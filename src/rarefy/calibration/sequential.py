@@ -10,7 +10,7 @@ in which the model computes; above a budget they are moved to a file.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from rarefy.calibration import offload
 from rarefy.calibration.gram import Gram, all_reduce_gram, input_columns, input_signature, padding_mask
+from rarefy.calibration.module_state import Attribute, attributes_set_by, set_values, values_of
 from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import distributed
-from rarefy.model.batches import first_samples, tensors_in
+from rarefy.model.batches import count_samples, first_samples, tensors_in
 from rarefy.model.block_lists import equal_modules, outermost_lists
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
+from rarefy.model.mha import without_mha_fastpath
 
 HEAP_SLACK = 32 << 20  # bytes; memory that is returned costs a page fault when it is needed again
 
@@ -106,19 +108,26 @@ def layer_groups(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense
         )
         last_members[:] = [groups_by_input[-1][2]]
 
-    with evaluating(model), torch.no_grad(), weight_hooks(model, layers, before_layer):
-        call(model, on_device(model, first_samples(batch)))
+    with evaluating(model), without_mha_fastpath(), torch.no_grad():
+        with weight_hooks(model, layers, before_layer):
+            call(model, on_device(model, first_samples(batch)))
+        if max(calls.values(), default=0) and count_samples(batch) > 1:  # a loop over samples calls layers more often
+            calls.clear()
+            with weight_hooks(model, layers, lambda layer, *_: calls.update({id(layer): calls.get(id(layer), 0) + 1})):
+                call(model, on_device(model, batch))
     groups = []
     for _, _, members, rows in groups_by_input:
+        members = [l for l in members if id(l) in calls]
         called_once = [l for l in members if calls[id(l)] == 1]
         groups += [LayerGroup(tuple(called_once), rows=rows)] if called_once else []
         groups += [LayerGroup((l,), calls[id(l)], rows) for l in members if calls[id(l)] > 1]
     groups.sort(key=lambda g: order_of[id(g.layers[0])])
+    grouped = {id(l) for g in groups for l in g.layers}
     for layer in layers:  # an unused expert goes after the layer before it in the model
-        if id(layer) not in calls:
+        if id(layer) not in grouped:
             earlier = layers[: list(layers).index(layer)]
             position = next((i + 1 for l in reversed(earlier) for i, g in enumerate(groups) if l in g.layers), 0)
-            groups.insert(position, LayerGroup((layer,)))
+            groups.insert(position, LayerGroup((layer,), calls.get(id(layer), 1)))
     return groups
 
 
@@ -133,14 +142,23 @@ def find_blocks(model: nn.Module, layers: Sequence[Layer], names: str | None = N
         return _named_blocks(model, layers, names)
     blocks: list[Block] = []
     for name, module in outermost_lists(model, equal_modules).items():
-        for key, member in module.named_children():
-            path = f"{name}.{key}" if name else key
+        for path, member in _called_members(module, name):
             inside = [l for l in layers if all(o.startswith(f"{path}.") for o, _, _ in l.owners)]
             if inside:
                 blocks.append(Block(path, member, tuple(inside)))
     if not blocks:
         raise ModelError(f"{type(model).__name__} has no list of equal blocks to reconstruct: leave reconstruct out")
     return blocks
+
+
+def _called_members(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a list that are called, with their names: of a list in it, its own members."""
+    for key, member in module.named_children():
+        path = f"{name}.{key}" if name else key
+        if type(member).forward is nn.Module.forward and "forward" not in vars(member):
+            yield from _called_members(member, path)
+        else:
+            yield path, member
 
 
 def _named_blocks(model: nn.Module, layers: Sequence[Layer], names: str) -> list[Block]:
@@ -229,6 +247,7 @@ class _SequentialCalibration:
         self.rerun = False  # whether the block of this step has new weights
         self.dense_values: dict[tuple[int, int], Tensor] = {}  # (batch, step) -> input or output in the dense model
         self.calls: dict[tuple[Any, int], int] = {}
+        self.attributes: list[Attribute] | None = None  # that a forward sets; each pass has its own values
         self.streams: tuple[dict[Any, int], ...] = (
             {},
             {},
@@ -238,6 +257,7 @@ class _SequentialCalibration:
         groups = [s for s in self.steps if isinstance(s, LayerGroup)]
         with (
             evaluating(self.model),
+            without_mha_fastpath(),
             torch.no_grad(),
             ExitStack() as self.stack,
             weight_hooks(self.model, [g.layers[0] for g in groups], self.before_layer),
@@ -251,6 +271,9 @@ class _SequentialCalibration:
             self.note_owned()
             for index, batch in distributed.local_batches(data):
                 batch = on_device(self.model, batch)
+                if self.attributes is None:
+                    probe = partial(call, self.model, first_samples(batch))
+                    self.attributes = attributes_set_by(self.model, probe)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             replaced = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
@@ -261,17 +284,18 @@ class _SequentialCalibration:
                 step = self.step_at(index)
                 yield step
                 self.done = index
-                is_last = index == len(self.steps) - 1  # nothing after the last step is needed
+                is_last = index == len(self.steps) - 1  # nothing after it is needed, unless a layer is called again
+                repeated = isinstance(step, GroupStep) and step.group.calls > 1
                 for run in [] if is_last else self.waiting_at(0, index):
                     self.dense_values.pop((run.batch, index), None)
                     self.advance(run)
                 if isinstance(step, GroupStep):
                     _install_weights(step.group, step.weights, self.assign)
-                restart = isinstance(step, GroupStep) and step.group.calls > 1 and bool(step.weights)
+                restart = isinstance(step, GroupStep) and repeated and bool(step.weights) and not is_last
                 if restart:  # inputs of later steps came from the old weights
                     self.grams, self.block_calls = {}, {}
                 self.rerun = isinstance(step, BlockStep) and step.changed
-                for run in [] if is_last else self.waiting_at(1, index):
+                for run in [] if is_last and not repeated else self.waiting_at(1, index):
                     if restart:  # earlier calls of this pass used the old weights
                         run.throw()
                         del self.streams[1][run]
@@ -286,7 +310,7 @@ class _SequentialCalibration:
         run: Any = greenlet(lambda batch: _discard_output(call(self.model, batch)))
         run.owner, run.batch, run.stream, run.data = self, index, stream, batch
         run.state, run.input_versions, run.rerun = _torch_state(), {}, False
-        run.attention_mask = padding_mask(batch)
+        run.attention_mask, run.attributes = padding_mask(batch), values_of(self.attributes or ())
         self.stack.callback(run.throw)
         self.advance(run, batch)
 
@@ -295,10 +319,11 @@ class _SequentialCalibration:
         self.suspended_bytes -= run.__dict__.pop("suspended_bytes", 0)
         outer_state = _torch_state()
         _set_torch_state(run.state)  # the pass may be inside a context such as autocast
+        set_values(self.attributes or (), run.attributes)
         try:
             index = run.switch(*batch)
         finally:
-            run.state = _torch_state()
+            run.state, run.attributes = _torch_state(), values_of(self.attributes or ())
             _set_torch_state(outer_state)
         if not run.dead:
             self.streams[run.stream][run] = index
@@ -362,11 +387,18 @@ class _SequentialCalibration:
         """Add the inputs of a layer before it is called, and suspend the pass at its last call."""
         run: Any = getcurrent()
         index = self.index_of[id(layer)]
-        if index <= self.done or getattr(run, "owner", None) is not self or run.rerun:  # done, or another caller
+        if getattr(run, "owner", None) is not self or run.rerun:  # another caller
             return
         group = self.steps[index]
         assert isinstance(group, LayerGroup)
         self.calls[run, index] = self.calls.get((run, index), 0) + 1
+        if self.calls[run, index] > group.calls:
+            raise ModelError(
+                f"{layer.full_name} is called more often on calibration batch {run.batch} than on the first "
+                f"({group.calls} times): put the batch with the most calls first, or ignore the layer"
+            )
+        if index <= self.done:
+            return
         if index >= self.num_done:
             self.add_inputs(run, index, layer, input_columns(layer, module, x, run.attention_mask))
         if self.calls[run, index] == group.calls:
@@ -382,6 +414,7 @@ class _SequentialCalibration:
                 self.dense_values[run.batch, index] = rows
         else:
             gram, dense = self.grams.setdefault(index, Gram()), self.dense_values.get((run.batch, index))
+            dense = None if dense is not None and dense.shape != rows.shape else dense  # a router picked other tokens
             first = not gram.tokens
             gram.add(rows, dense)
             if dense is not None and run.batch == 0:

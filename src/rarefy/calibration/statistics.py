@@ -24,6 +24,7 @@ from rarefy.model.batches import count_tokens
 from rarefy.model.forward import call, check_batches, evaluating, on_device, trainable
 from rarefy.model.layers import Layer
 from rarefy.model.losses import Loss, check_finite, resolve_loss
+from rarefy.model.mha import without_mha_fastpath
 from rarefy.model.moe import Rows, observing_experts
 
 
@@ -82,7 +83,7 @@ def collect_stats(
     check_batches(data)
     stats = {l.full_name: LayerStats() for l in layers}
     batches = 0
-    with evaluating(model), ExitStack() as stack:
+    with evaluating(model), without_mha_fastpath(), ExitStack() as stack:
         current: dict[str, Any] = {}
         if needs & {"input", "output"}:
             parents = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -91,6 +91,7 @@ def bench(
         Path | None,
         typer.Option(help="Write the latency of each layer shape by format, sparsity and batch to this JSON file."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --table.")] = False,
     threads: Threads = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="With --accelerate, also print what runs each layer.")
@@ -116,7 +117,7 @@ def bench(
     """
     from rarefy.cli import onnx_files
 
-    _check_bench_options(against, accelerate, engine, precision, table)
+    _check_bench_options(against, accelerate, engine, precision, table, force)
     if verbose and (not accelerate or as_json or quiet):
         raise RecipeError("--verbose has no effect without --accelerate, nor with --json or --quiet: leave it out")
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
@@ -132,10 +133,17 @@ def bench(
 
 
 def _check_bench_options(
-    against: str | None, accelerate: bool, engine: bool, precision: str | None, table: Path | None
+    against: str | None,
+    accelerate: bool,
+    engine: bool,
+    precision: str | None,
+    table: Path | None,
+    force: bool,
 ) -> None:
     if table is not None and (against or accelerate or precision):
         raise RecipeError("--table times layers, not models: leave --against, --accelerate and --precision out")
+    if table is not None and table.exists() and not force:
+        raise RecipeError(f"--table {table}: the file exists: give another name, or --force to replace it")
     if table is not None and (table.is_dir() or not table.resolve().parent.is_dir()):
         raise RecipeError(f"--table {table}: expected the name of a file in an existing folder")
     if precision is not None and not engine:

@@ -361,10 +361,17 @@ def main() -> None:
     except MemoryError as error:
         print(f"rarefy: {error or 'out of memory'}: ask for less at once, such as a smaller batch", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        print("rarefy: out of memory: ask for less at once, such as a smaller batch", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer met such a pipe
+            sys.exit(0)
         if isinstance(end, shared.Ended) or (isinstance(end, SystemExit) and end.code not in (130, 143)):
             if end.code == 2 and sys.argv[1:2] == ["compress"]:
                 _explain_fields(sys.argv[2:])
@@ -409,6 +416,19 @@ def _leave(error: BaseException | None) -> None:
     os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
+PATHS = {
+    "data.calibrate",
+    "data.train",
+    "data.validate",
+    "evaluate.data",
+    "calibrate",
+    "validate",
+    "teacher",
+    "distill.teacher",
+    "train.distill.teacher",
+}  # fields of recipes that name files
+
+
 def _load_recipe(
     recipe: str, pairs: list[str] | None, data: str | None, eval_data: str | None, seed: int | None
 ) -> Any:
@@ -421,12 +441,13 @@ def _load_recipe(
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {pair!r}: expected field=value, such as sparsity=0.4")
-        changes[key] = recipes.value(text, f"--set {pair!r}")
+        value = recipes.value(text, f"--set {pair!r}")
+        changes[key] = _absolute(value) if key in PATHS and isinstance(value, str) else value
     if seed is not None:
         changes["seed"] = seed
     loaded = recipes.load(recipe, **changes)
     if data is not None:
-        loaded = loaded.replace(data=(loaded.data or Data()).replace(calibrate=_absolute(data)))
+        loaded = loaded.replace(data=(loaded.data or Data(seed=loaded.seed)).replace(calibrate=_absolute(data)))
     if eval_data is not None:
         if loaded.evaluate is None:
             raise RecipeError(

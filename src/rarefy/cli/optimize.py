@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,8 @@ EvalData = Annotated[
     str | None,
     typer.Option(
         help="Data to measure on, in the same forms; of retrieval texts, or pairs as .jsonl with query "
-        "and text. By default the last quarter of --data, which is not calibrated on."
+        "and text. By default up to 512 samples of --data, which are not calibrated on; of little data and of language "
+        "models the last quarter."
     ),
 ]
 CalibrationData = Annotated[
@@ -60,7 +61,9 @@ Changing = Annotated[
     list[str] | None,
     typer.Option(help="Layers that may change: a name, a glob (model.layers.0.*) or a class; repeat for more."),
 ]
+Samples = Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128 to calibrate on.")]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
+CALIBRATED, EVALUATED = 128, 512  # samples of --data, where nothing else is said
 
 
 def optimize(
@@ -86,7 +89,7 @@ def optimize(
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
     offline: Offline = False,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128.")] = None,
+    samples: Samples = None,
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Samples of --eval-data; by default all.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the search may take.")] = 60.0,
     train: TrainMinutes = 0.0,
@@ -229,13 +232,14 @@ def _inputs(
     example = example_input(net, tokens, max(batch) if batch else None, tokenizer, default_batch=1)
     result: dict[str, Any] = {"example": example, "data": None, "eval_data": None, "options": None}
     result["batch"] = None if hf.is_causal_lm(net) else count_samples(example)
-    settings = result["settings"] = Data(samples=samples or 128, tokens=length, batch=size, seed=seed)
+    settings = result["settings"] = Data(samples=samples or CALIBRATED, tokens=length, batch=size, seed=seed)
+    for_both = samples is None and eval_data is None and not hf.is_causal_lm(net)
     if data is not None:
-        take = Take(samples=samples or 128, need_all=samples is not None, tokens=length, batch=size, seed=seed)
-        try:
-            result["data"] = read_batches(net, data, take, tokenizer, "--data")
-        except DataError as error:  # its hint is one for recipes
-            raise DataError(re.sub(r"--set (tokens|samples)=", r"--\1 ", str(error))) from None
+        count = samples or CALIBRATED + (EVALUATED if for_both else 0)
+        take = Take(samples=count, need_all=samples is not None, tokens=length, batch=size, seed=seed)
+        result["data"] = read_batches(net, data, take, tokenizer, "--data")
+        if for_both:
+            result["data"], result["eval_data"] = _to_calibrate_and_to_evaluate(result["data"])
         read = sum(map(count_samples, result["data"]))
         result["options"] = settings.model_copy(update={"calibrate": _place(data), "samples": read})
     if eval_data is not None:
@@ -248,6 +252,19 @@ def _inputs(
         names = ("data", "eval_data")
         result |= {n: [_with_inputs_of(example, b) for b in result[n]] for n in names if result[n] is not None}
     return result
+
+
+def _to_calibrate_and_to_evaluate(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any] | None]:
+    """Return the first batches and the others; all and None where the others are less than a quarter."""
+    from itertools import accumulate
+
+    from rarefy.model.batches import count_samples
+
+    ends = [*accumulate(map(count_samples, batches))]
+    first = sum(end <= CALIBRATED for end in ends)
+    if not first or ends[-1] - ends[first - 1] < ends[-1] / 4:
+        return batches, None
+    return batches[:first], batches[first:]
 
 
 def _with_inputs_of(example: Any, batch: Any) -> Any:

@@ -142,4 +142,4 @@ def _batches(
     take = sources.Take(samples=samples, tokens=tokens or 128, batch=batch, seed=seed)
     if metric.split("@")[0] in RANKED:
         return list(pair_batches(data, take, tokenizer=tokenizer))
-    return read_batches(net, data, take, tokenizer, "data")
+    return read_batches(net, data, take, tokenizer, "--data")

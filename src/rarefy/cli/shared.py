@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -312,11 +313,14 @@ def files_beside_engine(source: Source) -> dict[str, bytes]:
 
 
 def show(result: Any, as_json: bool, quiet: bool) -> None:
-    """Print a report as text or JSON, unless `quiet`."""
-    if as_json:
-        print(result.to_json())
-    elif not quiet:
-        print(result)
+    """Print a report as text or JSON, unless `quiet`. A closed pipe ends the text, not the command: its exit code
+    tells what was found."""
+    text = result.to_json() if as_json else "" if quiet else str(result)
+    try:
+        if text:
+            print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -46,11 +46,12 @@ from rarefy.compiler.static_kernels import calibrated_kernels
 from rarefy.compiler.traced_graph import once_more
 from rarefy.compiler.verify import distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
-from rarefy.model.activation_quant import suspended
+from rarefy.model.activation_quant import get_activation_quant, suspended
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.image_config import image_config_of, set_image_config_
 from rarefy.model.layers import Selector, all_layers, match_layers
 from rarefy.model.nesting import input_names, output_names
+from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
 from rarefy.runtime.packed_formats import PANEL_BITS
 
 # largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
@@ -237,6 +238,8 @@ def compile(
         if ignored and not (precision or PRECISIONS.get(dtype) or rounding):
             raise ModelError("ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16' with it")
         own = {**dict.fromkeys(rounding, "int8"), **dict.fromkeys(ignored)}
+        if precision is None:
+            notes += _idle_grids(model, rounding, PRECISIONS.get(dtype) or "fp32")
         calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
         options = own, calibrate, solver, tune, notes, dynamic
         if dtype == torch.float32:
@@ -248,6 +251,24 @@ def compile(
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)
+
+
+def _idle_grids(model: nn.Module, rounding: Iterable[str], runs_in: str) -> tuple[str, ...]:
+    """Return a note about layers whose quantized weights make no difference, because their inputs are not rounded."""
+    rounded = {*rounding}
+    count = sum(
+        isinstance(layer.module, ROUNDING_LAYERS)
+        and isinstance(get_grid(layer), Grid | OffsetGrid)
+        and get_activation_quant(layer.module) is None
+        and rounded.isdisjoint(name for name, *_ in layer.owners)
+        for layer in all_layers(model)
+    )
+    if not count:
+        return ()
+    return (
+        f"the weights alone are quantized in {count} layer{'s' * (count > 1)}, which run in {runs_in}: "
+        "precision='int8' runs them in 8 bits",
+    )
 
 
 def _named(compiled: Compiled, model: nn.Module) -> Compiled:

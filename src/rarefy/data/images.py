@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,7 +78,16 @@ def transform_of(config: ImageConfig, what: str = "images") -> Callable[[Any], T
     color = {1: "L", 3: "RGB", 4: "RGBA"}.get(len(config.mean))
     if color is None:
         raise DataError(f"{what}: pictures have 1, 3 or 4 channels, the model {len(config.mean)}: give an .npz")
-    return lambda image: steps(image.convert(color))
+    return lambda image: steps(_in_8_bits(image).convert(color))
+
+
+def _in_8_bits(image: Any) -> Any:
+    """Return a picture of 16-bit gray values in 8 bits: `convert` of Pillow would make all above 255 white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
 
 
 def folder_batches(

@@ -171,7 +171,7 @@ def _text(documents: list[str], take: Take, tokenizer: Any, what: str) -> list[B
     if not any(text.strip() for text in documents):
         raise DataError(f"{what} is empty: give a file with text")
     if count < ((take.need_all and take.samples) or 1):
-        raise DataError(f"{what} {_too_short(len(ids), count, take)}")
+        raise DataError(f"{what} {_too_short(what, len(ids), count, take)}")
     windows = torch.tensor([[*before, *ids[i * size : (i + 1) * size], *after] for i in range(count)])
     if len(documents) == 1:
         windows = windows[torch.randperm(count, generator=order)]
@@ -192,8 +192,11 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ([], []) if not plain or not starts else (whole[: starts[0]], whole[starts[0] + len(plain) :])
 
 
-def _too_short(num_tokens: int, count: int, take: Take) -> str:
-    """Return the message for a text of `count` windows, with the number of samples or tokens that it has."""
+def _too_short(what: str, num_tokens: int, count: int, take: Take) -> str:
+    """Return the message for a text of `count` windows, with the number of samples or tokens that it has.
+
+    `what` is the purpose of the data, such as "train", or the command's option, such as "--eval-data".
+    """
     size = "1 token makes" if num_tokens == 1 else f"{num_tokens:,} tokens make"
     needed = take.samples or 1
     text = (
@@ -201,8 +204,15 @@ def _too_short(num_tokens: int, count: int, take: Take) -> str:
         f"({needed * take.tokens:,} tokens): give more text"
     )
     tokens = (1 << (num_tokens // needed).bit_length()) // 2  # a power of two that fits
-    fitting = f"samples={count}" if count else f"tokens={tokens}"
-    return f"{text}, or pass {fitting} (shell: pass --set {fitting})" if count or tokens > 1 else text
+    field, value = ("samples", count) if count else ("tokens", tokens)
+    if not count and tokens <= 1:
+        return text
+    if what.startswith("--"):
+        return f"{text}, or pass {what.split()[0].removesuffix('data') if count else '--'}{field} {value}"
+    purpose = what.split()[0]
+    section = "evaluate." if purpose == "evaluate" else "data."
+    of_purpose = f"{purpose}_" if count and purpose in ("train", "validate") else ""
+    return f"{text}, or pass {field}={value} (shell: pass --set {section}{of_purpose}{field}={value})"
 
 
 def _encoded(documents: list[str], order: torch.Generator, tokenizer: Any) -> Iterator[list[int]]:

@@ -69,6 +69,7 @@ class Graph:
     unknown   operators without a rule: (operator, module); the dimensions of their tensors are locked
     sizes     by module name, dimensions whose size the module's code names, as in `view`
     costs     multiply-adds of matrix products, convolutions and attention: a factor, and the dimensions to multiply
+    unused   names of weights that the example does not use
     derived_weights  by module name, the dimensions of a weight that is computed in each call, as weight_norm does
     products  outputs of matrix products and convolutions, inputs of norms, in order: operator, dimensions
     """
@@ -82,6 +83,7 @@ class Graph:
     costs: list[tuple[int, list[Expr]]] = field(default_factory=list)
     products: list[tuple[str, list[Expr]]] = field(default_factory=list)
     derived_weights: dict[str, list[Expr]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()  # weights that the example does not use
     _unit_indices: dict[tuple[str, int], dict[Axis, Tensor]] = field(default_factory=dict)
 
     def unit_indices(self, name: str, dim: int) -> dict[Axis, Tensor]:
@@ -118,6 +120,11 @@ def trace(model: nn.Module, example: Any) -> Graph:
             output = call(model, on_device(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"example: {error}") from error
+    if not tensors_in(output):
+        raise ModelError(
+            f"the model returns {type(output).__name__}, in which no tensor is found, so nobody knows which units have "
+            "to stay: return a tensor, or a tuple, a dict or a dataclass of tensors"
+        )
     for t in tensors_in(output):
         for e in run.dims(t):
             lock(e, "the model returns it")
@@ -125,7 +132,10 @@ def trace(model: nn.Module, example: Any) -> Graph:
         if id(parameter) not in run.used:  # such as wav2vec2's masked_spec_embed, which only training reads
             for e in run.dims(parameter):
                 lock(e, "the example does not use it")
-    return _graph(model, run)
+    graph = _graph(model, run)
+    unused = [n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in run.used]
+    graph.unused = tuple(n.removesuffix(".weight") for n in unused)
+    return graph
 
 
 def _graph(model: nn.Module, run: Trace) -> Graph:
@@ -224,7 +234,11 @@ def groups(model: nn.Module, example: Any) -> Report:
 
 
 def unsupported_notes(graph: Graph) -> tuple[str, ...]:
-    """Return a note for each operator without a rule."""
-    return tuple(
+    """Return a note for each operator without a rule, and one for layers that the example does not use."""
+    notes = tuple(
         f"no rule for {op} in {module_name}: channels that reach it are not pruned" for op, module_name in graph.unknown
     )
+    if not graph.unused:
+        return notes
+    names = ", ".join(graph.unused[:4]) + (f" and {len(graph.unused) - 4} more" if len(graph.unused) > 4 else "")
+    return (*notes, f"not called on the example, so a call that uses it fails or returns something else: {names}")

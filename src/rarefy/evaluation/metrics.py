@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import DataError
 from rarefy.common.progress import track
+from rarefy.model import hf
 from rarefy.model.forward import (
     Model,
     call,
@@ -77,6 +78,8 @@ def accuracies(model: Model, data: Iterable[Any], *, progress: bool = False) -> 
                 "accuracy needs a model that returns one number for each class, or an output with logits; "
                 f"{type(model).__name__} returns {type(logits).__name__}: give a metric of your own"
             )
+        if logits.dim() == 3 and _predicts_next_token(model):
+            logits, target = logits[:, :-1], target[:, 1:]  # the output at a position predicts the next token
         best = logits.argmax(-1)
         if target.dim() == best.dim() + 1 and target.shape[-1] == 1:
             target = target[..., 0]
@@ -93,6 +96,11 @@ def accuracies(model: Model, data: Iterable[Any], *, progress: bool = False) -> 
             "no samples to evaluate: none has a class; name folders of images by the model's classes or their numbers"
         )
     return {"accuracy": right / count} | ({f"top-{FIRST} accuracy": among / count} if has_five else {})
+
+
+def _predicts_next_token(model: Model) -> bool:
+    """Return whether a model is a language model, of transformers or on the engine."""
+    return (isinstance(model, nn.Module) and hf.is_causal_lm(model)) or getattr(model, "is_decoder", False)
 
 
 def _evaluation(model: Model, data: Iterable[Any], text: str, progress: bool) -> Iterable[Any]:

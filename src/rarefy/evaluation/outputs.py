@@ -123,7 +123,10 @@ def class_rows(output: Tensor, batch: Any) -> Iterator[Tensor]:
 
     Raises:
         DataError: for outputs without a dimension of classes.
+        ModelError: if a score is infinite; minus infinity is a class that is left out.
     """
+    if bool(output.isposinf().any()):
+        raise ModelError("the outputs contain inf")
     if output.dim() < 2:
         raise DataError(f"expected outputs with a dimension of classes, [batch, classes], got {describe_batch(output)}")
     mask = token_mask(batch, output)

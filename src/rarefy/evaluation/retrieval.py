@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.common.errors import DataError
+from rarefy.common.errors import DataError, ModelError
 from rarefy.evaluation.outputs import outputs, vectors
 from rarefy.model.embedding_modules import Head
 from rarefy.model.forward import Model, check_batches, describe_batch
@@ -33,7 +33,10 @@ def embed(model: Model, batches: Iterable[Any], *, head: Head | None = None, pro
     parts = [vectors(output, batch, head) for batch, output in outputs(model, batches, "embedding", progress)]
     if not parts:
         raise DataError("no samples to embed")
-    return torch.cat(parts)
+    embeddings = torch.cat(parts)
+    if not bool(embeddings.isfinite().all()):
+        raise ModelError("the embeddings contain inf or NaN")
+    return embeddings
 
 
 def ranks(queries: Tensor, texts: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ def _tucker(
     if options.time is not None:
         raise PatternError("time supports Linear layers only")
     P, energy = _input_directions(W, H, O, I, K)
-    r_in = _tucker_rank(options, energy, I, I, _tucker_ranks_for_share(O, I, K, options.keep or 1.0)[0])
+    r_in = _tucker_rank(options, energy, I, P.shape[1], _tucker_ranks_for_share(O, I, K, options.keep or 1.0)[0])
     P = P[:, :r_in]  # [I, r]
     reduce = torch.block_diag(*[P] * K)  # [K I, K r]
     if H is None:
@@ -341,7 +341,7 @@ def _tucker(
     _copy_weight(core, B[:r_out].reshape(r_out, K, r_in).transpose(1, 2).reshape(r_out, r_in, *kernel))
     _copy_weight(factors.up, A[:, :r_out])
     error = W - A[:, :r_out] @ B[:r_out] @ reduce.T
-    G = torch.eye(W.shape[1]) if H is None else H
+    G = torch.eye(W.shape[1], device=W.device) if H is None else H
     return factors, (r_in, r_out), _ratio(((error @ G) * error).sum(), ((W @ G) * W).sum())
 
 

@@ -259,7 +259,8 @@ def ao(draft: Draft, config: Sequence[Any]) -> None:
         if zeros is not None and int(zeros) != zeros:
             raise RecipeError(f"expected zeros_per_block as a whole number, got {zeros} [{modifier.where}]")
         zeros = entries if zeros is None else int(zeros)
-        settings: dict[str, Any] = {"layers": selectors(options["tensor_fqn"], modifier, "tensor_fqn")}
+        names = selectors(options["tensor_fqn"], modifier, "tensor_fqn")
+        settings: dict[str, Any] = {"layers": names, "score": "magnitude"}
         remarks = options.unmapped()
         if entries == 1:
             settings |= {"pattern": "unstructured", "sparsity": level}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,9 +15,11 @@ FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a model of texts ass
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors in nested dicts, tuples and lists."""
+    """Return the tensors in nested dicts, tuples, lists and dataclasses."""
     if isinstance(batch, Tensor):
         return [batch]
+    fields = dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping)
+    batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)} if fields else batch
     parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
     return [t for part in parts for t in tensors_in(part)]
 
@@ -61,6 +64,8 @@ def count_tokens(batch: Any) -> int:
         first = next((v for v in batch.values() if isinstance(v, Tensor)), None)
     else:
         first = batch[0] if isinstance(batch, tuple | list) else batch
+        if hasattr(first, "keys"):  # of (inputs, target)
+            return count_tokens(first)
     if not isinstance(first, Tensor) or not first.dim():
         return 1
     return first.numel() if first.dtype in (torch.int64, torch.int32) else len(first)
@@ -74,15 +79,8 @@ def count_samples(batch: Any) -> int:
 
 def first_samples(batch: Any, n: int = 1) -> Any:
     """Return the first n samples of a batch, or the whole batch if its tensors differ in their first dimension."""
-    if isinstance(batch, Tensor):
-        return batch[:n] if batch.dim() else batch
-    tensors = list(batch.values()) if hasattr(batch, "keys") else list(batch) if isinstance(batch, tuple | list) else []
-    sizes = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in tensors}
-    if len(sizes) != 1 or None in sizes:
-        return batch
-    if hasattr(batch, "keys"):
-        return {k: batch[k][:n] for k in batch}
-    return tuple(t[:n] for t in batch)
+    sizes = {len(t) if t.dim() else None for t in tensors_in(batch)}
+    return batch if len(sizes) != 1 or None in sizes else slice_batch(batch, 0, n)
 
 
 def take_tokens(data: Iterable[Any], tokens: int, max_tokens: int | None = None) -> list[Any]:

@@ -101,6 +101,9 @@ class Corrected(nn.Module):
 
 def why_not_factorizable(module: nn.Module, correction: bool = False) -> str | None:
     """Return why a layer cannot be factorized, or corrected, or None if it can."""
+    kinds = [kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, kind)]
+    if any(_computes_otherwise(module, kind) for kind in kinds):
+        return f"{type(module).__name__} computes its outputs in a way of its own"
     if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return None
     if correction or not isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -110,10 +113,16 @@ def why_not_factorizable(module: nn.Module, correction: bool = False) -> str | N
     return None if module.padding_mode == "zeros" else f"padding mode {module.padding_mode}"
 
 
+def _computes_otherwise(module: nn.Module, kind: Any) -> bool:
+    """Return whether a layer's class changes what its kind computes from the weight."""
+    methods = ("forward", "_conv_forward") if hasattr(kind, "_conv_forward") else ("forward",)
+    return any(getattr(type(module), m) is not getattr(kind, m) for m in methods)
+
+
 def max_ranks(module: nn.Module) -> tuple[int, ...]:
     """Return the ranks at which a layer loses nothing: one, or (inputs, outputs) for a convolution with a kernel."""
     O, I, K = weight_sizes(module)
-    return (min(O, I),) if K == 1 else (I, min(O, I * K))
+    return (min(O, I),) if K == 1 else (min(I, O * K), min(O, I * K))
 
 
 def weight_sizes(module: Any) -> tuple[int, int, int]:

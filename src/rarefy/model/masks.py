@@ -114,6 +114,11 @@ def check_maskable(layer: Layer) -> None:
             "masked; ignore this layer, or untie them"
         )
     for name, module, param in layer.owners:
+        if f"{param.removesuffix('_orig')}_orig" in module._parameters:
+            raise ModelError(
+                f"{name or param}: its weight is masked by torch.nn.utils.prune: call rarefy.adopt_(model) first, "
+                "which takes the zeros over"
+            )
         if parametrize.is_parametrized(module, param) and not _is_ours(module, param):
             raise ModelError(
                 f"{name or param}: its weight already has another parametrization; remove it before pruning"

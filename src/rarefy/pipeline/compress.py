@@ -119,6 +119,13 @@ def _check_data(model: nn.Module, recipe: Recipe, data: RunData) -> None:
     """Read all data before anything is changed, so that a wrong path costs nothing."""
     if recipe.evaluate and recipe.evaluate.decode and not hasattr(model, "generate"):
         raise DataError("evaluate.decode times causal language models; this model has no generate()")
+    if recipe.evaluate and recipe.evaluate.decode:
+        wanted, limit = recipe.evaluate.decode, getattr(model.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and wanted.prompt + wanted.new > limit:
+            raise DataError(
+                f"evaluate.decode: the model has {limit} positions, got prompt {wanted.prompt} and new {wanted.new}: "
+                "give less"
+            )
     check_runtimes(recipe.evaluate, model)
     check_sample(recipe, data.tokenizer)
     for stage in recipe.stages:

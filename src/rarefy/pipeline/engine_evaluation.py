@@ -46,6 +46,11 @@ class EngineModule(nn.Module):
         return self._output(*args, **kwargs)
 
     @property
+    def is_decoder(self) -> bool:
+        """Return whether outputs predict the next token."""
+        return not isinstance(self.engine, Compiled)
+
+    @property
     def device(self) -> torch.device:
         """Return the device of inputs and outputs, as a model of transformers does."""
         return torch.device("cpu")
@@ -161,11 +166,11 @@ def sample_of(models: Mapping[str, nn.Module], tokenizer: Any, prompt: str) -> d
     """
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     texts = {"prompt": prompt}
+    options: dict[str, Any] = {"max_new_tokens": MAX_SAMPLE_TOKENS, "do_sample": False}
     for name, model in models.items():
         if isinstance(model, EngineModule):
-            tokens = generate(model.engine, ids, max_new_tokens=MAX_SAMPLE_TOKENS)  # type: ignore[arg-type]
+            tokens = generate(model.engine, ids, **options)  # type: ignore[arg-type]
         else:
-            options: dict[str, Any] = {"max_new_tokens": MAX_SAMPLE_TOKENS, "do_sample": False}
             tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
         text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
         texts[name] = first_sentence(text)

@@ -129,6 +129,7 @@ def receipt_of(
     }
     notes = [n for r in reports for n in r.notes]
     notes += _evaluation_notes(recipe, before)
+    notes += ["bytes on disk are those before LZMA"] if recipe.save.compress else []
     if engine is not None:
         notes += [ENGINE_DENSE] if zeros and not skips_zeros(engine.engine) else []
     elif not any(r.title == "accelerated" for r in reports):

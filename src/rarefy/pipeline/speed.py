@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -63,9 +64,24 @@ def measure_speed(
 
 
 def resize_batch(batch: Any, size: int) -> Any:
-    """Repeat or cut a batch to `size` samples. Values that are no tensors, or have no dimension, stay as they are."""
+    """Repeat or cut a batch to `size` samples.
+
+    What is no tensor stays as it is, and so do tensors whose first dimension is not that of most: a mask [L, L], a
+    table of positions.
+
+    >>> [len(t) for t in resize_batch((torch.ones(4, 6), torch.ones(4), torch.ones(6, 6)), 1)]
+    [1, 1, 6]
+    """
+    sizes = Counter(len(t) for t in tensors_in(batch) if t.dim() and len(t))
+    return _resized(batch, size, max(sizes, key=sizes.__getitem__, default=0))
+
+
+def _resized(batch: Any, size: int, samples: int) -> Any:
+    """Return a batch in which tensors of so many samples have `size`."""
     if isinstance(batch, Tensor):
-        return batch.repeat(-(-size // len(batch)), *[1] * (batch.dim() - 1))[:size] if batch.dim() else batch
+        if not batch.dim() or len(batch) != samples:
+            return batch
+        return batch.repeat(-(-size // samples), *[1] * (batch.dim() - 1))[:size]
     if hasattr(batch, "keys"):
-        return {k: resize_batch(v, size) for k, v in batch.items()}
-    return tuple(resize_batch(v, size) for v in batch) if isinstance(batch, tuple | list) else batch
+        return {k: _resized(v, size, samples) for k, v in batch.items()}
+    return tuple(_resized(v, size, samples) for v in batch) if isinstance(batch, tuple | list) else batch

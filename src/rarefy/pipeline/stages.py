@@ -23,7 +23,7 @@ from rarefy.pipeline.run_data import RunContext, RunData, cut_needs, needs_calib
 from rarefy.pipeline.speed import resize_batch
 from rarefy.pipeline.train_stage import run_train
 from rarefy.prune.allocation import GRADIENTS
-from rarefy.prune.options import PruneOptions
+from rarefy.prune.options import PruneOptions, ranks_by_inputs
 from rarefy.prune.prune import report, run_prune
 from rarefy.quantization.codebook import run_share
 from rarefy.quantization.config import QuantizeOptions
@@ -49,7 +49,8 @@ def run_stage(model: nn.Module, stage: StageOptions, context: RunContext) -> lis
 
 def _prune(model: nn.Module, stage: PruneOptions, context: RunContext) -> list[Report]:
     use = "train" if stage.allocate in GRADIENTS else stage.score  # both need gradients of the loss
-    data = context.calibration(model, use) if needs_calibration(stage) else None
+    reads = needs_calibration(stage) or (ranks_by_inputs(stage) and context.data.has("calibrate"))
+    data = context.calibration(model, use) if reads else None
     state = {"memory": context.memory, "resume_dir": context.resume_dir} if stage.solver is not None else {}
     return [run_prune(model, stage, data, loss=context.loss, seed=context.seed, progress=context.progress, **state)]
 

@@ -148,7 +148,7 @@ def check_stage(stage: TrainStage, data: RunData, model: nn.Module | None) -> No
 
 def _teacher_folder(folder: str, base: Path | None) -> Path:
     path = Path(folder).expanduser()
-    path = path if path.is_absolute() or base is None or path.exists() else base / path
+    path = path if path.is_absolute() or base is None else base / path
     if not (path / INDEX).is_file() and not (path / "config.json").is_file():
         raise ModelError(f"teacher {folder!r} is not a model folder: it has neither config.json nor {INDEX}")
     return path

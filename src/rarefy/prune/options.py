@@ -30,7 +30,7 @@ class PruneOptions(Options):
     score: Annotated[str, OneOf(SCORES)] | None = Field(
         default=None,
         description="how weights are ranked; some scores need data, gradient scores also labels or a loss. By default "
-        "magnitude, or the solver's own criterion",
+        "wanda with calibration data, magnitude without, or the solver's own criterion",
     )
     sparsity: Fraction | None = Field(default=None, description="fraction of zeros; an N:M pattern determines it")
     per_layer: dict[str, Fraction] | None = Field(
@@ -116,6 +116,15 @@ def resolve_options(options: PruneOptions, seed: int = 0) -> tuple[Solver | None
     seed = seed if allocate == "search" else 0
     each = dict(options.per_layer or {})
     return solver, SparsityTarget(pattern, sparsity, each, scope, score, options.reduce, allocate, seed)
+
+
+def ranks_by_inputs(options: PruneOptions) -> bool:
+    """Return whether weights are ranked by wanda where there is data: no score is given, and no solver.
+
+    Units of whole rows and columns are ranked as without data.
+    """
+    kinds = ("unstructured", "nm", "block")
+    return options.score is None and options.solver is None and patterns.parse_pattern(options.pattern).kind in kinds
 
 
 def default_scope(plan: patterns.Pattern, score: str | None) -> str | None:

@@ -31,7 +31,7 @@ from rarefy.model.quant_grid import attached_grid
 from rarefy.prune import allocation as allocate_
 from rarefy.prune.allocation_search import lacks_loss, output_probe, search_allocation
 from rarefy.prune.layerwise import Allocate, check_solvable, measure_errors, prune_with_solver_
-from rarefy.prune.options import UNIFORM, PruneOptions, resolve_options
+from rarefy.prune.options import UNIFORM, PruneOptions, ranks_by_inputs, resolve_options
 from rarefy.prune.scores import SCORES
 from rarefy.prune.solver_config import Solver, SparsityTarget
 
@@ -113,16 +113,9 @@ def prune_(
         per_layer=as_dict(per_layer), solver=solver, allocate=allocate,
         scope=scope, reduce=reduce, layers=layers, ignore=ignore,
     )  # fmt: skip
-    if data is not None and options.score is None and options.solver is None:
-        options = options.model_copy(update={"score": _score_of_data(options)})
     return run_prune(
         model, options, data, loss=loss, seed=seed, memory=memory, resume_dir=resume_dir, progress=progress
     )
-
-
-def _score_of_data(options: PruneOptions) -> str | None:
-    """Return the default score where there is data: units of whole rows and columns keep that without data."""
-    return "wanda" if patterns.parse_pattern(options.pattern).kind in ("unstructured", "nm", "block") else None
 
 
 def run_prune(
@@ -137,6 +130,8 @@ def run_prune(
     progress: bool = False,
 ) -> Report:
     """Prune a model by checked options. See `prune_`."""
+    if data is not None and ranks_by_inputs(options):
+        options = options.model_copy(update={"score": "wanda"})
     solver, target = resolve_options(options, seed)
     data = _reusable(data, resume_dir is not None)
     memory, resume_dir = parse_bytes(memory), parse_path(resume_dir)

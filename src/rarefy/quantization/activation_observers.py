@@ -16,6 +16,7 @@ from rarefy.common.progress import track
 from rarefy.model.activation_quant import ActivationQuant, has_quantizable_input
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
+from rarefy.model.mha import without_mha_fastpath
 from rarefy.runtime.accelerate import WEIGHT_READERS
 
 KINDS = ("int8", "int8-static")  # dynamic: a scale for each row and call; static: one scale from calibration
@@ -74,7 +75,7 @@ def _sample_inputs(
 
         return hook
 
-    with evaluating(model), torch.no_grad(), ExitStack() as stack:
+    with evaluating(model), without_mha_fastpath(), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
             for module in matmul_modules(layer):
                 hook = module.register_forward_pre_hook(recorder(layer.full_name), with_kwargs=True)

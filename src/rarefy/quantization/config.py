@@ -196,6 +196,6 @@ def _pattern_of(options: QuantizeOptions, solver: Solver | None) -> tuple[Patter
         raise PatternError(
             f"pattern {pattern} spans all columns, which solver obs quantizes in order: prune_ first, then quantize"
         )
-    if pattern.kind == "nm" and isinstance(options.group, int) and options.group % pattern.b:
+    if pattern.kind in ("nm", "block") and isinstance(options.group, int) and options.group % pattern.b:
         raise PatternError(f"group={options.group} must be a multiple of {pattern.b} for pattern {pattern}")
     return pattern, sparsity

@@ -28,6 +28,7 @@ from rarefy.model.activation_quant import get_activation_quant
 from rarefy.model.batches import tensors_in
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
+from rarefy.model.mha import without_mha_fastpath
 from rarefy.model.quant_grid import attached_grid, recorded_grids
 
 FLOOR = 0.1  # of the median of the channels' maxima
@@ -71,8 +72,12 @@ def smooth_(
             scale = smoothing_scale(inputs, weights, alpha)
             old += [(p, p.detach().clone()) for p in _parameters(group)]
             _scale(group, scale)
-        if _close(_outputs(model, data[0]), before, near):
-            return old
+        try:
+            if _close(_outputs(model, data[0]), before, near):
+                return old
+        except BaseException:  # also Ctrl-C
+            _restore(old)
+            raise
         _restore(old)
         return None
 
@@ -80,11 +85,15 @@ def smooth_(
     done = groups
     if saved is None:  # something else reads one of the tensors: try each group alone
         saved, done = [], []
-        for group in groups:
-            old = scale_and_verify([group])
-            if old is not None:
-                saved += old
-                done.append(group)
+        try:
+            for group in groups:
+                old = scale_and_verify([group])
+                if old is not None:
+                    saved += old
+                    done.append(group)
+        except BaseException:
+            _restore(saved)
+            raise
     return {l.full_name: g.name for g in done for l in g.layers}, partial(_restore, saved)
 
 
@@ -126,7 +135,7 @@ def _groups(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[Smoot
             if by_module[id(module)] not in group.layers:
                 group.layers.append(by_module[id(module)])
 
-    with evaluating(model), torch.no_grad(), ExitStack() as stack:
+    with evaluating(model), without_mha_fastpath(), torch.no_grad(), ExitStack() as stack:
         for module in model.modules():
             if not list(module.children()) or isinstance(module, nn.ReLU):
                 stack.callback(module.register_forward_hook(record_output).remove)
@@ -166,7 +175,7 @@ def _channel_maxima(
 
         return hook
 
-    with evaluating(model), torch.no_grad(), ExitStack() as stack:
+    with evaluating(model), without_mha_fastpath(), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(recorder(layer), with_kwargs=True).remove)
         for batch in track(data, "channels of inputs", progress):
@@ -195,7 +204,7 @@ def _scale(group: SmoothGroup, scale: Tensor) -> None:
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """Return the floating-point outputs of a call, in fp32."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_mha_fastpath(), torch.no_grad():
         return [t.detach().float() for t in tensors_in(call(model, on_device(model, batch))) if t.is_floating_point()]
 
 

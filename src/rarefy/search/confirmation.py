@@ -2,12 +2,13 @@
 
 A search compares many models on the same samples and times each once, so the best of them is partly the luckiest. A
 third of the evaluation data is therefore held back, and the best model is timed again. If it keeps all limits, it is
-the result; else the next best one is measured.
+the result. Else the search goes on with a limit that is smaller by the factor by which the model loses more on these
+data, and the best of the models that should keep the limit is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -81,11 +82,16 @@ def too_few_samples(task: Task, dense: Point) -> list[str]:
     ]
 
 
-def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
+def confirm(search: Measured, search_again: Callable[[float], None]) -> tuple[int | None, bool, list[str]]:
     """Return the best point that keeps all limits when it is measured once more, whether there is one, and notes.
 
-    The points that were measured once more get their `checked_loss` and new times. Where none keeps the limits, the one
-    that comes nearest is the best. Cost: up to `ATTEMPTS` models are made again, timed and evaluated.
+    The points that were measured once more get their `checked_loss` and new times. Where none keeps the limits, the
+    dense model is the best if it does, else the one that comes nearest. Cost: up to `ATTEMPTS` models are made again,
+    timed and evaluated.
+
+    Args:
+        search: what was measured.
+        search_again: goes on with the search; it is given by which factor the limit of loss has to be smaller.
     """
     targets, notes = search.task.targets, list[str]()
     index, met = targets.best(search.points)
@@ -94,23 +100,29 @@ def confirm(search: Measured) -> tuple[int | None, bool, list[str]]:
     checked: dict[int, Point] = {}
     try:
         dense = _dense_quality(search)
-        for i in _candidates(search, index) if met else [index]:
-            if checked and not _has_time(search, i):
-                break
+        tried, i = set[int](), index
+        while len(tried) < ATTEMPTS and i is not None and not (checked and not _has_time(search, i)):
+            tried.add(i)
             try:
                 search.points[i] = _measured_again(search, i, dense)
+                checked[i] = _as_checked(search.points[i])
             except RarefyError as error:
                 notes.append(f"{search.points[i].name} could not be measured once more: {first_line(error, 200)}")
-                continue
-            checked[i] = _as_checked(search.points[i])
-            if not met or targets.keeps(checked[i]):
+            if i in checked and (not met or targets.keeps(checked[i])):
                 return i, targets.keeps(checked[i]), notes
+            factor = max((_loss_factor(search.points[j]) for j in checked), default=1.0)
+            if factor > 1:
+                search_again(factor)
+            i = _next_best(search, tried, factor)
     except RarefyError as error:  # of the dense model
         notes.append(f"the dense model could not be measured once more: {first_line(error, 200)}")
     except KeyboardInterrupt:
         notes.append(INTERRUPTED)
     if not checked:
         return index, met, notes
+    if met and search.reference is not None and targets.keeps(search.reference) and INTERRUPTED not in notes:
+        notes.append("no smaller or faster model that was measured once more keeps all limits: this is the dense one")
+        return search.points.index(search.reference), True, notes
     return min(checked, key=lambda i: max(targets.limits(checked[i]).values(), default=0.0)), False, notes
 
 
@@ -145,15 +157,25 @@ def _as_checked(point: Point) -> Point:
     return replace(point, loss=max(point.loss, point.checked_loss))
 
 
-def _candidates(search: Measured, best: int) -> list[int]:
-    """Return the points that keep all limits on the search's own data, the best first."""
+def _loss_factor(point: Point) -> float:
+    """Return how many times what a point loses in the search it loses on the data held back; 1 where it is less."""
+    if point.checked_loss is None or point.loss is None or point.loss <= 0:
+        return 1.0
+    return max(point.checked_loss / point.loss, 1.0)
+
+
+def _next_best(search: Measured, tried: Collection[int], factor: float) -> int | None:
+    """Return the best point that keeps all limits if it too loses so many times as much on the data held back."""
     targets = search.task.targets
     others = {
         i: p
         for i, p in enumerate(search.points)
-        if i != best and p is not search.reference and p.loss is not None and targets.keeps(p)
+        if i not in tried
+        and p is not search.reference
+        and p.loss is not None
+        and targets.keeps(replace(p, loss=max(p.loss, p.loss * factor)))
     }
-    return [best, *sorted(others, key=lambda i: targets.value(others[i]))][:ATTEMPTS]
+    return min(others, key=lambda i: targets.value(others[i]), default=None)
 
 
 def _has_time(search: Measured, index: int) -> bool:

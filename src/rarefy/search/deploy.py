@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rarefy.checkpoint.save import save
+from rarefy.common.errors import ModelError
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.outputs import named_output, output_tensor, pool, token_mask
@@ -72,10 +73,13 @@ def engine_in(deployed: Deployed) -> Any:
 
 
 def sizes_of(deployed: Deployed) -> dict[str, int]:
-    """Return the bytes of a model's weights in memory and of its saved folder."""
+    """Return the bytes of a model's weights in memory and of its saved folder: 0 for one that cannot be saved."""
     engine = engine_in(deployed)
     with TemporaryDirectory() as place:
-        disk = save(engine, Path(place) / "model")
+        try:
+            disk = save(engine, Path(place) / "model")
+        except ModelError:
+            disk = 0
     return {"memory": resident_bytes(engine), "disk": disk}
 
 
@@ -176,7 +180,7 @@ class Variant:
         'int8, 2 layers in fp32'
         """
         count = f"{len(layers)} layers" if len(layers) > 1 else layers[0]
-        return replace(self, name=f"{self.name}, {count} in fp32", ignore=tuple(layers))
+        return replace(self, name=f"{self.name}, {count} in fp32", ignore=(*self.ignore, *layers))
 
     def stages(self, ignore: Sequence[str]) -> list[dict[str, Any]]:
         """Return the recipe's last stages; layers in `ignore` keep their own bits."""
@@ -189,8 +193,10 @@ class Variant:
 PLAIN = Variant("fp32", None)
 
 
-def variants_of(model: nn.Module, has_data: bool, counts_bytes: bool) -> tuple[Variant, ...]:
-    """Return the precisions of the engine, beside fp32, that change a model.
+def variants_of(
+    model: nn.Module, has_data: bool, counts_bytes: bool, ignore: tuple[str, ...] = ()
+) -> tuple[Variant, ...]:
+    """Return the precisions of the engine, beside fp32, that change a model; layers in `ignore` stay in fp32.
 
     bf16 and int16 are only for linear layers outside decoders: bf16 where the CPU multiplies it fast or bytes count,
     since elsewhere it is slower than fp32, int16 on the other CPUs.
@@ -199,10 +205,11 @@ def variants_of(model: nn.Module, has_data: bool, counts_bytes: bool) -> tuple[V
     if hf.is_causal_lm(model):
         return (int8, Variant("int8 smoothed", "int8", True)) if has_data else (int8,)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
+    int8 = replace(int8, ignore=ignore)
     if not linear:
         return (int8,)
     precisions = ("bf16",) if multiplies_bf16() else ("bf16", "int16") if counts_bytes else ("int16",)
-    return (*(Variant(p, p) for p in precisions), int8)
+    return (*(Variant(p, p, ignore=ignore) for p in precisions), int8)
 
 
 @torch.no_grad()

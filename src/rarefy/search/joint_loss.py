@@ -102,6 +102,19 @@ class JointLoss:
         return {c: [k for k, g in self.groups.items() if _reads(c, g, one_less)] for c in consumers}
 
     @cached_property
+    def other_readers(self) -> dict[tuple[str, int], list[Key]]:
+        """The groups that other parameters read units of, which no layer makes up for, by name and dimension.
+
+        These are weights of convolutions with groups, transposed ones, attention, and classes of users.
+        """
+        known, others = {c.name for c in self.reads}, dict[tuple[str, int], list[Key]]()
+        for key, group in self.groups.items():
+            for member in group.members:
+                if member.role == "in" and member.name not in known:
+                    others.setdefault((member.name, member.dim), []).append(key)
+        return others
+
+    @cached_property
     def moments(self) -> dict[str, Moments]:
         """The second moments of the inputs of these layers, by name; empty without data."""
         return collect_moments(self.dense, [*self.reads], self.fitted) if self.fitted and self.reads else {}
@@ -169,6 +182,12 @@ class JointLoss:
             read = tuple((k, chosen[k]) for k in keys if k in chosen)
             if read:
                 changed |= self._cache((consumer.name, read), lambda c=consumer: self._without_units(c, masks))
+        for (name, dim), keys in self.other_readers.items() if cuts else ():
+            if any(k in chosen for k in keys):
+                parameter: Any = getattr(*self.graph.owners[name][0])
+                gone = (~kept_mask(self.graph.dims[name][dim], masks.get)).nonzero().flatten()
+                weight: Any = changed.get(parameter, parameter.detach())
+                changed[parameter] = weight.index_fill(dim, gone, 0.0)
         for key, amount in chosen.items():
             if key in cuts:
                 continue

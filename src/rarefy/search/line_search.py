@@ -12,25 +12,23 @@ from rarefy.search import solve
 from rarefy.search.frontier import Point
 from rarefy.search.solve import Choice
 from rarefy.search.space import Part
-from rarefy.search.targets import Targets, mean_speedup
+from rarefy.search.targets import Targets
 
 NEAR = 0.01  # of the dense model's time: closer choices are not told apart
 
 
-def first_choice(choices: Sequence[Choice], base: Point, start: Point | None, targets: Targets) -> int:
-    """Return where to begin: at the time of the best point, at the time that is asked for, or at a third.
+def first_choice(choices: Sequence[Choice], base: Point, saving: float | None, targets: Targets) -> int:
+    """Return where to begin: at the saving of the best point, at the time that is asked for, or at a third.
 
     Args:
         choices: the line.
         base: the dense model in this precision.
-        start: the best point of another line, or None.
+        saving: that is predicted of the best point of another line, or None.
         targets: the limits.
     """
-    if start is not None:
-        saving = 1 - mean_speedup(base.speedup) / mean_speedup(start.speedup)
-    elif targets.speedup is not None and targets.speedup > base.slowest:
+    if saving is None and targets.speedup is not None and targets.speedup > base.slowest:
         saving = 1 - base.slowest / targets.speedup
-    else:
+    elif saving is None:
         saving = choices[-1].saving / 3
     return max(1, solve.at_saving(choices, saving)) if len(choices) > 1 else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -113,7 +113,8 @@ def optimize(
         higher_is_better: of the number that a function returns.
         layers: selectors of layers that may change; by default all but embeddings and head. The head of a language
             model, and its embedding if they are tied, may get fewer bits.
-        ignore: selectors of layers that stay as they are.
+        ignore: selectors of layers that stay as they are, in fp32 too. Language models have one precision for all
+            layers: there these layers keep their values and bits alone.
         resume_dir: folder for what was measured: after a kill, the same call continues from there, with more `minutes`
             too. Another model, other data or limits, other threads, versions or machines are refused. A function is
             known by its name and its code, not by what it calls or reads.
@@ -154,22 +155,21 @@ def optimize(
     limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     targets = parse_targets(max_loss, objective_of(target, max_loss), **limits)
     seed = check_int("seed", seed, 0, RecipeError)
-    select_layers(inner, layers, ignore)  # raises for a selector without match
+    if layers is not None or ignore is not None:
+        select_layers(inner, layers, ignore)  # raises for a selector without match
     batches = _batch_sizes(batch, inner)
     if targets.objective in DECODE and not hf.is_causal_lm(inner):
         raise RecipeError(f"target {targets.objective!r} is for language models: give 'latency'")
-    if isinstance(minutes, bool) or not isinstance(minutes, Real) or not 0 < minutes < math.inf:
-        raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
+    seconds = _seconds(minutes)
     _check_runs(inner, example, "example")
     calibration, held_out = _split(data, eval_data, evaluate, example)
     if data_options is not None:  # a recipe reads the samples that were calibrated on
         data_options = data_options.model_copy(update={"samples": sum(map(count_samples, calibration))})
+    if calibration:
+        _check_runs(inner, calibration[0], "data: the model does not run on its first batch")
     recovery = _recovery(inner, train_minutes, train_data, calibration)
     blind = evaluate is None and data is None and eval_data is None
-    if blind and hf.is_causal_lm(inner):
-        evaluate = "agreement"  # the example may be no text, whose perplexity would say nothing
-    elif blind and default_metric(inner, [example]) == "agreement":
-        evaluate = "similarity"  # one sample agrees or not
+    evaluate = _metric_of_example(inner, example) if blind else evaluate
     used, held_back = hold_back(held_out or [])
     metric = metric_of(evaluate, inner, used if held_out else held_out, higher_is_better=higher_is_better)
     check = metric_of(evaluate, inner, held_back, higher_is_better=higher_is_better) if held_back else None
@@ -177,18 +177,44 @@ def optimize(
     if not callable(evaluate) and not isinstance(evaluate, Metric):
         check_points(targets, evaluate or metric.name)
     task = Task(
-        inner, example, calibration, metric, targets, batches, 60 * float(minutes), layers, ignore, recovery,
+        inner, example, calibration, metric, targets, batches, seconds, layers, ignore, recovery,
         data_options, seed, progress, other_engines, check, sum(map(count_evaluated, held_out or [])), blind,
     )  # fmt: skip
-    folder = parse_path(resume_dir)
     try:
         with (
-            closing(open_journal(folder, task, evaluate, held_out)) as journal, evaluating(inner),
+            closing(open_journal(parse_path(resume_dir), task, evaluate, held_out)) as journal, evaluating(inner),
             torch.random.fork_rng(devices=[]), distributed.alone(),
         ):  # fmt: skip
-            return _run(Search(task, journal))
+            frontier = _run(Search(task, journal))
     except ProcessError as error:
         raise RarefyError(str(error)) from error
+    if frontier.best is not None:
+        _cache_keys_again_(frontier.best.compressed, inner)
+    return frontier
+
+
+def _seconds(minutes: Any) -> float:
+    """Return checked minutes as seconds."""
+    number = isinstance(minutes, Real) and not isinstance(minutes, bool)
+    if not number or not 0 < float(minutes) < math.inf:
+        raise RecipeError(f"minutes: expected a number above 0, got {minutes!r}")
+    return 60 * float(minutes)
+
+
+def _metric_of_example(model: nn.Module, example: Any) -> str | None:
+    """Return the metric for a search without data; None for the default of the model."""
+    if hf.is_causal_lm(model):
+        return "agreement"  # the example may be no text, whose perplexity would say nothing
+    return "similarity" if default_metric(model, [example]) == "agreement" else None  # one sample agrees or not
+
+
+def _cache_keys_again_(model: nn.Module, dense: nn.Module) -> None:
+    """Let a copy of a language model keep keys and values as the model itself does: the search turned that off."""
+    for name, module in dense.named_modules():
+        if getattr(getattr(module, "config", None), "use_cache", None) is True:
+            with suppress(AttributeError, TypeError):  # a block that is gone, an immutable config
+                copied: Any = model.get_submodule(name)
+                copied.config.use_cache = True
 
 
 def _run(search: Search) -> Frontier:
@@ -203,14 +229,17 @@ def _run(search: Search) -> Frontier:
         if task.other_engines:
             engines = search.journal.get("other engines", partial(_other_engines, search))
         finished = search.run()
-        confirmed = confirm(search)
+        search.add_earlier_points()
+        confirmed = confirm(search, search.run_again)
         finished = "interrupted" if INTERRUPTED in confirmed[2] else finished
     except KeyboardInterrupt:
         finished = "interrupted"
     index, met, more = confirmed or (*task.targets.best(search.points), [])
     notes += [*search.journal.notes, *engines["notes"], *more]
     if search.trouble:
-        notes.append(f"training ended early: {search.trouble}")
+        notes.append(search.trouble)
+    if dense.disk_bytes == 0:
+        notes.append("models like this one run, but cannot be saved: sizes of files are unknown")
     if search.journal.trouble:
         notes.append(search.journal.trouble)
     best = None
@@ -279,12 +308,21 @@ def _verdict(search: Search, index: int | None, met: bool, finished: str) -> str
         text += f" On data that the search has not used it loses {targets.text(point.checked_loss)}."
     used = {n: u for n, u in targets.limits(point).items() if u > 1}
     if not met and used:
-        over = [f"{n} by {100 * (u - 1):.0f} %" for n, u in used.items() if n != "max_loss"]
+        over = [f"{n} {_by(u)}" for n, u in used.items() if n != "max_loss"]
         if "max_loss" in used:
             over.insert(0, f"max_loss by {targets.text((point.loss or 0.0) - (targets.max_loss or 0.0))}")
         text += f" It is the nearest: it misses {', '.join(over)}. {_blocking(search)}"
     ends = {"time": " The time was over before the search was.", "interrupted": " The search was interrupted."}
     return (text + ends.get(finished, "")).strip()
+
+
+def _by(used: float) -> str:
+    """Return in words how much more than a limit is used.
+
+    >>> _by(1.14), _by(13_500.0)
+    ('by 14 %', 'by a factor of 13,500')
+    """
+    return f"by {100 * (used - 1):.0f} %" if used < 2 else f"by a factor of {float(f'{used:.3g}'):,.10g}"
 
 
 def _blocking(search: Search) -> str:

@@ -240,13 +240,13 @@ class PartMeasurer:
         saved: dict[float, dict[str, float]] = {}
         for level in reversed(levels) if layers else ():
             saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
-            most = max(saved[level].values(), default=0.0)
-            if most <= 0 and (method == RANK or not saved[level]):
+            largest = max(saved[level].values(), default=0.0)
+            if largest <= 0 and (method == RANK or not saved[level]):
                 return (
                     [],
                     {},
                 )  # not measured; or factors of this rank save nothing, so none of their losses is too small
-            if level == levels[-1] and most < space.MIN_SAVING:
+            if level == levels[-1] and largest < space.MIN_SAVING:
                 return [], {}
         return layers, saved
 

@@ -17,6 +17,7 @@ from torch import nn
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.model.batches import count_samples
+from rarefy.model.forward import without_targets
 from rarefy.model.masks import fold_
 from rarefy.pipeline.compress import run_stages
 from rarefy.pipeline.run_data import RunContext, RunData
@@ -81,8 +82,9 @@ class Measured:
         self.measures_joint = False  # whether losses of several parts together are measured
         self.observed: list[Observed] = []
         self.skipped = False  # whether a step did not fit into the time
-        self.trouble = ""  # why training ended early
+        self.trouble = ""  # why the search or training ended early
         self.best_models: tuple[int, nn.Module, Deployed] | None = None  # the best point, its model, as it is deployed
+        self.trained: dict[str, tuple[nn.Module, Deployed]] = {}  # models that were trained, by their digest
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -190,7 +192,8 @@ class Measured:
             return asdict(Point(name, None, None, {}, {}, 0, 0, recipe, precision, seconds=seconds, error=str(error)))
         loss = 0.0 if self.reference is None else self._loss(quality)
         seconds = self.journal.clock() - began
-        point = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision, seconds=seconds)
+        sized = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision)
+        point = replace(sized, seconds=seconds, ignore=variant.ignore)
         point = with_times(point, times)
         self._keep(point, model, deployed)
         return asdict(point)
@@ -232,6 +235,8 @@ class Measured:
         """Keep the model itself while it is the best one; of several processes, only where it was trained."""
         if self.journal.processes > 1 and not trains(point.recipe):
             return
+        if trains(point.recipe):  # training again would take long
+            self.trained[digest_of(point.recipe, point)] = model, deployed
         index, _ = self.task.targets.best([*self.points, point])
         if index is not None and index == len(self.points):
             self.best_models = (index, model, deployed)
@@ -241,12 +246,21 @@ class Measured:
         if self.best_models is not None and self.best_models[0] == index:
             return self.best_models[1:]
         point = self.points[index]
+        if (models := self.trained.get(digest_of(point.recipe, point))) is not None:
+            return models
         model = self.make(point.recipe)
         return model, self._deploy(model, point)
 
     def _deploy(self, model: nn.Module, runs: Variant | Point) -> Deployed:
         """Return a model as it is deployed in a precision."""
         return deploy(model, self.task.example, runs.precision, self.task.data, runs.ignore)
+
+    def add_earlier_points(self) -> None:
+        """Add what a search with less time has measured, and this one has not reached again."""
+        for key, value in self.journal.values.items():
+            if key.startswith("point ") and not value["error"]:
+                tuples = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"])}
+                self.add(Point(**{**value, **tuples}))
 
     def add(self, point: Point) -> Point:
         """Add a point to those that were tried, unless the same model is among them."""
@@ -272,8 +286,9 @@ class Measured:
         return model.eval()
 
     def data_of(self, recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Return the batches that a recipe reads, as `compress_` takes them."""
-        data = {"calibrate": list(self.task.data)} if self.task.data else {}
+        """Return the batches that a recipe reads, as `compress_` takes them; without data, cuts run the example."""
+        task = self.task
+        data = {"calibrate": list(task.data)} if task.data else {"evaluate": [without_targets(task.example)]}
         return data | ({"train": self.training_data()} if trains(recipe) else {})
 
     def _recipe(self, name: str, variant: Variant, stages: list[Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.compiler.executor import Compiled
+from rarefy.model import hf
+from rarefy.model.layers import all_layers, match_layers
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import Variant, deploy, variants_of
@@ -62,13 +64,7 @@ class Search(Measured):
 
     def run(self) -> str:
         """Search until nothing is left to try or the time is over; return why it ended."""
-        try:
-            variant = self._variants()
-            parts = self._parts(variant)
-            if parts:
-                self._search(variant, parts)
-        except OutOfTime:
-            pass
+        self._run_within_limits()
         ended = "time" if self.skipped else "done"
         if self.task.recovery is not None:
             try:
@@ -76,22 +72,56 @@ class Search(Measured):
             except OutOfTime:
                 pass
             except RarefyError as error:
-                self.trouble = str(error)
+                self.trouble = f"training ended early: {error}"
         return ended
+
+    def run_again(self, factor: float) -> None:
+        """Search with a limit of loss that is smaller by a factor, where there is time; what was measured is not
+        measured again."""
+        task, limit = self.task, (self.task.targets.max_loss or 0.0) / factor
+        if limit <= 0 or not self.fits("point"):
+            return
+        if task.progress:
+            say([f"{self.elapsed() / 60:5.1f} min  models that lose at most {task.targets.text(limit)} in the search"])
+        try:
+            self.task = replace(task, targets=replace(task.targets, max_loss=limit))
+            self._run_within_limits()
+        finally:
+            self.task = task
+
+    def _run_within_limits(self) -> None:
+        self.observed = []
+        try:
+            variant = self._variants()
+            parts = self._parts(variant)
+            if parts:
+                self._search(variant, parts)
+        except OutOfTime:
+            pass
+        except RarefyError as error:  # what was measured before stays
+            self.trouble = f"the search ended early: {error}"
 
     def _variants(self) -> Variant:
         """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
         task = self.task
-        variants = variants_of(task.dense, bool(task.data), task.targets.counts_bytes)
+        variants = variants_of(task.dense, bool(task.data), task.targets.counts_bytes, self._stay_as_they_are())
         measures = {v: partial(self.point, f"dense, {v.name}", v, self.stages({}, (), v)) for v in variants}
         self.prefetch(measures.values())
         for variant, measure in measures.items():
             self.bases[variant] = self.add(measure())
         self._mix_precisions()
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
-        limit = self.task.targets.max_loss
-        within = {v: p for v, p in measured.items() if limit is None or p.loss <= limit} or measured  # type: ignore[operator]
+        within = {v: p for v, p in measured.items() if self._goes_on(p)} or measured
+        if task.targets.objective in ("size", "memory"):
+            return min(within, key=lambda v: (task.targets.value(within[v]), -mean_speedup(within[v].speedup)))
         return max(within, key=lambda v: mean_speedup(within[v].speedup))
+
+    def _stay_as_they_are(self) -> tuple[str, ...]:
+        """Return the layers that may not change, for models that can keep single layers in fp32."""
+        task = self.task
+        if not task.ignore or hf.is_causal_lm(task.dense):
+            return ()
+        return tuple(layer.name for layer in match_layers(all_layers(task.dense), task.ignore, "ignore"))
 
     def _mix_precisions(self) -> None:
         """Measure the dense model with some layers in fp32 and the others in 8 bits, where 8 bits lose too much."""
@@ -127,7 +157,7 @@ class Search(Measured):
 
         def measured() -> Any:
             assert isinstance(self.dense_fast, Compiled)
-            in_8_bits = deploy(task.dense, task.example, variant.precision, few, solver="rtn")
+            in_8_bits = deploy(task.dense, task.example, variant.precision, few, variant.ignore, "rtn")
             savings = savings_of_layers(self.dense_fast, in_8_bits, task.example, whole)  # type: ignore[arg-type]
             return {"layers": layers_in_8_bits(in_8_bits), "savings": savings}  # type: ignore[arg-type]
 
@@ -163,9 +193,10 @@ class Search(Measured):
             task.progress, begin,
         )  # fmt: skip
         parts = measurer.measure()
-        if variant.ignore:  # layers in fp32 keep their names
-            parts = [p for p in parts if p.method != BLOCK and (p.method != RANK or p.name not in variant.ignore)]
-        return parts
+        lists = {p.name.rpartition(".")[0] for p in parts if p.method == BLOCK}
+        if any(name.startswith(f"{blocks}.") for name in variant.ignore for blocks in lists):  # they keep their names
+            parts = [p for p in parts if p.method != BLOCK]
+        return [p for p in parts if p.method != RANK or p.name not in variant.ignore]
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit: along a uniform line, then along others, then with other balances."""
@@ -206,8 +237,7 @@ class Search(Measured):
         parts are all there is.
         """
         lines = [solve.shrunk(parts, weight) for weight in UNIFORM]
-        seen = [o.savings.values() for o in self.observed if best is not None and same_model(o.point, best)]
-        saving = sum(seen[-1]) / len(seen[-1]) if seen else 0.0
+        saving = (self._predicted_saving(best) if best is not None else None) or 0.0
         until = self._deadline("other lines", 4)
         if saving <= 0 or self._joint_loss(parts, {}, until) is None:
             return lines[1:]
@@ -216,6 +246,11 @@ class Search(Measured):
         self.measures_joint = True
         lines = [self._calibrated(parts, line, saving, until) for line in lines]
         return [climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())]
+
+    def _predicted_saving(self, point: Point) -> float | None:
+        """Return the saving that was predicted of a measured choice, as lines have it; None for another point."""
+        seen = [o.savings.values() for o in self.observed if same_model(o.point, point)]
+        return sum(seen[-1]) / len(seen[-1]) if seen else None
 
     def _calibrated(self, parts: list[Part], line: list[Part], saving: float, until: float) -> list[Part]:
         """Return a line with the losses of methods that were measured alone at a saving, where there is time for it."""
@@ -279,7 +314,7 @@ class Search(Measured):
 
     def _recover(self, recovery: Recovery) -> None:
         """Train the models that are expected to be the best ones after it, one after the other."""
-        began = self.journal.get("training began", self.elapsed)
+        began = self.journal.get(f"training began, after a search of {self.task.seconds:g} s", self.elapsed)
         self.seconds = (began + recovery.seconds) / (1 - RESERVED)
         bases: dict[tuple[str | None, tuple[str, ...]], Point] = {}
         for variant, base in self.bases.items():
@@ -289,10 +324,12 @@ class Search(Measured):
         for share in SHARES:
             index = candidate(self.points, bases, self.task.targets, remains)
             if index is None:
+                self.trouble = self.trouble or "nothing was trained: no model is expected to keep the limits after it"
                 return
             point = self.points[index]
             train = self._training_of(point, recovery, share * (began + recovery.seconds - self.elapsed()))
             if train is None:
+                self.trouble = self.trouble or "train_minutes were too few to read the data once"
                 return
             stages = with_training(point.recipe["stages"], train)
             trained = self.add(self.point(f"{point.name}, trained", _variant(point), stages, rows=point.layers))
@@ -367,7 +404,8 @@ class Search(Measured):
         seen: dict[int, Point] = {0: base} if last is None else {0: base, end: last}
         low, high = 0, len(choices) if last is None else end  # the last known to keep the loss, the first known not to
         if last is None:
-            index = first_choice(choices, base, start, self.task.targets)
+            saving = None if start is None else self._predicted_saving(start)
+            index = first_choice(choices, base, saving, self.task.targets)
         else:
             index = next_choice(choices, seen, low, high, self.task.targets)
         best: Point | None = None

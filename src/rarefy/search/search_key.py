@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import CodeType
 from typing import Any
 
@@ -59,9 +60,11 @@ def function_key(function: Any) -> Any:
         return function
     while (inner := getattr(function, "measure", getattr(function, "func", None))) is not None:
         function = inner  # of a metric, of functools.partial
+    function = inspect.unwrap(function)  # of a decorator such as torch.no_grad()
     named = function if hasattr(function, "__qualname__") else type(function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    return [f"{named.__module__}.{named.__qualname__}", digest(_parts(code))]
+    defaults = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
+    return [f"{named.__module__}.{named.__qualname__}", digest([_parts(code), repr(defaults)])]
 
 
 def _parts(code: Any) -> Any:

@@ -40,6 +40,7 @@ from rarefy.structured.group_selection import select_groups
 from rarefy.structured.importance import unit_scores
 from rarefy.structured.layer_drop import Block, drop_layers_, droppable, skipping
 from rarefy.structured.options import CutOptions
+from rarefy.structured.surgery import give_own_heads
 from rarefy.structured.unit_selection import flops, groups_by_signature, keep_masks
 
 CUTS = ("neuron", "head", "channel")
@@ -175,6 +176,8 @@ def measured_group_loss(
 ) -> float | None:
     """Return the loss where one group, of the model or of a copy, loses so many units and the others compensate."""
     smaller = copy.deepcopy(model)
+    if "head" in group.kind:  # torch's attention computes the size of a head from the width
+        give_own_heads(smaller)
     graph = trace(smaller, example)
     group = next(g for g in graph.groups if (g.name, g.kind) == (group.name, group.kind))
     masks = keep_masks({group.axis: scores}, {group.axis: group.size - removed})

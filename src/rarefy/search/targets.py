@@ -73,7 +73,7 @@ class Targets:
         if self.latency_ms is not None:
             used["latency_ms"] = max(t["median"] for t in point.milliseconds.values()) / self.latency_ms
         if self.size_mb is not None:
-            used["size_mb"] = point.disk_bytes / 1e6 / self.size_mb
+            used["size_mb"] = (point.disk_bytes or math.inf) / 1e6 / self.size_mb
         if self.memory_mb is not None:
             used["memory_mb"] = point.memory_bytes / 1e6 / self.memory_mb
         return used
@@ -86,7 +86,7 @@ class Targets:
         """Return what is minimized."""
         values = {
             "loss": math.inf if point.loss is None else point.loss,
-            "size": point.disk_bytes,
+            "size": point.disk_bytes or math.inf,  # one that cannot be saved
             "memory": point.memory_bytes,
         }
         return values.get(self.objective, -mean_speedup(point.speedup))

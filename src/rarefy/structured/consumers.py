@@ -50,7 +50,7 @@ class Consumer:
         Of an image these are the pixels that a 1 x 1 convolution with its stride reads, otherwise all pixels.
         """
         if not isinstance(self.module, nn.modules.conv._ConvNd):
-            return x.flatten(0, -2)
+            return x.reshape(-1, x.shape[-1])
         images = x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
         if set(self.module.kernel_size) == {1}:
             images = images[(..., *(slice(None, None, s) for s in self.module.stride))]

@@ -14,8 +14,8 @@ from rarefy.common.checks import as_dict
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
-from rarefy.common.report import Report, group_similar_rows
-from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
+from rarefy.common.report import Report
+from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.evaluation.profiling import compare
 from rarefy.model.forward import call, evaluating, on_device
@@ -25,7 +25,8 @@ from rarefy.model.mha import PrunableMultiheadAttention
 from rarefy.structured import unit_selection
 from rarefy.structured.batch_norms import batch_norms, copy_before_cut, match_batch_norms_
 from rarefy.structured.compensation import compensate_, layers_losing_inputs
-from rarefy.structured.consumers import collect_moments
+from rarefy.structured.consumers import collect_moments, consumers_of
+from rarefy.structured.cut_report import UNEVEN, cut_report
 from rarefy.structured.group_selection import History, select_groups
 from rarefy.structured.hf_config import merge_sizes, update_config
 from rarefy.structured.importance import UNIT_SCORES, unit_scores
@@ -42,8 +43,6 @@ from rarefy.structured.surgery import (
     value_restorer,
 )
 
-NOT_SELECTED = "not selected"
-UNEVEN = "`chunk` needs it to stay equal to a part that cannot be cut"
 NUM_TRIALS = 8  # cuts that are timed to meet a latency
 NUM_TIMINGS = 15
 MAX_SEARCH = 60  # cuts that are tried to find the groups that cannot be cut
@@ -176,7 +175,11 @@ def run_cut(
     run = _CutRun(inner, example, options, data, loss, seed, repairs, mask_only)
     try:
         for step in track(range(1, options.steps + 1), "cutting", progress and options.steps > 1):
-            cut, masks = run.step(options.target ** (step / options.steps))
+            try:
+                cut, masks = run.step(options.target ** (step / options.steps))
+            except _NothingRemoved:  # too small a step; the next one removes more
+                if step == options.steps and not run.removals:
+                    raise
         if not (mask_only or dry_run):
             update_config(inner, example, run.sizes)
     except BaseException:
@@ -191,13 +194,17 @@ def run_cut(
     elif optimizer is not None:
         for removal in run.removals:
             replace_parameters(optimizer, removal.replaced)
-    return cut.report(masks, run.removals[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
+    return cut_report(cut, masks, run.removals[-1], dry_run, mask_only)  # type: ignore[possibly-unbound]
 
 
 def _layer_options(options: CutOptions) -> DropLayersOptions:
     """Return the options of `drop_layers_` that a cut of layers means."""
     score = options.score or "similarity"
     return DropLayersOptions(keep=options.keep, score=score, layers=options.layers, ignore=options.ignore)
+
+
+class _NothingRemoved(ModelError):
+    """Raised where a step's budget leaves all units."""
 
 
 class _NeedsOwnHeads(Exception):
@@ -246,8 +253,9 @@ class _CutRun:
                 self.removals.append(self.own_heads[-1])
                 continue
             self.removals.append(removal)
-            self.history.add(graph, masks)
-            self.sizes = merge_sizes(self.sizes, unit_selection.size_changes(graph, masks))
+            if not self.mask_only:
+                self.history.add(graph, masks)
+                self.sizes = merge_sizes(self.sizes, unit_selection.size_changes(graph, masks))
             return cut, masks
 
 
@@ -266,7 +274,16 @@ class _Cut:
         self.searched = self.swap = False
 
     def _score(self, groups: Sequence[Group]) -> dict[Axis, Tensor]:
-        """Return the importance of the units of groups."""
+        """Return the importance of the units of groups.
+
+        By default, groups whose units no layer reads in a way that the score of data knows are ranked by magnitude;
+        with scores that compete in the whole model all are.
+        """
+        if self.options.score is None and self.data is not None and self.options.scope == "layer":
+            readers = consumers_of(self.graph, groups)
+            read, others = ([g for g in groups if bool(readers[g]) is has] for has in (True, False))
+            if read and others:
+                return {**self._score(read), **self._score(others)}
         return unit_scores(
             self.model,
             self.graph,
@@ -318,7 +335,7 @@ class _Cut:
             raise ModelError(f"nothing would be removed: {UNEVEN}")
         if all(n == axis.size for axis, n in counts.items()):
             steps = f" in multiples of {options.round_to}" if options.round_to > 1 else ""
-            raise ModelError(
+            raise _NothingRemoved(
                 f"nothing would be removed: {options.budget} {target:g} leaves every unit of every group{steps}"
             )
         return counts
@@ -431,41 +448,6 @@ class _Cut:
                     self.stays |= {g.axis: short_reason(reason) for g in groups}
         if not removable:
             raise error
-
-    def report(self, masks: Mapping[Axis, Tensor], removal: Removal, dry_run: bool, mask_only: bool) -> Report:
-        """Return a report: a row a group, and what is left of the model."""
-        selected = {g.axis for g in self.groups}
-        rows = []
-        for g in self.graph.groups:
-            n = int(masks[g.axis].sum()) if g.axis in masks else g.size
-            why = "" if g.axis in masks else g.lock or self.stays.get(g.axis)
-            why = why if why is not None else UNEVEN if g.axis in selected else NOT_SELECTED
-            why = "the budget keeps all of its units" if not why and n == g.size else why
-            rows.append(row(g, self.origin[g.axis], n, why))
-        counts = {axis: int(m.sum()) for axis, m in masks.items()}
-        summary: dict[str, Any] = {}
-        for name, measure in unit_selection.MEASURES.items():
-            before, after = self.whole[name], measure(self.graph, counts)
-            summary[name] = f"{before:,} -> {after:,} ({after / max(before, 1):.3f})"
-        if self.time is not None:
-            summary["time"] = f"{self.time:.3f} of the dense model's, in the timing that chose this cut"
-        if removal.repaired:
-            summary["repaired"] = f"{len(removal.repaired)} layers and norms"
-        notes = unsupported_notes(self.graph)
-        if removal.unseen:
-            notes += ("the example's outputs do not depend on the removed units: the cut was not verified",)
-        title = "cut: nothing done" if dry_run else "cut: units are zero, none removed" if mask_only else "cut"
-        selected_rows = [r for r in rows if r["stays because"] != NOT_SELECTED]
-        return Report(title, tuple(rows), summary, notes, tuple(group_similar_rows(selected_rows, "group")))
-
-
-def row(group: Group, before: int, after: int, why: str) -> dict[str, Any]:
-    """Return the report row of a group."""
-    others = len(group.notes) - 1
-    return {
-        "group": group.name, "kind": group.kind, "units": f"{before} -> {after}", "parameters": len(group.members),
-        "stays because": why, "note": group.notes[0] + (f" and {others} more" if others else "") if group.notes else "",
-    }  # fmt: skip
 
 
 def remove_and_compensate(

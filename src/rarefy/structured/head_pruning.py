@@ -13,7 +13,7 @@ from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.model.layers import unwrap
-from rarefy.structured.cut import row
+from rarefy.structured.cut_report import row
 from rarefy.structured.hf_config import update_config
 from rarefy.structured.optimizer_state import check_optimizer, replace_parameters
 from rarefy.structured.options import check_unmasked
@@ -66,7 +66,9 @@ def prune_heads_(
         masks: dict[Axis, Tensor] = {}
         for name, numbers in heads.items():
             group = _head_group(graph, name)
-            masks[group.axis] = _keep_mask(graph, group, name, numbers)
+            mask = _keep_mask(graph, group, name, numbers)
+            if not torch.equal(masks.setdefault(group.axis, mask), mask):
+                raise ModelError(f"{name} shares its heads with another module: name the same numbers for both")
         removal = remove_units(inner, example, graph, masks)
         replacement.undo += removal.undo
         update_config(inner, example, size_changes(graph, masks))

@@ -66,7 +66,9 @@ class CutOptions(Options):
         "other groups stay whole",
     )
     score: Annotated[str, OneOf(dict.fromkeys((*UNIT_SCORES, *LAYER_SCORES)))] | None = Field(
-        default=None, description="how units are ranked; by default magnitude, for whole blocks similarity"
+        default=None,
+        description="how units are ranked; by default fluctuation with "
+        "calibration data, magnitude without, for whole blocks similarity",
     )
     reduce: Annotated[str, OneOf(REDUCTIONS)] = Field(default="sum", description="how the slices of a unit are joined")
     scope: Annotated[str, OneOf(SCOPES)] = Field(

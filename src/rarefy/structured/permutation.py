@@ -14,8 +14,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import PatternError
@@ -25,7 +23,7 @@ from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves, reordered_indices
 from rarefy.model.forward import check_batches
-from rarefy.model.layers import Layer, Selector, all_layers, select_layers, unwrap
+from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.losses import Loss
 from rarefy.model.sparsity_pattern import Pattern, parse_pattern
 from rarefy.prune.prune import calibrate, check_weights
@@ -136,8 +134,7 @@ def run_permute(
     layers = select_layers(model, options.layers, options.ignore)
     check_weights(layers)
     check_optimizer(optimizer, inner)
-    with _UsedParameters() as used:
-        before = outputs(inner, example)
+    before = outputs(inner, example)
     graph = trace(inner, example)
     scores = _scores(layers, options.score, calibrate(model, layers, options.score, data, loss, seed))
     read = _group_scores(graph, scores, pattern)
@@ -152,8 +149,7 @@ def run_permute(
     total = sum(sums.values()) or 1.0
     means = {name: sum(rows[g][name] * s for g, s in sums.items()) / total for name in ("kept before", "kept")}
     summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **means}
-    notes = (*unsupported_notes(graph), *used.unused_note(inner))
-    return Report(f"inputs reordered for {pattern}", tuple(rows.values()), summary, notes)
+    return Report(f"inputs reordered for {pattern}", tuple(rows.values()), summary, unsupported_notes(graph))
 
 
 def _group_scores(graph: Graph, scores: Mapping[int, tuple[Tensor, int]], pattern: Pattern) -> dict[Group, Tensor]:
@@ -195,24 +191,6 @@ def _search_orders(
         }  # fmt: skip
         seconds_left, cost_left = seconds_left - (time.perf_counter() - began), cost_left - _cost(S)
     return rows, orders
-
-
-class _UsedParameters(TorchFunctionMode):
-    """Records the parameters that a call uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.used |= {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, nn.Parameter)}
-        return func(*args, **(kwargs or {}))
-
-    def unused_note(self, model: nn.Module) -> tuple[str, ...]:
-        """Return a note that names the layers which the call does not use: they were not verified."""
-        names = [l.full_name for l in all_layers(model) if id(l.original) not in self.used]
-        text = "not called on the example, so a call that uses it returns something else"
-        return (f"{text}: {', '.join(names)}",) if names else ()
 
 
 def _scores(layers: Sequence[Layer], score: str, stats: Mapping[str, LayerStats]) -> dict[int, tuple[Tensor, int]]:

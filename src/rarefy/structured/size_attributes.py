@@ -13,6 +13,13 @@ from rarefy.dependency.symbolic_dims import Algebra, Axis, Expr, kept_mask, leav
 from rarefy.model.mha import PrunableMultiheadAttention
 
 HEAD_DIMENSION = re.compile(r"head_?(dim|size|features)|(dim|size|features|per|d)_?(per_)?head|d_kv")
+# numbers that are no sizes of weights, unless a word for such sizes is in the name too
+OTHER_NUMBER = re.compile(
+    r"(^|_)(idx|index|id|ids|number|top_?k|k|buckets?|window|windows|length|len|stride|strides|padding|dilation|kernel|"
+    r"kernels|positions?|vocab|layers?|blocks?|depth|stages?|steps?|seed|eps|epoch|epochs|patch|patches|image|img|"
+    r"resolution|tokens?|max|min|experts?|labels?|classes|iterations?|levels?|chunk|chunks)(_|$)"
+)
+SIZE_WORD = re.compile(r"head|channel|feature|hidden|width|embed|dim|unit|neuron|inner|ffn|mlp|intermediate")
 # names of a model's width that other modules read; no view has this size
 WIDTHS = (
     "embed_dim",
@@ -44,9 +51,18 @@ def update_size_attributes(
     for prefix, module in model.named_modules():
         known = _update_known(module, sizes)
         for attribute, value in list(vars(module).items()):
-            if attribute not in known and not attribute.startswith("_"):
+            if attribute not in known and not attribute.startswith("_") and _may_be_size(attribute):
                 _update_other(prefix, module, attribute, value, sizes)
     return sizes.undo, sizes.numbers
+
+
+def _may_be_size(attribute: str) -> bool:
+    """Return whether a number of this name may be a size that a cut changes, not one that is equal by chance.
+
+    >>> [_may_be_size(n) for n in ("num_heads", "layer_idx", "top_k", "num_buckets", "window_size", "n")]
+    [True, False, False, False, False, True]
+    """
+    return not OTHER_NUMBER.search(attribute) or bool(SIZE_WORD.search(attribute))
 
 
 class _Sizes:

@@ -41,6 +41,7 @@ from rarefy.train.teacher_cache import TeacherCache
 Words = str | Sequence[str] | None
 
 
+ANSWERS = "answers"  # logits of starts and ends, [batch, 2, tokens]
 NEVER = -1e4  # logit of what cannot be
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin")  # data, not code
 
@@ -350,9 +351,13 @@ class Distiller(nn.Module):
     def _teacher_outputs(self, batch: Any) -> dict[str, Tensor]:
         """Return the teacher's outputs for a batch, from the cache where it has them."""
         if self._cache is None:
-            return self._run_teacher(batch)
-        device = tensors_in(batch)[0].device
-        return {k: v.to(device) for k, v in self._cache.outputs(batch, self._run_teacher).items()}
+            outputs = self._run_teacher(batch)
+        else:
+            device = tensors_in(batch)[0].device
+            outputs = {k: v.to(device) for k, v in self._cache.outputs(batch, self._run_teacher).items()}
+        if ANSWERS in outputs:
+            outputs["logits"] = torch.cat(outputs.pop(ANSWERS).unbind(1))
+        return outputs
 
     def _run_teacher(self, batch: Any) -> dict[str, Tensor]:
         """Return the teacher's logits, hidden states and projections for a batch."""
@@ -362,6 +367,8 @@ class Distiller(nn.Module):
         with evaluating(teacher), torch.no_grad():
             out = call(teacher, batch)
         outputs = {"logits": _logits(out).detach()} if self.config.logits else {}
+        if hasattr(out, "start_logits") and outputs:  # a row for each sample, as the cache stores them
+            outputs = {ANSWERS: torch.stack(outputs["logits"].chunk(2), 1)}
         if self.config.pools:
             outputs["pooled"] = _embeddings(out, batch, self.config.pooling).detach()
         activations = self._activations[1]

@@ -48,7 +48,10 @@ AUTOCAST = {"bf16": torch.bfloat16}  # fp16 would need its loss scaled
 class Steps(Options):
     """How an optimizer step is taken."""
 
-    accumulate: Positive = Field(default=1, description="batches whose gradients are added up for a step")
+    accumulate: Positive = Field(
+        default=1,
+        description="batches whose gradients are averaged for a step; each batch counts alike, whatever its size",
+    )
     clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     autocast: Annotated[str, OneOf(AUTOCAST)] | None = Field(
         default=None, description="precision in which the model runs while it trains"
