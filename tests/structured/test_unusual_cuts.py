@@ -122,3 +122,33 @@ def test_inputs_without_a_batch():
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     rarefy.cut_(net, torch.randn(8), keep=0.5)
     assert net[0].weight.shape == (8, 8)
+
+
+def test_blocks_with_names_of_their_own(tmp_path):
+    """Those that stay take the first names, so that the weights still fit the class of torchvision."""
+    torchvision = pytest.importorskip("torchvision")
+    make = lambda layers: torchvision.models.VisionTransformer(  # noqa: E731
+        image_size=16, patch_size=8, num_layers=layers, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4
+    ).eval()
+    torch.manual_seed(0)
+    model, x = make(4), torch.randn(2, 3, 16, 16)
+    rarefy.cut_(model, x, keep=0.5, units="neuron")
+    report = rarefy.drop_layers_(model, x, layers=["encoder.layers.encoder_layer_1"], score="random")
+    assert report.rows[0]["block"] == "encoder.layers.encoder_layer_1"
+    assert [n for n, _ in model.encoder.layers.named_children()] == [f"encoder_layer_{i}" for i in range(3)]
+    assert set(model.state_dict()) == set(make(3).state_dict())
+    rarefy.save(model, tmp_path / "vit")
+    torch.testing.assert_close(rarefy.load(tmp_path / "vit", model=make(4)).eval()(x), model(x))
+
+
+def test_blocks_that_share_weights(tmp_path):
+    make = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 4, enable_nested_tensor=False)  # noqa: E731
+    model, x = make().eval(), torch.randn(3, 2, 8)
+    rarefy.tie_layers_(model, 2)
+    before = sum(p.numel() for p in model.parameters())
+    report = rarefy.drop_layers_(model, x, layers=["layers.1"], score="random")
+    assert report.summary["parameters"].startswith(f"{before:,} -> {before:,}")
+    rarefy.save(model, tmp_path / "tied")
+    again = rarefy.load(tmp_path / "tied", model=make()).eval()
+    torch.testing.assert_close(again(x), model(x))
+    assert again.layers[1].linear1.weight is again.layers[2].linear1.weight

@@ -19,12 +19,10 @@ from rarefy.common.errors import ContainerError, ModelError, PatternError, unkno
 from rarefy.common.options import Options
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import activation_quants as rounded
-from rarefy.model.block_lists import block_lists
+from rarefy.model.block_lists import TIED, block_lists
 from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.lowrank_modules import factor_records as factorized
 from rarefy.model.quant_grid import recorded_grids
-
-NOTE = "rarefy_tied"
 
 
 class TieOptions(Options):
@@ -87,7 +85,7 @@ def run_tie(model: nn.Module, options: TieOptions) -> Report:
             _share(known[name], members, options.average)
         shared = " ".join("+".join(map(str, g)) for g in group)
         rows.append({"blocks": name, "many": len(known[name]), "groups": shared})
-    model.__dict__[NOTE] = {**noted(model), **groups}
+    model.__dict__[TIED] = {**noted(model), **groups}
     model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
     after = sum(p.numel() for p in model.parameters())
     summary = {"parameters": f"{before:,} -> {after:,}", "ratio": after / before}
@@ -108,7 +106,7 @@ def _check_untouched(model: nn.Module) -> None:
 
 def noted(model: nn.Module) -> dict[str, list[list[int]]]:
     """Return {list of blocks: groups that share weights}."""
-    return model.__dict__.get(NOTE, {})
+    return model.__dict__.get(TIED, {})
 
 
 def restore_(model: nn.Module, record: Any, path: Any) -> None:
@@ -131,12 +129,12 @@ def restore_(model: nn.Module, record: Any, path: Any) -> None:
     for name, groups in record.items():
         for members in groups:
             _share(known[name], members, False)
-    model.__dict__[NOTE] = {n: [list(g) for g in groups] for n, groups in record.items()}
+    model.__dict__[TIED] = {n: [list(g) for g in groups] for n, groups in record.items()}
 
 
 def forget_(model: nn.Module) -> None:
     """Drop the note of which blocks share weights; the weights stay as they are."""
-    model.__dict__.pop(NOTE, None)
+    model.__dict__.pop(TIED, None)
 
 
 def _groups(blocks: Any, every: int) -> list[list[int]]:

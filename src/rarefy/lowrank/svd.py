@@ -404,7 +404,7 @@ def _rank_for_time(module: Any, share: float, batch: int, max_rank: int, step: i
 
     Returns `max_rank` where none does.
     """
-    x = torch.randn(batch, module.in_features, dtype=module.weight.dtype)
+    x = torch.randn(batch, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     low, high = 0, max(1, min(max_rank, module.out_features * module.in_features // sum(module.weight.shape)) // step)
     with torch.no_grad():
         while low < high:

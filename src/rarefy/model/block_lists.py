@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 LIST_CLASSES = (nn.ModuleList, nn.Sequential)
+TIED = "rarefy_tied"  # attribute of a model: by list of blocks, the groups that share weights
 
 
 def outermost_lists(model: nn.Module, blocks_of: Callable[[Any], list[int]]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class SparsityTarget:
         """Return whether masks need all layers before the first is solved."""
         if self.score is None:
             return False
-        return self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
+        seeded = self.score == "random"  # one sequence of numbers for all layers
+        return seeded or self.scope == "global" or self.reduce is not None or bool(SCORES[self.score].needs - {"input"})
 
     def key(self) -> dict[str, Any]:
         """Return the fields under the names that saved states of runs have."""

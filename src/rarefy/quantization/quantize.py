@@ -237,8 +237,9 @@ def _nearest(layer: Layer, shape: tuple[int, ...], config: QuantizeConfig) -> tu
 
 def relative_error(before: Tensor, after: Tensor) -> float:
     """Return the squared error of a weight, relative to its size."""
-    was = before.float()
-    return float((after.float() - was).square().sum() / was.square().sum().clamp(min=1e-30))
+    largest = before.float().abs().max().clamp(min=1e-30)  # whose square may be too large
+    was, now = before.float() / largest, after.float() / largest
+    return float((now - was).square().sum() / was.square().sum().clamp(min=1e-30))
 
 
 def _row(layer: Layer, grid: WeightGrid, values: Tensor, config: QuantizeConfig) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rarefy.pipeline.sensitivity import GROUP
 from rarefy.search.deploy import Variant
 from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part, bits_at
+
+NUMBER = re.compile(r"[0-9]+$")  # at the end of a block's name
 
 
 def stages_of(
@@ -62,12 +65,15 @@ def renumbered(name: str, dropped: Sequence[str]) -> str:
 
     >>> renumbered("layers.4.attention", ["layers.1", "layers.3", "layers.5"])
     'layers.2.attention'
+    >>> renumbered("layers.layer_4.attention", ["layers.layer_1"])
+    'layers.layer_3.attention'
     """
     for stack in dict.fromkeys(block.rpartition(".")[0] for block in dropped):
         prefix = f"{stack}." if stack else ""
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit():
-            gone = [int(b.removeprefix(prefix)) for b in dropped if b.rpartition(".")[0] == stack]
-            fewer = int(number) - sum(n < int(number) for n in gone)
-            name = f"{prefix}{fewer}" + (f".{rest}" if rest else "")
+        own, _, rest = name.removeprefix(prefix).partition(".")
+        number = NUMBER.search(own)
+        if name.startswith(prefix) and number is not None:
+            gone = [int(NUMBER.search(b)[0]) for b in dropped if b.rpartition(".")[0] == stack]  # type: ignore[index]
+            fewer = int(number[0]) - sum(n < int(number[0]) for n in gone)
+            name = f"{prefix}{own[: number.start()]}{fewer}" + (f".{rest}" if rest else "")
     return name

@@ -20,7 +20,7 @@ from rarefy.common.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.model.batches import count_tokens, tensors_in
-from rarefy.model.block_lists import block_indices, block_lists
+from rarefy.model.block_lists import TIED, block_indices, block_lists
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
 from rarefy.model.layers import unwrap
 from rarefy.model.losses import Loss, check_finite, resolve_loss
@@ -39,16 +39,17 @@ class Block:
     stack: str
     number: int
     module: nn.Module
+    key: str  # its own name in the list, in most lists the number
 
     @property
     def name(self) -> str:
         """Return the block's name."""
-        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+        return f"{self.stack}.{self.key}" if self.stack else self.key
 
 
 def droppable(model: nn.Module, example: Any) -> list[Block]:
     """Return the blocks whose output has the shape of their input: the rest of the model still fits without them."""
-    blocks = [Block(n, i, s[i]) for n, s in block_lists(model).items() for i in block_indices(s)]
+    blocks = [Block(n, i, s[i], list(s._modules)[i]) for n, s in block_lists(model).items() for i in block_indices(s)]
     fits: dict[nn.Module, bool] = {}
 
     def compare(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
@@ -161,9 +162,11 @@ def drop_blocks(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay
             if dropped:
                 kept_blocks = [i for i in range(len(block_list)) if i not in dropped]
                 removal.undo += shrink_config_lists(model, kept_blocks, len(block_list))
+                keys = list(block_list._modules)
                 removal.undo.append(keep_blocks(block_list, kept_blocks))
                 numbers = _renumber(name, block_list, kept_blocks, removal)
-                record_kept_blocks(model, name, kept_blocks, numbers)
+                record_kept_blocks(model, name, keys, kept_blocks, numbers)
+                removal.undo.append(_renumber_tied(model, name, kept_blocks))
         verify(model, example, reference)
     except BaseException:
         removal.put_back()
@@ -176,14 +179,25 @@ def drop_blocks(model: nn.Module, example: Any, blocks: Sequence[Block], *, stay
 def _renumber(name: str, block_list: Any, kept_blocks: list[int], removal: Removal) -> dict[str, int]:
     """Set the block indices that modules store; return the changed attributes."""
     numbers: dict[str, int] = {}
+    keys = list(block_list._modules)
     for new, old in enumerate(kept_blocks):
         for path, module in block_list[new].named_modules():
             for attribute in NUMBERS:
                 if vars(module).get(attribute) == old and new != old:
                     setattr(module, attribute, new)
                     removal.undo.append(lambda m=module, a=attribute, v=old: setattr(m, a, v))
-                    numbers[".".join(p for p in (name, str(new), path, attribute) if p)] = new
+                    numbers[".".join(p for p in (name, keys[new], path, attribute) if p)] = new
     return numbers
+
+
+def _renumber_tied(model: nn.Module, name: str, kept_blocks: list[int]) -> Any:
+    """Renumber the blocks of a list that share weights, as `tie_layers_` records them; return what undoes it."""
+    before = model.__dict__.get(TIED)
+    if before and name in before:
+        groups = [[kept_blocks.index(i) for i in group if i in kept_blocks] for group in before[name]]
+        left = {**before, name: [group for group in groups if len(group) > 1]}
+        model.__dict__[TIED] = {n: g for n, g in left.items() if g}
+    return lambda: None if before is None else model.__dict__.update({TIED: before})
 
 
 def choose_blocks(model: nn.Module, blocks: Sequence[Block], scores: Tensor, count: int) -> list[Block]:
@@ -291,8 +305,10 @@ def run_drop_layers(
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
     rows = [{"block": b.name, column: float(s), "goes": b in dropped} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()
-    removed = {id(p) for b in dropped for p in b.module.parameters()}
-    size, rest = (sum(p.numel() for p in before if id(p) not in out) for out in (set(), removed))
+    gone = [b.module for b in dropped]
+    inside = {id(m) for module in gone for m in module.modules()}
+    rest_of = {id(p) for m in inner.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+    size, rest = (sum(p.numel() for p in before if id(p) in of) for of in ({id(p) for p in before}, rest_of))
     summary = {
         "blocks": f"{len(candidates)} -> {len(candidates) - count}",
         "parameters": f"{size:,} -> {rest:,} ({rest / size:.3f})",

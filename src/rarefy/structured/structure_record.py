@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +46,24 @@ def record_restorer(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def record_kept_blocks(model: nn.Module, name: str, kept_blocks: list[int], numbers: Mapping[str, Any]) -> None:
-    """Record which blocks of a list were kept, by their indices, and which block indices in modules changed."""
+def record_kept_blocks(
+    model: nn.Module, name: str, keys: Sequence[str], kept_blocks: list[int], numbers: Mapping[str, Any]
+) -> None:
+    """Record which blocks of a list were kept, by their indices, and which block indices in modules changed.
+
+    `keys` are the names that all blocks had in the list.
+    """
     record = cut_record(model)
     before = record["blocks"].get(name)
     prefix = f"{name}." if name else ""
 
     def renumbered(key: str) -> str | None:
         """Return the new name of a module or tensor; None in a removed block."""
-        index, dot, rest = key.removeprefix(prefix).partition(".")
-        if not key.startswith(prefix) or not index.isdecimal():
+        own, dot, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix) or own not in keys:
             return key
-        return f"{prefix}{kept_blocks.index(int(index))}{dot}{rest}" if int(index) in kept_blocks else None
+        index = keys.index(own)
+        return f"{prefix}{keys[kept_blocks.index(index)]}{dot}{rest}" if index in kept_blocks else None
 
     renamed = {
         part: {new: v for k, v in record[part].items() if (new := renumbered(k))}
@@ -192,7 +198,7 @@ def _keep_blocks(model: nn.Module, name: str, indices: Any, path: Any) -> None:
 
 
 def keep_blocks(block_list: nn.ModuleList | nn.Sequential, kept_blocks: list[int]) -> Any:
-    """Keep these blocks of a list and renumber them; return what undoes it."""
+    """Keep these blocks of a list under the names of its first ones; return what undoes it."""
     before = dict(block_list._modules)
     blocks = list(before.values())
 
@@ -200,7 +206,7 @@ def keep_blocks(block_list: nn.ModuleList | nn.Sequential, kept_blocks: list[int
         block_list._modules.clear()
         block_list._modules.update(modules)
 
-    set_modules({str(n): blocks[i] for n, i in enumerate(kept_blocks)})
+    set_modules({key: blocks[i] for key, i in zip(before, kept_blocks)})
     return lambda: set_modules(before)
 
 
