@@ -1,14 +1,16 @@
 """Predicted choices: the least loss at each saving, compared with all combinations."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rarefy.search.frontier import Point
-from rarefy.search.line_search import at_speed_of, correction
-from rarefy.search.solve import at_loss, at_saving, front, hull, shrunk
+from rarefy.search.line_search import at_speed_of, correction, next_choice
+from rarefy.search.solve import Choice, at_loss, at_saving, front, hull, shrunk
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
+from rarefy.search.targets import parse_targets
 
 
 def random_parts(seed, count=4, amounts=4):
@@ -122,3 +124,16 @@ def test_values_near_a_prediction_correct_it_most() -> None:
     assert correction(pairs, 0.1) == pytest.approx(0.5, abs=0.1)
     assert correction(pairs, 0.4) == pytest.approx(1.0, abs=0.01)
     assert correction([], 0.4) == 1.0
+
+
+def test_a_line_goes_on_as_far_as_its_first_point_says():
+    """Not to the middle of all that is possible, where cuts lose a hundred times the limit."""
+    choices = [Choice({}, 0.01 * i**2, 0.01 * i) for i in range(100)]
+    point = Point("p", 1.0, 0.0, {}, {"1": 1.0}, 1, 1, {})
+    seen = {0: replace(point, loss=0.001), 10: replace(point, loss=0.011)}  # predicted 1.0
+    limit = parse_targets(0.026, "latency")
+    index = next_choice(choices, seen, 10, 100, limit)
+    assert index == 15  # the last that is predicted at most at 2.5
+    assert next_choice(choices, {0: seen[0]}, 0, 100, limit) == 50  # nothing is known yet
+    far = {0: seen[0], 10: replace(point, loss=0.0011)}
+    assert next_choice(choices, far, 10, 100, limit) == 55

@@ -48,6 +48,8 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
         if low >= len(choices) - 1:
             return low
         saving = choices[low].saving + max((choices[-1].saving - choices[low].saving) / 2, NEAR)
+        guess = _extrapolated(choices, seen, low, targets)
+        saving = saving if guess is None else min(saving, max(guess, choices[low].saving + NEAR))
         return min(max(solve.at_saving(choices, saving), low + 1), len(choices) - 1)
     if high - low <= 1 or choices[high].saving - choices[low].saving < NEAR:
         return low
@@ -55,6 +57,20 @@ def next_choice(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, 
     width = choices[high].saving - choices[low].saving
     inside = min(max(guess, choices[low].saving + 0.15 * width), choices[high].saving - 0.15 * width)
     return min(max(solve.at_saving(choices, inside), low + 1), high - 1)
+
+
+def _extrapolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, targets: Targets) -> float | None:
+    """Return the saving at which the limit is expected, if predictions stay as wrong as at `low`.
+
+    None where nothing says how wrong they are.
+    """
+    first, at, limit = seen[0].loss, seen[low].loss if low in seen else None, targets.max_loss
+    if limit is None or first is None or at is None or targets.objective == "loss":
+        return None
+    if at <= first or choices[low].loss <= 0:
+        return None
+    predicted = choices[low].loss * (limit - first) / (at - first)
+    return choices[solve.at_loss(choices, predicted)].saving
 
 
 def _interpolated(choices: Sequence[Choice], seen: Mapping[int, Point], low: int, high: int, targets: Targets) -> float:
