@@ -167,7 +167,7 @@ def checked_search(losses: dict[str, tuple[float, float, float]], limit: float):
     ]
     task = SimpleNamespace(targets=parse_targets(limit, "latency"), check=object(), progress=False)
     return SimpleNamespace(
-        task=task, points=made, reference=made[0], seconds=1.0, dense_fast=None, elapsed=lambda: 0.0, made=[],
+        task=task, points=made, reference=made[0], seconds=1.0, dense_fast=None, elapsed=lambda: 0.0, made=[], observed=[],
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import torch
 
 from rarefy.search.frontier import Point
 from rarefy.search.line_search import at_speed_of, correction, next_choice
+from rarefy.search.points import Observed
+from rarefy.search.smoothing import smoothed
 from rarefy.search.solve import Choice, at_loss, at_saving, front, hull, shrunk
 from rarefy.search.space import Part, few_samples, group_amounts, step_of
 from rarefy.search.targets import parse_targets
@@ -137,3 +139,23 @@ def test_a_line_goes_on_as_far_as_its_first_point_says():
     assert next_choice(choices, {0: seen[0]}, 0, 100, limit) == 50  # nothing is known yet
     far = {0: seen[0], 10: replace(point, loss=0.0011)}
     assert next_choice(choices, far, 10, 100, limit) == 55
+
+
+def test_one_slow_measurement_does_not_decide():
+    """Nine choices save 2 % more each; one of them was timed while another program ran."""
+    base = Point("dense", 1.0, 0.0, {"1": {"median": 1.0}}, {"1": 3.0}, 1, 1, {"stages": ["dense"], "seed": 0})
+    observed = []
+    for i in range(9):
+        saving = 0.1 + 0.02 * i
+        speed = 3.0 / (1 - 0.9 * saving)  # predictions are a tenth too large
+        name = f"c{i}"
+        point = replace(base, name=name, recipe={"stages": [name], "seed": 0}, speedup={"1": speed})
+        observed.append(Observed({}, 0.0, {"1": saving}, point, base))
+    exact = [p.speedup["1"] for p in smoothed([o.point for o in observed], observed)]
+    assert exact == pytest.approx([o.point.speedup["1"] for o in observed], rel=1e-6)
+    slow = replace(observed[7].point, speedup={"1": 0.9 * observed[7].point.speedup["1"]})
+    observed[7] = replace(observed[7], point=slow)
+    points = smoothed([base, *(o.point for o in observed)], observed)
+    assert points[0] == base
+    assert points[8].speedup["1"] > points[6].speedup["1"] > slow.speedup["1"]
+    assert smoothed([slow], observed[:2]) == [slow]

@@ -20,6 +20,7 @@ from rarefy.model.batches import count_samples, slice_batch
 from rarefy.search.deploy import Deployed
 from rarefy.search.frontier import Point
 from rarefy.search.points import Measured, digest_of, with_times
+from rarefy.search.smoothing import smoothed
 from rarefy.search.targets import NOISE
 from rarefy.search.task import Task
 
@@ -94,7 +95,7 @@ def confirm(search: Measured, search_again: Callable[[float], None]) -> tuple[in
         search_again: goes on with the search; it is given by which factor the limit of loss has to be smaller.
     """
     targets, notes = search.task.targets, list[str]()
-    index, met = targets.best(search.points)
+    index, met = targets.best(smoothed(search.points, search.observed))
     if index is None or search.points[index] is search.reference:
         return index, met, []
     checked: dict[int, Point] = {}
@@ -169,9 +170,9 @@ def _next_best(search: Measured, tried: Collection[int], factor: float) -> int |
     targets = search.task.targets
     others = {
         i: p
-        for i, p in enumerate(search.points)
+        for i, p in enumerate(smoothed(search.points, search.observed))
         if i not in tried
-        and p is not search.reference
+        and search.points[i] is not search.reference
         and p.loss is not None
         and targets.keeps(replace(p, loss=max(p.loss, p.loss * factor)))
     }

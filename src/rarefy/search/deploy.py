@@ -30,6 +30,7 @@ from rarefy.search.targets import DECODE, times_tokens
 
 SECONDS = 1.5  # of calls of one model at one batch size
 REPEATS = (5, 400)  # at least and at most
+TEXTS = 12  # texts that each language model reads and continues
 ATTEMPTS, SPREAD = 3, 0.15  # at times, and how far their quartiles may lie apart, in parts of the median
 PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
 SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
@@ -124,7 +125,7 @@ def _times_once(
         prompt, new = timed_tokens(engine.max_tokens)
         steps = {n: decode_step(e, prompt + new) for n, e in engines.items()}
         new = new if "decode" in names else 1
-        rates_of = rates(steps, engine.vocab_size, prompt=prompt, new=new, repeats=REPEATS[0])
+        rates_of = rates(steps, engine.vocab_size, prompt=prompt, new=new, repeats=TEXTS)
         tokens = {"decode": ("decode", 1), "prompt": ("prefill", prompt)}
         return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in rates_of.items()} for n in names}
     result = {}

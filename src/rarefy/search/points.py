@@ -42,6 +42,7 @@ from rarefy.search.targets import check_dense
 from rarefy.search.task import Task
 
 RESERVED = 0.03  # of the time, for saving the result
+TO_GO_ON = 0.15  # of the time, for a search with a smaller limit where the best model loses more on new data
 MAX_POINTS = 200
 
 
@@ -51,12 +52,14 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Observed:
-    """A choice that was measured: its amounts, the sum of its parts' losses and savings, and the point."""
+    """A choice that was measured: its amounts, the sum of its parts' losses and savings, the point, and the dense model
+    in its precision."""
 
     amounts: Amounts
     loss: float
     savings: Mapping[str, float]
     point: Point
+    base: Point
 
 
 class Measured:
@@ -72,6 +75,7 @@ class Measured:
         self.task, self.journal = task, journal
         self.began = journal.clock() - journal.seconds
         self.seconds = task.seconds  # until when measurements begin
+        self.kept_back = 0.0 if task.check is None else TO_GO_ON * task.seconds  # seconds that come after the search
         self.names = timed_names(task.dense, task.batches, task.targets.objective)
         self.points: list[Point] = []
         self.dense_fast: Deployed | None = None
@@ -99,7 +103,7 @@ class Measured:
         make_again = 0.0 if index is None or in_memory else self.points[index].seconds
         if index is not None and self.journal.processes > 1 and trains(self.points[index].recipe):
             make_again = 0.0  # the first process has it
-        return self.seconds * (1 - RESERVED) - self.elapsed() - make_again
+        return self.seconds * (1 - RESERVED) - self.kept_back - self.elapsed() - make_again
 
     def fits(self, *kinds: str, more: float = 0.0, until: float = math.inf) -> bool:
         """Return whether a step fits into the time.

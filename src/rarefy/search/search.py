@@ -51,6 +51,7 @@ from rarefy.search.recovery import (
     with_training,
 )
 from rarefy.search.several_processes import PROCESSES, in_groups, next_choices
+from rarefy.search.smoothing import smoothed
 from rarefy.search.solve import Choice
 from rarefy.search.space import BLOCK, CUTS, RANK, Amounts, Part
 from rarefy.search.targets import mean_speedup, times_tokens
@@ -65,6 +66,7 @@ class Search(Measured):
     def run(self) -> str:
         """Search until nothing is left to try or the time is over; return why it ended."""
         self._run_within_limits()
+        self.kept_back = 0.0
         ended = "time" if self.skipped else "done"
         if self.task.recovery is not None:
             try:
@@ -360,7 +362,7 @@ class Search(Measured):
         return train_stage(task.dense, task.example, task.metric.name, count) if count else None
 
     def _better(self, a: Point, b: Point) -> bool:
-        index, _ = self.task.targets.best([b, a])
+        index, _ = self.task.targets.best(smoothed([b, a], self.observed))
         return index == 1
 
     def _side_by_side(self) -> int:
@@ -457,7 +459,7 @@ class Search(Measured):
         point = replace(
             point, predicted={**predicted, "milliseconds": at_speed_of(point, self.bases[variant], expected)}
         )
-        self.observed.append(Observed(choice.amounts, loss, savings, point))
+        self.observed.append(Observed(choice.amounts, loss, savings, point, self.bases[variant]))
         return point
 
     def _predicted(
