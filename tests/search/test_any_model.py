@@ -19,6 +19,8 @@ from rarefy.search.deploy import distance, outputs_of
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
 from rarefy.search.optimize import optimize
+from rarefy.search.parts import PartMeasurer
+from rarefy.search.points import digest_of
 from rarefy.search.search import Search
 from rarefy.search.search_key import function_key
 from rarefy.search.space import Part
@@ -47,7 +49,9 @@ def kernels_of(compiled):
     return {names[node]: kernel for node, kernel in compiled.kernels.items() if node in names}
 
 
-def test_without_data_a_function_judges_cuts_too():
+def test_without_data_a_function_judges_cuts_too(monkeypatch):
+    saved = lambda self, method, smaller, level=None: {"1": 0.4 if method == "neuron" else 0.0}  # noqa: E731
+    monkeypatch.setattr(PartMeasurer, "_saved", saved)  # times of so small a model vary
     wanted = NET(X).argmax(1)
     judge = lambda model: float((model(X).argmax(1) == wanted).float().mean())  # noqa: E731
     frontier = optimize(NET, X[:4], None, judge, max_loss="60%", target="size", minutes=0.3)
@@ -103,6 +107,19 @@ def test_more_minutes_keep_what_was_measured(tmp_path):
     recipes = lambda frontier: [(p.recipe["stages"], p.precision) for p in frontier.points if not p.error]  # noqa: E731
     assert all(r in recipes(later) for r in recipes(first))
     assert later.best_point.disk_bytes <= first.best_point.disk_bytes
+
+
+def test_what_an_earlier_search_measured_corrects_the_times():
+    search = search_of(parse_targets(0.5, "latency"))
+    recipe = {"stages": [{"cast": {"dtype": "fp32"}}, {"prune": {"sparsity": 0.5}}], "seed": 0}
+    earlier = dataclasses.replace(search.reference, name="earlier", recipe=recipe, speedup={"1": 2.0})
+    search.journal.values["point cast+prune None: 1"] = dataclasses.asdict(earlier)
+    search.journal.values[f"choice of {digest_of(recipe, earlier)}"] = {"loss": 0.1, "savings": {"1": 0.4}}
+    search.add_earlier_points()
+    search.add_earlier_points()
+    [observed] = search.observed
+    assert observed.point.name == "earlier" and observed.savings == {"1": 0.4} and observed.base == search.reference
+    assert [p.name for p in search.points] == ["dense, fp32", "earlier"]
 
 
 class Block(nn.Module):

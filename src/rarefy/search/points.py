@@ -264,7 +264,11 @@ class Measured:
         for key, value in self.journal.values.items():
             if key.startswith("point ") and not value["error"]:
                 tuples = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"])}
-                self.add(Point(**{**value, **tuples}))
+                point = self.add(Point(**{**value, **tuples}))
+                choice = self.journal.values.get(f"choice of {digest_of(point.recipe, point)}")
+                bases = [base for variant, base in self.bases.items() if runs_in(variant) == runs_in(point)]
+                if choice and bases and not any(same_model(o.point, point) for o in self.observed):
+                    self.observed.append(Observed({}, choice["loss"], choice["savings"], point, bases[0]))
 
     def add(self, point: Point) -> Point:
         """Add a point to those that were tried, unless the same model is among them."""

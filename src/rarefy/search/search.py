@@ -460,6 +460,8 @@ class Search(Measured):
             point, predicted={**predicted, "milliseconds": at_speed_of(point, self.bases[variant], expected)}
         )
         self.observed.append(Observed(choice.amounts, loss, savings, point, self.bases[variant]))
+        if self.journal.processes == 1:  # for a search that goes on another way after a kill
+            self.journal.get(f"choice of {digest_of(point.recipe, point)}", lambda: {"loss": loss, "savings": savings})
         return point
 
     def _predicted(
