@@ -20,7 +20,6 @@ from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
 from rarefy.search.optimize import optimize
 from rarefy.search.parts import PartMeasurer
-from rarefy.search.points import digest_of
 from rarefy.search.search import Search
 from rarefy.search.search_key import function_key
 from rarefy.search.space import Part
@@ -113,8 +112,8 @@ def test_what_an_earlier_search_measured_corrects_the_times():
     search = search_of(parse_targets(0.5, "latency"))
     recipe = {"stages": [{"cast": {"dtype": "fp32"}}, {"prune": {"sparsity": 0.5}}], "seed": 0}
     earlier = dataclasses.replace(search.reference, name="earlier", recipe=recipe, speedup={"1": 2.0})
-    search.journal.values["point cast+prune None: 1"] = dataclasses.asdict(earlier)
-    search.journal.values[f"choice of {digest_of(recipe, earlier)}"] = {"loss": 0.1, "savings": {"1": 0.4}}
+    sums = {"loss": 0.1, "savings": {"1": 0.4}}
+    search.journal.values["point cast+prune None: 1"] = {**dataclasses.asdict(earlier), "predicted": sums}
     search.add_earlier_points()
     search.add_earlier_points()
     [observed] = search.observed

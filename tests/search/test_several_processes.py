@@ -341,7 +341,7 @@ def test_the_command_line_under_torchrun(tmp_path):
     text_model(tmp_path)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rarefy",
-        "optimize", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--max-loss", "50%", "--minutes", "0.3", "--tokens", "16",
+        "optimize", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--max-loss", "50%", "--minutes", "1", "--tokens", "16",
         "--samples", "8", "-o", str(tmp_path / "out"), "--json", "--threads", "1",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -66,6 +66,7 @@ def migrate(
     - prune:
         layers:
         - fc1.weight
+        score: magnitude
         pattern: 2:4
     <BLANKLINE>
     """

@@ -69,6 +69,7 @@ def resize_batch(batch: Any, size: int) -> Any:
     What is no tensor stays as it is, and so do tensors whose first dimension is not that of most: a mask [L, L], a
     table of positions.
 
+    >>> import torch
     >>> [len(t) for t in resize_batch((torch.ones(4, 6), torch.ones(4), torch.ones(6, 6)), 1)]
     [1, 1, 6]
     """

@@ -167,14 +167,18 @@ class Measured:
         predicted: Mapping[str, Any] | None = None,
         rows: Sequence[Mapping[str, Any]] = (),
         methods: Iterable[str] = (),
+        sums: Mapping[str, Any] | None = None,
     ) -> Point:
-        """Return a point, from the journal or measured. `methods` are those of its parts."""
+        """Return a point, from the journal or measured. `methods` are those of its parts, `sums` what is predicted of
+        these: the journal keeps them for a search that goes on another way."""
         recipe = self._recipe(name, variant, stages)
         kind = f"point {'+'.join(map(_work_of, stages))} {variant.precision}:"
         key = f"{kind} {digest_of(recipe, variant)}"
         self._need_time(key, kind, methods)
         measured = self.journal.get(
-            key, lambda: self._measured(name, recipe, variant), keep=lambda values: not values["error"]
+            key,
+            lambda: {**self._measured(name, recipe, variant), "predicted": sums or {}},
+            keep=lambda values: not values["error"],
         )
         more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
         return Point(**{**measured, "recipe": recipe, **more, "calibrated": self._is_calibrated(variant)})
@@ -264,8 +268,7 @@ class Measured:
         for key, value in self.journal.values.items():
             if key.startswith("point ") and not value["error"]:
                 tuples = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"])}
-                point = self.add(Point(**{**value, **tuples}))
-                choice = self.journal.values.get(f"choice of {digest_of(point.recipe, point)}")
+                point, choice = self.add(Point(**{**value, **tuples, "predicted": {}})), value["predicted"]
                 bases = [base for variant, base in self.bases.items() if runs_in(variant) == runs_in(point)]
                 if choice and bases and not any(same_model(o.point, point) for o in self.observed):
                     self.observed.append(Observed({}, choice["loss"], choice["savings"], point, bases[0]))

@@ -452,7 +452,7 @@ class Search(Measured):
         predicted = self._predicted(self.bases[variant], parts, choice.amounts, loss, savings)
         rows = rows_of(choice, parts, variant, self.bases[variant])
         stages, methods = self.stages(choice.amounts, parts, variant), {method for method, _ in choice.amounts}
-        point = self.point(name, variant, stages, predicted, rows, methods)
+        point = self.point(name, variant, stages, predicted, rows, methods, {"loss": loss, "savings": savings})
         if point.loss is None:
             return point
         expected = predicted["milliseconds"]
@@ -460,8 +460,6 @@ class Search(Measured):
             point, predicted={**predicted, "milliseconds": at_speed_of(point, self.bases[variant], expected)}
         )
         self.observed.append(Observed(choice.amounts, loss, savings, point, self.bases[variant]))
-        if self.journal.processes == 1:  # for a search that goes on another way after a kill
-            self.journal.get(f"choice of {digest_of(point.recipe, point)}", lambda: {"loss": loss, "savings": savings})
         return point
 
     def _predicted(
