@@ -111,7 +111,7 @@ def layer_groups(model: nn.Module, batch: Any, layers: Sequence[Layer], *, dense
     with evaluating(model), without_mha_fastpath(), torch.no_grad():
         with weight_hooks(model, layers, before_layer):
             call(model, on_device(model, first_samples(batch)))
-        if max(calls.values(), default=0) and count_samples(batch) > 1:  # a loop over samples calls layers more often
+        if calls and count_samples(batch) > 1:  # a loop over samples calls layers more often
             calls.clear()
             with weight_hooks(model, layers, lambda layer, *_: calls.update({id(layer): calls.get(id(layer), 0) + 1})):
                 call(model, on_device(model, batch))

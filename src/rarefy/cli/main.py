@@ -358,16 +358,15 @@ def main() -> None:
     except RarefyError as error:
         print(f"rarefy: {shell_text(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError as error:
-        print(f"rarefy: {error or 'out of memory'}: ask for less at once, such as a smaller batch", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        of_torch = isinstance(error, RuntimeError)
+        if of_torch and "can't allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        print("rarefy: out of memory: ask for less at once, such as a smaller batch", file=sys.stderr)
+        what = "out of memory" if of_torch else error or "out of memory"
+        print(f"rarefy: {what}: ask for less at once, such as a smaller batch", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        shared.discard_output()
         sys.exit(0)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer met such a pipe

@@ -320,7 +320,12 @@ def show(result: Any, as_json: bool, quiet: bool) -> None:
         if text:
             print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+
+
+def discard_output() -> None:
+    """Send standard output nowhere: the reader of its pipe has closed it, and a flush at the end would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.activation_quant import get_activation_quant, suspended
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.image_config import image_config_of, set_image_config_
-from rarefy.model.layers import Selector, all_layers, match_layers
+from rarefy.model.layers import Selector, all_layers, ignored_modules
 from rarefy.model.nesting import input_names, output_names
 from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
 from rarefy.runtime.packed_formats import PANEL_BITS
@@ -234,7 +234,7 @@ def compile(
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     with suspended(model, ROUNDING_LAYERS) as rounding:
-        ignored = _module_names(model, ignore)
+        ignored = ignored_modules(model, ignore)
         if ignored and not (precision or PRECISIONS.get(dtype) or rounding):
             raise ModelError("ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16' with it")
         own = {**dict.fromkeys(rounding, "int8"), **dict.fromkeys(ignored)}
@@ -347,12 +347,6 @@ def _verify_all_tokens(
     compiled.skip_padding = False
     verify(model, compiled, *example, allowed, unit_sizes)
     compiled.skip_padding = True
-
-
-def _module_names(model: nn.Module, ignore: Selector) -> frozenset[str]:
-    """Return the names of the modules whose weights `ignore` selects."""
-    chosen = match_layers(all_layers(model), ignore, "ignore") if ignore else []
-    return frozenset(name for layer in chosen for name, *_ in layer.owners)
 
 
 def has_kernels(kernels: Mapping[Node, Any], precision: str) -> bool:

@@ -199,6 +199,12 @@ def matches_selector(selector: str, layer: Layer) -> bool:
     return any(c.__name__ == selector for _, m, _ in layer.owners for c in _classes(m))
 
 
+def ignored_modules(model: nn.Module, ignore: Selector) -> tuple[str, ...]:
+    """Return the names of the modules whose weights `ignore` selects, in the order of the model."""
+    chosen = match_layers(all_layers(model), ignore, "ignore") if ignore else []
+    return tuple(dict.fromkeys(name for layer in chosen for name, *_ in layer.owners))
+
+
 def match_layers(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:
     """Return the layers that any selector matches; SelectorError, which names the argument, for one without match."""
     matched: set[int] = set()

@@ -15,14 +15,13 @@ from typing import Any
 
 from rarefy.search import solve
 from rarefy.search.solve import Choice
-from rarefy.search.space import Amounts, Part, kind_of
+from rarefy.search.space import Amounts, Key, Part, kind_of
 
 FACTORS = (2.0, 1.4, 1.2)  # on the losses of parts, one round of the climb after the other
 GAIN = 1e-3  # of the loss: less is not taken as better
 DEARER = 10.0  # a method that is predicted to lose so many times what the cheapest one does is not measured
 
 Loss = Callable[[Amounts], float | None]
-Key = tuple[str, str]  # of a part
 
 
 def climb(

@@ -26,12 +26,11 @@ from rarefy.pipeline.sensitivity import compressed_weight, replaced
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import distance, outputs_of
-from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part
+from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Key, Part
 from rarefy.structured.compensation import compensation, layers_losing_inputs
 from rarefy.structured.consumers import Consumer, Moments, collect_moments
 from rarefy.structured.unit_selection import keep_masks
 
-Key = tuple[str, str]  # of a part
 JUDGED = 4  # of so many batches the last is kept for distances
 CACHED_BYTES = 1 << 30  # of changed weights that are kept for other allocations
 

@@ -19,7 +19,7 @@ from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
 from rarefy.compiler.executor import Compiled
 from rarefy.model import hf
-from rarefy.model.layers import all_layers, match_layers
+from rarefy.model.layers import ignored_modules
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import Variant, deploy, variants_of
@@ -121,9 +121,7 @@ class Search(Measured):
     def _stay_as_they_are(self) -> tuple[str, ...]:
         """Return the layers that may not change, for models that can keep single layers in fp32."""
         task = self.task
-        if not task.ignore or hf.is_causal_lm(task.dense):
-            return ()
-        return tuple(layer.name for layer in match_layers(all_layers(task.dense), task.ignore, "ignore"))
+        return () if hf.is_causal_lm(task.dense) else ignored_modules(task.dense, task.ignore)
 
     def _mix_precisions(self) -> None:
         """Measure the dense model with some layers in fp32 and the others in 8 bits, where 8 bits lose too much."""

@@ -90,7 +90,8 @@ class Part:
         return self.size - round(self.size * amount)
 
 
-Amounts = Mapping[tuple[str, str], float]  # by Part.key; what is missing is left as it is
+Key = tuple[str, str]  # of a part: its method and name
+Amounts = Mapping[Key, float]  # by Part.key; what is missing is left as it is
 
 
 # ---- groups of units -----------------------------------------------------------------------------------------------

@@ -305,10 +305,9 @@ def run_drop_layers(
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
     rows = [{"block": b.name, column: float(s), "goes": b in dropped} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()
-    gone = [b.module for b in dropped]
-    inside = {id(m) for module in gone for m in module.modules()}
-    rest_of = {id(p) for m in inner.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
-    size, rest = (sum(p.numel() for p in before if id(p) in of) for of in ({id(p) for p in before}, rest_of))
+    gone = {id(m) for b in dropped for m in b.module.modules()}
+    stay_in_use = {id(p) for m in inner.modules() if id(m) not in gone for p in m.parameters(recurse=False)}
+    size, rest = sum(p.numel() for p in before), sum(p.numel() for p in before if id(p) in stay_in_use)
     summary = {
         "blocks": f"{len(candidates)} -> {len(candidates) - count}",
         "parameters": f"{size:,} -> {rest:,} ({rest / size:.3f})",
