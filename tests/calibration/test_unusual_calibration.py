@@ -188,3 +188,39 @@ def test_blocks_of_zeros_fit_into_groups():
     net, data = nn.Sequential(nn.Linear(96, 8)), [torch.randn(32, 96)]
     with pytest.raises(PatternError, match="group=32 must be a multiple of 12 for pattern 1x12"):
         rarefy.quantize_(net, "int4", solver="obs", pattern="1x12", sparsity=0.5, group=32, data=data)
+
+
+class Experts(nn.Module):
+    """Four blocks, of which a batch passes those with an even number."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(4))
+
+    def forward(self, x):
+        return self.blocks[2](x + self.blocks[0](x))
+
+
+@pytest.mark.parametrize(
+    "compress",
+    [
+        lambda m, data: rarefy.prune_(m, solver="obs", sparsity=0.5, data=data),
+        lambda m, data: rarefy.prune_(m, solver="admm", sparsity=0.5, data=data),
+        lambda m, data: rarefy.prune_(m, solver={"name": "admm", "reconstruct": 1}, sparsity=0.5, data=data),
+        lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver="obs", data=data),
+        lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver={"name": "obs", "asymmetric": 0.5}, data=data),
+        lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver={"name": "round", "steps": 4}, data=data),
+        lambda m, data: rarefy.factorize_(m, rank=2, data=data),
+    ],
+    ids=["obs", "admm", "reconstruct", "gptq", "gptq-asymmetric", "round", "factorize"],
+)
+def test_layers_that_the_data_do_not_reach_are_compressed_without_them(compress):
+    """Their weights alone tell what can go: no solver stops halfway."""
+    torch.manual_seed(0)
+    model, data = Experts().eval(), [torch.randn(64, 8) for _ in range(3)]
+    before = model.blocks[1](data[0])
+    with pytest.warns(UserWarning, match=r"do not reach these layers.*blocks\.1\.0.*blocks\.3\.2"):
+        compress(model, data)
+    assert torch.isfinite(model(data[0])).all()
+    after = model.blocks[1](data[0])
+    assert 0 < (after - before).square().sum() < before.square().sum()

@@ -76,15 +76,26 @@ def all_reduce_gram(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None
     tokens = distributed.all_reduce_number(0.0 if gram is None else gram.tokens)
     if not tokens:
         return None
-    G, K, _, I = layer.layout.shape
-    C = K * I if layer.layout.kind == "conv" else I
-    local_gram = gram or Gram()
-    H = distributed.all_reduce_tensor(local_gram.H, (G, C, C))
-    cross = distributed.all_reduce_tensor(local_gram.cross, (G, C, C)) if dense else None
+    shape, local_gram = _shape(layer), gram or Gram()
+    H = distributed.all_reduce_tensor(local_gram.H, shape)
+    cross = distributed.all_reduce_tensor(local_gram.cross, shape) if dense else None
     held_out = None
     if dense and distributed.all_reduce_number(float(local_gram.held_out is not None)):
         held_out = all_reduce_gram(local_gram.held_out, layer, dense)
     return Gram(H, cross, tokens, held_out)
+
+
+def identity_gram(layer: Layer) -> Gram:
+    """Return the Gram matrix of a layer whose inputs are not known: all weights count the same."""
+    G, C, _ = _shape(layer)
+    return Gram(torch.eye(C, device=layer.original.device).repeat(G, 1, 1))
+
+
+def _shape(layer: Layer) -> tuple[int, int, int]:
+    """Return the shape of a layer's Gram matrices, [G, C, C]."""
+    G, K, _, I = layer.layout.shape
+    C = K * I if layer.layout.kind == "conv" else I
+    return G, C, C
 
 
 def _add_upper(H: Tensor, x: Tensor) -> None:

@@ -9,6 +9,7 @@ in which the model computes; above a budget they are moved to a file.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.calibration.gram import Gram, all_reduce_gram, input_columns, input_signature, padding_mask
+from rarefy.calibration.gram import Gram, all_reduce_gram, identity_gram, input_columns, input_signature, padding_mask
 from rarefy.calibration.module_state import Attribute, attributes_set_by, set_values, values_of
 from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
@@ -35,6 +36,8 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 from rarefy.model.mha import without_mha_fastpath
 
+UNREACHED = "the calibration data do not reach these layers, so all of their inputs count the same"
+UNREACHABLE = "the calibration data reach no layer, nor {} (calls in a thread of its own do not count): give other data"
 HEAP_SLACK = 32 << 20  # bytes; memory that is returned costs a page fault when it is needed again
 
 
@@ -213,9 +216,9 @@ def calibrate_sequentially(
     max_suspended_bytes  limit for suspended activations in memory, by default half of the available memory; the rest
                          goes to a file in `folder` (by default the folder for temporary files)
 
-    Raises DataError if no batch reaches a layer, ModelError for NaN or inf in a layer's input. Time: one forward pass,
-    and one more for each layer that is called several times. Memory: the suspended frames, about three activations per
-    token, and one Gram matrix.
+    A layer that no batch reaches gets the identity as its Gram matrix, and a warning at the end. Raises DataError if no
+    layer is reached, ModelError for NaN or inf in a layer's input. Time: one forward pass, and one more for each layer
+    that is called several times. Memory: the suspended frames, about three activations per token, and a Gram matrix.
     """
     if max_suspended_bytes is None:
         free = offload.available_bytes()
@@ -244,14 +247,12 @@ class _SequentialCalibration:
         self.index_of = {id(s.layers[0]): i for i, s in enumerate(steps) if isinstance(s, LayerGroup)}
         self.grams: dict[int, Gram] = {}
         self.block_calls: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
+        self.unreached: list[str] = []  # layers that no batch calls
         self.rerun = False  # whether the block of this step has new weights
         self.dense_values: dict[tuple[int, int], Tensor] = {}  # (batch, step) -> input or output in the dense model
         self.calls: dict[tuple[Any, int], int] = {}
         self.attributes: list[Attribute] | None = None  # that a forward sets; each pass has its own values
-        self.streams: tuple[dict[Any, int], ...] = (
-            {},
-            {},
-        )  # dense and compressed: coroutine -> step
+        self.streams: tuple[dict[Any, int], ...] = ({}, {})  # dense and compressed: coroutine -> step
 
     def run(self, data: Iterable[Any]) -> Generator[GroupStep | BlockStep, None, None]:
         groups = [s for s in self.steps if isinstance(s, LayerGroup)]
@@ -277,6 +278,7 @@ class _SequentialCalibration:
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             replaced = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
+            self.check_reached()
             tensors = [p.data for p in self.model.parameters() if id(p) not in replaced]  # mainly embeddings
             offload.page_out(offload.file_backed(tensors))
             for index, _step in enumerate(self.steps):
@@ -305,6 +307,8 @@ class _SequentialCalibration:
                 if isinstance(step, GroupStep) and self.assign:  # not needed before they are saved
                     offload.page_out(offload.file_backed(step.weights.values()))
                 del _step, step
+        if self.unreached:
+            warnings.warn(f"{UNREACHED}: {', '.join(self.unreached)}", stacklevel=3)
 
     def start(self, index: int, batch: Any, stream: int) -> None:
         run: Any = greenlet(lambda batch: _discard_output(call(self.model, batch)))
@@ -376,12 +380,15 @@ class _SequentialCalibration:
         if distributed.num_data_shards() > 1:
             gram = all_reduce_gram(gram, step.layers[0], self.dense)
         if gram is None:
-            names = ", ".join(l.full_name for l in step.layers)
-            raise DataError(
-                f"{names} was never called on the calibration data (nor in a thread of its own): "
-                "ignore it, or prune it by magnitude"
-            )
+            self.unreached += [l.full_name for l in step.layers]
+            return GroupStep(step, identity_gram(step.layers[0]))
         return GroupStep(step, gram.finalize())
+
+    def check_reached(self) -> None:
+        """Raise DataError if no batch is suspended: no layer was called."""
+        if not distributed.all_reduce_number(len(self.streams[1])):
+            first = next(s.layers[0] for s in self.steps if isinstance(s, LayerGroup))
+            raise DataError(UNREACHABLE.format(first.full_name))
 
     def before_layer(self, layer: Layer, module: nn.Module, x: Any) -> None:
         """Add the inputs of a layer before it is called, and suspend the pass at its last call."""

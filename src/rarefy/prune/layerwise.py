@@ -189,14 +189,12 @@ def _reconstruct_block(
     }
     for p in module.parameters() if streaming else ():
         p.data = p.data.clone()  # training in place would copy the mapped pages and keep both
-    error_before, error_after = reconstruct_(
-        step, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=in_bf16(solver)
-    )
-    say(
-        [f"{name} reconstructed: held-out error {100 * error_before:.3f} -> {100 * error_after:.3f} %"]
-        if progress
-        else []
-    )
+    if step.calls:
+        before, after = reconstruct_(
+            step, masks, layers=chosen, epochs=solver.reconstruct, lr=solver.lr, bf16=in_bf16(solver)
+        )
+        line = f"{name} reconstructed: held-out error {100 * before:.3f} -> {100 * after:.3f} %"
+        say([line] if progress else [])
     return resume.StepState({f"{name}/{n}": p.data for n, p in module.named_parameters()}, {})
 
 

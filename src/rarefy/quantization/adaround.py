@@ -67,7 +67,7 @@ def learn_rounding_(
         )
         with closing(calibrate_sequentially(model, data, groups, dense=True)) as stops:
             for stop in track(stops, "learning to round", progress, len(groups)):
-                if isinstance(stop, BlockStep):
+                if isinstance(stop, BlockStep) and stop.calls:
                     with torch.autocast("cpu", enabled=False):
                         _learn(stop, config, shapes, rows, quantized)
     for layer in chosen:
