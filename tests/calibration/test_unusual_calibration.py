@@ -208,7 +208,9 @@ class Experts(nn.Module):
         lambda m, data: rarefy.prune_(m, solver="admm", sparsity=0.5, data=data),
         lambda m, data: rarefy.prune_(m, solver={"name": "admm", "reconstruct": 1}, sparsity=0.5, data=data),
         lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver="obs", data=data),
-        lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver={"name": "obs", "asymmetric": 0.5}, data=data),
+        lambda m, data: rarefy.quantize_(
+            m, weights="int4", group=8, solver={"name": "obs", "asymmetric": 0.5}, data=data
+        ),
         lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver={"name": "round", "steps": 4}, data=data),
         lambda m, data: rarefy.factorize_(m, rank=2, data=data),
     ],

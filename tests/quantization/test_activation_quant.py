@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from conftest import Net, tiny_llama
 from helpers.folders import read_index, write_index
+from rarefy.calibration import static_grids
 from rarefy.calibration.static_grids import static_grid
 from rarefy.common.errors import ContainerError, DataError, ModelError, PatternError
 from rarefy.model.activation_quant import (
@@ -68,6 +69,22 @@ def test_observers_clip_outliers():
 def test_constant_inputs_have_a_grid(observer):
     assert static_grid(torch.full((9,), 3.0), observer)(torch.tensor([3.0])) == pytest.approx(3.0, rel=0.01)
     assert static_grid(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
+
+
+def test_a_sample_of_many_batches_stays_small_and_keeps_their_range(monkeypatch):
+    """Batch b has values from b to b + 1: each has the same share, so that the mean is that of all batches."""
+    monkeypatch.setattr(static_grids, "SAMPLES", 64)
+    monkeypatch.setattr(static_grids, "KEPT", 1000)
+    sample, rng = static_grids.Sample(), torch.Generator().manual_seed(0)
+    for b in range(101):
+        x = b + torch.rand(500)
+        x[7] = {3: -50.0, 90: 500.0}.get(b, b)
+        sample.add(x, rng)
+        assert sum(map(len, sample.parts)) <= 1000
+    values = sample.values()
+    assert (float(values.min()), float(values.max())) == (-50, 500)
+    assert {len(part) for part in sample.parts} == {8}
+    assert float(torch.cat(sample.parts).clamp(0, 101).mean()) == pytest.approx(50.5, abs=1)
 
 
 @pytest.mark.parametrize("activations", ["int8", "int8-static"])

@@ -8,17 +8,37 @@ from torch import Tensor
 from rarefy.model.activation_quant import ActivationQuant
 
 OBSERVERS = ("minmax", "percentile", "mse")
-SAMPLES = 1 << 16  # values sampled from a batch
+SAMPLES = 1 << 16  # values sampled from a batch, at most
+KEPT = 1 << 20  # values sampled from all batches, at most; torch.quantile takes 2^24
 TAIL = 1e-4  # fraction that `percentile` clips at each end
 NUM_RANGES = 30  # that `mse` tries
 MIN_RANGE = 0.5  # of them: large values are rare, and often what a model looks for
 
 
-def sample_values(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Return some values of a tensor, its minimum and maximum among them."""
-    x = x.detach().float().flatten()
-    sample = x[torch.randint(len(x), (min(len(x), SAMPLES),), generator=rng).to(x.device)]
-    return torch.cat([sample, x.min()[None], x.max()[None]]).cpu()
+class Sample:
+    """A random sample of the values of many batches, at most KEPT of them, with their minimum and maximum.
+
+    All batches have the same share in it. Memory: 4 KEPT bytes.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.per_batch = SAMPLES  # values of a batch, at most
+        self.low, self.high = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
+
+    def add(self, x: Tensor, rng: torch.Generator) -> None:
+        """Add values of a batch."""
+        x = x.detach().float().flatten()
+        drawn = torch.randint(len(x), (min(len(x), self.per_batch),), generator=rng)
+        self.parts.append(x[drawn.to(x.device)].cpu())
+        self.low, self.high = torch.minimum(self.low, x.min().cpu()), torch.maximum(self.high, x.max().cpu())
+        while sum(map(len, self.parts)) > KEPT and self.per_batch > 1:
+            self.per_batch //= 2
+            self.parts = [part[: -(-len(part) // 2)].clone() for part in self.parts]  # drawn in random order
+
+    def values(self) -> Tensor:
+        """Return the sampled values, the minimum and the maximum."""
+        return torch.cat([*self.parts, self.low, self.high])
 
 
 def static_grid(x: Tensor, observer: str) -> ActivationQuant:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.static_grids import sample_values, static_grid
+from rarefy.calibration.static_grids import Sample, static_grid
 from rarefy.common.errors import DataError
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
@@ -70,7 +70,7 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Sequence[Any]
     Raises:
         DataError: if one does not fit the model, or inputs of an operator are not finite.
     """
-    samples: dict[Node, list[Tensor]] = {v: [] for n in nodes for v in quantized_operands(n)}
+    samples = {v: Sample() for n in nodes for v in quantized_operands(n)}
     rng = torch.Generator().manual_seed(0)
     for count, batch in enumerate(batches, 1):
         try:
@@ -80,8 +80,8 @@ def input_grids(graph: Compiled, nodes: Collection[Node], batches: Sequence[Any]
         for value, x in _inputs(graph, leaves, nodes):
             if not bool(torch.isfinite(x).all()):
                 raise DataError(f"calibrate: batch {count} gives NaN or inf at {value.name}: it has no finite range")
-            samples[value].append(sample_values(x, rng))
-    grids = {value: static_grid(torch.cat(sampled), OBSERVER) for value, sampled in samples.items()}
+            samples[value].add(x, rng)
+    grids = {value: static_grid(sample.values(), OBSERVER) for value, sample in samples.items()}
     return {value: grids[_before_pools(value, grids)] for value in grids}
 
 

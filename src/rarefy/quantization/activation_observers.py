@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.gram import padding_mask, token_rows
-from rarefy.calibration.static_grids import sample_values, static_grid
+from rarefy.calibration.static_grids import Sample, static_grid
 from rarefy.common.errors import DataError, ModelError
 from rarefy.common.progress import track
 from rarefy.model.activation_quant import ActivationQuant, has_quantizable_input
@@ -45,10 +45,10 @@ def input_grids(
         return {l.full_name: ActivationQuant() for l in supported}, skipped
     assert data is not None
     samples = _sample_inputs(model, supported, data, progress)
-    missed = [n for n, values in samples.items() if not values]
+    missed = [n for n, sample in samples.items() if not sample.parts]
     if missed:
         raise DataError(f"the calibration data is empty, or does not reach {', '.join(missed)}")
-    return {name: static_grid(torch.cat(values), observer) for name, values in samples.items()}, skipped
+    return {name: static_grid(sample.values(), observer) for name, sample in samples.items()}, skipped
 
 
 def matmul_modules(layer: Layer) -> list[nn.Module]:
@@ -56,12 +56,10 @@ def matmul_modules(layer: Layer) -> list[nn.Module]:
     return [m for _, m, _ in layer.owners if has_quantizable_input(m)]
 
 
-def _sample_inputs(
-    model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], progress: bool
-) -> dict[str, list[Tensor]]:
-    """Return sampled input values of each layer, its minimum and maximum among them."""
+def _sample_inputs(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], progress: bool) -> dict[str, Sample]:
+    """Return sampled input values of each layer."""
     rng = torch.Generator().manual_seed(0)
-    samples: dict[str, list[Tensor]] = {l.full_name: [] for l in layers}
+    samples = {l.full_name: Sample() for l in layers}
     mask: Tensor | None = None
 
     def recorder(name: str) -> Any:
@@ -71,7 +69,7 @@ def _sample_inputs(
             if not bool(torch.isfinite(x).all()):
                 raise ModelError(f"{name} gets NaN or inf on the calibration data: its inputs have no finite range")
             if x.numel():
-                samples[name].append(sample_values(x, rng))
+                samples[name].add(x, rng)
 
         return hook
 
