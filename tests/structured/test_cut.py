@@ -79,6 +79,32 @@ def test_chunks_stay_equal():
     assert model.a.out_features == 12 and model.b.in_features == 6
 
 
+def test_gated_linear_units():
+    class Gated(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv1d(4, 12, 3), nn.Conv1d(6, 10, 1), nn.Linear(5, 3)
+            self.gate = gate
+
+        def forward(self, x):
+            return self.c(self.gate(self.b(self.gate(self.a(x), 1)), 1).mean(-1))
+
+    def by_hand(x, dim):
+        kept, gate = x.chunk(2, dim)
+        return kept * gate.sigmoid()
+
+    torch.manual_seed(0)
+    model, x = Gated(F.glu), torch.randn(2, 4, 9)
+    other, masked = Gated(by_hand), copy.deepcopy(model)
+    other.load_state_dict(model.state_dict())
+    for each in (model, other):
+        rarefy.cut_(each, x)
+    rarefy.cut_(masked, x, mask_only=True)
+    assert (model.a.out_channels, model.b.in_channels, model.b.out_channels, model.c.in_features) == (6, 3, 6, 3)
+    assert torch.equal(model(x), other(x))
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("how", [{}, {"bidirectional": True}, {"num_layers": 2, "bidirectional": True}])
 def test_recurrent_layers(kind, how, tmp_path):

@@ -26,6 +26,7 @@ OPERATORS: dict[Any, str] = {
     shapes.cat: "cat",
     shapes.stack: "stack",
     shapes.split: "split split_with_sizes chunk unsafe_split unsafe_chunk",
+    shapes.glu: "glu",
     shapes.slice_: "slice",
     shapes.select: "select unbind",
     shapes.repeat: "repeat",

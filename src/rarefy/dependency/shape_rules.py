@@ -185,6 +185,14 @@ def split(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.set_dims(y, [e if d == dim else a for d, a in enumerate(t.dims(x))], x)
 
 
+def glu(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Join the two halves of a dimension: the first is multiplied by the sigmoid of the second."""
+    dims, dim = list(t.dims(args[0])), arg(func, args, kwargs, "dim", -1) % out.dim()
+    dims[dim], gate = t.algebra.cut(dims[dim], [out.shape[dim]] * 2)
+    t.unify(dims[dim], gate)
+    t.set_dims(out, dims)
+
+
 def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x, dim = args[0], arg(func, args, kwargs, "dim", 0) % args[0].dim()
     dims, n, step = list(t.dims(x)), x.shape[dim], arg(func, args, kwargs, "step", 1)
