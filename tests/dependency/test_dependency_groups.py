@@ -1,5 +1,6 @@
 """Groups of coupled slices of real models."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,3 +59,29 @@ def test_unsupported_operators_lock_their_groups():
     assert (
         model.a.out_features == 3 and model.b.out_features == 6 and "no rule for aten.linalg_matrix_exp" in str(report)
     )
+
+
+@pytest.mark.parametrize("name", ["flash", "flash_for_cpu", "cudnn", "efficient", "fused_overrideable"])
+def test_each_kernel_of_attention_has_the_same_groups(name):
+    """torch picks one of them by device and data type; their shapes are known without the device."""
+    words = {"flash_for_cpu": "flash_attention_for_cpu", "fused_overrideable": "fused_attention_overrideable"}
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{words.get(name, f'{name}_attention')}").default
+    more = (None, False) if name in ("cudnn", "efficient") else ()  # bias, whether sums of the exponents are wanted
+
+    class Heads(nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+            self.attention = attention
+
+        def forward(self, x):
+            q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+            return self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def groups(attention, device):
+        graph = trace(Heads(attention).to(device), torch.randn(2, 6, 32, device=device))
+        return [(g.kind, g.name, g.size) for g in graph.groups]
+
+    named = groups(lambda q, k, v: operator(q, k, v, *more)[0], "meta")
+    assert named == groups(nn.functional.scaled_dot_product_attention, "cpu")
+    assert ("head", "q.weight:0", 4) in named

@@ -53,7 +53,8 @@ OPERATORS: dict[Any, str] = {
     layers.index: "index _unsafe_index",
     layers.gather: "index_select gather",
     layers.attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
-        scaled_dot_product_attention _scaled_dot_product_attention_math""",
+        _scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention scaled_dot_product_attention
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
     layers.scatter: """index_put index_put_ scatter scatter_ index_copy index_copy_ slice_scatter scatter_add index_add_
         masked_scatter""",
     layers.scalar: "_local_scalar_dense item is_nonzero equal nonzero",
