@@ -536,6 +536,12 @@ def test_bench_of_what_was_compiled(run, given, tmp_path):
         assert ran.code == 2 and ran.out == "" and message in ran.err and "holds a decoder" in ran.err
     ran = run("bench", given / "model", "--no-engine", "--precision", "int8")
     assert ran.code == 2 and "--precision has no effect without the engine" in ran.err
+    for more, message in (
+        (["--batch", 4], "--batch has no effect: language models read and generate one text at a time"),
+        (["--new", 2, "--table", tmp_path / "t.json"], "--new has no effect: no text is generated"),
+    ):
+        ran = run("bench", given / "model", *more)
+        assert ran.code == 2 and ran.out == "" and message in ran.err and not (tmp_path / "t.json").exists()
 
 
 # recipes, doctor

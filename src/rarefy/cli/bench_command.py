@@ -152,7 +152,7 @@ def _check_bench_options(
 
 def _bench_folder(options: _Bench) -> None:
     """Time the model of a folder."""
-    from rarefy.cli.benchmark import bench_models, engine_of
+    from rarefy.cli.benchmark import bench_models, engine_of, generates_text
 
     if options.streams:
         raise RecipeError(f"--streams has no effect: {options.model} is no ONNX file")
@@ -164,12 +164,17 @@ def _bench_folder(options: _Bench) -> None:
         if name is not None:
             raise RecipeError(f"{name} has no effect: {options.model} holds a {kind}, which is timed as it is")
     tokens, batch, repeats = options.tokens or TOKENS, options.batch or 1, options.repeats or REPEATS
-    if options.table is not None:
-        _write_latency_table(net, tokens, batch, repeats, options.table, options.as_json, options.quiet)
-        return
     subjects, notes, layers = {"model": net}, dict[str, Any](), None
     if options.against:
         subjects["against"] = _load_second(options)
+    generate = all(map(generates_text, subjects.values()))
+    if options.batch and generate:
+        raise RecipeError("--batch has no effect: language models read and generate one text at a time")
+    if options.new and not (generate and options.table is None):
+        raise RecipeError("--new has no effect: no text is generated")
+    if options.table is not None:
+        _write_latency_table(net, tokens, batch, repeats, options.table, options.as_json, options.quiet)
+        return
     if options.accelerate:
         subjects["accelerated"], layers = _accelerated(net, tokens, batch, options.quiet)
         notes["layers that run sparse"] = layers.summary["layers that run sparse"]

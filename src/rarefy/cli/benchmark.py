@@ -55,7 +55,7 @@ def bench_models(
 
     Raises ModelError if the texts are longer than a model accepts, or if only some models generate text.
     """
-    generate = all(_generates_text(s) for s in subjects.values())
+    generate = all(generates_text(s) for s in subjects.values())
     for name, s in subjects.items():
         max_tokens = (
             s.max_tokens
@@ -79,7 +79,8 @@ def bench_models(
     return Report("bench", tuple(rows), {**timed, **memory, **where}, printed_rows=printed)
 
 
-def _generates_text(subject: Subject) -> bool:
+def generates_text(subject: Subject) -> bool:
+    """Return whether a model or decoder is timed by the text that it generates."""
     return isinstance(subject, Decoder) or (not isinstance(subject, Compiled) and generates(subject))
 
 
