@@ -16,7 +16,7 @@ from rarefy.pipeline.sensitivity import compressed_weight
 from rarefy.search import solve, space
 from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import distance
-from rarefy.search.joint_loss import JointLoss, split
+from rarefy.search.joint_loss import JointLoss, solver_gains, split
 from rarefy.search.space import BITS, RANK, Part
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.cut import remove_and_compensate
@@ -128,6 +128,33 @@ def test_zeros_stay_where_inputs_have_gone(net: nn.Module, data: list[torch.Tens
     changed = joint._changed({first.key: 0.5, pattern.key: 0.5})
     weight = changed[net.get_parameter("b.weight")]
     assert 0.5 < float((weight == 0).float().mean()) < 1.0
+
+
+def test_layers_that_lose_inputs_are_rounded_all_the_same(net: nn.Module, data: list[torch.Tensor]) -> None:
+    first, fewer = cut_parts(net, data[0])[0], part(BITS, "b", 64 * 32, (0.5,))
+    joint = JointLoss(net, data[0], [first, fewer], {"neuron": "obs"}, data)
+    b = net.get_parameter("b.weight")
+    cut, both = (joint._changed(a)[b] for a in ({first.key: 0.5}, {first.key: 0.5, fewer.key: 0.5}))
+    layer = next(l for l in all_layers(net) if l.full_name == "b")
+    error = compressed_weight(layer, space.setting_of(BITS, 0.5), {}, "magnitude") - b.detach()
+    torch.testing.assert_close(both, torch.where(cut == 0, 0.0, cut + error))
+    assert not torch.equal(both, cut)
+
+
+def test_rounding_counts_as_much_as_the_solver_leaves_of_it(data: list[torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    gains = solver_gains(net, [l for l in all_layers(net) if l.full_name == "2"], 0.5, data)
+    assert gains.keys() == {"*"} and 0 < gains["*"] < 1
+    fewer = part(BITS, "2", 64 * 32, (0.5,))
+    joint = JointLoss(net, data[0], [fewer], {}, data)
+    by_nearest, scaled = joint({fewer.key: 0.5}), JointLoss(net, data[0], [fewer], {}, data, gains)({fewer.key: 0.5})
+    solved = copy.deepcopy(net)
+    space.quantize_(solved, ["2"], 0.5, joint.fitted)
+    by_solver = distance(solved, joint.wanted, joint.judged)
+    assert by_nearest is not None and by_solver is not None and by_solver < by_nearest
+    assert gains["*"] == pytest.approx(by_solver / by_nearest, rel=1e-3)
+    assert scaled == pytest.approx(by_solver, rel=1e-3)  # the layer is linear: losses go by the square
 
 
 def test_without_data_the_example_is_compared(net: nn.Module, data: list[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,22 +164,27 @@ def step_of(model: nn.Module) -> Step:
 def rates(
     steps: Mapping[str, Step], vocabulary: int, *, prompt: int, new: int, repeats: int, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return the result of `decode_and_prefill` for step functions, timed alternately."""
+    """Return the result of `decode_and_prefill` for step functions, timed alternately.
+
+    "token" is the rate of decoding too, from quartiles of single tokens: short delays by other programs do not change
+    these.
+    """
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in steps}
+    spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": [], "token": []} for n in steps}
     with torch.no_grad():
         for round_ in track(range(repeats + 1), "tokens per second", progress):
             for name, step in steps.items():
                 began = time.perf_counter()
                 logits, state = step(ids, None)
-                read = time.perf_counter()
+                clock = [time.perf_counter()]
                 for _ in range(new):
                     logits, state = step(logits[:, -1:].argmax(-1), state)
-                wrote = time.perf_counter()
+                    clock.append(time.perf_counter())
                 if round_:  # the first round warms up
-                    spent[name]["prefill"].append(read - began)
-                    spent[name]["decode"].append(wrote - read)
-    count = {"prefill": prompt, "decode": new}
+                    spent[name]["prefill"].append(clock[0] - began)
+                    spent[name]["decode"].append(clock[-1] - clock[0])
+                    spent[name]["token"] += [b - a for a, b in pairwise(clock)]
+    count = {"prefill": prompt, "decode": new, "token": 1}
     return {n: {kind: _rate(quartiles(s), count[kind]) for kind, s in kinds.items()} for n, kinds in spent.items()}
 
 

@@ -70,7 +70,9 @@ class EngineModule(nn.Module):
         """Return the logits of texts that are padded on one side or not at all."""
         assert isinstance(self.engine, Decoder)
         if attention_mask is None or bool((attention_mask.diff(dim=1) <= 0).all()):
-            return self.engine(input_ids)  # attention is causal: padding on the right changes no real token
+            attention_mask = None  # attention is causal: padding on the right changes no real token
+            if self.engine.cache_precision == "fp32":
+                return self.engine(input_ids)
         cache = self.engine.cache(input_ids.shape[0], input_ids.shape[1], attention_mask)
         return self.engine(input_ids, cache)
 

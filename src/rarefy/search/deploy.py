@@ -26,6 +26,7 @@ from rarefy.model.layers import all_layers
 from rarefy.pipeline.engine_evaluation import EngineModule, decode_step, resident_bytes
 from rarefy.pipeline.speed import resize_batch
 from rarefy.runtime.bindings import multiplies_bf16
+from rarefy.search.frontier import Point
 from rarefy.search.targets import DECODE, times_tokens
 
 SECONDS = 1.5  # of calls of one model at one batch size
@@ -45,15 +46,17 @@ def deploy(
     calibration: Sequence[Any],
     ignore: Sequence[str] = (),
     solver: str = "obs",
+    cache_precision: str = "fp32",
 ) -> Deployed:
     """Return a model on the engine: a decoder for causal language models, else compiled.
 
     Convolutions in 8 bits get static scales from the calibration batches. Layers named in `ignore` stay in fp32, as far
     as the model has them; of a factorized layer, both factors. `solver` "rtn" is for models that are only timed.
+    `cache_precision` is that of a decoder's KV cache.
     """
     with evaluating(model):
         if hf.is_causal_lm(model):
-            return EngineModule(decoder(model, precision=precision))
+            return EngineModule(decoder(model, precision=precision, cache_precision=cache_precision))
         static = has_static_scales(model, precision, calibration)
         calibrate = [without_targets(b) for b in calibration] if static else None
         names = {l.name for l in all_layers(model)} if ignore else set[str]()
@@ -126,7 +129,7 @@ def _times_once(
         steps = {n: decode_step(e, prompt + new) for n, e in engines.items()}
         new = new if "decode" in names else 1
         rates_of = rates(steps, engine.vocab_size, prompt=prompt, new=new, repeats=TEXTS)
-        tokens = {"decode": ("decode", 1), "prompt": ("prefill", prompt)}
+        tokens = {"decode": ("token", 1), "prompt": ("prefill", prompt)}
         return {n: {m: _milliseconds(r[tokens[n][0]], tokens[n][1]) for m, r in rates_of.items()} for n in names}
     result = {}
     for name in names:
@@ -166,13 +169,14 @@ def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:
 class Variant:
     """A precision of the engine, and whether large inputs are smoothed for it (SmoothQuant) by a last stage.
 
-    Layers in `ignore` stay in fp32.
+    Layers in `ignore` stay in fp32. `cache_precision` is that of a language model's KV cache.
     """
 
     name: str
     precision: str | None
     smooth: bool = False
     ignore: tuple[str, ...] = ()
+    cache_precision: str = "fp32"
 
     def with_fp32(self, layers: Sequence[str]) -> Variant:
         """Return this precision with layers that stay in fp32.
@@ -194,17 +198,23 @@ class Variant:
 PLAIN = Variant("fp32", None)
 
 
+def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...], str]:
+    """Return the precision that a model runs in, the layers that do not, and the precision of its KV cache."""
+    return runs.precision, runs.ignore, runs.cache_precision
+
+
 def variants_of(
     model: nn.Module, has_data: bool, counts_bytes: bool, ignore: tuple[str, ...] = ()
 ) -> tuple[Variant, ...]:
     """Return the precisions of the engine, beside fp32, that change a model; layers in `ignore` stay in fp32.
 
     bf16 and int16 are only for linear layers outside decoders: bf16 where the CPU multiplies it fast or bytes count,
-    since elsewhere it is slower than fp32, int16 on the other CPUs.
+    since elsewhere it is slower than fp32, int16 on the other CPUs. Decoders may keep their KV cache in 8 bits too.
     """
     int8 = Variant("int8", "int8")
     if hf.is_causal_lm(model):
-        return (int8, Variant("int8 smoothed", "int8", True)) if has_data else (int8,)
+        cached = Variant("int8, 8-bit cache", "int8", cache_precision="int8")
+        return (int8, cached, Variant("int8 smoothed", "int8", True)) if has_data else (int8, cached)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
     int8 = replace(int8, ignore=ignore)
     if not linear:

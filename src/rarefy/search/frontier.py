@@ -41,6 +41,7 @@ class Point:
         precision: of the engine: None for fp32, "bf16", "int16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.
         calibrated: whether scales in 8 bits are static, found on the calibration data.
+        cache_precision: of a language model's KV cache, "fp32" or "int8".
         checked_loss: the loss on evaluation data that the search has not used, in the unit of `loss`; None for points
             that were not measured there.
         layers: one row per layer or group: layer, choice, sparsity, pattern, bits, kept, milliseconds, loss, why.
@@ -63,6 +64,7 @@ class Point:
     error: str = ""
     ignore: tuple[str, ...] = ()
     calibrated: bool = False
+    cache_precision: str = "fp32"
     checked_loss: float | None = None
 
     @property

@@ -132,6 +132,7 @@ POINT: dict[str, tuple[Check, str]] = {
     "error?": (_is_text, "text"),
     "ignore?": (_list_of(_is_text), "a list of texts"),
     "calibrated?": (_is_type(bool), "true or false"),
+    "cache_precision?": (_is_text, "text"),
     "checked_loss?": (_optional(_is_number), "a number or null"),
 }
 FRONTIER: dict[str, tuple[Check, str]] = {

@@ -85,11 +85,13 @@ def _commands(model: str, best: Any) -> str:
     if not model:
         options = f", ignore={list(best.ignore)!r}" if best.ignore else ""
         options += ", calibrate=data" if best.calibrated else ""
+        options += f", cache_precision={best.cache_precision!r}" if best.cache_precision != "fp32" else ""
         compiled = f"fast = rarefy.compile(model, example, precision={precision!r}{options})"
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
     option = "" if precision is None else f" --precision {shlex.quote(precision)}"
     option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)
     option += " --data DATA" if best.calibrated else ""
+    option += f" --cache-precision {shlex.quote(best.cache_precision)}" if best.cache_precision != "fp32" else ""
     return (
         f"rarefy compress {shlex.quote(model)} --recipe recipe.yaml --out torch/\n"
         f"rarefy compile torch/{option} --out fast/"

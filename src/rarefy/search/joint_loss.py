@@ -9,6 +9,8 @@ samples far better than others: of MiniLM without 29 % of its neurons, 0.017 of 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -21,12 +23,12 @@ from rarefy.calibration.statistics import LayerStats
 from rarefy.common.errors import RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis, kept_mask
-from rarefy.model.layers import all_layers
+from rarefy.model.layers import Layer, all_layers
 from rarefy.pipeline.sensitivity import compressed_weight, replaced
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import distance, outputs_of
-from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Key, Part
+from rarefy.search.space import BITS, BLOCK, CUTS, PATTERNS, RANK, Amounts, Key, Part
 from rarefy.structured.compensation import compensation, layers_losing_inputs
 from rarefy.structured.consumers import Consumer, Moments, collect_moments
 from rarefy.structured.unit_selection import keep_masks
@@ -44,14 +46,18 @@ class JointLoss:
         parts: what may be changed; blocks are ignored.
         scores: by method the score of units, from `space.cut_score`.
         data: calibration batches; without any, units go by their weights alone and the example is compared.
+        gains: what `solver_gains` returned: rounding to fewer bits moves weights so much less that outputs lose as
+            much less as they do by the solver.
 
     Cost: each call is a pass over a quarter of the data, after the weights that have not been seen before were fitted,
     O(units^3) a layer. The first one that cuts units takes a pass over the data for scores and moments.
     """
 
     def __init__(
-        self, dense: nn.Module, example: Any, parts: Sequence[Part], scores: Mapping[str, str], data: Sequence[Any]
-    ):
+        self, dense: nn.Module, example: Any, parts: Sequence[Part], scores: Mapping[str, str], data: Sequence[Any],
+        gains: Mapping[str, float] | None = None,
+    ):  # fmt: skip
+        self.gains = gains or {}
         self.dense = dense
         self.fitted, self.judged = split(data) if data else ([], [example])
         weights = sum(p.numel() for p in dense.parameters())
@@ -169,6 +175,8 @@ class JointLoss:
         if method == RANK:
             return [(layer.original, space.factorized_weight(layer, amount, stats))]
         weight = compressed_weight(layer, space.setting_of(method, amount), stats, self.score)
+        if method == BITS:
+            weight = torch.lerp(layer.weight.detach(), weight, math.sqrt(self.gains.get(space.kind_of(name), 1.0)))
         return [(layer.original, weight)]
 
     def _changed(self, amounts: Amounts) -> dict[nn.Parameter, Tensor]:
@@ -192,7 +200,7 @@ class JointLoss:
                 continue
             for parameter, weight in self._cache((key, amount), lambda k=key, a=amount: self._smaller(k, a)):
                 cut = changed.get(parameter)  # a layer whose inputs have gone too
-                changed[parameter] = weight if cut is None else cut * (weight != 0)
+                changed[parameter] = weight if cut is None else _of_both(key[0], parameter, cut, weight)
         return changed
 
     def _cache(self, key: Any, compute: Callable[[], list[tuple[nn.Parameter, Tensor]]]) -> Any:
@@ -216,6 +224,41 @@ def split(data: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """
     last = len(data) // JUDGED
     return (list(data[:-last]), list(data[-last:])) if last else (list(data), list(data))
+
+
+def solver_gains(dense: nn.Module, layers: Sequence[Layer], level: float, data: Sequence[Any]) -> dict[str, float]:
+    """Return what outputs lose where a solver (GPTQ) rounds a layer, in parts of what they lose by the nearest values.
+
+    Args:
+        dense: the model.
+        layers: the layers that are tried; the solver rounds them together, losses are measured one by one.
+        level: of their bits.
+        data: calibration batches; the last are kept for the losses.
+
+    Returns:
+        By kind of layer (`space.kind_of`), at most 1.
+    """
+    fitted, judged = split(data)
+    judged = space.few_samples(judged, tokens=space.WORK / max(sum(p.numel() for p in dense.parameters()), 1))
+    wanted, solved = outputs_of(dense, judged), copy.deepcopy(dense)
+    space.quantize_(solved, [l.full_name for l in layers], level, fitted)
+    rounded = {l.full_name: l.weight.detach() for l in all_layers(solved)}
+    losses: dict[str, list[float]] = {}
+    for layer in layers:
+        sums = losses.setdefault(space.kind_of(layer.full_name), [0.0, 0.0])
+        nearest = compressed_weight(layer, space.setting_of(BITS, level), {}, "magnitude")
+        for i, weight in enumerate((rounded[layer.full_name], nearest)):
+            with replaced({layer.original: weight}):
+                sums[i] += distance(dense, wanted, judged) or 0.0
+    return {kind: min(1.0, by_solver / max(by_nearest, 1e-30)) for kind, (by_solver, by_nearest) in losses.items()}
+
+
+def _of_both(method: str, parameter: nn.Parameter, cut: Tensor, weight: Tensor) -> Tensor:
+    """Return the weight of a layer that has lost inputs, `cut`, after what a method made of it, `weight`: the zeros of
+    a pattern, or else the error of the inputs that stay."""
+    if method in PATTERNS:
+        return cut * (weight != 0)
+    return torch.where(cut == 0, 0.0, cut + (weight - parameter.detach()))
 
 
 def _reads(consumer: Consumer, group: Group, masks: Mapping[Axis, Tensor]) -> bool:

@@ -22,6 +22,7 @@ from rarefy.pipeline.speed import resize_batch
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
+from rarefy.search.joint_loss import solver_gains
 from rarefy.search.journal import Journal
 from rarefy.search.solve import in_spread_order, line, mean_savings
 from rarefy.search.space import (
@@ -45,6 +46,7 @@ PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
 TOKENS = 64  # of a text on which cuts are checked
 OF_EACH_KIND = 3  # layers that are factorized first; the others if one of these can be used
+GAINS = "gains of the solver"
 CHEAP = 2.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
@@ -226,6 +228,9 @@ class PartMeasurer:
             self.begin(self.methods_left * (len(levels) - i))
             losses[level] = self._layer_losses(layers, method, level)
         usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
+        gains = self._solver_gains(usable) if method == BITS else {}
+        for layer in usable if gains else ():
+            losses[levels[-1]][layer.full_name] *= gains.get(space.kind_of(layer.full_name), 1.0)
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
             for l in usable
@@ -246,7 +251,7 @@ class PartMeasurer:
                     [],
                     {},
                 )  # not measured; or factors of this rank save nothing, so none of their losses is too small
-            if level == levels[-1] and largest < space.MIN_SAVING:
+            if level == levels[-1] and largest < (space.MIN_SAVING if len(layers) > 1 else 0.0):
                 return [], {}
         return layers, saved
 
@@ -271,6 +276,15 @@ class PartMeasurer:
 
         losses = self._losses(f"{method} {level}", {l.full_name: partial(loss, l) for l in layers})
         return space.filled(losses, [l.full_name for l in layers])
+
+    def _solver_gains(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return what rounding by the solver loses, in parts of what the nearest values lose, by kind of layer."""
+        tried = _some_of_each_kind(layers)
+        key = f"{GAINS} {' '.join(sorted({space.kind_of(l.full_name) for l in tried}))}"
+        if not (self.data and tried and self._fits(key, GAINS, "point")):
+            return {}
+        measured = partial(solver_gains, self.dense, tried, BIT_LEVELS[-1], self.data)
+        return self.journal.get(key, partial(_unless_refused, measured)) or {}
 
     def _weight_part(
         self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
@@ -367,7 +381,15 @@ class PartMeasurer:
 
     def _deploy(self, model: nn.Module) -> Deployed:
         """Return a model as it is deployed, to time it."""
-        return deploy(model, self.example, self.variant.precision, self.few, self.variant.ignore, "rtn")
+        return deploy(
+            model,
+            self.example,
+            self.variant.precision,
+            self.few,
+            self.variant.ignore,
+            "rtn",
+            self.variant.cache_precision,
+        )
 
     def _saved_by(self, smaller: nn.Module) -> dict[str, float]:
         """Return the part of a call's time that a smaller model saves, in turns with the dense one."""
@@ -376,6 +398,11 @@ class PartMeasurer:
         models = {"dense": self.deployed, "smaller": self._deploy(smaller)}
         times = times_of(models, self.example, self.names)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
+
+
+def gains_in(journal: Journal) -> dict[str, float]:
+    """Return what was measured of the solver that rounds layers, by their kind; see `solver_gains`."""
+    return {k: g for key, gains in journal.values.items() if key.startswith(GAINS) for k, g in (gains or {}).items()}
 
 
 def measured_losses(

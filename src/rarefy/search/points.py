@@ -28,6 +28,7 @@ from rarefy.search.deploy import (
     Variant,
     deploy,
     has_static_scales,
+    runs_in,
     sizes_of,
     timed_names,
     times_of,
@@ -181,7 +182,8 @@ class Measured:
             keep=lambda values: not values["error"],
         )
         more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
-        return Point(**{**measured, "recipe": recipe, **more, "calibrated": self._is_calibrated(variant)})
+        more |= {"calibrated": self._is_calibrated(variant), "cache_precision": variant.cache_precision}
+        return Point(**{**measured, "recipe": recipe, **more})
 
     def _measured(self, name: str, recipe: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
         """Make a model and measure it."""
@@ -201,7 +203,7 @@ class Measured:
         loss = 0.0 if self.reference is None else self._loss(quality)
         seconds = self.journal.clock() - began
         sized = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision)
-        point = replace(sized, seconds=seconds, ignore=variant.ignore)
+        point = replace(sized, seconds=seconds, ignore=variant.ignore, cache_precision=variant.cache_precision)
         point = with_times(point, times)
         self._keep(point, model, deployed)
         return asdict(point)
@@ -261,7 +263,9 @@ class Measured:
 
     def _deploy(self, model: nn.Module, runs: Variant | Point) -> Deployed:
         """Return a model as it is deployed in a precision."""
-        return deploy(model, self.task.example, runs.precision, self.task.data, runs.ignore)
+        return deploy(
+            model, self.task.example, runs.precision, self.task.data, runs.ignore, cache_precision=runs.cache_precision
+        )
 
     def add_earlier_points(self) -> None:
         """Add what a search with less time has measured, and this one has not reached again."""
@@ -303,9 +307,10 @@ class Measured:
         return data | ({"train": self.training_data()} if trains(recipe) else {})
 
     def _recipe(self, name: str, variant: Variant, stages: list[Any]) -> dict[str, Any]:
-        ignore = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
-        calibrate = ", calibrate=data" if self._is_calibrated(variant) else ""
-        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{ignore}{calibrate}."
+        options = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
+        options += ", calibrate=data" if self._is_calibrated(variant) else ""
+        options += f", cache_precision={variant.cache_precision!r}" if variant.cache_precision != "fp32" else ""
+        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{options}."
         data: dict[str, Any] = {}
         if (options := self.task.data_options) is not None:
             trained = any("train" in stage for stage in stages)
@@ -343,11 +348,6 @@ def with_times(point: Point, times: Mapping[str, Mapping[str, Mapping[str, float
     if not expected:
         return timed
     return replace(timed, predicted={**point.predicted, "milliseconds": at_speed_of(timed, point, expected)})
-
-
-def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...]]:
-    """Return the precision that a model runs in, and the layers that do not."""
-    return runs.precision, runs.ignore
 
 
 def same_model(a: Point, b: Point) -> bool:

@@ -18,6 +18,7 @@ from rarefy.model.forward import call, evaluating, without_targets
 from rarefy.pipeline.run_data import RunContext, RunData
 from rarefy.pipeline.stages import run_stage
 from rarefy.recipe.schema import Recipe
+from rarefy.search.deploy import runs_in
 from rarefy.search.frontier import Point
 from rarefy.search.targets import Targets
 
@@ -76,20 +77,18 @@ def can_train(point: Point) -> bool:
     return point.loss is not None and bool(names & set(TRAINABLE)) and "train" not in names
 
 
-def candidate(
-    points: Sequence[Point], bases: Mapping[tuple[str | None, tuple[str, ...]], Point], targets: Targets, remains: float
-) -> int | None:
+def candidate(points: Sequence[Point], bases: Mapping[Any, Point], targets: Targets, remains: float) -> int | None:
     """Return the number of the point that is expected to be the best one after training; None where none is.
 
     Args:
         points: all points.
-        bases: the dense model by precision and layers in fp32: what it loses stays.
+        bases: the dense model by `runs_in`: what it loses stays.
         targets: the limits.
         remains: the part of the rest that stays.
     """
     expected = []
     for point in points:
-        known = bases.get((point.precision, point.ignore))
+        known = bases.get(runs_in(point))
         base = None if known is None else known.loss
         if can_train(point) and point.loss is not None and base is not None:
             point = replace(point, loss=base + remains * max(point.loss - base, 0.0))

@@ -22,13 +22,13 @@ from rarefy.model import hf
 from rarefy.model.layers import ignored_modules
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
-from rarefy.search.deploy import Variant, deploy, variants_of
+from rarefy.search.deploy import Variant, deploy, runs_in, variants_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
-from rarefy.search.parts import PartMeasurer, few_batches
+from rarefy.search.parts import PartMeasurer, few_batches, gains_in
 from rarefy.search.points import (
     MAX_POINTS,
     RESERVED,
@@ -36,7 +36,6 @@ from rarefy.search.points import (
     Observed,
     OutOfTime,
     digest_of,
-    runs_in,
     same_model,
     short_hash,
 )
@@ -292,7 +291,8 @@ class Search(Measured):
 
     def _joint(self, parts: Sequence[Part]) -> JointLoss:
         if self.joint is None:
-            self.joint = JointLoss(self.task.dense, self.task.example, parts, self.unit_scores(), self.task.data)
+            task, gains = self.task, gains_in(self.journal)
+            self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data, gains)
         return self.joint
 
     def _scored_units(self, parts: Sequence[Part], until: float) -> bool:
@@ -479,4 +479,5 @@ class Search(Measured):
 
 
 def _variant(point: Point) -> Variant:
-    return Variant(point.precision or "fp32", point.precision, ignore=point.ignore)
+    name, cache = point.precision or "fp32", point.cache_precision
+    return Variant(name, point.precision, ignore=point.ignore, cache_precision=cache)

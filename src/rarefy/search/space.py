@@ -56,7 +56,7 @@ MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
 SAMPLES, WORK = 32, 1.5e11  # for losses: at most so many samples, and tokens times weights; at least two samples
 PROBE = 0.3  # fraction of a group that is removed to measure its loss
-MIN_SAVING = 0.03  # a method that saves less of a call's time at its largest amount is left out
+MIN_SAVING = 0.03  # a method that saves less of a call's time at its largest amount in all layers is left out
 CUT_SCORES = ("obs", "fluctuation", "magnitude")  # the first that the groups support
 
 
@@ -309,9 +309,11 @@ def factorize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
     run_factorize(model, FactorizeOptions(keep=1 - level, layers=tuple(layers)))
 
 
-def quantize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
-    """Round layers to the bits of a level in place, to the nearest."""
-    run_quantize(model, QuantizeOptions(weights=f"int{bits_at(level)}", group=GROUP, layers=tuple(layers)))
+def quantize_(model: nn.Module, layers: Sequence[str], level: float, data: Sequence[Any] = ()) -> None:
+    """Round layers to the bits of a level in place: by a solver on data, or without any to the nearest."""
+    solver = "obs" if data else None
+    options = QuantizeOptions(weights=f"int{bits_at(level)}", group=GROUP, layers=tuple(layers), solver=solver)
+    run_quantize(model, options, data or None)
 
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
