@@ -11,7 +11,8 @@
 
 After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
 runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
-As many of its layers stay in fp32 as in the model that was found, spread evenly.
+As many of its layers stay in fp32 as in the model that was found, spread evenly, and its KV cache has the same
+precision.
 Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean
 squared relative distances from the dense model's outputs, which differ where qualities are equal by chance. State is
 kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
@@ -264,12 +265,21 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
     assert found.best is not None
     ignored = {n: untrained.ignore for n in others} | {"uniform": evenly_in_fp32(task.model, untrained.ignore)}
     make = partial(deploy, example=task.example, calibration=task.data)
+    cache = point.cache_precision
     models = {
         "dense, fp32": make(task.model, precision=None),
         "dense, int8": make(task.model, precision="int8"),
-        **{n: make(m, precision=untrained.precision, ignore=ignored[n]) for n, m in others.items()},
-        "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore),
+        **{
+            n: make(m, precision=untrained.precision, ignore=ignored[n], cache_precision=cache)
+            for n, m in others.items()
+        },
+        "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore, cache_precision=cache),
     }
+    if cache != "fp32":
+        models["dense, int8, 8-bit cache"] = make(task.model, precision="int8", cache_precision=cache)
+        if "dense, int4" in others:
+            models["dense, int4, 8-bit cache"] = models["dense, int4"]
+            models["dense, int4"] = make(others["dense, int4"], precision="int8")
     judge, distance = metric_of(task.evaluate, task.model, task.judged), metric_of("distance", task.model, task.unseen)
     compared: dict[str, Any] = {
         n: {"quality": judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()

@@ -75,6 +75,18 @@ def test_padding_is_left_out(side):
     assert math.isclose(perplexity(decoder, data), perplexity(EngineModule(decoder.engine), data))
 
 
+def test_a_cache_in_8_bits_counts_in_the_quality():
+    """Logits are those of generating token by token with the same cache."""
+    model, text = tiny_llama(), ids(2, 12)
+    decoder = rarefy.decoder(model, cache_precision="int8")
+    logits = EngineModule(decoder)(input_ids=text, attention_mask=torch.ones_like(text)).logits
+    cache = decoder.cache(2, 12)
+    steps = torch.cat([decoder(text[:, i : i + 1], cache) for i in range(12)], 1)
+    torch.testing.assert_close(logits, steps, rtol=1e-3, atol=1e-3)
+    exact = EngineModule(rarefy.decoder(model))(input_ids=text).logits
+    assert 1e-5 < float((logits - exact).abs().max()) < 0.1
+
+
 def test_padding_on_both_sides_is_refused():
     mask = torch.tensor([[0, 1, 1, 0]])
     with pytest.raises(DataError, match="padded on the left"):

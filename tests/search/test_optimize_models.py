@@ -1,6 +1,8 @@
 """`optimize` on models and inputs of many kinds: language models, masked outputs, several inputs, other types."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from rarefy.evaluation.quality import Metric
 from rarefy.pipeline.engine_evaluation import EngineModule
 from rarefy.pipeline.speed import resize_batch
 from rarefy.runtime import bindings
-from rarefy.search import search
-from rarefy.search.deploy import timed_tokens
+from rarefy.search import points, search
+from rarefy.search.deploy import engine_in, timed_tokens
+from rarefy.search.frontier import frontier_from_dict
+from rarefy.search.html_report import frontier_page
 from rarefy.search.optimize import optimize
 from rarefy.search.parts import small_example
 
@@ -82,6 +86,25 @@ def test_one_time_of_a_language_model_alone(language_model, target):
     assert frontier.targets["objective"] == target
     speeds = {p.name: p.speedup[target] for p in frontier.points if p.loss is not None and p.loss <= 0.01}
     assert frontier.best_point.name in speeds
+
+
+def test_a_cache_in_8_bits_is_kept_where_it_is_faster(language_model, monkeypatch, tmp_path):
+    def faster(models, example, names):
+        ms = {n: 1.0 if engine_in(m).cache_precision == "int8" else 2.0 for n, m in models.items()}
+        return {n: {m: {"median": t, "low": t, "high": t} for m, t in ms.items()} for n in names}
+
+    monkeypatch.setattr(points, "times_of", faster)
+    layers = "model.layers.0.self_attn.q_proj"
+    frontier = optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers=layers, target="decode", max_loss="50%")
+    best = frontier.best_point
+    assert (best.cache_precision == "int8" and best.name.startswith("int8, 8-bit cache")) or "dense" in best.name
+    assert "cache_precision='int8'" in best.recipe["about"]
+    assert frontier.best.model.engine.cache_precision == "int8"
+    assert frontier_from_dict(json.loads(frontier.to_json())).best_point.cache_precision == "int8"
+    assert "--cache-precision int8" in frontier_page(replace(frontier, model="tiny"))
+    assert "cache_precision=" in frontier_page(frontier)
+    rarefy.save(frontier.best.model.engine, tmp_path / "fast")
+    assert rarefy.load(tmp_path / "fast").cache_precision == "int8"
 
 
 def test_times_of_tokens_are_of_language_models():
