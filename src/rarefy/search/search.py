@@ -316,7 +316,7 @@ class Search(Measured):
         """Train the models that are expected to be the best ones after it, one after the other."""
         began = self.journal.get(f"training began, after a search of {self.task.seconds:g} s", self.elapsed)
         self.seconds = (began + recovery.seconds) / (1 - RESERVED)
-        bases: dict[tuple[str | None, tuple[str, ...]], Point] = {}
+        bases: dict[Any, Point] = {}
         for variant, base in self.bases.items():
             if base.loss is not None:
                 bases.setdefault(runs_in(variant), base)
