@@ -311,8 +311,9 @@ def factorize_(model: nn.Module, layers: Sequence[str], level: float) -> None:
 
 def quantize_(model: nn.Module, layers: Sequence[str], level: float, data: Sequence[Any] = ()) -> None:
     """Round layers to the bits of a level in place: by a solver on data, or without any to the nearest."""
-    options: dict[str, Any] = {"weights": f"int{bits_at(level)}", "group": GROUP, "layers": tuple(layers)}
-    run_quantize(model, QuantizeOptions(**options, **({"solver": "obs"} if data else {})), data or None)
+    solver, layers = "obs" if data else "rtn", tuple(layers)
+    options = QuantizeOptions(weights=f"int{bits_at(level)}", group=GROUP, layers=layers, solver=solver)
+    run_quantize(model, options, data or None)
 
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
