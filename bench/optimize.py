@@ -188,7 +188,7 @@ TASKS: dict[str, Callable[[int], Task]] = {
 }  # fmt: skip
 
 
-FOUR_BITS = {"weights": "int4", "group": 32, "symmetric": False, "solver": "obs"}
+FOUR_BITS = {"weights": "int4", "group": 32, "symmetric": False, "solver": {"name": "obs", "asymmetric": 0.5}}
 
 
 def uniform(model: nn.Module, example: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:

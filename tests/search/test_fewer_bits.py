@@ -58,7 +58,7 @@ def test_losses_are_in_proportion_to_rounding_errors(model, data, name):
 
 def test_all_numbers_of_bits_are_one_stage_of_the_recipe():
     stages = weight_stages(BITS, dict(zip(LAYERS, (0.5, 0.25, 0.375, 0.25))), has_data=True)
-    few = {"weights": "int6", "group": 32, "layers": LAYERS, "solver": "obs"}
+    few = {"weights": "int6", "group": 32, "layers": LAYERS, "solver": {"name": "obs", "asymmetric": 0.5}}
     assert stages == [{"quantize": {**few, "per_layer": {LAYERS[0]: "int4", LAYERS[2]: "int5"}}}]
     assert weight_stages(BITS, dict.fromkeys(LAYERS, 0.25), has_data=True) == [{"quantize": few}]
 

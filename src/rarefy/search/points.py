@@ -374,8 +374,9 @@ def short_hash(text: str) -> str:
 def _work_of(stage: Mapping[str, Any]) -> str:
     """Return what tells how long a stage takes: its name, and its solver.
 
-    >>> _work_of({"quantize": {"weights": "int6", "solver": "obs"}}), _work_of({"cast": {"dtype": "fp32"}})
+    >>> _work_of({"quantize": {"weights": "int6", "solver": {"name": "obs"}}}), _work_of({"cast": {"dtype": "fp32"}})
     ('quantize by obs', 'cast')
     """
     (name, options), *_ = stage.items()
-    return f"{name} by {options['solver']}" if "solver" in options else name
+    solver = options.get("solver")
+    return name if solver is None else f"{name} by {solver if isinstance(solver, str) else solver['name']}"

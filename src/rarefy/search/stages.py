@@ -8,7 +8,7 @@ from typing import Any
 
 from rarefy.pipeline.sensitivity import GROUP
 from rarefy.search.deploy import Variant
-from rarefy.search.space import BITS, BLOCK, CUTS, RANK, Amounts, Part, bits_at
+from rarefy.search.space import BITS, BLOCK, CUTS, RANK, SOLVER, Amounts, Part, bits_at
 
 NUMBER = re.compile(r"[0-9]+$")  # at the end of a block's name
 
@@ -49,7 +49,7 @@ def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> 
     levels = sorted(set(amounts.values()))
     names = {level: [n for n, a in amounts.items() if a == level] for level in levels}
     if method == BITS:  # in one pass
-        solver = {"solver": "obs"} if has_data else {}
+        solver = {"solver": dict(SOLVER)} if has_data else {}
         common = max(levels, key=lambda v: len(names[v]))
         other = {n: f"int{bits_at(v)}" for n, v in amounts.items() if v != common}
         layers = {"layers": list(amounts), **({"per_layer": other} if other else {})}
