@@ -166,8 +166,8 @@ def rates(
 ) -> dict[str, dict[str, Any]]:
     """Return the result of `decode_and_prefill` for step functions, timed alternately.
 
-    "token" is the rate of decoding too, from quartiles of single tokens: short delays by other programs do not change
-    these.
+    "token" is the rate of decoding too, from the median token of each round: short delays by other programs do not
+    change it.
     """
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     spent: dict[str, dict[str, list[float]]] = {n: {"prefill": [], "decode": [], "token": []} for n in steps}
@@ -183,7 +183,7 @@ def rates(
                 if round_:  # the first round warms up
                     spent[name]["prefill"].append(clock[0] - began)
                     spent[name]["decode"].append(clock[-1] - clock[0])
-                    spent[name]["token"] += [b - a for a, b in pairwise(clock)]
+                    spent[name]["token"].append(statistics.median(b - a for a, b in pairwise(clock)))
     count = {"prefill": prompt, "decode": new, "token": 1}
     return {n: {kind: _rate(quartiles(s), count[kind]) for kind, s in kinds.items()} for n, kinds in spent.items()}
 
