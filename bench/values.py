@@ -386,7 +386,7 @@ def decode() -> Iterator[Line]:
         yield {"run": "decode", "way": f"{way}: bytes", "bytes": told.summary["bytes in memory after"],
                "perplexity": perplexities(copy.deepcopy(model).eval(), tokenizer)}  # fmt: skip
     for way, rates in decode_and_prefill(models, prompt=64, new=24, repeats=7).items():
-        yield {"run": "decode", "way": way, **{k: v["tokens_per_second"] for k, v in rates.items()}}
+        yield {"run": "decode", "way": way, **{k: rates[k]["tokens_per_second"] for k in ("prefill", "decode")}}
 
 
 def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:

@@ -1,6 +1,7 @@
 """Calibration of models that loop, keep values on themselves, mask padding, or nest their lists."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import rarefy
 from rarefy.calibration.module_state import attributes_set_by
 from rarefy.calibration.sequential import calibrate_sequentially, find_blocks, layer_groups
-from rarefy.common.errors import ModelError, PatternError
+from rarefy.common.errors import DataError, ModelError, PatternError
 from rarefy.model.layers import all_layers
 
 
@@ -221,8 +222,54 @@ def test_layers_that_the_data_do_not_reach_are_compressed_without_them(compress)
     torch.manual_seed(0)
     model, data = Experts().eval(), [torch.randn(64, 8) for _ in range(3)]
     before = model.blocks[1](data[0])
-    with pytest.warns(UserWarning, match=r"do not reach these layers.*blocks\.1\.0.*blocks\.3\.2"):
+    with pytest.warns(UserWarning, match=r"not called on the calibration data.*blocks\.1\.0.*blocks\.3\.2"):
         compress(model, data)
     assert torch.isfinite(model(data[0])).all()
     after = model.blocks[1](data[0])
     assert 0 < (after - before).square().sum() < before.square().sum()
+
+
+def test_a_resumed_run_names_all_layers_that_the_data_do_not_reach(tmp_path):
+    data = [torch.randn(64, 8) for _ in range(2)]
+    options = {"solver": "obs", "sparsity": 0.5, "data": data, "resume_dir": tmp_path / "state"}
+    torch.manual_seed(0)
+    model = Experts().eval()
+    killed, whole = copy.deepcopy(model), []
+    for net in (killed, model):  # the second one finds all steps done
+        with pytest.warns(UserWarning, match=r"not called .*blocks\.1\.0, blocks\.1\.2.*blocks\.3\.2") as caught:
+            rarefy.prune_(net, **options)
+        whole.append(str(caught[0].message))
+    assert whole[0] == whole[1]
+    assert all(torch.equal(a, b) for a, b in zip(killed.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("allocate", ["errors", "search"])
+def test_errors_of_layers_that_the_data_do_not_reach_are_not_known(allocate):
+    model, data = Experts().eval(), [torch.randn(64, 8)]
+    loss = lambda out, batch: out.square().mean()  # noqa: E731
+    with pytest.raises(DataError, match=r"blocks\.1"):
+        rarefy.prune_(model, solver="obs", sparsity=0.5, allocate=allocate, data=data, loss=loss)
+
+
+class EitherOr(nn.Module):
+    """A batch of positive numbers passes a twice, another one b."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.a(self.a(x)) if bool((x > 0).all()) else self.b(x))
+
+
+def test_passes_that_are_run_again_keep_the_inputs_of_others():
+    """New weights of a layer that is called twice run its passes again; the sums of other passes stay."""
+    torch.manual_seed(0)
+    model, data = EitherOr().eval(), [torch.rand(64, 8) + 0.1, torch.randn(64, 8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rarefy.prune_(model, solver="obs", sparsity=0.5, data=data)
+    steps = calibrate_sequentially(model, data, layer_groups(model, data[0], all_layers(model)))
+    grams = {s.group.layers[0].full_name: s.gram for s in steps}
+    torch.testing.assert_close(grams["b"].H[0], data[1].T @ data[1] / 64)
+    assert grams["c"].tokens == 128

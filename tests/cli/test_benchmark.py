@@ -54,6 +54,21 @@ def test_both_write_the_same_tokens(monkeypatch):
     assert tokens["model"] == tokens["engine"] and len(tokens["model"]) == 2 * 5
 
 
+def test_a_delay_of_one_token_changes_the_rate_of_all_but_not_of_the_median_one(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: clock[0])
+
+    def step(ids, state):
+        state = 0 if state is None else state + 1
+        clock[0] += 0.5 if state == 3 else 0.01  # the third token waits for another program
+        return torch.zeros(1, ids.shape[1], 64), state
+
+    rates = profiling.rates({"model": step}, 64, prompt=8, new=5, repeats=3)["model"]
+    assert rates["token"]["tokens_per_second"] == pytest.approx(100)
+    assert rates["decode"]["tokens_per_second"] == pytest.approx(5 / 0.54)
+    assert rates["prefill"]["tokens_per_second"] == pytest.approx(800)
+
+
 def test_an_encoder_beside_what_is_compiled_of_it():
     model = tiny_bert()
     made, why = engine_of(model, 8, 1)

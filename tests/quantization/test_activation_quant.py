@@ -71,19 +71,20 @@ def test_constant_inputs_have_a_grid(observer):
     assert static_grid(torch.zeros(9), observer)(torch.zeros(3)).tolist() == [0.0] * 3
 
 
-def test_a_sample_of_many_batches_stays_small_and_keeps_their_range(monkeypatch):
+@pytest.mark.parametrize("each", [500, 20])
+def test_a_sample_of_many_batches_stays_small_and_keeps_their_range(monkeypatch, each):
     """Batch b has values from b to b + 1: each has the same share, so that the mean is that of all batches."""
     monkeypatch.setattr(static_grids, "SAMPLES", 64)
     monkeypatch.setattr(static_grids, "KEPT", 1000)
     sample, rng = static_grids.Sample(), torch.Generator().manual_seed(0)
     for b in range(101):
-        x = b + torch.rand(500)
+        x = b + torch.rand(each)
         x[7] = {3: -50.0, 90: 500.0}.get(b, b)
         sample.add(x, rng)
         assert sum(map(len, sample.parts)) <= 1000
     values = sample.values()
     assert (float(values.min()), float(values.max())) == (-50, 500)
-    assert {len(part) for part in sample.parts} == {8}
+    assert len({len(part) for part in sample.parts}) == 1
     assert float(torch.cat(sample.parts).clamp(0, 101).mean()) == pytest.approx(50.5, abs=1)
 
 

@@ -13,7 +13,7 @@ from rarefy.search.deploy import Variant, distance, outputs_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
-from rarefy.search.parts import PartMeasurer, gains_in
+from rarefy.search.parts import GAIN, PartMeasurer
 from rarefy.search.solve import Choice
 from rarefy.search.space import BIT_LEVELS, BITS, HEAD_BITS, RANK, RANK_LEVELS, Part
 from rarefy.search.stages import stages_of, weight_stages
@@ -108,16 +108,25 @@ def test_the_output_head_is_timed_alone(data, monkeypatch):
         lambda self, method, smaller, level=None: {"decode": timed.get(method, 0) * (level or 0)},
     )
     measurer = PartMeasurer(
-        made, data[0], data, INT8, ["decode"], Journal(None, {}), None, None, lambda *k: True, False
+        made,
+        data[0],
+        [*data, *data, *data, *data],
+        INT8,
+        ["decode"],
+        Journal(None, {}),
+        None,
+        None,
+        lambda *k: True,
+        False,
     )
     made_parts = {p.name: p for p in measurer.measure()}
     head = made_parts.pop("model.embed_tokens")
     assert head.method == BITS and head.savings["decode"] == pytest.approx([0.025, 0.0375, 0.05])
     assert sum(p.savings["decode"][-1] for p in made_parts.values()) == pytest.approx(0.2)
-    wanted = outputs_of(made, data)
+    wanted = outputs_of(made, measurer.few)
     layer = next(l for l in all_layers(made) if l.full_name == "model.embed_tokens")
     loss = space.measured_layer_loss(made, layer, space.setting_of(BITS, 0.5), {}, "magnitude", measurer.few, wanted)
-    gain = gains_in(measurer.journal)["model.embed_tokens"]
+    gain = measurer.journal.values[GAIN]
     assert 0 < gain < 1  # the solver loses less than the nearest values
     assert head.losses[-1] == pytest.approx(gain * loss) and head.losses[0] < head.losses[1] < head.losses[2]
 

@@ -16,7 +16,7 @@ from rarefy.pipeline.sensitivity import compressed_weight
 from rarefy.search import solve, space
 from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import distance
-from rarefy.search.joint_loss import JointLoss, solver_gains, split
+from rarefy.search.joint_loss import JointLoss, solver_gain, split
 from rarefy.search.space import BITS, RANK, Part
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.cut import remove_and_compensate
@@ -144,17 +144,18 @@ def test_layers_that_lose_inputs_are_rounded_all_the_same(net: nn.Module, data: 
 def test_rounding_counts_as_much_as_the_solver_leaves_of_it(data: list[torch.Tensor]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
-    gains = solver_gains(net, [l for l in all_layers(net) if l.full_name == "2"], 0.5, data)
-    assert gains.keys() == {"*"} and 0 < gains["*"] < 1
     fewer = part(BITS, "2", 64 * 32, (0.5,))
     joint = JointLoss(net, data[0], [fewer], {}, data)
-    by_nearest, scaled = joint({fewer.key: 0.5}), JointLoss(net, data[0], [fewer], {}, data, gains)({fewer.key: 0.5})
+    layers = [l for l in all_layers(net) if l.full_name == "2"]
+    gain, by_nearest = solver_gain(net, layers, 0.5, data), joint({fewer.key: 0.5})
+    assert gain is not None and 0 < gain < 1 and by_nearest is not None
     solved = copy.deepcopy(net)
     space.quantize_(solved, ["2"], 0.5, joint.fitted)
     by_solver = distance(solved, joint.wanted, joint.judged)
-    assert by_nearest is not None and by_solver is not None and by_solver < by_nearest
-    assert gains["*"] == pytest.approx(by_solver / by_nearest, rel=1e-3)
+    assert by_solver is not None and gain == pytest.approx(by_solver / by_nearest, rel=1e-3)
+    scaled = JointLoss(net, data[0], [fewer], {}, data, gain)({fewer.key: 0.5})
     assert scaled == pytest.approx(by_solver, rel=1e-3)  # the layer is linear: losses go by the square
+    assert solver_gain(net, layers, 0.5, data[:3]) is None  # none to keep for the loss
 
 
 def test_without_data_the_example_is_compared(net: nn.Module, data: list[torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """`optimize` on models and inputs of many kinds: language models, masked outputs, several inputs, other types."""
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -102,7 +103,10 @@ def test_a_cache_in_8_bits_is_kept_where_it_is_faster(language_model, monkeypatc
     assert frontier.best.model.cache_precision == "int8"
     assert frontier_from_dict(json.loads(frontier.to_json())).best_point.cache_precision == "int8"
     assert "--cache-precision int8" in frontier_page(replace(frontier, model="tiny"))
-    assert "cache_precision=" in frontier_page(frontier)
+    line = "fast = rarefy.compile(model, precision='int8', cache_precision='int8')"
+    assert line in html.unescape(frontier_page(frontier))
+    same = rarefy.compile(frontier.best.compressed, precision="int8", cache_precision="int8")
+    assert torch.equal(same(TEXTS[0]["input_ids"]), frontier.best.model(TEXTS[0]["input_ids"]))
     rarefy.save(frontier.best.model, tmp_path / "fast")
     assert rarefy.load(tmp_path / "fast").cache_precision == "int8"
 

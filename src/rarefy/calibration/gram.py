@@ -88,7 +88,7 @@ def all_reduce_gram(gram: Gram | None, layer: Layer, dense: bool) -> Gram | None
 def identity_gram(layer: Layer) -> Gram:
     """Return the Gram matrix of a layer whose inputs are not known: all weights count the same."""
     G, C, _ = _shape(layer)
-    return Gram(torch.eye(C, device=layer.original.device).repeat(G, 1, 1))
+    return Gram(torch.eye(C, dtype=torch.float32, device=layer.original.device).repeat(G, 1, 1))
 
 
 def _shape(layer: Layer) -> tuple[int, int, int]:

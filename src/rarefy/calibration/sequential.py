@@ -36,8 +36,8 @@ from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
 from rarefy.model.mha import without_mha_fastpath
 
-UNREACHED = "the calibration data do not reach these layers, so all of their inputs count the same"
-UNREACHABLE = "the calibration data reach no layer, nor {} (calls in a thread of its own do not count): give other data"
+UNREACHED = "not called on the calibration data (calls in other threads are not seen), so all inputs count the same"
+UNREACHABLE = "no layer is called on the calibration data (calls in other threads are not seen): give other data"
 HEAP_SLACK = 32 << 20  # bytes; memory that is returned costs a page fault when it is needed again
 
 
@@ -247,7 +247,7 @@ class _SequentialCalibration:
         self.index_of = {id(s.layers[0]): i for i, s in enumerate(steps) if isinstance(s, LayerGroup)}
         self.grams: dict[int, Gram] = {}
         self.block_calls: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
-        self.unreached: list[str] = []  # layers that no batch calls
+        self.called, self.unreached = set[int](), list[str]()  # steps of which a layer was called; layers that were not
         self.rerun = False  # whether the block of this step has new weights
         self.dense_values: dict[tuple[int, int], Tensor] = {}  # (batch, step) -> input or output in the dense model
         self.calls: dict[tuple[Any, int], int] = {}
@@ -278,7 +278,8 @@ class _SequentialCalibration:
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side)
             replaced = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
-            self.check_reached()
+            if not distributed.all_reduce_number(len(self.streams[1])):
+                raise DataError(UNREACHABLE)
             tensors = [p.data for p in self.model.parameters() if id(p) not in replaced]  # mainly embeddings
             offload.page_out(offload.file_backed(tensors))
             for index, _step in enumerate(self.steps):
@@ -297,8 +298,9 @@ class _SequentialCalibration:
                 if restart:  # inputs of later steps came from the old weights
                     self.grams, self.block_calls = {}, {}
                 self.rerun = isinstance(step, BlockStep) and step.changed
-                for run in [] if is_last and not repeated else self.waiting_at(1, index):
-                    if restart:  # earlier calls of this pass used the old weights
+                going_on = list(self.streams[1]) if restart else self.waiting_at(1, index)
+                for run in [] if is_last and not repeated else going_on:
+                    if restart:  # earlier calls used the old weights
                         run.throw()
                         del self.streams[1][run]
                         self.start(run.batch, run.data, 1)
@@ -375,6 +377,8 @@ class _SequentialCalibration:
         if isinstance(step, Block):
             return BlockStep(step, self.block_calls.pop(index, []))
         if index < self.num_done:
+            if not distributed.all_reduce_number(float(index in self.called)):
+                self.unreached += [l.full_name for l in step.layers]
             return GroupStep(step, Gram())
         gram = self.grams.pop(index, None)
         if distributed.num_data_shards() > 1:
@@ -383,12 +387,6 @@ class _SequentialCalibration:
             self.unreached += [l.full_name for l in step.layers]
             return GroupStep(step, identity_gram(step.layers[0]))
         return GroupStep(step, gram.finalize())
-
-    def check_reached(self) -> None:
-        """Raise DataError if no batch is suspended: no layer was called."""
-        if not distributed.all_reduce_number(len(self.streams[1])):
-            first = next(s.layers[0] for s in self.steps if isinstance(s, LayerGroup))
-            raise DataError(UNREACHABLE.format(first.full_name))
 
     def before_layer(self, layer: Layer, module: nn.Module, x: Any) -> None:
         """Add the inputs of a layer before it is called, and suspend the pass at its last call."""
@@ -399,6 +397,7 @@ class _SequentialCalibration:
         group = self.steps[index]
         assert isinstance(group, LayerGroup)
         self.calls[run, index] = self.calls.get((run, index), 0) + 1
+        self.called.add(index)
         if self.calls[run, index] > group.calls:
             raise ModelError(
                 f"{layer.full_name} is called more often on calibration batch {run.batch} than on the first "

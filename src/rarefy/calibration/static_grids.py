@@ -18,7 +18,7 @@ MIN_RANGE = 0.5  # of them: large values are rare, and often what a model looks 
 class Sample:
     """A random sample of the values of many batches, at most KEPT of them, with their minimum and maximum.
 
-    All batches have the same share in it. Memory: 4 KEPT bytes.
+    Of each batch there are equally many, or all of a smaller one. Memory: 4 KEPT bytes.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class Sample:
         self.parts.append(x[drawn.to(x.device)].cpu())
         self.low, self.high = torch.minimum(self.low, x.min().cpu()), torch.maximum(self.high, x.max().cpu())
         while sum(map(len, self.parts)) > KEPT and self.per_batch > 1:
-            self.per_batch //= 2
-            self.parts = [part[: -(-len(part) // 2)].clone() for part in self.parts]  # drawn in random order
+            self.per_batch = max(1, min(self.per_batch, max(map(len, self.parts))) // 2)
+            self.parts = [part[: self.per_batch].clone() for part in self.parts]  # drawn in random order
 
     def values(self) -> Tensor:
         """Return the sampled values, the minimum and the maximum."""

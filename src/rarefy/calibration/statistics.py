@@ -72,13 +72,14 @@ def collect_stats(
     needs: frozenset[str],
     *,
     loss: Loss | None = None,
+    leave_out: bool = False,
 ) -> dict[str, LayerStats]:
     """Return {layer name: LayerStats} after one pass of `data` through the model in evaluation mode.
 
     needs: any of "input", "output", "gradient". Batches are weighted by their tokens; positions that `attention_mask`
-    marks as padding do not count. Raises DataError for empty data or a layer that no batch reaches, ModelError for NaN
-    or inf (the message names the layer and the batch). Memory: one vector per layer for norms, two tensors of the size
-    of the weights for gradients.
+    marks as padding do not count. Layers that no batch reaches are an error, or to `leave_out`. Raises DataError for
+    them and for empty data, ModelError for NaN or inf (the message names the layer and the batch). Memory: one vector
+    per layer for norms, two tensors of the size of the weights for gradients.
     """
     check_batches(data)
     stats = {l.full_name: LayerStats() for l in layers}
@@ -115,6 +116,9 @@ def collect_stats(
         if distributed.num_data_shards() > 1:
             _all_reduce_stats(layer_stats, layer)
         if needs & {"input", "output"} and layer_stats.in_square is None:
+            if leave_out:
+                del stats[layer.full_name]
+                continue
             raise DataError(
                 f"{layer.full_name} was never called on the calibration data: ignore it, "
                 "or use a score that needs no activations (magnitude)"

@@ -141,7 +141,7 @@ def decode_and_prefill(
     """Return tokens/s of causal language models at batch size 1, for prefill and decode.
 
     Uses random token ids, a KV cache and greedy decoding; models are timed alternately. The result is
-    `{name: {"prefill": ..., "decode": ...}}` with `tokens_per_second` and its quartiles.
+    `{name: {"prefill": ..., "decode": ..., "token": ...}}` with `tokens_per_second` and its quartiles; see `rates`.
     """
     vocabulary: int = next(iter(models.values())).config.vocab_size  # type: ignore
     steps = {n: step_of(m) for n, m in models.items()}
@@ -164,7 +164,7 @@ def step_of(model: nn.Module) -> Step:
 def rates(
     steps: Mapping[str, Step], vocabulary: int, *, prompt: int, new: int, repeats: int, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return the result of `decode_and_prefill` for step functions, timed alternately.
+    """Return the result of `decode_and_prefill` for step functions, timed alternately; `new` is at least 1.
 
     "token" is the rate of decoding too, from the median token of each round: short delays by other programs do not
     change it.

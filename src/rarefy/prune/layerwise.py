@@ -252,6 +252,9 @@ def _measure_group(
 ) -> None:
     layers, H = step.group.layers, step.gram.H
     assert H is not None
+    if not step.gram.tokens:
+        names = ", ".join(l.full_name for l in layers)
+        raise DataError(f"{names}: not called on the calibration data, so no error is known: ignore it")
     W = torch.cat([to_matrix(l, l.weight.detach().float()) for l in layers], 1)
     U = inverse_factor_of(layers, H, COMMON["damping"])[0]
     for level in levels:
@@ -361,7 +364,8 @@ def _solve_group(
             }
         )
         if layer.layout.kind == "experts":  # experts without tokens are pruned by magnitude and not refitted
-            rows[-1]["idle"] = (step.gram.diagonal.sum(-1) == 0).nonzero()[:, 0].tolist()
+            seen = step.gram.diagonal.sum(-1) * step.gram.tokens
+            rows[-1]["idle"] = (seen == 0).nonzero()[:, 0].tolist()
     return resume.StepState(dict(step.weights), masks, rows)
 
 

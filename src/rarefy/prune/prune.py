@@ -332,19 +332,21 @@ def _masks(
 
 
 def calibrate(
-    model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int
-) -> dict[str, LayerStats]:
-    """Return the statistics that `score` reads; a pass over `data` only if needed."""
+    model: nn.Module, chosen: Sequence[Layer], score: str, data: Iterable[Any] | None, loss: Loss | None, seed: int,
+    leave_out: bool = False,
+) -> dict[str, LayerStats]:  # fmt: skip
+    """Return the statistics that `score` reads; a pass over `data` only if needed. Layers that no batch reaches are an
+    error, or to `leave_out`."""
     needs = SCORES[score].needs
     if not needs:
         stats = {l.full_name: LayerStats() for l in chosen}
     elif data is None:
         raise DataError(f"score {score!r} reads {' and '.join(sorted(needs))} statistics: give data=batches")
     else:
-        stats = collect_stats(model, data, chosen, needs, loss=loss)
-    for layer in chosen:  # by name, so that a layer's noise does not depend on its neighbours
-        noise = torch.Generator().manual_seed((seed * 1_000_003) % (1 << 62) + zlib.crc32(layer.full_name.encode()))
-        stats[layer.full_name].generator = noise
+        stats = collect_stats(model, data, chosen, needs, loss=loss, leave_out=leave_out)
+    for name, of_layer in stats.items():  # by name, so that a layer's noise does not depend on its neighbours
+        seed_of_layer = (seed * 1_000_003) % (1 << 62) + zlib.crc32(name.encode())
+        of_layer.generator = torch.Generator().manual_seed(seed_of_layer)
     return stats
 
 

@@ -73,20 +73,21 @@ def _best_sections(frontier: Any, best: Any) -> list[Html]:
         element("p", "Save this as recipe.yaml:"),
         element("div", element("pre", write_yaml(plain(best.recipe))), class_="copyable"),
         element("p", "Then run:" if frontier.model else "Then run in Python:"),
-        element("div", element("pre", _commands(frontier.model, best)), class_="copyable"),
+        element("div", element("pre", _commands(frontier.model, best, set(best.milliseconds))), class_="copyable"),
     ]
     layers = [section(f"Layers of the best model: {best.name}", layers_table(best.layers))] if best.layers else []
     return [*layers, section("Make the best model again", *recipe)]
 
 
-def _commands(model: str, best: Any) -> str:
-    """Return what makes a model by its recipe, and compiles it in its precision."""
+def _commands(model: str, best: Any, timed: set[str]) -> str:
+    """Return what makes a model by its recipe, and compiles it in its precision; a decoder takes no example."""
     precision = best.precision
     if not model:
         options = f", ignore={list(best.ignore)!r}" if best.ignore else ""
         options += ", calibrate=data" if best.calibrated else ""
         options += f", cache_precision={best.cache_precision!r}" if best.cache_precision != "fp32" else ""
-        compiled = f"fast = rarefy.compile(model, example, precision={precision!r}{options})"
+        example = "example, " if all(name.isdigit() for name in timed) else ""
+        compiled = f"fast = rarefy.compile(model, {example}precision={precision!r}{options})"
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
     option = "" if precision is None else f" --precision {shlex.quote(precision)}"
     option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)

@@ -46,8 +46,8 @@ class JointLoss:
         parts: what may be changed; blocks are ignored.
         scores: by method the score of units, from `space.cut_score`.
         data: calibration batches; without any, units go by their weights alone and the example is compared.
-        gains: what `solver_gains` returned: rounding to fewer bits moves weights so much less that outputs lose as
-            much less as they do by the solver.
+        gain: what `solver_gain` returned: rounding to fewer bits moves weights so much less that outputs lose as much
+            less as they do by the solver.
 
     Cost: each call is a pass over a quarter of the data, after the weights that have not been seen before were fitted,
     O(units^3) a layer. The first one that cuts units takes a pass over the data for scores and moments.
@@ -55,9 +55,9 @@ class JointLoss:
 
     def __init__(
         self, dense: nn.Module, example: Any, parts: Sequence[Part], scores: Mapping[str, str], data: Sequence[Any],
-        gains: Mapping[str, float] | None = None,
+        gain: float = 1.0,
     ):  # fmt: skip
-        self.gains = gains or {}
+        self.gain = gain
         self.dense = dense
         self.fitted, self.judged = split(data) if data else ([], [example])
         weights = sum(p.numel() for p in dense.parameters())
@@ -176,7 +176,7 @@ class JointLoss:
             return [(layer.original, space.factorized_weight(layer, amount, stats))]
         weight = compressed_weight(layer, space.setting_of(method, amount), stats, self.score)
         if method == BITS:
-            weight = torch.lerp(layer.weight.detach(), weight, math.sqrt(self.gains.get(space.kind_of(name), 1.0)))
+            weight = torch.lerp(layer.weight.detach(), weight, math.sqrt(self.gain))
         return [(layer.original, weight)]
 
     def _changed(self, amounts: Amounts) -> dict[nn.Parameter, Tensor]:
@@ -226,31 +226,29 @@ def split(data: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return (list(data[:-last]), list(data[-last:])) if last else (list(data), list(data))
 
 
-def solver_gains(dense: nn.Module, layers: Sequence[Layer], level: float, data: Sequence[Any]) -> dict[str, float]:
-    """Return what outputs lose where a solver (GPTQ) rounds a layer, in parts of what they lose by the nearest values.
+def solver_gain(dense: nn.Module, layers: Sequence[Layer], level: float, data: Sequence[Any]) -> float | None:
+    """Return what outputs lose where a solver (GPTQ) rounds layers, in parts of what they lose by the nearest values.
 
     Args:
         dense: the model.
-        layers: the layers that are tried; the solver rounds them together, losses are measured one by one.
+        layers: the layers that are tried, all at once.
         level: of their bits.
         data: calibration batches; the last are kept for the losses.
 
     Returns:
-        By kind of layer (`space.kind_of`), at most 1.
+        At most 1; None where the batches are too few to keep some, or outputs are not finite.
     """
+    if len(data) < JUDGED:
+        return None
     fitted, judged = split(data)
     judged = space.few_samples(judged, tokens=space.WORK / max(sum(p.numel() for p in dense.parameters()), 1))
     wanted, solved = outputs_of(dense, judged), copy.deepcopy(dense)
     space.quantize_(solved, [l.full_name for l in layers], level, fitted)
-    rounded = {l.full_name: l.weight.detach() for l in all_layers(solved)}
-    losses: dict[str, list[float]] = {}
-    for layer in layers:
-        sums = losses.setdefault(space.kind_of(layer.full_name), [0.0, 0.0])
-        nearest = compressed_weight(layer, space.setting_of(BITS, level), {}, "magnitude")
-        for i, weight in enumerate((rounded[layer.full_name], nearest)):
-            with replaced({layer.original: weight}):
-                sums[i] += distance(dense, wanted, judged) or 0.0
-    return {kind: min(1.0, by_solver / max(by_nearest, 1e-30)) for kind, (by_solver, by_nearest) in losses.items()}
+    by_solver = distance(solved, wanted, judged)
+    setting = space.setting_of(BITS, level)
+    with replaced({l.original: compressed_weight(l, setting, {}, "magnitude") for l in layers}):
+        by_nearest = distance(dense, wanted, judged)
+    return None if by_solver is None or not by_nearest else min(1.0, by_solver / by_nearest)
 
 
 def _of_both(method: str, parameter: nn.Parameter, cut: Tensor, weight: Tensor) -> Tensor:

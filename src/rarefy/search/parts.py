@@ -22,7 +22,7 @@ from rarefy.pipeline.speed import resize_batch
 from rarefy.prune.prune import calibrate
 from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
-from rarefy.search.joint_loss import solver_gains
+from rarefy.search.joint_loss import solver_gain
 from rarefy.search.journal import Journal
 from rarefy.search.solve import in_spread_order, line, mean_savings
 from rarefy.search.space import (
@@ -46,7 +46,7 @@ PROBE_LEVELS = (0.5, 0.9)  # sparsities at which losses are measured
 TIMED_LEVELS = (0.5, 0.7, 0.9)  # sparsities at which times are measured; between them they are interpolated
 TOKENS = 64  # of a text on which cuts are checked
 OF_EACH_KIND = 3  # layers that are factorized first; the others if one of these can be used
-GAINS = "gains of the solver"
+GAIN = "gain of the solver that rounds"
 CHEAP = 2.0  # a layer is not factorized where that costs so many times the loss of the cheapest other part
 
 
@@ -228,9 +228,8 @@ class PartMeasurer:
             self.begin(self.methods_left * (len(levels) - i))
             losses[level] = self._layer_losses(layers, method, level)
         usable = [l for l in layers if all(l.full_name in losses[v] for v in levels)]
-        gains = self._solver_gains(usable) if method == BITS else {}
-        for layer in usable if gains else ():
-            losses[levels[-1]][layer.full_name] *= gains.get(space.kind_of(layer.full_name), 1.0)
+        gain = self._solver_gain(usable) if method == BITS else 1.0
+        losses[levels[-1]] = {n: loss * gain for n, loss in losses[levels[-1]].items()}
         return [
             self._weight_part(l, method, {v: losses[v][l.full_name] for v in levels}, saved, shares[l.full_name])
             for l in usable
@@ -246,12 +245,9 @@ class PartMeasurer:
         for level in reversed(levels) if layers else ():
             saved[level] = self._saved(method, lambda v=level: self._smaller(layers, method, v), level)
             largest = max(saved[level].values(), default=0.0)
-            if largest <= 0 and (method == RANK or not saved[level]):
-                return (
-                    [],
-                    {},
-                )  # not measured; or factors of this rank save nothing, so none of their losses is too small
-            if level == levels[-1] and largest < (space.MIN_SAVING if len(layers) > 1 else 0.0):
+            if largest <= 0 and (method == RANK or not saved[level]):  # not measured, or factors that save nothing
+                return [], {}
+            if level == levels[-1] and (largest <= 0 or (len(layers) > 1 and largest < space.MIN_SAVING)):
                 return [], {}
         return layers, saved
 
@@ -272,19 +268,23 @@ class PartMeasurer:
 
         def loss(layer: Layer) -> float | None:
             stats = self._stats(layers, method, score)
+            if method != BITS and layer.full_name not in stats:  # no batch reaches it
+                return None
             return space.measured_layer_loss(self.dense, layer, setting, stats, score, self.few, self._wanted())
 
         losses = self._losses(f"{method} {level}", {l.full_name: partial(loss, l) for l in layers})
         return space.filled(losses, [l.full_name for l in layers])
 
-    def _solver_gains(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return what rounding by the solver loses, in parts of what the nearest values lose, by kind of layer."""
+    def _solver_gain(self, layers: Sequence[Layer]) -> float:
+        """Return what rounding by the solver loses, in parts of what the nearest values lose; 1 where it is not known.
+
+        It is measured once, of layers of each kind.
+        """
         tried = _some_of_each_kind(layers)
-        key = f"{GAINS} {' '.join(sorted({space.kind_of(l.full_name) for l in tried}))}"
-        if not (self.data and tried and self._fits(key, GAINS, "point")):
-            return {}
-        measured = partial(solver_gains, self.dense, tried, BIT_LEVELS[-1], self.data)
-        return self.journal.get(key, partial(_unless_refused, measured)) or {}
+        if not (self.data and tried and self._fits(GAIN, GAIN, "point")):
+            return 1.0
+        measured = partial(solver_gain, self.dense, tried, BIT_LEVELS[-1], self.data)
+        return self.journal.get(GAIN, partial(_unless_refused, measured)) or 1.0
 
     def _weight_part(
         self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
@@ -316,6 +316,8 @@ class PartMeasurer:
 
         def loss(layer: Layer, level: float) -> float | None:
             stats = self._stats(layers, RANK, score)
+            if layer.full_name not in stats:
+                return None
             return space.measured_rank_loss(self.dense, layer, level, stats, self.few, self._wanted())
 
         def measure(layer: Layer) -> list[float | None]:
@@ -370,7 +372,7 @@ class PartMeasurer:
     def _stats(self, layers: Sequence[Layer], method: str, score: str) -> dict[str, LayerStats]:
         """Return what the score reads of the inputs of these layers, the same for all patterns; nothing for bits."""
         if not self.stats and method != BITS:
-            self.stats = calibrate(self.dense, layers, score, self.few, None, 0)
+            self.stats = calibrate(self.dense, layers, score, self.few, None, 0, leave_out=True)
         return self.stats
 
     def _wanted(self) -> list[Any]:
@@ -398,11 +400,6 @@ class PartMeasurer:
         models = {"dense": self.deployed, "smaller": self._deploy(smaller)}
         times = times_of(models, self.example, self.names)
         return {n: 1 - t["smaller"]["median"] / t["dense"]["median"] for n, t in times.items()}
-
-
-def gains_in(journal: Journal) -> dict[str, float]:
-    """Return what was measured of the solver that rounds layers, by their kind; see `solver_gains`."""
-    return {k: g for key, gains in journal.values.items() if key.startswith(GAINS) for k, g in (gains or {}).items()}
 
 
 def measured_losses(

@@ -28,7 +28,7 @@ from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
-from rarefy.search.parts import PartMeasurer, few_batches, gains_in
+from rarefy.search.parts import GAIN, PartMeasurer, few_batches
 from rarefy.search.points import (
     MAX_POINTS,
     RESERVED,
@@ -179,7 +179,7 @@ class Search(Measured):
             of_method = self.elapsed() + max(until - self.elapsed(), 0.0) / left
 
         def fits(*kinds: str) -> bool:
-            ends = {"loss": of_method, "errors": until}.get(kinds[0].partition(" ")[0], math.inf)
+            ends = {"loss": of_method, "gain": of_method, "errors": until}.get(kinds[0].partition(" ")[0], math.inf)
             if ends == of_method and self.journal.seconds_of(kinds[0]) is None:
                 ends = until  # nobody knows what the first loss of its kind takes
             return self.fits(*kinds, until=ends)
@@ -291,8 +291,8 @@ class Search(Measured):
 
     def _joint(self, parts: Sequence[Part]) -> JointLoss:
         if self.joint is None:
-            task, gains = self.task, gains_in(self.journal)
-            self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data, gains)
+            task, gain = self.task, self.journal.values.get(GAIN) or 1.0
+            self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data, gain)
         return self.joint
 
     def _scored_units(self, parts: Sequence[Part], until: float) -> bool:
