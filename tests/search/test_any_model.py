@@ -14,15 +14,16 @@ from rarefy.dependency.graph import trace
 from rarefy.evaluation.quality import metric_of
 from rarefy.model.batches import count_samples, first_samples
 from rarefy.pipeline.speed import resize_batch
-from rarefy.search import space
-from rarefy.search.deploy import distance, outputs_of
+from rarefy.prune import prune
+from rarefy.search import parts, space
+from rarefy.search.deploy import PLAIN, distance, outputs_of
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
 from rarefy.search.optimize import optimize
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.search import Search
 from rarefy.search.search_key import function_key
-from rarefy.search.space import Part
+from rarefy.search.space import PATTERNS, Part
 from rarefy.search.targets import parse_targets
 from rarefy.search.task import Task
 from rarefy.structured.cut import remove_and_compensate
@@ -253,3 +254,27 @@ def test_the_model_that_is_found_keeps_keys_and_values_as_before():
 def test_limits_are_still_checked_first():
     with pytest.raises(RecipeError, match="nothing limits the loss"):
         optimize(NET, X[:4], DATA, max_loss=None)
+
+
+class WithIdle(nn.Module):
+    """A layer that no call uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.idle = copy.deepcopy(NET), nn.Linear(32, 64)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_layer_that_no_data_reach_leaves_the_others_their_parts(monkeypatch):
+    """Statistics of all layers take one pass, although one layer has none."""
+    passes = []
+    monkeypatch.setattr(parts, "calibrate", lambda *args, **how: passes.append(1) or prune.calibrate(*args, **how))
+    monkeypatch.setattr(PartMeasurer, "_saved", lambda self, method, smaller, level=None: {"1": level or 0.5})
+    named = []
+    for net in (NET, WithIdle().eval()):
+        journal = Journal(None, {})
+        measurer = PartMeasurer(net, X[:4], DATA, PLAIN, ["1"], journal, None, None, lambda *k: True, False)
+        named.append({(p.method, p.name.removeprefix("net.")) for p in measurer.measure() if p.method in PATTERNS})
+    assert named[0] == named[1] and ("1x4", "2") in named[0] and len(passes) == 2
