@@ -261,6 +261,24 @@ def test_gptq_lowers_the_output_error(way):
     assert [r["layer"] for r in report.rows] == ["0", "2"] and all(0 < r["error"] < 1 for r in report.rows)
 
 
+@pytest.mark.parametrize("last", ["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_gptq_below_8_bits_corrects_errors_of_earlier_layers(bits, last):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    data, other = ([torch.randn(64, 64) for _ in range(8)] for _ in range(2))
+    nets = []
+    for solver in ("obs", {"name": "obs", "asymmetric": 0}, {"name": "obs", "asymmetric": 0.5}):
+        nets.append(copy.deepcopy(dense))
+        rarefy.quantize_(nets[-1], bits, per_layer={"4": last}, group=32, solver=solver, data=data)
+    default, plain, corrected = [[l.weight.detach() for l in all_layers(net)] for net in nets]
+    # the first layer has no layer before it, so nothing to correct
+    assert [torch.equal(a, b) for a, b in zip(default, plain)] == [True, bits == "int8", bits == last == "int8"]
+    if bits == last == "int4":
+        assert all(torch.equal(a, b) for a, b in zip(default, corrected))
+        assert off(nets[0], dense, other) < 0.95 * off(nets[1], dense, other)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])
 def test_gptq_chooses_zeros(pattern):
     dense, data = mlp(), batches()
@@ -450,6 +468,8 @@ def test_bits_of_single_layers(solver):
     data = [torch.randn(64, 16) for _ in range(2)] if solver == "obs" else None
     net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 8))
     other = copy.deepcopy(net)
+    if solver == "obs":  # each call would correct the errors of its own layers alone
+        solver = {"name": "obs", "asymmetric": 0}
     options = {"group": 8, "solver": solver, "data": data}
     report = rarefy.quantize_(net, "int6", layers=["0", "2", "4"], per_layer={"2": "int3", "4": "int8"}, **options)
     for name, weights in (("0", "int6"), ("2", "int3"), ("4", "int8")):

@@ -22,8 +22,8 @@ SOLVER_NAMES = ("obs", "admm", "refit", "round", "rtn")  # of all functions; eac
 class Solver(Options):
     """Set options of a solver of `prune_` or `quantize_`. None selects the default of the solver.
 
-    Defaults are damping 0.01, block 128 (obs), refits 6, reconstruct 0 and its lr 1e-3, steps 10 (admm). Of the solver
-    round they are steps 200 and lr 1 / steps.
+    Defaults are damping 0.01, block 128 (obs), refits 6, reconstruct 0 and its lr 1e-3, steps 10 (admm), asymmetric 0
+    (0.5 where weights are quantized to fewer than 8 bits). Of the solver round they are steps 200 and lr 1 / steps.
 
     Example:
         >>> Solver(name="obs", block=64).block

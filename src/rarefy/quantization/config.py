@@ -24,6 +24,8 @@ PAPERS = {"gptq": "obs", "autoround": "round"}
 ROUND = {"steps": 200, "lr": None, "bf16": False, "blocks": None}  # defaults of the solver round, whose lr is 1 / steps
 FLOATS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp32": "fp32"}
 
+DRIFT_CORRECTION = 0.5  # `asymmetric` of the solver obs below 8 bits
+
 QuantizedWeight = tuple[WeightGrid, Tensor, Tensor | None]  # grid, weights as stored, mask where it is new
 
 
@@ -83,7 +85,7 @@ class QuantizeOptions(Options):
             with at("smooth"):
                 raise PatternError(f"smooth={self.smooth!r} has no effect without activations")
         with at("solver"):
-            solver = _solver_of(self.solver)
+            solver = _solver_of(self.solver, 8)
         if self.pattern is None and self.sparsity is not None:
             with at("sparsity"):
                 raise PatternError(f"sparsity={self.sparsity!r} has no effect without pattern")
@@ -126,7 +128,7 @@ def resolve_options(options: QuantizeOptions) -> QuantizeConfig:
     'int4 by 128'
     """
     bits = int(options.weights.removeprefix("int"))
-    solver = _solver_of(options.solver)
+    solver = _solver_of(options.solver, bits)
     pattern, sparsity = _pattern_of(options, solver)
     return QuantizeConfig(
         bits=bits,
@@ -163,8 +165,8 @@ def layer_configs(options: QuantizeOptions, layers: Sequence[Layer]) -> dict[str
     return {name: configs[b] for name, b in bits.items()}
 
 
-def _solver_of(solver: SolverField) -> Solver | None:
-    """Return the solver with its defaults, None for rounding to nearest."""
+def _solver_of(solver: SolverField, bits: int) -> Solver | None:
+    """Return the solver with its defaults for that many bits, None for rounding to nearest."""
     solver = as_solver(solver)
     name = solver.name
     if name == "rtn":
@@ -176,9 +178,11 @@ def _solver_of(solver: SolverField) -> Solver | None:
     if name == "round":
         options = check_options(solver, ROUND)
         return Solver(name=name, **(ROUND | options))
-    solver = resolve(solver)
+    asymmetric, solver = solver.asymmetric, resolve(solver)
     if solver.reconstruct:
         raise PatternError("solver obs: reconstruct is not supported for quantization; leave it out")
+    if asymmetric is None and bits < 8:  # of 8 bits the error of earlier layers is too small to take the time
+        return solver.model_copy(update={"asymmetric": DRIFT_CORRECTION})
     return solver
 
 

@@ -42,14 +42,14 @@ def gptq_(
     """Round the selected layers in place; return their report rows (relative error, damping, seconds) and their grids.
 
     Each layer is rounded on the inputs from layers rounded before it, as its own entry of `configs` says. The solver is
-    the same for all. One forward pass and the solver.
+    the same for all but for `asymmetric`. One forward pass and the solver; with `asymmetric` a dense pass too.
     """
     solver = configs[chosen[0].full_name].solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     names, chosen = [l.full_name for l in chosen], [_as_output_head(l) for l in chosen]
     first = check_solvable(chosen, data, f"solver {solver.name}")
-    dense = bool(solver.asymmetric)
+    dense = any(config.solver is not None and config.solver.asymmetric for config in configs.values())
     rows: dict[str, dict[str, Any]] = {}
     quantized: dict[str, QuantizedWeight] = {}
     with passes(solver):

@@ -61,8 +61,9 @@ def quantize_(
         fit: how a scale is found (`rarefy.quantization.scale_fitting`): minmax, mse or hqq. By default mse, of 8 bits
             minmax.
         solver: "rtn": round to nearest. "obs" (GPTQ, Frantar 2023): distribute rounding errors over weights that are
-            not yet rounded, so that the layer's outputs on `data` are preserved. "round" (AutoRound, Cheng 2024): learn
-            the direction of rounding, block by block. `rarefy.Solver` sets options.
+            not yet rounded, so that the layer's outputs on `data` are preserved. Below 8 bits targets also move towards
+            the dense model's outputs (GPTAQ, Li 2025), which corrects errors of earlier layers. "round" (AutoRound,
+            Cheng 2024): learn the direction of rounding, block by block. `rarefy.Solver` sets options.
         activations: quantize the inputs of Linear and Conv layers to 8 bits too: "int8" (a scale a row, found in each
             call) or "int8-static" (one scale and zero point, calibrated on `data`).
         observer: int8-static: how the range of inputs is found: mse (the default), minmax or percentile.

@@ -31,7 +31,7 @@ from rarefy.model.sparsity_pattern import parse_pattern
 from rarefy.pipeline.sensitivity import GROUP, Setting, compressed_weight, replaced_weight
 from rarefy.prune.options import PruneOptions
 from rarefy.prune.prune import run_prune
-from rarefy.quantization.config import QuantizeOptions
+from rarefy.quantization.config import DRIFT_CORRECTION, QuantizeOptions
 from rarefy.quantization.quantize import run_quantize
 from rarefy.search.deploy import distance
 from rarefy.structured.compensation import REPAIRS
@@ -56,7 +56,7 @@ MAX_CUT = 0.75  # no group loses more than this fraction
 CHOICES = 24  # amounts of a group, about
 SAMPLES, WORK = 32, 1.5e11  # for losses: at most so many samples, and tokens times weights; at least two samples
 PROBE = 0.3  # fraction of a group that is removed to measure its loss
-SOLVER: Mapping[str, Any] = {"name": "obs", "asymmetric": 0.5}  # of fewer bits: it corrects earlier layers' errors
+SOLVER: Mapping[str, Any] = {"name": "obs", "asymmetric": DRIFT_CORRECTION}  # of fewer than 8 bits
 MIN_SAVING = 0.03  # a method that saves less of a call's time at its largest amount in all layers is left out
 CUT_SCORES = ("obs", "fluctuation", "magnitude")  # the first that the groups support
 
