@@ -104,7 +104,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def _config(model: nn.Module, layers: Mapping[str, Layer], grids: Mapping[str, Grid], format: str) -> dict[str, Any]:
-    """The quantization config of compressed-tensors, with one group for each scheme of quantization."""
+    """Return the quantization config of compressed-tensors, with one group for each scheme of quantization."""
     groups: dict[str, dict[str, Any]] = {}
     for name, grid in grids.items():
         columns = layers[name].original.shape[1]

@@ -113,8 +113,10 @@ def _accelerate_options(accelerate: Any) -> AccelerateOptions | None:
 
 
 def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, empty: bool) -> nn.Module:
-    """The Hugging Face model of a config, with `empty` without memory for its weights; one of timm or torchvision by
-    its name."""
+    """Return the Hugging Face model of a config, or one of timm or torchvision by its name.
+
+    With `empty`, weights of the former have no memory.
+    """
     if structure.get("library") in vision.LIBRARIES:
         return vision.build(structure)
     if structure.get("library") != "transformers":

@@ -71,7 +71,7 @@ def same_shape(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def restrided(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """The same shape with other strides, as after pooling to one pixel; any other case is unsupported."""
+    """Give the output the same dimensions with other strides, as after pooling to one pixel; else it is unsupported."""
     if len(t.dims(args[0])) == out.dim() and [size(e) for e in t.dims(args[0])] == list(out.shape):
         return t.set_dims(out, list(t.dims(args[0])), args[0])
     return unsupported_op(t, func, args, kwargs, out)
@@ -82,7 +82,7 @@ def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def factory(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Constants such as zeros: their sizes come from the module's attributes, which a cut can update."""
+    """Give constants such as zeros free dimensions: their sizes come from the module's attributes, which cuts update."""
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
         t.set_dims(y, dims)
@@ -218,7 +218,7 @@ def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def select(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """One index of a dimension is selected, or each of them: the dimension keeps its units."""
+    """Remove a dimension of which one index is selected, or each of them; it keeps its units."""
     dim = arg(func, args, kwargs, "dim", 0) % args[0].dim()
     dims = t.dims(args[0])
     lock(dims[dim], f"single units are picked in {t.module_name}")

@@ -157,7 +157,7 @@ class Receipt:
         return [_row(q["metric"], f"{q['before']:.4g}", f"{q['after']:.4g}", change), *more]
 
     def _units(self) -> list[dict[str, str]]:
-        """What cuts left, by kind of unit."""
+        """Return what cuts left, by kind of unit."""
         rows = []
         for stage in self.stages:
             if stage["title"] == "layers":
@@ -230,7 +230,7 @@ def _times(pair: Mapping[str, Any]) -> str:
 
 
 def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for layers that differ only in numbers of their names: `model.layers.*.mlp.up_proj (30)`."""
+    """Return one row for layers that differ only in numbers of their names: `model.layers.*.mlp.up_proj (30)`."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in layers:
         name = ".".join("*" if part.isdigit() else part for part in row["layer"].split("."))
@@ -281,7 +281,7 @@ SHOWN = ("pruned", "cut", "layers", "accelerated")  # stages whose rows are in t
 
 
 def _stage_summary(stage: Mapping[str, Any]) -> str:
-    """A stage in a line: what its report sums up, of training its first and last loss."""
+    """Return a stage in a line: what its report sums up, of training its first and last loss."""
     parts = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in stage["summary"].items()]
     losses = [r["loss"] for r in stage["rows"] if "loss" in r]
     return ", ".join([*parts, *([f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"] if losses else [])])

@@ -320,7 +320,7 @@ def _compress_shards(temp: Path, target: Path, index: dict[str, Any]) -> None:
 
 
 def _compressed_index(text: bytes) -> dict[str, bytes]:
-    """The two files of a compressed index: itself, and the one that names it."""
+    """Return the two files of a compressed index: itself, and the one that names it."""
     data = compress(text)
     entry = {"file": INDEX_XZ, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "raw": len(text)}
     return {INDEX_XZ: data, INDEX: _json({"format": "rarefy", "schema": SCHEMA, "index": entry}, INDEX, None)}

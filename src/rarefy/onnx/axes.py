@@ -123,7 +123,7 @@ def name_axes_(model: Any, axes: Axes) -> Axes:
 
 
 def _renamed(size: Any, names: Mapping[str, str]) -> Any:
-    """A size with the symbols in it renamed."""
+    """Return a size with the symbols in it renamed."""
     if isinstance(size, int) or size.value is None:
         return size
     return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), str(size.value))

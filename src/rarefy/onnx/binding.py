@@ -110,12 +110,12 @@ def evaluate(node: Any, inputs: Sequence[Tensor | None], opset: int) -> tuple[Te
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether numbers may stand for tensors of one number: not where they decide the type of the output."""
+    """Return whether numbers may stand for tensors of one number: not where they decide the type of the output."""
     return node.op_type not in ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Range")
 
 
 def _fits(function: Function, arguments: list[Any], named: dict[str, Any]) -> bool:
-    """Whether the outputs are small enough to be computed, as far as their shapes can be told without computing."""
+    """Return whether the outputs are small enough to be computed, as far as shapes are known without computing."""
     size = sum(a.numel() for a in arguments if isinstance(a, Tensor))
     try:
         meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]

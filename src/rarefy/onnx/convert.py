@@ -147,7 +147,7 @@ class Converter:
         return self.values[name]
 
     def _unpack(self, node: Any, result: fx.Node | None, inputs: Sequence[Any]) -> list[Any]:
-        """The outputs of a call that returns several."""
+        """Return the outputs of a call that returns several."""
         result = self._function(node, inputs) if result is None else result
         if len(node.output) == 1:
             return [result]
@@ -156,7 +156,7 @@ class Converter:
     # Sizes
 
     def _sizes(self, node: Any, inputs: Sequence[Any]) -> Sizes | None:
-        """What an operator computes from sizes, if it is sizes again."""
+        """Return what an operator computes from sizes, if it is sizes again."""
         if node.domain not in ("", "ai.onnx"):
             return None
         if node.op_type in ("Shape", "Size"):
@@ -166,7 +166,7 @@ class Converter:
         return self.rules.compute(node.op_type, [as_sizes(i) for i in inputs], attributes_of(node))
 
     def _shape(self, node: Any, value: Any) -> Sizes | None:
-        """The sizes of a tensor whose number of dimensions is known."""
+        """Return the sizes of a tensor whose number of dimensions is known."""
         if isinstance(value, Sizes):
             dims: Any = () if value.scalar else (len(value.items),)
         elif isinstance(value, Tensor):
@@ -204,7 +204,7 @@ class Converter:
     # Values as arguments
 
     def _tensor(self, name: str, value: Any = None) -> Any:
-        """The node of a value as a tensor."""
+        """Return the node of a value as a tensor."""
         value = self.values[name] if value is None else value
         if isinstance(value, Sizes):
             items = value.items[0] if value.scalar else list(value.items)
@@ -223,13 +223,13 @@ class Converter:
         return value
 
     def _tuple(self, name: str, value: Any) -> Any:
-        """A value as a tuple of numbers, some of them nodes perhaps."""
+        """Return a value as a tuple of numbers, some of them nodes perhaps."""
         if isinstance(value, Tensor):
             return tuple(value.reshape(-1).tolist())
         return value.items if isinstance(value, Sizes) else self._emit(to_ints, value)
 
     def _number(self, name: str, value: Any, rank: int | None) -> Any:
-        """A value as a number if it is one and cannot change the shape of the result, else as a tensor."""
+        """Return a value as a number if it is one and cannot change the shape of the result, else as a tensor."""
         if isinstance(value, Sizes) and value.scalar:
             return value.items[0]
         if isinstance(value, Tensor) and value.numel() == 1 and (value.dim() == 0 or value.dim() <= (rank or 0)):
@@ -239,7 +239,7 @@ class Converter:
     # Calls
 
     def _function(self, node: Any, inputs: Sequence[Any]) -> fx.Node:
-        """A call of an operator's function."""
+        """Return a call of an operator's function."""
         if (on_elements := self._on_elements(node, inputs)) is not None:
             return on_elements
         function = function_of(node)
@@ -284,7 +284,7 @@ class Converter:
         return call
 
     def _on_elements(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:
-        """A call of Python's operator, for those that torch's tensors have; numbers stay numbers."""
+        """Return a call of Python's operator, for those that torch's tensors have; numbers stay numbers."""
         function = ON_ELEMENTS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         dtype = dtype_of_probe(inputs[0]) or DTYPES.get(self.graph.kinds.get(node.input[0], Kind()).dtype)
         if node.op_type == "Div" and dtype is not None and dtype.is_floating_point:
@@ -303,7 +303,7 @@ class Converter:
         return rank_of(self.values.get(name)) if dims is None else len(dims)
 
     def _reshape(self, node: Any, inputs: Sequence[Any]) -> fx.Node:
-        """A reshape whose known sizes are constants; at most one open size is left out."""
+        """Return a reshape whose known sizes are constants; at most one open size is left out."""
         x, sizes = self._tensor(node.input[0], inputs[0]), as_sizes(inputs[1])
         assert sizes is not None
         shape: list[int | None] = []
@@ -326,7 +326,7 @@ class Converter:
     # Layers
 
     def _layer(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:
-        """A call of a torch layer, if the operator can be one."""
+        """Return a call of a torch layer, if the operator can be one."""
         build = LAYERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if build is None:
             return None
@@ -355,7 +355,7 @@ class Converter:
         return call
 
     def _bias(self, node: Any, layer: nn.Module) -> Any:
-        """The Add that alone reads a layer's outputs and adds a constant to each: the bias of the layer."""
+        """Return the Add that alone reads a layer's outputs and adds a constant to each: the bias of the layer."""
         users = self.users.get(node.output[0], [])
         alone = len(users) == 1 and users[0].op_type == "Add" and node.output[0] not in self.graph.outputs
         if not alone or not isinstance(layer, QUANTIZED_LAYERS) or layer.bias is not None:
@@ -458,24 +458,24 @@ def _constant_index(node: Any, inputs: Sequence[Any]) -> int | None:
 
 
 def _constant_name(name: str) -> str:
-    """The dotted name of a constant, which must begin with a letter."""
+    """Return the dotted name of a constant, which must begin with a letter."""
     dotted = join(name.replace("/", ".").replace("::", "_").split("."))
     return dotted if dotted[:1].isalpha() else f"constant_{dotted}"
 
 
 def _plain(sizes: Sizes) -> tuple[torch.dtype, ...]:
-    """The types that sizes have as a tensor without a conversion."""
+    """Return the types that sizes have as a tensor without a conversion."""
     kinds = {type(i) for i in sizes.items if not isinstance(i, fx.Node)}
     return () if kinds & {bool, float} else (torch.int64,)
 
 
 def _is_constant(argument: Any) -> bool:
-    """Whether an argument is a number or a tuple of known numbers."""
+    """Return whether an argument is a number or a tuple of known numbers."""
     if isinstance(argument, tuple):
         return not any(isinstance(i, fx.Node) for i in argument)
     return isinstance(argument, int | float | bool)
 
 
 def _holds_constants(constants: dict[str, Any]) -> bool:
-    """Whether there are constants beside those that every call has."""
+    """Return whether there are constants beside those that every call has."""
     return bool(set(constants) - {"opset", "outputs"})

@@ -88,7 +88,7 @@ def calls_with_other_sizes(
 
 
 def _changed(t: Tensor, named: Mapping[int, str], axis: str, change: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """A tensor with each of its sizes of that name changed."""
+    """Return a tensor with each of its sizes of that name changed."""
     for d, name in named.items():
         t = change(t, d) if name == axis else t
     return t

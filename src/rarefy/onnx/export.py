@@ -193,7 +193,7 @@ def check_target(path: Path, overwrite: bool, external_data: bool) -> None:
 
 
 def _folded_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model in evaluation mode without masks and grids, which shares all tensors that have none."""
+    """Return a copy of a model in evaluation mode without masks and grids, which shares all tensors that have none."""
     model = unwrap(model)
     own = {id(layer.original) for layer in attached_layers(model)}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
@@ -292,7 +292,7 @@ def _check_fixed(model: nn.Module, fixed: list[str], required: bool) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error that caused another."""
+    """Return the first line of the error that caused another."""
     while error.__cause__ is not None:  # the cause is in the last one
         error = error.__cause__
     return first_line(error)
@@ -347,14 +347,14 @@ def _takes(program: Any, feeds: Mapping[str, Any]) -> bool:
 
 
 def _open_sizes(program: Any) -> str:
-    """The names of the open sizes of a program's inputs."""
+    """Return the names of the open sizes of a program's inputs."""
     inputs = program.model.graph.inputs
     named = [f"{v.name}[{d}] {n.value}" for v in inputs for d, n in enumerate(v.shape) if not isinstance(n, int)]
     return ", ".join(named) or "none"
 
 
 def _feeds(program: Any, inputs: Mapping[str, Tensor]) -> Feeds:
-    """The inputs by the names that the file has for them."""
+    """Return the inputs by the names that the file has for them."""
     names = [v.name for v in program.model.graph.inputs]
     same = inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values()))
     return {name: same[name].detach().contiguous() for name in names}

@@ -63,7 +63,7 @@ def _gelu(graph: Graph, users: Any, producers: Any, erf: Any) -> tuple[list[Any]
 
 
 def _with_number(graph: Graph, node: Any, numbers: dict[str, float]) -> str | None:
-    """The other input of an operator if one of its inputs is the expected number, else None."""
+    """Return the other input of an operator if one of its inputs is the expected number, else None."""
     want = numbers.get(node.op_type)
     if want is None or len(node.input) != 2:
         return None

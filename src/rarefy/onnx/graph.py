@@ -188,7 +188,7 @@ def is_lookup(node: Any, stored: Set[str], constants: Mapping[str, Any]) -> bool
 
 
 def _computed(graph: Graph, node: Any) -> tuple[Tensor, ...] | None:
-    """The results of a node on constants, None where they are not computed here."""
+    """Return the results of a node on constants, None where they are not computed here."""
     inputs = [to_tensor(graph.constants[n]) if n else None for n in node.input]
     return evaluate(node, inputs, graph.opset)
 

@@ -234,7 +234,7 @@ def convolve_dynamic(layer: Any, x: Tensor) -> Tensor:
 
 
 def _pads(layer: Any) -> list[int]:
-    """The padding of a convolution: at the beginning of each dimension, then at the end."""
+    """Return the padding of a convolution: at the beginning of each dimension, then at the end."""
     if layer.padding == "valid":
         return [0] * (2 * len(layer.kernel_size))
     if layer.padding == "same":

@@ -35,7 +35,7 @@ def fold_transposes(graph: Graph) -> Iterable[Any]:
 
 
 def _layout(node: Any) -> Perm | None:
-    """The permutation of a Transpose between layouts."""
+    """Return the permutation of a Transpose between layouts."""
     perm = tuple(attribute(node, "perm", ())) if node.op_type == "Transpose" else ()
     return perm if perm in LAYOUTS else None
 
@@ -78,7 +78,7 @@ class _Folding:
                     yield make_node("Transpose", [source], [name], perm=list(perm))
 
     def _past(self, node: Any, moved: list[tuple[str, Perm]]) -> Any:
-        """The node on the values before their Transpose, None if it must see them after it."""
+        """Return the node on the values before their Transpose, None if it must see them after it."""
         perm = moved[0][1]
         tensors = [n for n in node.input if n and n not in self.graph.constants]
         if any(p != perm for _, p in moved) or len(moved) != len(tensors):
@@ -94,7 +94,7 @@ class _Folding:
         return None
 
     def _inputs(self, node: Any, perm: Perm) -> list[str] | None:
-        """The inputs before the Transpose, constants in the other order of dimensions."""
+        """Return the inputs before the Transpose, constants in the other order of dimensions."""
         inputs = []
         for name in node.input:
             array = self.graph.constants.get(name)
@@ -108,7 +108,7 @@ class _Folding:
         return inputs
 
     def _reduction(self, node: Any, source: str, perm: Perm) -> Any:
-        """A reduction of other axes; without them, what remains must keep its order."""
+        """Return a reduction of other axes; without them, what remains must keep its order."""
         axes = attribute(node, "axes", None)
         if axes is None and len(node.input) > 1:
             constant = self.graph.constants.get(node.input[1])
@@ -129,7 +129,7 @@ class _Folding:
         return make_node(node.op_type, inputs, node.output, node, **more)
 
     def _moved_node(self, node: Any, inputs: list[str], perm: Perm, **attributes: Any) -> Any:
-        """The node before a Transpose that its output gets later."""
+        """Return the node before a Transpose that its output gets later."""
         name = node.output[0]
         before = f"{name}_rarefy_moved"
         self.moved[name] = (before, perm)

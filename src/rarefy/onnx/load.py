@@ -115,7 +115,7 @@ def to_graph(model: Any) -> Graph:
 
 
 def _activation_kind(graph: Graph) -> str:
-    """How activations are quantized: "" (not at all), "static" or "dynamic"."""
+    """Return how activations are quantized: "" (not at all), "static" or "dynamic"."""
     if not graph.quantized:
         return ""
     return "dynamic" if any(i.scale is None for i in graph.quantized.values()) else "static"

@@ -70,7 +70,7 @@ def expand_qlinear(graph: Graph) -> Iterable[Any]:
 
 
 def _can_expand(graph: Graph, node: Any, kind: str) -> bool:
-    """Whether weights, scales and the bias are constants; otherwise the operator runs on codes, as it is written."""
+    """Return whether weights, scales and the bias are constants; otherwise the operator runs on codes, as written."""
     if kind not in ("Conv", "MatMul", "Gemm"):
         return True
     names = [*node.input[1:6], *(node.input[8:9] if kind == "Conv" else node.input[6:7] if kind == "Gemm" else ())]
@@ -78,7 +78,7 @@ def _can_expand(graph: Graph, node: Any, kind: str) -> bool:
 
 
 def _output_axis(graph: Graph, node: Any, kind: str) -> int:
-    """The dimension of an operator's weight along which its outputs run."""
+    """Return the dimension of an operator's weight along which its outputs run."""
     weight = graph.constants.get(node.input[3]) if len(node.input) > 3 else None
     if kind == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
@@ -120,7 +120,7 @@ def fuse_integer_ops(graph: Graph) -> Iterable[Any]:
 
 
 def _weight_zero_point(graph: Graph, node: Any, codes: Any) -> np.ndarray | None:
-    """The zero point of an integer operator's weights, if the one of its inputs is that of their codes."""
+    """Return the zero point of an integer operator's weights, if the one of its inputs is that of their codes."""
     zeros = [*node.input[2:], "", ""][:2]
     zero = graph.constants.get(zeros[1]) if zeros[1] else np.zeros(1)
     zero_name = codes.output[2] if codes.op_type == "DynamicQuantizeLinear" else [*codes.input, "", ""][2]
@@ -130,7 +130,7 @@ def _weight_zero_point(graph: Graph, node: Any, codes: Any) -> np.ndarray | None
 def _integer_scale(
     graph: Graph, producers: dict[str, Any], codes: Any, factor: str
 ) -> tuple[np.ndarray, ActivationQuant] | None:
-    """The scale of the weights and how the inputs are quantized, from the factor after an integer operator."""
+    """Return the scale of the weights and how the inputs are quantized, from the factor after an integer operator."""
     if codes.op_type == "QuantizeLinear":
         step, total = graph.scalar(codes.input[1]), graph.constants.get(factor)
         inputs = _static(graph, codes, node_label(codes))
@@ -144,14 +144,14 @@ def _integer_scale(
 
 
 def _is_per_output(scale: np.ndarray, weight: np.ndarray, axis: int) -> bool:
-    """Whether a scale is one for all outputs or one for each."""
+    """Return whether a scale is one for all outputs or one for each."""
     sizes = [n for n in scale.shape if n > 1]
     along_outputs = not sizes or scale.shape[-1 if axis else max(0, scale.ndim - weight.ndim + 1)] == sizes[0]
     return len(sizes) < 2 and along_outputs and not (sizes and not axis and scale.ndim < weight.ndim - 1)
 
 
 def _same_zero_point(graph: Graph, subtracted: str, added: str) -> bool:
-    """Whether an integer operator subtracts the zero point that its inputs were quantized with."""
+    """Return whether an integer operator subtracts the zero point that its inputs were quantized with."""
     if subtracted == added:
         return True
     a, b = (graph.constants.get(n) if n else np.zeros(1) for n in (subtracted, added))
@@ -178,7 +178,7 @@ def dequantize_weights(graph: Graph) -> Iterable[Any]:
 
 
 def _is_gathered(graph: Graph, gather: Any, node: Any) -> bool:
-    """Whether codes are rows gathered from a constant, with one scale and zero point for all."""
+    """Return whether codes are rows gathered from a constant, with one scale and zero point for all."""
     if gather.op_type != "Gather" or gather.input[0] not in graph.constants or len(node.input) < 3:
         return False
     return all(graph.scalar(n) is not None for n in node.input[1:3])
@@ -265,14 +265,14 @@ def _code_paths(graph: Graph) -> tuple[dict[str, tuple[str, ActivationQuant]], s
 
 
 def _inverts(graph: Graph, node: Any, quant: ActivationQuant) -> bool:
-    """Whether a DequantizeLinear inverts a quantization; without a zero point of its own it has zero."""
+    """Return whether a DequantizeLinear inverts a quantization; without a zero point of its own it has zero."""
     if len(node.input) > 2 and node.input[2]:
         return _static(graph, node, node_label(node)) == quant
     return graph.scalar(node.input[1]) == quant.scale and quant.zero in (0, 1 << (quant.bits - 1))
 
 
 def _static(graph: Graph, node: Any, where: str) -> ActivationQuant | None:
-    """How a QuantizeLinear rounds, if it has one constant scale and zero point for all."""
+    """Return how a QuantizeLinear rounds, if it has one constant scale and zero point for all."""
     scale = graph.scalar(node.input[1])
     kind = {0: "uint8", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16"}.get(
         attribute(node, "output_dtype", 0), "float32"

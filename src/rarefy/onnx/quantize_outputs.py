@@ -64,7 +64,7 @@ def open_outputs(graph: Any) -> list[Any]:
 
 
 def _is_quantized(value: Any) -> bool:
-    """Whether a value is dequantized from codes, or read as codes by a layer."""
+    """Return whether a value is dequantized from codes, or read as codes by a layer."""
     return _made_by(value, "DequantizeLinear") or any(u.op_type == "QuantizeLinear" for u in value.consumers())
 
 
@@ -109,7 +109,7 @@ def _insert_(graph: Any, value: Any, low: float, high: float) -> None:
 
 
 def _ranges(program: Any, values: Sequence[Any], batches: Iterable[Feeds], file: Path) -> list[tuple[float, float]]:
-    """The range of each value over all batches, with 0 in it."""
+    """Return the range of each value over all batches, with 0 in it."""
     outputs = program.model.graph.outputs
     count = len(outputs)
     outputs.extend(v for v in values if not v.is_graph_output())

@@ -198,7 +198,7 @@ def inline_functions(model: Any) -> Any:
 
 
 def _has_body(node: Any) -> bool:
-    """Whether ONNX defines an operator by others."""
+    """Return whether ONNX defines an operator by others."""
     from onnx import defs
 
     try:

@@ -135,7 +135,7 @@ def _started(start: Callable[[Path], Run], path: Path, runtime: str) -> Run:
 
 
 def _difference(run: Run, feeds: Feeds, expected: Sequence[Tensor], quantized: str, where: str) -> float:
-    """The largest relative distance of the outputs; infinity for other shapes."""
+    """Return the largest relative distance of the outputs; infinity for other shapes."""
     try:
         outputs = run(feeds)
     except Exception as error:  # its own classes

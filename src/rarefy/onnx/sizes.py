@@ -176,7 +176,7 @@ class SizeRules:
         return node
 
     def _call(self, function: Any, *items: Any) -> fx.Node:
-        """The one node that computes a function of sizes."""
+        """Return the one node that computes a function of sizes."""
         key = (function, *((type(i), i) for i in items))
         if key not in self.calls:
             self.calls[key] = self.emit(function, *items)
@@ -186,7 +186,7 @@ class SizeRules:
         return item >= 0 if isinstance(item, NUMBERS) else item in self.counts
 
     def _shortcut(self, function: Callable[..., Any], items: tuple[Item, ...]) -> Item | None:
-        """What is known without the value of a size: it is not negative, and one of it is itself."""
+        """Return what is known without the value of a size: it is not negative, and one of it is itself."""
         if function is choose and isinstance(items[0], NUMBERS):
             return items[1] if items[0] else items[2]
         if function in (product, quotient, operator.mul) and isinstance(items[1], int) and items[1] == 1:

@@ -173,7 +173,7 @@ def accelerate_each(
 
 
 def _chosen_layers(model: nn.Module, options: AccelerateOptions) -> list[Layer]:
-    """The selected layers; by default also those, such as a language model's head, that were quantized."""
+    """Return the selected layers; by default also those, such as a language model's head, that were quantized."""
     chosen = select_layers(model, options.layers, options.ignore)
     if options.layers is None:
         ignored = select_layers(model, options.ignore) if options.ignore else ()
@@ -216,7 +216,7 @@ def select_kernel_(layer: Layer, slots: ModuleSlots, tuner: Autotuner, options: 
 
 
 def _new_row(layer: Layer, slots: ModuleSlots, batch: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
-    """A report row of a layer with all columns, and the batches that it is timed for."""
+    """Return a report row of a layer with all columns, and the batches that it is timed for."""
     weight, images = layer.weight.detach(), slots.observed.images
     image = images.get(id(layer.module))
     batches = sorted(set(batch)) if image is None else sorted({1, len(image)})
@@ -231,7 +231,7 @@ def _choice_columns(choice: tuning_cache.Choice) -> dict[str, str]:
 
 
 def _tied_embeddings(layer: Layer) -> tuple[Any, list[tuple[str, Any]]] | None:
-    """The one Linear layer, and the embeddings, that share a quantized weight and do nothing else; None for others."""
+    """Return the one Linear layer and the embeddings that share a quantized weight and do nothing else, else None."""
     linears = [(n, m) for n, m, _ in layer.owners if isinstance(m, nn.Linear)]
     others = [(n, m) for n, m, _ in layer.owners if not isinstance(m, nn.Linear)]
     plain = all(type(m) is nn.Embedding and m.max_norm is None and is_plain(m) for _, m in others)
@@ -314,8 +314,10 @@ def _group_layers_(slots: ModuleSlots, rows: Sequence[dict[str, Any]], chosen: S
 
 
 def _restore_if_read(row: dict[str, Any], layer: Layer, slots: ModuleSlots) -> dict[str, Any]:
-    """The row of a layer, which becomes dense again if the model has just read its weight: unpacking it at each call
-    costs more than the kernel gains."""
+    """Return the row of a layer, which becomes dense again if the model has just read its weight.
+
+    Unpacking it at each call costs more than the kernel gains.
+    """
     module = slots.model.get_submodule(layer.name) if layer.name else None
     if not isinstance(module, Sparse) or not module.unpacked or row["fused"]:
         return row
@@ -325,7 +327,7 @@ def _restore_if_read(row: dict[str, Any], layer: Layer, slots: ModuleSlots) -> d
 
 
 def _same_outputs(model: nn.Module, example: Any, expected: Sequence[torch.Tensor], precision: str | None) -> bool:
-    """Whether the model returns the expected outputs up to rounding, in a first and in a second call."""
+    """Return whether the model returns the expected outputs up to rounding, in a first and in a second call."""
     for _ in range(2):
         try:
             with evaluating(model), torch.no_grad():

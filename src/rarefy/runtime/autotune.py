@@ -60,7 +60,7 @@ class Autotuner:
         return self.known[key]
 
     def _key(self, dense: Any, candidates: Sequence[Candidate], inputs: Mapping[int, Tensor]) -> str:
-        """A text of what the times of a layer depend on."""
+        """Return a text of what the times of a layer depend on."""
         zeros = round(float((dense.weight == 0).float().mean()), 2)
         kernels = [(c.name, c.packed.kind, getattr(c.packed, "exact", None)) for c in candidates]
         shapes = [(x.shape, x.stride()) for x in inputs.values()]
@@ -122,13 +122,13 @@ def chosen_weights(module: Any, candidates: Sequence[Candidate], choice: Choice)
 
 
 def _is_choice(choice: Choice | None, candidates: Sequence[Candidate], batches: Sequence[int]) -> bool:
-    """Whether a cached choice is one for these batches, among these candidates."""
+    """Return whether a cached choice is one for these batches, among these candidates."""
     names = {"dense", *(c.name for c in candidates)}
     return choice is not None and list(choice) == list(batches) and {n for n, _ in choice.values()} <= names
 
 
 def _columns_shared(candidates: Sequence[Candidate]) -> float:
-    """How many of four outputs share a column on average: blocks of zeros change the time of tiles by it."""
+    """Return how many of four outputs share a column on average: blocks of zeros change the time of tiles by it."""
     tiled = (c.packed for c in candidates if isinstance(c.packed, Tiles | ConvTiles) and c.name != "convolution, sell")
     tiles = next(tiled, None)
     return 0.0 if tiles is None else round(shared(tiles), 1)

@@ -107,7 +107,7 @@ class Conv(Structure):
 
 @cache
 def _open() -> tuple[Any, str | None]:
-    """The library, or why there is none."""
+    """Return the library, or why there is none."""
     spec = find_spec("rarefy.runtime._kernels")
     if spec is None or spec.origin is None:
         return None, "no compiled kernels: install again where there is a C++20 compiler"

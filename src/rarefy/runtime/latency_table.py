@@ -87,7 +87,7 @@ def latency_table(
 
 
 def _by_shape(chosen: Sequence[Layer], images: Mapping[int, torch.Tensor], has_example: bool) -> list[list[Layer]]:
-    """The layers that kernels can run, those that take the same time together."""
+    """Return the layers that kernels can run, those that take the same time together."""
     alike: dict[str, list[Layer]] = {}
     for layer in chosen:
         image = images.get(id(layer.module))
@@ -125,7 +125,7 @@ def _sparsities(pattern: Pattern, sparsities: Sequence[float]) -> Sequence[float
 
 
 def _random(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """A weight of this shape and dtype with random zeros in the pattern."""
+    """Return a weight of this shape and dtype with random zeros in the pattern."""
     score = torch.rand(1, 1, len(weight), weight[0].numel())
     mask = masks_at_sparsity([score], pattern, sparsity, "layer")[0].reshape(weight.shape)
     return torch.randn(weight.shape).to(weight.dtype) * mask

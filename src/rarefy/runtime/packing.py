@@ -195,7 +195,7 @@ def pack_sell(weight: Tensor, kind: str = "fp32", block: int = CACHE_BLOCK, grid
 
 
 def _unpack_sell(packed: Sell) -> Tensor:
-    """The weight with padding, [O or more, C or more]."""
+    """Return the weight with padding, [O or more, C or more]."""
     slabs, blocks = packed.starts.shape
     counts = packed.counts.long().flatten() & 0xFFFF
     lanes = torch.zeros(slabs * blocks * SLAB, packed.block, dtype=torch.int32)
@@ -208,7 +208,7 @@ def _unpack_sell(packed: Sell) -> Tensor:
 
 
 def _is_compute_bound(V: Tensor) -> bool:
-    """Whether products keep up with inputs from the L1 cache: measured, from 35 % nonzeros on."""
+    """Return whether products keep up with inputs from the L1 cache: measured, from 35 % nonzeros on."""
     nonzero = padded(V != 0, 4, 1).view(-1, 4, V.shape[1])
     density, columns = float(nonzero.float().mean()), float(nonzero.any(1).float().mean())
     return 0.35 < density < 0.75 * columns
@@ -345,7 +345,7 @@ def nbytes(packed: Packed) -> int:
 
 
 def _block(block: int, lanes: int) -> int:
-    """The lanes of a block, at most all of them."""
+    """Return the lanes of a block, at most all of them."""
     block = min(lanes or 1, block, MAX_BLOCK)
     if block < 1:
         raise FormatError(f"a block has at least one lane, got {block}")

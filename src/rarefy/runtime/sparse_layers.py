@@ -100,7 +100,7 @@ class Sparse(nn.Module):
         return parts["weight"] if metadata["format"] == "dense" else from_tensors(metadata, parts)
 
     def _spec(self, like: dict[str, Any] | None) -> str:
-        """What the operator needs besides the tensors, as JSON."""
+        """Return what the operator needs besides the tensors, as JSON."""
         formats = [
             (start, f, [n.removeprefix(f"from{start}_") for n in self.buffer_names[start]]) for start, f in self.formats
         ]
@@ -136,14 +136,14 @@ class Sparse(nn.Module):
         return reference.ACTIVATIONS[self.activation](self.dense(x, weight, bias))
 
     def _serving(self, batch: int) -> tuple[int, str | None, tuple[str, ...]]:
-        """Of the weight for this batch: where it starts, the buffer of a dense one, all its buffers."""
+        """Return, of the weight for this batch, where it starts, the buffer of a dense one, and all its buffers."""
         for entry in self._descending:
             if entry[0] <= batch:
                 return entry
         return self._descending[-1]
 
     def _kernel_for(self, start: int, names: tuple[str, ...]) -> Any:
-        """The kernel of a weight, rebuilt if its tensors were edited, swapped or loaded since."""
+        """Return the kernel of a weight, rebuilt if its tensors were edited, swapped or loaded since."""
         buffers: Any = self._buffers
         state = [(b.data_ptr(), _version(b)) for n in names if (b := buffers[n]) is not None]
         kernel, built_from = self._kernels.get(start, (None, None))
@@ -158,7 +158,7 @@ class Sparse(nn.Module):
         return torch.ops.rarefy.sparse(x, parts, self.bias, self.spec)
 
     def _new_kernel(self, start: int) -> Any:
-        """A kernel holds addresses, so it is neither copied nor pickled."""
+        """Return a new kernel of the weight; it holds addresses, so it is neither copied nor pickled."""
         packed: Any = self.packed_weight(start)
         if bindings.missing() is None:
             return Kernel(packed, self.bias, self.activation)
@@ -255,7 +255,7 @@ class SparseLinear(Sparse):
         return y
 
     def _take_computed(self, x: Tensor, batch: int) -> Tensor | None:
-        """The outputs that the leading layer computed for this one from x, once: None if x or this layer changed."""
+        """Return, once, what the leading layer computed for this one from x; None if x or this layer changed."""
         ref, state, kernel, y = self._computed.pop(get_ident(), (None, None, None, None))
         if ref is None or ref() is not x or not _may_share_outputs(x) or state != _state(x):
             return None
@@ -268,7 +268,7 @@ def _version(t: Tensor) -> int:
 
 
 def _may_share_outputs(x: Tensor) -> bool:
-    """Whether outputs for x may be kept for another layer: no gradient is needed, and torch counts edits of x."""
+    """Return whether outputs for x may be kept for another layer: without gradients, and torch counts edits of x."""
     return (
         not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_inference_mode_enabled()

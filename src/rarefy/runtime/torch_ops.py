@@ -23,7 +23,7 @@ _layers: Any = WeakTensorKeyDictionary()  # first part -> (what it was built fro
 
 
 def _layer(parts: list[Tensor], bias: Tensor | None, spec: str) -> Sparse:
-    """The layer of these tensors, built at the first call: its kernel bounds-checks every index."""
+    """Return the layer of these tensors, built at the first call: its kernel bounds-checks every index."""
     key = (spec, *(t.data_ptr() for t in [*parts, *([] if bias is None else [bias])]))
     known = _layers.get(parts[0])
     if known is None or known[0] != key:

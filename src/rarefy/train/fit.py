@@ -246,7 +246,7 @@ def _check_arguments(model: nn.Module, data: Any, options: FitOptions, distill: 
 
 
 def _first(data: Any) -> Any:
-    """The first batch, as if nobody had looked."""
+    """Return the first batch, as if nobody had looked."""
     before = checkpoint.random_state()
     batches: Any = data(0) if callable(data) else data
     first = next(iter(batches), None)

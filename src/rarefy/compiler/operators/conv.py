@@ -35,8 +35,10 @@ def conv2d(
 
 
 def _lower(p: Program, node: Node) -> None:
-    """A step on NHWC images for dense and grouped weights; a linear step where kernel size and stride are one; else a
-    convolution of planes."""
+    """Add the step of a convolution: on NHWC images for dense and grouped weights, else on planes.
+
+    Kernels of size and stride one on planes are linear steps.
+    """
     if p.runs_on_nhwc(node):
         nhwc.lower_conv(p, node)
         return

@@ -52,7 +52,7 @@ def compare(function: Function, a: Any, b: Any) -> Any:
 
 
 def _quotient(a: Any, b: Any) -> Any:
-    """The quotient of floats, or of integers without its fraction."""
+    """Return the quotient of floats, or of integers without its fraction."""
     kinds = [x for x in (a, b) if isinstance(x, Tensor)]
     if kinds[0].is_floating_point() or kinds[0].is_complex():
         return a / b
@@ -60,7 +60,7 @@ def _quotient(a: Any, b: Any) -> Any:
 
 
 def _unsigned_division(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The quotient and remainder of integers of 64 bits, read as unsigned."""
+    """Return the quotient and remainder of integers of 64 bits, read as unsigned."""
     half = torch.div((a >> 1) & ~SIGN, b.clamp(min=1), rounding_mode="trunc") << 1
     rest = a - half * b
     more = ((rest ^ SIGN) >= (b ^ SIGN)).to(torch.int64)

@@ -63,7 +63,7 @@ def _bias(
     q: Tensor, k: Tensor, mask: Tensor | None, lengths: Tensor | None, windows: tuple[int, int], causal: bool,
     right: int, offset: Any,
 ) -> Tensor | None:  # fmt: skip
-    """What is added to the scores: minus infinity where nothing is read."""
+    """Return what is added to the scores: minus infinity where nothing is read."""
     queries, keys = q.shape[2], k.shape[2]
     bias = None
     if mask is not None:

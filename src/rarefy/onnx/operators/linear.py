@@ -30,7 +30,7 @@ def fused_matmul(
 
 
 def _batch_last(x: Tensor) -> Tensor:
-    """The first axis moved before the last."""
+    """Return the first axis moved before the last."""
     return x.movedim(0, -2)
 
 

@@ -34,7 +34,7 @@ def activation(name: str, alpha: float | None, beta: float | None) -> Callable[[
 
 
 def _activations(names: Any, alphas: Any, betas: Any, default: Sequence[str], directions: int) -> list[Any]:
-    """The activations of each direction."""
+    """Return the activations of each direction."""
     names = [n.decode() if isinstance(n, bytes) else n for n in (names or list(default) * directions)]
     values = [iter(v or ()) for v in (alphas, betas)]
     functions = []

@@ -42,7 +42,7 @@ def min_(x: Tensor, dims: Any, keep: bool) -> Tensor:
 
 
 def _extreme(x: Tensor, dims: Any, keep: bool, largest: bool) -> Tensor:
-    """The largest or smallest element; of none the smallest or largest number of the type."""
+    """Return the largest or smallest element; of none the smallest or largest number of the type."""
     if not dims:
         return x
     if any(isinstance(x.shape[d], int) and x.shape[d] == 0 for d in dims):

@@ -77,7 +77,7 @@ def _targets(x: Tensor, dims: list[int], factors: Any, sizes: Any, policy: str) 
 
 
 def _scaled(size: Any, scale: float) -> Any:
-    """The size times the factor, without its fraction; an open size stays open for whole factors."""
+    """Return the size times the factor, without its fraction; an open size stays open for whole factors."""
     if scale == int(scale):
         return size * int(scale)
     return math.floor(size * scale) if isinstance(size, int) else torch.sym_int(size * scale)
@@ -103,7 +103,7 @@ def _interpolate(x: Tensor, axes: Sequence[Axis], method: Interpolation) -> Tens
 
 
 def _torch_mode(x: Tensor, axes: Sequence[Axis], method: Interpolation) -> tuple[str, bool | None] | None:
-    """The mode of torch's interpolation, and whether corners are aligned, if it means the same here."""
+    """Return the mode of torch's interpolation, and whether corners are aligned, if it means the same here."""
     rank = x.dim()
     if method.antialias or method.exclude_outside or rank not in (3, 4, 5) or any(t.dim < 2 for t in axes):
         return None
@@ -125,7 +125,7 @@ def _torch_mode(x: Tensor, axes: Sequence[Axis], method: Interpolation) -> tuple
 
 
 def _is_whole(axis: Axis, size: Any) -> bool:
-    """Whether the new size is the old one times the factor."""
+    """Return whether the new size is the old one times the factor."""
     if axis.scale == int(axis.scale):
         return True
     return isinstance(size, int) and isinstance(axis.size, int) and math.isclose(axis.size, size * axis.scale)
@@ -149,7 +149,7 @@ def _along(x: Tensor, axis: Axis, method: Interpolation) -> Tensor:
 
 
 def _coordinates(size: int, count: int, axis: Axis, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where each new element lies among the old ones, and which lie outside of them and get a constant."""
+    """Return where each new element lies among the old ones, and which lie outside of them and get a constant."""
     i, length = np.arange(count, dtype=np.float64), axis.scale * size
     half = (i + 0.5) / axis.scale - 0.5
     inside = np.zeros(count, bool)
@@ -173,7 +173,7 @@ def _coordinates(size: int, count: int, axis: Axis, mode: str) -> tuple[np.ndarr
 
 
 def _taps(places: np.ndarray, size: int, scale: float, method: Interpolation) -> tuple[np.ndarray, np.ndarray]:
-    """The indices that each new element is a sum of, [count, taps], and their weights."""
+    """Return the indices that each new element is a sum of, [count, taps], and their weights."""
     base = np.floor(places).astype(np.int64)
     ratio = places - base
     base, ratio = np.where(ratio == 0, base - 1, base), np.where(ratio == 0, 1.0, ratio)  # the left one of two

@@ -188,7 +188,7 @@ def _flat(sides: Any) -> list[int]:
 
 
 def _places(size: int, before: int, after: int, mode: str) -> Tensor:
-    """The indices that a padded axis is read from."""
+    """Return the indices that a padded axis is read from."""
     places = torch.arange(-before, size + after)
     if mode == "edge":
         return places.clamp(0, size - 1)

@@ -13,7 +13,7 @@ from rarefy.onnx.operators.signature import Number, axis_of
 
 
 def _complex(x: Tensor) -> Tensor:
-    """A tensor whose last dimension is the real part, or the real and the imaginary part."""
+    """Return a tensor whose last dimension is the real part, or the real and the imaginary part."""
     return x[..., 0] if x.shape[-1] == 1 else torch.complex(x[..., 0].contiguous(), x[..., 1].contiguous())
 
 

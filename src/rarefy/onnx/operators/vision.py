@@ -36,7 +36,7 @@ def _corners(boxes: Tensor, centered: bool) -> Tensor:
 
 
 def _separate(corners: Tensor, order: Tensor, overlap: float, max_boxes: int) -> list[int]:
-    """The first boxes in an order that overlap none before them by more than a share of their union."""
+    """Return the first boxes in an order that overlap none before them by more than a share of their union."""
     selected: list[int] = []
     sizes = corners[:, 2:] - corners[:, :2]
     areas = sizes[:, 0] * sizes[:, 1]
@@ -77,7 +77,7 @@ def roi_align(
 
 
 def _weights(start: float, length: float, count: int, samples: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of [count, samples] places along an axis: the pixels before and after them, with their weights."""
+    """Return the pixels before and after [count, samples] places along an axis, with their weights."""
     bins = torch.arange(count, dtype=torch.float64)[:, None]
     inner = (torch.arange(samples, dtype=torch.float64) + 0.5) / max(samples, 1)
     places = start + (bins + inner) * (length / count)
