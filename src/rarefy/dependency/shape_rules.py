@@ -82,7 +82,7 @@ def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def factory(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Give constants such as zeros free dimensions: their sizes come from the module's attributes, which cuts update."""
+    """Give constants such as zeros free dimensions; their sizes come from the module's attributes, that cuts update."""
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
         t.set_dims(y, dims)
