@@ -10,7 +10,16 @@ from rarefy.evaluation.html_page import Html, document, element, facts, section,
 from rarefy.evaluation.receipt_page import machine_facts, notes, verdict
 from rarefy.search.report_plots import plots
 from rarefy.search.report_tables import layers_table, peers_table, points_table
-from rarefy.search.report_text import batch_name, loss_text, loss_unit, metric_name, quality_text, size_text, time_text
+from rarefy.search.report_text import (
+    batch_name,
+    compile_options,
+    loss_text,
+    loss_unit,
+    metric_name,
+    quality_text,
+    size_text,
+    time_text,
+)
 
 ENDS = {
     "done": "The search ended by itself.",
@@ -81,15 +90,11 @@ def _best_sections(frontier: Any, best: Any) -> list[Html]:
 
 def _commands(model: str, best: Any, timed: set[str]) -> str:
     """Return what makes a model by its recipe, and compiles it in its precision; a decoder takes no example."""
-    precision = best.precision
     if not model:
-        options = f", ignore={list(best.ignore)!r}" if best.ignore else ""
-        options += ", calibrate=data" if best.calibrated else ""
-        options += f", cache_precision={best.cache_precision!r}" if best.cache_precision != "fp32" else ""
         example = "example, " if all(name.isdigit() for name in timed) else ""
-        compiled = f"fast = rarefy.compile(model, {example}precision={precision!r}{options})"
+        compiled = f"fast = rarefy.compile(model, {example}{compile_options(best, best.calibrated)})"
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
-    option = "" if precision is None else f" --precision {shlex.quote(precision)}"
+    option = "" if best.precision is None else f" --precision {shlex.quote(best.precision)}"
     option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)
     option += " --data DATA" if best.calibrated else ""
     option += f" --cache-precision {shlex.quote(best.cache_precision)}" if best.cache_precision != "fp32" else ""

@@ -37,6 +37,7 @@ from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
 from rarefy.search.line_search import at_speed_of
+from rarefy.search.report_text import compile_options
 from rarefy.search.space import CUTS, Amounts, Part
 from rarefy.search.stages import stages_of
 from rarefy.search.targets import check_dense
@@ -307,10 +308,7 @@ class Measured:
         return data | ({"train": self.training_data()} if trains(recipe) else {})
 
     def _recipe(self, name: str, variant: Variant, stages: list[Any]) -> dict[str, Any]:
-        options = f", ignore={list(variant.ignore)!r}" if variant.ignore else ""
-        options += ", calibrate=data" if self._is_calibrated(variant) else ""
-        options += f", cache_precision={variant.cache_precision!r}" if variant.cache_precision != "fp32" else ""
-        about = f"Found by rarefy optimize; compile with precision={variant.precision!r}{options}."
+        about = f"Found by rarefy optimize; compile with {compile_options(variant, self._is_calibrated(variant))}."
         data: dict[str, Any] = {}
         if (options := self.task.data_options) is not None:
             trained = any("train" in stage for stage in stages)

@@ -32,6 +32,19 @@ def loss_text(frontier: Any, value: float | None) -> str:
     return "-" if value is None else f"{100 * value if loss_is_relative(frontier) else value:+.2f}"
 
 
+def compile_options(runs: Any, calibrated: bool) -> str:
+    """Return the options of `rarefy.compile` for a variant or a point, as Python writes them.
+
+    >>> from rarefy.search.deploy import Variant
+    >>> compile_options(Variant("int8", "int8", ignore=("stem",)), calibrated=True)
+    "precision='int8', ignore=['stem'], calibrate=data"
+    """
+    options = f"precision={runs.precision!r}"
+    options += f", ignore={list(runs.ignore)!r}" if runs.ignore else ""
+    options += ", calibrate=data" if calibrated else ""
+    return options + (f", cache_precision={runs.cache_precision!r}" if runs.cache_precision != "fp32" else "")
+
+
 def loss_unit(frontier: Any) -> str:
     """Return the unit of `loss_text`."""
     return "%" if loss_is_relative(frontier) else "points"
