@@ -10,6 +10,7 @@ from records import Row, latest, model_name, number, per_machine, read, table
 TITLES = {
     "minilm": "MiniLM, R@1 of articles",
     "smollm2": "SmolLM2-135M with weights that were never in 4 bits, perplexity",
+    "smollm2-10": "The same SmolLM2-135M, up to 10 % of perplexity lost",
     "efficientnet": "EfficientNet-Lite0, agreement on photographs",
     "fashion": "Small ResNet, accuracy on Fashion-MNIST",
 }
@@ -40,6 +41,8 @@ def optimize() -> str:
         training = f", of which {row['train_minutes']:g} were training" if row.get("train_minutes") else ""
         note = f"{row['tried']} models in {row['seconds'] / 60:.0f} minutes{training}. Limit: {limits}."
         expected, real = row["predicted"], row["measured"]
+        if "decode" in times and "disk_bytes" in row:
+            note += f" The best takes {row['disk_bytes'] / 1e6:.1f} MB on disk."
         if "loss" in expected:
             ratios = [ms / real["milliseconds"][b] for b, ms in expected["milliseconds"].items()]
             note += f" Predicted of the best: loss {expected['loss']:.3g} (measured {real['loss']:.3g}), "
