@@ -210,12 +210,12 @@ class Experts(nn.Module):
         lambda m, data: rarefy.prune_(m, solver={"name": "admm", "reconstruct": 1}, sparsity=0.5, data=data),
         lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver="obs", data=data),
         lambda m, data: rarefy.quantize_(
-            m, weights="int4", group=8, solver={"name": "obs", "asymmetric": 0.5}, data=data
+            m, weights="int4", group=8, solver={"name": "obs", "asymmetric": 0}, data=data
         ),
         lambda m, data: rarefy.quantize_(m, weights="int4", group=8, solver={"name": "round", "steps": 4}, data=data),
         lambda m, data: rarefy.factorize_(m, rank=2, data=data),
     ],
-    ids=["obs", "admm", "reconstruct", "gptq", "gptq-asymmetric", "round", "factorize"],
+    ids=["obs", "admm", "reconstruct", "gptq", "gptq-symmetric", "round", "factorize"],
 )
 def test_layers_that_the_data_do_not_reach_are_compressed_without_them(compress):
     """Their weights alone tell what can go: no solver stops halfway."""

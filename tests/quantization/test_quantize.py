@@ -274,9 +274,81 @@ def test_gptq_below_8_bits_corrects_errors_of_earlier_layers(bits, last):
     default, plain, corrected = [[l.weight.detach() for l in all_layers(net)] for net in nets]
     # the first layer has no layer before it, so nothing to correct
     assert [torch.equal(a, b) for a, b in zip(default, plain)] == [True, bits == "int8", bits == last == "int8"]
-    if bits == last == "int4":
-        assert all(torch.equal(a, b) for a, b in zip(default, corrected))
+    if bits == "int4":  # but layers of 8 bits are not corrected
+        assert [torch.equal(a, b) for a, b in zip(default, corrected)] == [True, True, last == "int4"]
         assert off(nets[0], dense, other) < 0.95 * off(nets[1], dense, other)
+
+
+class Drawing(nn.Module):
+    """Adds random numbers to what its last layer reads, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 16)
+        self.drawn: list[torch.Tensor] = []
+
+    def forward(self, x):
+        noise = torch.randn(len(x), 64)
+        self.drawn.append(noise)
+        return self.second(self.first(x) + noise)
+
+
+def test_gptq_of_a_model_that_draws_random_numbers():
+    torch.manual_seed(0)
+    net = Drawing().eval()
+    data = [torch.randn(64, 64) for _ in range(3)]
+    rarefy.quantize_(net, "int4", group=32, solver="obs", data=data)
+    drawn = net.drawn[-6:]  # each batch passes twice: in the dense model, then in the rounded one
+    assert all(torch.equal(a, b) for a, b in zip(drawn[::2], drawn[1::2]))
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[4])
+
+
+@pytest.mark.parametrize(("layers", "streams"), [(["1"], 1), (["1", "2"], 2)])
+def test_the_dense_model_runs_only_where_it_helps(layers, streams):
+    net, calls = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))), []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+    rarefy.quantize_(net, "int4", solver="obs", layers=layers, data=[torch.randn(64, 32)] * 3)
+    assert len(calls) == streams * 3 + 2  # and two calls that find the order of layers
+
+
+class Picking(nn.Module):
+    """Its second layer reads the rows for which a third returns the most, as a router or a detector does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.score, self.second = nn.Linear(64, 64), nn.Linear(64, 1), nn.Linear(64, 16)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x[self.score(x)[:, 0].topk(len(x) // 4, sorted=False).indices])
+
+
+def test_rows_that_a_model_picks_are_not_paired_with_others():
+    torch.manual_seed(0)
+    net, data = Picking().eval(), [torch.randn(256, 64) for _ in range(4)]
+    plain = copy.deepcopy(net)
+    how = {"weights": "int2", "group": 32, "data": data, "layers": ["first", "second"]}
+    rarefy.quantize_(net, solver="obs", **how)
+    rarefy.quantize_(plain, solver={"name": "obs", "asymmetric": 0}, **how)
+    assert torch.equal(net.second.weight, plain.second.weight)
+
+
+def test_gptq_where_inputs_need_more_damping(monkeypatch):
+    """A Gram matrix that is not positive definite with the usual damping is solved with more, in all of the solver."""
+    factor = torch.linalg.cholesky_ex
+    failed = []
+
+    def fail_once(H, **options):
+        L, info = factor(H, **options)
+        if len(failed) % 2 == 0:
+            info = info + 1
+        failed.append(1)
+        return L, info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_once)
+    net, data = mlp(), batches()
+    report = rarefy.quantize_(net, "int4", group=8, solver="obs", data=data)
+    assert [r["damping"] for r in report.rows] == pytest.approx([0.1, 0.1]) and len(failed) >= 6
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x1"])

@@ -21,6 +21,7 @@ from rarefy.model.layers import Layer
 MIRROR_COLUMNS = 256  # columns mirrored at a time
 MIN_SPLIT_COLUMNS = 192  # up to this size a diagonal block is computed whole
 PLAIN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+MIN_CORRELATION = 0.1  # of inputs with those of the dense model
 ROWS = 2048  # input vectors per product, so that their fp32 copy stays small
 
 
@@ -133,6 +134,22 @@ def input_columns(layer: Layer, module: Any, x: Any, mask: Tensor | None) -> Ten
         return x.reshape(len(x), G, I, -1).permute(1, 0, 3, 2).reshape(G, -1, I)
     batch_first = getattr(module, "batch_first", True)
     return token_rows(x, mask, batch_first)[None]
+
+
+def are_same_tokens(rows: Tensor, dense: Tensor) -> bool:
+    """Return whether inputs [G, tokens, C] can be those of the dense model at the same tokens.
+
+    A router or a detector may pick others, of which there may be equally many: then inputs are not correlated.
+    O(G tokens C).
+
+    >>> x = torch.randn(1, 1000, 8)
+    >>> are_same_tokens(x, 2 * x + 1), are_same_tokens(x, x.roll(1, 1)), are_same_tokens(x, x[:, 1:])
+    (True, False, False)
+    """
+    if rows.shape != dense.shape:
+        return False
+    rows, dense = (x.float() - x.float().mean(1, keepdim=True) for x in (rows, dense))
+    return bool(2 * (rows * dense).sum() >= MIN_CORRELATION * (rows.square().sum() + dense.square().sum()))
 
 
 def padding_mask(batch: Any) -> Tensor | None:

@@ -25,8 +25,17 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rarefy.calibration import offload
-from rarefy.calibration.gram import Gram, all_reduce_gram, identity_gram, input_columns, input_signature, padding_mask
+from rarefy.calibration.gram import (
+    Gram,
+    all_reduce_gram,
+    are_same_tokens,
+    identity_gram,
+    input_columns,
+    input_signature,
+    padding_mask,
+)
 from rarefy.calibration.module_state import Attribute, attributes_set_by, set_values, values_of
+from rarefy.calibration.torch_state import set_torch_state, torch_state
 from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import distributed
@@ -249,7 +258,7 @@ class _SequentialCalibration:
         self.block_calls: dict[int, list[tuple[tuple, dict[str, Any], Tensor]]] = {}
         self.called, self.unreached = set[int](), list[str]()  # steps of which a layer was called; layers that were not
         self.rerun = False  # whether the block of this step has new weights
-        self.dense_values: dict[tuple[int, int], Tensor] = {}  # (batch, step) -> input or output in the dense model
+        self.dense_values: dict[tuple[int, int], Any] = {}  # (batch, step) -> input or output in the dense model
         self.calls: dict[tuple[Any, int], int] = {}
         self.attributes: list[Attribute] | None = None  # that a forward sets; each pass has its own values
         self.streams: tuple[dict[Any, int], ...] = ({}, {})  # dense and compressed: coroutine -> step
@@ -270,13 +279,16 @@ class _SequentialCalibration:
                     hook = block.module.register_forward_pre_hook(partial(self.before_block, i), with_kwargs=True)
                     self.stack.callback(hook.remove)
             self.note_owned()
+            # a model that draws numbers draws others for each batch, but the same in both streams and in other passes
+            numbers = torch.Generator().set_state(torch.get_rng_state())
             for index, batch in distributed.local_batches(data):
                 batch = on_device(self.model, batch)
                 if self.attributes is None:
                     probe = partial(call, self.model, first_samples(batch))
                     self.attributes = attributes_set_by(self.model, probe)
+                torch.rand((), generator=numbers)
                 for side in (0, 1) if self.dense else (1,):
-                    self.start(index, batch, side)
+                    self.start(index, batch, side, numbers.get_state())
             replaced = set() if self.assign else {id(l.original) for g in groups for l in g.layers}
             if not distributed.all_reduce_number(len(self.streams[1])):
                 raise DataError(UNREACHABLE)
@@ -303,7 +315,7 @@ class _SequentialCalibration:
                     if restart:  # earlier calls used the old weights
                         run.throw()
                         del self.streams[1][run]
-                        self.start(run.batch, run.data, 1)
+                        self.start(run.batch, run.data, 1, run.first_numbers)
                     else:
                         self.advance(run)
                 if isinstance(step, GroupStep) and self.assign:  # not needed before they are saved
@@ -312,10 +324,12 @@ class _SequentialCalibration:
         if self.unreached:
             warnings.warn(f"{UNREACHED}: {', '.join(self.unreached)}", stacklevel=3)
 
-    def start(self, index: int, batch: Any, stream: int) -> None:
+    def start(self, index: int, batch: Any, stream: int, numbers: Tensor) -> None:
+        """Begin a pass; `numbers` is the state of torch's random numbers."""
         run: Any = greenlet(lambda batch: _discard_output(call(self.model, batch)))
         run.owner, run.batch, run.stream, run.data = self, index, stream, batch
-        run.state, run.input_versions, run.rerun = _torch_state(), {}, False
+        run.first_numbers, run.state = numbers, (*torch_state()[:-1], numbers)
+        run.input_versions, run.rerun = {}, False
         run.attention_mask, run.attributes = padding_mask(batch), values_of(self.attributes or ())
         self.stack.callback(run.throw)
         self.advance(run, batch)
@@ -323,14 +337,14 @@ class _SequentialCalibration:
     def advance(self, run: Any, *batch: Any) -> None:
         self.streams[run.stream].pop(run, None)
         self.suspended_bytes -= run.__dict__.pop("suspended_bytes", 0)
-        outer_state = _torch_state()
-        _set_torch_state(run.state)  # the pass may be inside a context such as autocast
+        outer_state = torch_state()
+        set_torch_state(run.state)  # the pass may be inside a context such as autocast
         set_values(self.attributes or (), run.attributes)
         try:
             index = run.switch(*batch)
         finally:
-            run.state, run.attributes = _torch_state(), values_of(self.attributes or ())
-            _set_torch_state(outer_state)
+            run.state, run.attributes = torch_state(), values_of(self.attributes or ())
+            set_torch_state(outer_state)
         if not run.dead:
             self.streams[run.stream][run] = index
             self.limit_memory(run)
@@ -350,8 +364,8 @@ class _SequentialCalibration:
         """Count what a suspended pass holds; move it to a file if it exceeds the limit."""
         if self.max_suspended_bytes is None:
             return
-        rows = [t for (index, _), t in self.dense_values.items() if index == run.batch] if run.stream == 0 else []
-        tensors = {id(t): t for t in [*offload.tensors_in_frames(run.gr_frame), *rows]}.values()
+        kept = [x for (index, _), x in self.dense_values.items() if index == run.batch] if run.stream == 0 else []
+        tensors = {id(t): t for t in [*offload.tensors_in_frames(run.gr_frame), *tensors_in(kept)]}.values()
         groups = offload.movable(tensors, self.owned | offload.storage_pointers(tensors_in(run.data)))
         size = offload.nbytes(groups)
         if self.suspended_bytes + size > self.max_suspended_bytes:
@@ -406,21 +420,23 @@ class _SequentialCalibration:
         if index <= self.done:
             return
         if index >= self.num_done:
-            self.add_inputs(run, index, layer, input_columns(layer, module, x, run.attention_mask))
+            self.add_inputs(run, index, layer, module, x)
         if self.calls[run, index] == group.calls:
             del x
             run.parent.switch(index)
 
-    def add_inputs(self, run: Any, index: int, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, run: Any, index: int, layer: Layer, module: nn.Module, x: Any) -> None:
         """Add a layer's inputs to its Gram matrix, or keep those of the dense model for it."""
         group = self.steps[index]
         assert isinstance(group, LayerGroup)
         if run.stream == 0:
             if group.calls == 1 and layer.layout.kind != "experts":  # another router picks other tokens
-                self.dense_values[run.batch, index] = rows
+                self.dense_values[run.batch, index] = x  # the pass waits before the layer, so that nothing changes it
         else:
+            rows = input_columns(layer, module, x, run.attention_mask)
             gram, dense = self.grams.setdefault(index, Gram()), self.dense_values.get((run.batch, index))
-            dense = None if dense is not None and dense.shape != rows.shape else dense  # a router picked other tokens
+            dense = None if dense is None else input_columns(layer, module, dense, run.attention_mask)
+            dense = dense if dense is not None and are_same_tokens(rows, dense) else None
             first = not gram.tokens
             gram.add(rows, dense)
             if dense is not None and run.batch == 0:
@@ -468,21 +484,6 @@ def first_tensor(out: Any) -> Tensor:
     if not tensors:
         raise ModelError(f"a block returns {type(out).__name__} without a tensor: leave reconstruct out")
     return tensors[0]
-
-
-def _torch_state() -> tuple[Any, ...]:
-    """Return torch's per-thread state: gradient mode and autocast."""
-    cast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), cast
-
-
-def _set_torch_state(state: tuple[Any, ...]) -> None:
-    grad, cache, cast = state
-    torch.set_grad_enabled(grad)
-    torch.set_autocast_cache_enabled(cache)
-    for device, (on, dtype) in zip(("cpu", "cuda"), cast):
-        torch.set_autocast_enabled(device, on)
-        torch.set_autocast_dtype(device, dtype)
 
 
 def _discard_output(_: Any) -> None:

@@ -82,7 +82,7 @@ def like(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def factory(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Give constants such as zeros free dimensions; their sizes come from the module's attributes, that cuts update."""
+    """Give constants such as zeros free dimensions; their sizes are attributes of the module, which cuts update."""
     for y in tensors_in([out]):
         dims = [free(n) for n in y.shape]
         t.set_dims(y, dims)
@@ -218,7 +218,7 @@ def slice_(t: Trace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def select(t: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Remove a dimension of which one index is selected, or each of them; it keeps its units."""
+    """Remove a dimension of which one index is selected, or each of them; its units stay."""
     dim = arg(func, args, kwargs, "dim", 0) % args[0].dim()
     dims = t.dims(args[0])
     lock(dims[dim], f"single units are picked in {t.module_name}")

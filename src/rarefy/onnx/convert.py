@@ -239,7 +239,7 @@ class Converter:
     # Calls
 
     def _function(self, node: Any, inputs: Sequence[Any]) -> fx.Node:
-        """Return a call of an operator's function."""
+        """Add a call of an operator's function; return its node."""
         if (on_elements := self._on_elements(node, inputs)) is not None:
             return on_elements
         function = function_of(node)
@@ -284,7 +284,7 @@ class Converter:
         return call
 
     def _on_elements(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:
-        """Return a call of Python's operator, for those that torch's tensors have; numbers stay numbers."""
+        """Add a call of Python's operator, for those that torch's tensors have; numbers stay numbers."""
         function = ON_ELEMENTS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         dtype = dtype_of_probe(inputs[0]) or DTYPES.get(self.graph.kinds.get(node.input[0], Kind()).dtype)
         if node.op_type == "Div" and dtype is not None and dtype.is_floating_point:
@@ -303,7 +303,7 @@ class Converter:
         return rank_of(self.values.get(name)) if dims is None else len(dims)
 
     def _reshape(self, node: Any, inputs: Sequence[Any]) -> fx.Node:
-        """Return a reshape whose known sizes are constants; at most one open size is left out."""
+        """Add a reshape whose known sizes are constants; at most one open size is left out."""
         x, sizes = self._tensor(node.input[0], inputs[0]), as_sizes(inputs[1])
         assert sizes is not None
         shape: list[int | None] = []
@@ -326,7 +326,7 @@ class Converter:
     # Layers
 
     def _layer(self, node: Any, inputs: Sequence[Any]) -> fx.Node | None:
-        """Return a call of a torch layer, if the operator can be one."""
+        """Add a call of a torch layer, if the operator can be one; return its node."""
         build = LAYERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if build is None:
             return None
@@ -355,7 +355,7 @@ class Converter:
         return call
 
     def _bias(self, node: Any, layer: nn.Module) -> Any:
-        """Return the Add that alone reads a layer's outputs and adds a constant to each: the bias of the layer."""
+        """Make a constant that an Add alone adds to a layer's outputs its bias; return that Add, else None."""
         users = self.users.get(node.output[0], [])
         alone = len(users) == 1 and users[0].op_type == "Add" and node.output[0] not in self.graph.outputs
         if not alone or not isinstance(layer, QUANTIZED_LAYERS) or layer.bias is not None:

@@ -129,7 +129,7 @@ class _Folding:
         return make_node(node.op_type, inputs, node.output, node, **more)
 
     def _moved_node(self, node: Any, inputs: list[str], perm: Perm, **attributes: Any) -> Any:
-        """Return the node before a Transpose that its output gets later."""
+        """Return the node before a Transpose, which is recorded: its output gets it later."""
         name = node.output[0]
         before = f"{name}_rarefy_moved"
         self.moved[name] = (before, perm)

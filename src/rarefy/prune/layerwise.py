@@ -403,14 +403,19 @@ def _solve_stacked(
 
 
 def target_of(W: Tensor, H: Tensor, gram: Gram, solver: Solver) -> Tensor:
-    """Return the weights whose outputs are wanted: the dense ones, or shifted towards the dense model's outputs."""
-    if not solver.asymmetric or gram.cross is None:
+    """Return the weights whose outputs are wanted: the dense ones, or shifted towards the dense model's outputs.
+
+    With several batches the shift is a share of what is best on the first one. Without the dense inputs of that batch,
+    or of any, there is none.
+    """
+    if not solver.asymmetric or gram.cross is None or gram.held_out is None:
         return W
-    L = torch.linalg.cholesky(solvers.damped(H, max(solver.damping or 0, 0.01)))
+    try:
+        L, _ = solvers.cholesky_factor(H, max(solver.damping or 0, 0.01))
+    except ArithmeticError:  # of which the solver itself says more
+        return W
     amount, held_out = solver.asymmetric, gram.held_out
-    if (
-        held_out is not None and gram.tokens > held_out.tokens
-    ):  # the best amount on a batch without which the shift is made
+    if gram.tokens > held_out.tokens:  # the best amount on a batch without which the shift is made
         assert held_out.H is not None and held_out.cross is not None
         other_shift = solvers.target_shift(W, gram.cross - held_out.cross * (held_out.tokens / gram.tokens), L)
         best = float(solvers.best_shift_amount(W, other_shift, held_out.H, held_out.cross)) * (

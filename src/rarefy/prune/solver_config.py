@@ -43,7 +43,7 @@ class Solver(Options):
     asymmetric: Fraction | None = Field(
         default=None,
         description="how far targets move towards the dense model's outputs on its own inputs, as a share of what is "
-        "best on a held-out batch",
+        "best on a held-out batch; 0.5 by default where weights are quantized to fewer than 8 bits, else 0",
     )
     bf16: bool | None = Field(
         default=None, description="run forward passes in bf16 on CPUs that support it, else in fp32"

@@ -65,21 +65,30 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return U, upper triangular with U^T U = (H + damping x mean(diag H) I)^-1, and the damping that was needed.
 
     One Cholesky factorization and one triangular inverse: with the exchange matrix J, J H J = L L^T makes R = J L J
-    upper triangular with H = R R^T, so U = R^-1. If Cholesky fails, the damping is multiplied by `DAMPING_FACTORS` in
-    turn; raises ArithmeticError if all fail. O(G C^3).
+    upper triangular with H = R R^T, so U = R^-1. The damping is as in `cholesky_factor`. O(G C^3).
 
     >>> U, used = inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), 0.0)
     >>> U[0].diagonal(), used
     (tensor([0.5000, 1.0000]), 0.0)
     """
+    L, used = cholesky_factor(H.flip(-2, -1), damping)
+    R = L.flip(-2, -1)
+    del L
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H).contiguous()
+    return torch.linalg.solve_triangular(R, eye, upper=True, out=eye), used
+
+
+def cholesky_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return L, lower triangular with L L^T = H + damping x mean(diag H) I, and the damping that was needed.
+
+    If Cholesky fails, the damping is multiplied by `DAMPING_FACTORS` in turn; raises ArithmeticError if all fail.
+    O(G C^3).
+    """
     steps = [damping, *(max(damping, MIN_DAMPING) * s for s in DAMPING_FACTORS)]
     for used in steps:
-        L, info = torch.linalg.cholesky_ex(damped(H, used).flip(-2, -1))
+        L, info = torch.linalg.cholesky_ex(damped(H, used))
         if not info.any() and torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all():
-            R = L.flip(-2, -1)
-            del L
-            eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H).contiguous()
-            return torch.linalg.solve_triangular(R, eye, upper=True, out=eye), used
+            return L, used
     raise ArithmeticError(f"not positive definite even with damping {steps[-1]:g}")
 
 

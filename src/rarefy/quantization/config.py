@@ -46,7 +46,9 @@ class QuantizeOptions(Options):
         default=None, description="how a scale is found; by default mse, of 8 bits minmax"
     )
     solver: SolverField = Field(
-        default="rtn", description="rtn: round to nearest; obs: GPTQ; round: AutoRound; the last two need data"
+        default="rtn",
+        description="rtn: round to nearest; obs: GPTQ, below 8 bits with asymmetric: 0.5; round: AutoRound; the last "
+        "two need data",
     )
     activations: Annotated[str, OneOf(KINDS)] | None = Field(
         default=None,

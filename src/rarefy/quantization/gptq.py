@@ -1,7 +1,8 @@
 """GPTQ (Frantar 2023): second-order rounding in one pass through the model, layer by layer.
 
-Each layer is rounded on the inputs that it gets from layers rounded before it. With a pattern, zeros are chosen in the
-same pass.
+Each layer is rounded on the inputs that it gets from layers rounded before it. With `asymmetric`, its targets move
+towards what the layer returns in the dense model, which runs alongside (GPTAQ, Li 2025). With a pattern, zeros are
+chosen in the same pass.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.sequential import GroupStep, calibrate_sequentially, layer_groups
+from rarefy.calibration.sequential import GroupStep, LayerGroup, calibrate_sequentially, layer_groups
 from rarefy.common.errors import ModelError
 from rarefy.common.progress import track
 from rarefy.model.layers import Layer
@@ -42,18 +43,18 @@ def gptq_(
     """Round the selected layers in place; return their report rows (relative error, damping, seconds) and their grids.
 
     Each layer is rounded on the inputs from layers rounded before it, as its own entry of `configs` says. The solver is
-    the same for all but for `asymmetric`. One forward pass and the solver; with `asymmetric` a dense pass too.
+    the same for all, except for `asymmetric`. One forward pass and the solver; with `asymmetric` a dense pass too.
     """
     solver = configs[chosen[0].full_name].solver
     assert solver is not None
     data = data if isinstance(data, list | tuple) else list(data)
     names, chosen = [l.full_name for l in chosen], [_as_output_head(l) for l in chosen]
     first = check_solvable(chosen, data, f"solver {solver.name}")
-    dense = any(config.solver is not None and config.solver.asymmetric for config in configs.values())
     rows: dict[str, dict[str, Any]] = {}
     quantized: dict[str, QuantizedWeight] = {}
     with passes(solver):
-        groups = layer_groups(model, first, chosen, dense=dense)
+        groups = layer_groups(model, first, chosen, dense=True)
+        dense = any(_is_corrected(layer, group, configs) for group in groups[1:] for layer in group.layers)
         with closing(calibrate_sequentially(model, data, groups, dense=dense)) as stops:
             for stop in track(stops, "rounding by obs", progress, len(groups)):
                 assert isinstance(stop, GroupStep)
@@ -62,6 +63,13 @@ def gptq_(
                         name = layer.full_name
                         rows[name], quantized[name] = _solve(layer, stop, configs[name], shapes)
     return rows, [quantized[n] for n in names]
+
+
+def _is_corrected(layer: Layer, group: LayerGroup, configs: Mapping[str, QuantizeConfig]) -> bool:
+    """Return whether a layer makes up for errors of earlier ones: its inputs must be known of the dense model too."""
+    solver = configs[layer.full_name].solver
+    known = group.calls == 1 and layer.layout.kind != "experts"
+    return known and solver is not None and bool(solver.asymmetric)
 
 
 def _as_output_head(layer: Layer) -> Layer:
@@ -86,8 +94,10 @@ def _solve(
     W = to_matrix(layer, layer.weight.detach().float())
     if not torch.isfinite(W).all():
         raise ModelError(f"{layer.full_name}: NaN or inf in its weights")
+    wanted = target = target_of(W, H, stop.gram, solver)
+    if layer is stop.group.layers[-1]:  # large matrices that nothing needs any more
+        stop.gram.cross = stop.gram.held_out = None
     U, damping = inverse_factor_of([layer], H, solver.damping)
-    target = target_of(W, H, stop.gram, solver)
     columns, shape = _importance(layer, H), tuple(layer.original.shape)
     mask, new_mask = get_mask(layer), None
     if config.pattern is None:
@@ -98,7 +108,7 @@ def _solve(
         choose, parts = mask_choosers([layer], prune, {})
         edges = parts[0].edges(_block(config))
         target, keep = solvers.obs(target, U, choose, edges)
-        target = solvers.refit(target, target_of(W, H, stop.gram, solver), solvers.damped(H, damping), keep)
+        target = solvers.refit(target, wanted, solvers.damped(H, damping), keep)
         new_mask = to_stored(layer, keep, shape)
     column_grid = ColumnGrid(layer, torch.where(keep, target, 0.0), config, shapes[layer.full_name], columns)
     rounded, _ = solvers.obs(target, U, fixed_mask(keep), edges, column_grid)
@@ -109,7 +119,7 @@ def _solve(
     weight = check_finite(layer, grid, weight)
     del column_grid, rounded
     zeros = W.new_zeros(1).expand_as(W)
-    error, energy = (solvers.squared_errors(w, W, H).sum() for w in (to_matrix(layer, weight.float()), zeros))
+    error, energy = (solvers.squared_errors(w, wanted, H).sum() for w in (to_matrix(layer, weight.float()), zeros))
     stop.weights[layer.full_name] = weight
     row = {"error": float(error / energy.clamp(min=1e-30)), "damping": damping, "seconds": time.perf_counter() - start}
     return row, (grid, weight, new_mask)

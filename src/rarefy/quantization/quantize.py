@@ -78,7 +78,7 @@ def quantize_(
 
     Returns:
         A `Report` with one row for each layer: its grid, fraction of zeros, bytes stored and dense, and the squared
-        error, relative to the squared weights (obs: of the layer's outputs).
+        error, relative to the squared weights (obs: of the layer's outputs, from those that it aimed at).
 
     Raises:
         RarefyError: for options, layers or data that do not fit. The model is then unchanged; if obs fails halfway,

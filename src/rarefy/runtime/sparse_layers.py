@@ -268,7 +268,7 @@ def _version(t: Tensor) -> int:
 
 
 def _may_share_outputs(x: Tensor) -> bool:
-    """Return whether outputs for x may be kept for another layer: without gradients, and torch counts edits of x."""
+    """Return whether outputs for x may be kept for another layer: no gradient is needed, torch counts edits of x."""
     return (
         not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_inference_mode_enabled()

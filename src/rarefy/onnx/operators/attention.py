@@ -90,7 +90,7 @@ def _scored(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, softcap: float, precision: int | None,
     mode: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention step by step, with the scores after a step: 0 the product, 1 capped, 2 with the bias, 3 softmax."""
+    """Return attention, and the scores after a step of `mode`: 0 the product, 1 capped, 2 with the bias, 3 softmax."""
     root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
