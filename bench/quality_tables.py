@@ -165,14 +165,16 @@ WAYS = {
     "int4 by 64, hqq": "4 bits, groups of 64, nearest, half-quadratic",
     "llmcompressor, int4 by 64, AWQ": "llmcompressor 0.14: 4 bits, groups of 64, AWQ",
     "llmcompressor, int4 by 64, GPTQ": "llmcompressor 0.14: 4 bits, groups of 64, GPTQ",
-    "int4 by 64, obs": "4 bits, groups of 64, GPTQ (`int4`)",
+    "int4 by 64, obs": "4 bits, groups of 64, GPTQ alone (`asymmetric: 0`)",
+    "int4 by 64, corrected": "4 bits, groups of 64, GPTQ, earlier layers corrected (`int4`)",
     "uint4 by 64, rtn": "4 bits asymmetric, nearest",
-    "uint4 by 64, obs": "4 bits asymmetric, GPTQ",
+    "uint4 by 64, obs": "4 bits asymmetric, GPTQ alone",
     "50 %": "50 % zeros (ADMM)",
     "50 %, int8": "50 % zeros (ADMM), then 8 bits (`sparse50-int8`)",
     "2:4, then int4 by 64, rtn": "2:4, then 4 bits nearest",
-    "2:4, then int4 by 64": "2:4, then 4 bits GPTQ",
-    "2:4 and int4 by 64 at once": "2:4 and 4 bits at once (`2of4-int4`)",
+    "2:4, then int4 by 64": "2:4, then 4 bits, GPTQ alone",
+    "2:4 and int4 by 64 at once": "2:4 and 4 bits at once, GPTQ alone",
+    "2:4 and int4 by 64 at once, corrected": "2:4 and 4 bits at once, earlier layers corrected (`2of4-int4`)",
     "codebook of 4 bits": "16 values per layer (k-means)",
     "svd, 10 % less": "10 % fewer weights, plain SVD",
     "whitened svd, 10 % less": "10 % fewer weights, whitened SVD (`lowrank`)",
@@ -194,8 +196,9 @@ def quantize_language() -> str:
 
 def quantize_minilm() -> str:
     """MiniLM with fewer bits: retrieval and cosine."""
-    names = {"int4 by 32": "4 bits, groups of 32, nearest", "int4 by 32, obs": "4 bits, groups of 32, GPTQ"}
-    names |= {"uint4 by 32, obs": "4 bits asymmetric, groups of 32, GPTQ", "int8, inputs too": "8 bits, inputs too"}
+    names = {"int4 by 32": "4 bits, groups of 32, nearest", "int4 by 32, obs": "4 bits, groups of 32, GPTQ alone"}
+    names |= {"uint4 by 32, obs": "4 bits asymmetric, groups of 32, GPTQ alone"}
+    names |= {"int8, inputs too": "8 bits, inputs too"}
     cells = [
         [names.get(r["way"], r["way"]), f"{r['R@1']:.1f}", f"{r['cosine']:.3f}"]
         for r in latest(read("values", run="minilm"), "way")

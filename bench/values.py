@@ -40,6 +40,7 @@ TUNED, LEFT = HERE / "build" / "tuned", HERE / "build" / "left"
 BLOCKS = "model.layers.*"
 STEPS, LR = 150, 2e-4
 Line = dict[str, Any]
+GPTQ = {"name": "obs", "asymmetric": 0}  # as published, without errors of earlier layers corrected
 # methods as lists of (function, arguments); "data": True stands for the calibration batches
 LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int8": [("quantize", {"weights": "int8"})],
@@ -47,19 +48,23 @@ LANGUAGE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int4 by 64, rtn": [("quantize", {"weights": "int4", "group": 64, "fit": "minmax"})],
     "int4 by 64, mse": [("quantize", {"weights": "int4", "group": 64})],
     "int4 by 64, hqq": [("quantize", {"weights": "int4", "group": 64, "fit": "hqq"})],
-    "int4 by 64, obs": [("quantize", {"weights": "int4", "group": 64, "solver": "obs", "data": True})],
+    "int4 by 64, obs": [("quantize", {"weights": "int4", "group": 64, "solver": GPTQ, "data": True})],
+    "int4 by 64, corrected": [("quantize", {"weights": "int4", "group": 64, "solver": "obs", "data": True})],
     "uint4 by 64, rtn": [("quantize", {"weights": "int4", "group": 64, "fit": "minmax", "symmetric": False})],
     "uint4 by 64, obs": [
-        ("quantize", {"weights": "int4", "group": 64, "symmetric": False, "solver": "obs", "data": True})
+        ("quantize", {"weights": "int4", "group": 64, "symmetric": False, "solver": GPTQ, "data": True})
     ],
     "50 %": [("prune", {"sparsity": 0.5, "solver": "admm", "data": True})],
     "50 %, int8": [("prune", {"sparsity": 0.5, "solver": "admm", "data": True}), ("quantize", {"weights": "int8"})],
     "2:4 and int4 by 64 at once": [
+        ("quantize", {"weights": "int4", "group": 64, "solver": GPTQ, "pattern": "2:4", "data": True})
+    ],
+    "2:4 and int4 by 64 at once, corrected": [
         ("quantize", {"weights": "int4", "group": 64, "solver": "obs", "pattern": "2:4", "data": True})
     ],
     "2:4, then int4 by 64": [
         ("prune", {"pattern": "2:4", "solver": "obs", "data": True}),
-        ("quantize", {"weights": "int4", "group": 64, "solver": "obs", "data": True}),
+        ("quantize", {"weights": "int4", "group": 64, "solver": GPTQ, "data": True}),
     ],
     "2:4, then int4 by 64, rtn": [
         ("prune", {"pattern": "2:4", "solver": "obs", "data": True}),
@@ -81,8 +86,8 @@ DO = {"quantize": rarefy.quantize_, "prune": rarefy.prune_, "factorize": rarefy.
 MINILM: dict[str, dict[str, Any]] = {
     "int8, inputs too": {"weights": "int8", "activations": "int8"},
     "int4 by 32": {"weights": "int4", "group": 32},
-    "int4 by 32, obs": {"weights": "int4", "group": 32, "solver": "obs", "data": True},
-    "uint4 by 32, obs": {"weights": "int4", "group": 32, "symmetric": False, "solver": "obs", "data": True},
+    "int4 by 32, obs": {"weights": "int4", "group": 32, "solver": GPTQ, "data": True},
+    "uint4 by 32, obs": {"weights": "int4", "group": 32, "symmetric": False, "solver": GPTQ, "data": True},
 }
 
 
