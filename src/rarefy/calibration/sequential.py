@@ -364,8 +364,8 @@ class _SequentialCalibration:
         """Count what a suspended pass holds; move it to a file if it exceeds the limit."""
         if self.max_suspended_bytes is None:
             return
-        kept = [x for (index, _), x in self.dense_values.items() if index == run.batch] if run.stream == 0 else []
-        tensors = {id(t): t for t in [*offload.tensors_in_frames(run.gr_frame), *tensors_in(kept)]}.values()
+        values = [x for (index, _), x in self.dense_values.items() if index == run.batch] if run.stream == 0 else []
+        tensors = {id(t): t for t in [*offload.tensors_in_frames(run.gr_frame), *tensors_in(values)]}.values()
         groups = offload.movable(tensors, self.owned | offload.storage_pointers(tensors_in(run.data)))
         size = offload.nbytes(groups)
         if self.suspended_bytes + size > self.max_suspended_bytes:
