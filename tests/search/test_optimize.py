@@ -84,6 +84,20 @@ def test_bf16_is_tried_where_bytes_are_limited():
     assert "dense, bf16" in [p.name for p in run(max_loss=0.0, size_mb=0.05).points]
 
 
+def test_a_limit_of_bytes_that_only_8_bits_can_keep_is_searched_in_8_bits():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
+    x = torch.randn(512, 64)
+    frontier = rarefy.optimize(net, x[:16], [*x.split(64)], "agreement", size_mb=0.018, max_loss=0.9, minutes=0.5)
+    assert frontier.met and frontier.best_point.disk_bytes <= 18_000
+    assert frontier.best_point.precision == "int8" and "fewer neurons" in frontier.best_point.name
+
+
+def test_a_gain_is_no_negative_loss():
+    frontier = run(lambda net: 1.5 if (net(X) - NET(X)).abs().max() > 1e-4 else 1.0, minutes=0.2)
+    assert frontier.best_point.loss == -0.5 and "50 % of the metric gained" in frontier.verdict
+
+
 def test_the_recipe_gives_the_same_weights(found):
     frontier, _ = found
     model = copy.deepcopy(NET)
@@ -243,7 +257,7 @@ def test_evaluation_that_raises_on_the_dense_model_is_passed_on():
         ({"minutes": math.nan}, RecipeError, "minutes: expected a number above 0"),
         ({"batch": ()}, RecipeError, "batch: expected batch sizes"),
         ({"batch": 0}, RecipeError, "batch"),
-        ({"max_loss": 5}, RecipeError, "'5%' and '5 points' are text"),
+        ({"max_loss": 5}, RecipeError, "text, such as '5%' and '5 points'"),
         ({"max_loss": None}, RecipeError, "nothing limits the loss"),
         ({"speedup": -1}, RecipeError, "speedup: expected a number above 0"),
         ({"target": "fast"}, RecipeError, "unknown target 'fast'"),

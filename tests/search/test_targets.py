@@ -80,7 +80,10 @@ def test_limits_of_loss(text, value):
     ("arguments", "message"),
     [
         (("much", "latency", {}), "max_loss: expected a percentage such as 1%, or points such as 0.5, got 'much'"),
-        ((2.0, "latency", {}), "a number is a fraction .*, got 2.0; '2%' and '2 points' are text"),
+        (
+            (2.0, "latency", {}),
+            "expected a fraction .*, below 1, got 2.0; percent and points are text, such as '2%' and '2 points'",
+        ),
         ((True, "latency", {}), "max_loss: expected a fraction"),
         ((float("nan"), "latency", {}), "max_loss: expected a fraction"),
         ((0.01, "speed", {}), "unknown target 'speed'; choose from decode, latency, loss, memory, prompt, size"),

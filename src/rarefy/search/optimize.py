@@ -301,11 +301,12 @@ def _verdict(search: Search, index: int | None, met: bool, finished: str) -> str
         return "No model could be made; each point names its error."
     targets, point = search.task.targets, search.points[index]
     speed = ", ".join(f"{s:.2f}x at {n}" if len(point.speedup) > 1 else f"{s:.2f}x" for n, s in point.speedup.items())
-    loss = targets.text(point.loss or 0.0)
+    loss, lost = targets.text(abs(point.loss or 0.0)), "gained" if (point.loss or 0.0) < 0 else "lost"
     text = f"{'All limits are kept' if met else 'Not all limits are kept'}: {point.name}, {speed} as fast as the dense "
-    text += f"compiled model, {loss} of {search.task.metric.name} lost."
+    text += f"compiled model, {loss} of {search.task.metric.name} {lost}."
     if point.checked_loss is not None:
-        text += f" On data that the search has not used it loses {targets.text(point.checked_loss)}."
+        loses = "gains" if point.checked_loss < 0 else "loses"
+        text += f" On data that the search has not used it {loses} {targets.text(abs(point.checked_loss))}."
     used = {n: u for n, u in targets.limits(point).items() if u > 1}
     if not met and used:
         over = [f"{n} {_by(u)}" for n, u in used.items() if n != "max_loss"]

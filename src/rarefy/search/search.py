@@ -103,7 +103,8 @@ class Search(Measured):
             self.trouble = f"the search ended early: {error}"
 
     def _variants(self) -> Variant:
-        """Measure the dense model in every precision; return the one to search in: the fastest within the limit."""
+        """Measure the dense model in every precision; return the one to search in: the fastest within the limits of
+        loss and bytes, the smallest where none is within that of bytes."""
         task = self.task
         variants = variants_of(task.dense, bool(task.data), task.targets.counts_bytes, self._stay_as_they_are())
         measures = {v: partial(self.point, f"dense, {v.name}", v, self.stages({}, (), v)) for v in variants}
@@ -113,6 +114,8 @@ class Search(Measured):
         self._mix_precisions()
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         within = {v: p for v, p in measured.items() if self._goes_on(p)} or measured
+        used = {v: max(1.0, task.targets.bytes_used(p)) for v, p in within.items()}
+        within = {v: p for v, p in within.items() if used[v] == min(used.values())}
         if task.targets.objective in ("size", "memory"):
             return min(within, key=lambda v: (task.targets.value(within[v]), -mean_speedup(within[v].speedup)))
         return max(within, key=lambda v: mean_speedup(within[v].speedup))

@@ -78,6 +78,11 @@ class Targets:
             used["memory_mb"] = point.memory_bytes / 1e6 / self.memory_mb
         return used
 
+    def bytes_used(self, point: Point) -> float:
+        """Return how much a point uses of the limits of bytes; 0 without one, above 1 one is exceeded."""
+        used = self.limits(point)
+        return max((used[n] for n in ("size_mb", "memory_mb") if n in used), default=0.0)
+
     def keeps(self, point: Point) -> bool:
         """Return whether a point keeps all limits."""
         return all(u <= 1 + 1e-9 for u in self.limits(point).values())
@@ -150,8 +155,8 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
         raise RecipeError(f"max_loss: expected a fraction such as 0.01, or text such as '1%', got {value!r}")
     if abs(value) >= 1:
         raise RecipeError(
-            f"max_loss: a number is a fraction of the dense model's metric, got {value!r}; "
-            f"'{value:g}%' and '{value:g} points' are text"
+            f"max_loss: expected a fraction of the dense model's metric, below 1, got {value!r}; percent and points "
+            f"are text, such as '{abs(value):g}%' and '{abs(value):g} points'"
         )
     return float(value), False
 
@@ -227,6 +232,7 @@ def check_dense(targets: Targets, metric: str, quality: float = math.inf) -> Tar
         return targets
     if targets.max_loss and not targets.points:
         raise RecipeError(
-            f"max_loss is a fraction of the dense model's {metric}, which is 0: give points, such as '0.5 points'"
+            f"max_loss is a fraction of the dense model's {metric.removeprefix('the ')}, which is 0: give points, such "
+            "as '0.5 points'"
         )
     return replace(targets, points=True)
