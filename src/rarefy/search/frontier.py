@@ -16,6 +16,7 @@ from rarefy.common.data_frame import data_frame
 from rarefy.common.report import table
 from rarefy.search.frontier_checks import check_frontier
 from rarefy.search.html_report import frontier_page
+from rarefy.search.report_text import size_text
 
 SCHEMA = 1
 
@@ -219,7 +220,7 @@ class Frontier:
             f"batch {b}, ms": f"{t['median']:.3g} ({point.speedup.get(b, 1.0):.2f}x)"
             for b, t in point.milliseconds.items()
         }
-        return {"model": name or point.name, "quality": quality, **times, "MB": f"{point.disk_bytes / 1e6:.1f}"}
+        return {"model": name or point.name, "quality": quality, **times, "MB": size_text(point.disk_bytes)}
 
     def _engine_row(self, peer: Mapping[str, Any]) -> dict[str, Any]:
         times, speedup = peer.get("milliseconds", {}), peer.get("speedup", {})

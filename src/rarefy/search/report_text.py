@@ -75,8 +75,12 @@ def time_text(point: Any, batch: str) -> str:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes in MB, without the unit; 0 is unknown."""
-    return f"{count / 1e6:,.1f}" if count else "-"
+    """Return a number of bytes in MB, without the unit; 0 is unknown.
+
+    >>> size_text(12_345), size_text(89_652_897), size_text(0)
+    ('0.0123', '89.7', '-')
+    """
+    return "-" if not count else three_digits(count / 1e6) if count < 1e6 else f"{count / 1e6:,.1f}"
 
 
 def kind_of(frontier: Any, point: Any) -> str:
