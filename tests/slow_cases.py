@@ -54,7 +54,9 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_recipe_of_a_search_gives_the_model_that_was_measured[96-64-words2]",
     ),
     "cli/test_optimize_command.py": (
+        "test_a_search_whose_time_was_over_goes_on_with_more",
         "test_ctrl_c_saves_the_best_so_far",
+        "test_encoders_get_the_masks_that_their_example_has[metric1]",
         "test_text_goes_to_standard_output_and_progress_to_standard_error",
     ),
     "cli/test_profile_command.py": (
@@ -144,6 +146,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_rounding_inputs_to_8_bits_loses_hardly_anything[portable]",
         "test_seeds_streams_and_ends",
         "test_sums_of_the_largest_codes_and_inputs[avx2-4160]",
+        "test_sums_of_the_largest_codes_and_inputs[avx512-4160]",
         "test_sums_of_the_largest_codes_and_inputs[portable-4160]",
     ),
     "generation/test_options.py": (
@@ -257,6 +260,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_model_with_few_positions_is_timed",
         "test_losses_of_metrics_whose_best_is_0_are_points[distance]",
         "test_losses_of_metrics_whose_best_is_0_are_points[kl]",
+        "test_one_time_of_a_language_model_alone[decode]",
     ),
     "search/test_other_engines.py": (
         "test_quality_and_times_of_each_engine[images]",
@@ -332,7 +336,12 @@ EVERY: dict[str, dict[str, int]] = {
     "conformance/test_dependency_zoo.py": {"test_a_cut_is_exact_and_the_model_lives_on": 5},
     "formats/test_encodings.py": {"test_the_same_bits_come_back_and_take_the_size_that_was_foretold": 5},
     "generation/test_cache_precision.py": {"test_logits_are_those_of_rounded_keys_and_values": 2},
-    "generation/test_decoder.py": {"test_formats": 2, "test_grouped_weights_of_few_outputs": 5},
+    "generation/test_decoder.py": {
+        "test_any_number_of_sequences": 5,
+        "test_formats": 2,
+        "test_grouped_weights_of_few_outputs": 5,
+        "test_position_biases": 3,
+    },
     "onnx/test_onnx_conformance.py": {"test_operators_return_what_onnx_expects": 6},
     "onnx/test_onnx_export.py": {"test_each_layer_with_dynamic_activations": 3},
     "onnx/test_onnx_load.py": {
