@@ -39,7 +39,7 @@ from rarefy.calibration.torch_state import set_torch_state, torch_state
 from rarefy.calibration.weight_hooks import weight_hooks
 from rarefy.common.errors import DataError, ModelError, nearest
 from rarefy.model import distributed
-from rarefy.model.batches import count_samples, first_samples, tensors_in
+from rarefy.model.batches import count_samples, first_samples, first_tensor, tensors_in
 from rarefy.model.block_lists import equal_modules, outermost_lists
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Layer
@@ -57,6 +57,11 @@ class LayerGroup:
     layers: tuple[Layer, ...]
     calls: int = 1  # of the first layer in one forward pass
     rows: int = 0  # input vectors per sample
+
+    @property
+    def has_dense_inputs(self) -> bool:
+        """Return whether inputs can be compared with the dense model's: fused experts would get other tokens."""
+        return self.calls == 1 and self.layers[0].layout.kind != "experts"
 
 
 @dataclass(eq=False)
@@ -430,7 +435,7 @@ class _SequentialCalibration:
         group = self.steps[index]
         assert isinstance(group, LayerGroup)
         if run.stream == 0:
-            if group.calls == 1 and layer.layout.kind != "experts":  # another router picks other tokens
+            if group.has_dense_inputs:
                 self.dense_values[run.batch, index] = x  # the pass waits before the layer, so that nothing changes it
         else:
             rows = input_columns(layer, module, x, run.attention_mask)
@@ -476,14 +481,6 @@ class _SequentialCalibration:
             return module.forward(*args, **kwargs)
         finally:
             run.rerun = False
-
-
-def first_tensor(out: Any) -> Tensor:
-    """Return the first tensor of a module's output. Raises ModelError if there is none."""
-    tensors = tensors_in(out)
-    if not tensors:
-        raise ModelError(f"a block returns {type(out).__name__} without a tensor: leave reconstruct out")
-    return tensors[0]
 
 
 def _discard_output(_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What torch keeps beside a model: a pass that is suspended finds it again as it left it."""
+"""Keep and set torch's own state, so that a suspended pass finds it as it left it."""
 
 from __future__ import annotations
 

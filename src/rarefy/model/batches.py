@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rarefy.common.errors import ModelError
+
 FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a model of texts assumes where they are left out
 
 
@@ -22,6 +24,14 @@ def tensors_in(batch: Any) -> list[Tensor]:
     batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)} if fields else batch
     parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, tuple | list) else ()
     return [t for part in parts for t in tensors_in(part)]
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Return the first tensor of a module's output. Raises ModelError if there is none."""
+    tensors = tensors_in(out)
+    if not tensors:
+        raise ModelError(f"a block returns {type(out).__name__} without a tensor: leave reconstruct out")
+    return tensors[0]
 
 
 def distinct_tensors(batch: Any) -> Any:

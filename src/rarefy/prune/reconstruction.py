@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.sequential import BlockStep, first_tensor
+from rarefy.calibration.sequential import BlockStep
+from rarefy.model.batches import first_tensor
 from rarefy.model.layers import Layer
 
 

@@ -68,8 +68,7 @@ def gptq_(
 def _is_corrected(layer: Layer, group: LayerGroup, configs: Mapping[str, QuantizeConfig]) -> bool:
     """Return whether a layer makes up for errors of earlier ones: its inputs must be known of the dense model too."""
     solver = configs[layer.full_name].solver
-    known = group.calls == 1 and layer.layout.kind != "experts"
-    return known and solver is not None and bool(solver.asymmetric)
+    return group.has_dense_inputs and solver is not None and bool(solver.asymmetric)
 
 
 def _as_output_head(layer: Layer) -> Layer:

@@ -80,7 +80,9 @@ def size_text(count: int) -> str:
     >>> size_text(12_345), size_text(89_652_897), size_text(0)
     ('0.0123', '89.7', '-')
     """
-    return "-" if not count else three_digits(count / 1e6) if count < 1e6 else f"{count / 1e6:,.1f}"
+    if not count:
+        return "-"
+    return three_digits(count / 1e6) if count < 1e6 else f"{count / 1e6:,.1f}"
 
 
 def kind_of(frontier: Any, point: Any) -> str:

@@ -115,7 +115,8 @@ class Search(Measured):
         measured = {v: p for v, p in self.bases.items() if p.loss is not None}
         within = {v: p for v, p in measured.items() if self._goes_on(p)} or measured
         used = {v: max(1.0, task.targets.bytes_used(p)) for v, p in within.items()}
-        within = {v: p for v, p in within.items() if used[v] == min(used.values())}
+        smallest = min(used.values())
+        within = {v: p for v, p in within.items() if used[v] == smallest}
         if task.targets.objective in ("size", "memory"):
             return min(within, key=lambda v: (task.targets.value(within[v]), -mean_speedup(within[v].speedup)))
         return max(within, key=lambda v: mean_speedup(within[v].speedup))

@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rarefy.calibration.resume import digest
-from rarefy.calibration.sequential import find_blocks, first_tensor
+from rarefy.calibration.sequential import find_blocks
 from rarefy.common.errors import DataError, ModelError, RecipeError, SelectorError
 from rarefy.common.options import Names, OneOf, Options, Positive, at
 from rarefy.common.renamed import renamed_parameters
-from rarefy.model.batches import tensors_in
+from rarefy.model.batches import first_tensor, tensors_in
 from rarefy.model.forward import call, describe_batch, evaluating
 from rarefy.model.layers import all_layers
 from rarefy.model.masks import fold_
