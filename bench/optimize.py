@@ -11,8 +11,8 @@
 
 After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
 runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
-As many of its layers stay in fp32 as in the model that was found, spread evenly, and its KV cache has the same
-precision.
+As many of its layers stay in fp32 or 16 bits as in the model that was found, spread evenly, and its KV cache has the
+same precision.
 Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean
 squared relative distances from the dense model's outputs, which differ where qualities are equal by chance. State is
 kept in build/optimize, so that a killed run goes on. Appends one JSON line a run to results/optimize.jsonl.
@@ -51,6 +51,7 @@ from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
 from rarefy.search.deploy import deploy, times_of
+from rarefy.search.frontier import Point
 from rarefy.search.points import trains
 from rarefy.search.solve import in_spread_order
 from rarefy.search.targets import DECODE, parse_targets, times_tokens
@@ -232,9 +233,11 @@ def spread_evenly(model: nn.Module, linear: Sequence[str], bits: Mapping[str, st
     return {"layers": list(even), "per_layer": other or None}
 
 
-def evenly_in_fp32(model: nn.Module, ignore: Sequence[str]) -> tuple[str, ...]:
-    """Return as many layers as stay in fp32 in the model that was found, spread evenly over the whole model."""
-    return tuple(sorted(in_spread_order([l.name for l in all_layers(model)])[: len(ignore)]))
+def evenly_more_exact(model: nn.Module, point: Point) -> dict[str, Any]:
+    """Return options of `deploy`: as many layers more exact than 8 bits as in a point, spread evenly over the model."""
+    names = in_spread_order([l.name for l in all_layers(model)])
+    stay, own = len(point.ignore), [*point.per_layer.values()]
+    return {"ignore": tuple(sorted(names[:stay])), "per_layer": tuple(zip(names[stay:], own))}
 
 
 @torch.no_grad()
@@ -263,17 +266,17 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         for label, recipe in recipes.items():
             rarefy.compress_(others[label], Recipe(**recipe), {"calibrate": task.data})
     assert found.best is not None
-    ignored = {n: untrained.ignore for n in others} | {"uniform": evenly_in_fp32(task.model, untrained.ignore)}
+    as_found = {"ignore": untrained.ignore, "per_layer": tuple(untrained.per_layer.items())}
+    more_exact = {n: as_found for n in others} | {"uniform": evenly_more_exact(task.model, untrained)}
     make = partial(deploy, example=task.example, calibration=task.data)
     cache = point.cache_precision
     models = {
         "dense, fp32": make(task.model, precision=None),
         "dense, int8": make(task.model, precision="int8"),
         **{
-            n: make(m, precision=untrained.precision, ignore=ignored[n], cache_precision=cache)
-            for n, m in others.items()
+            n: make(m, precision=untrained.precision, cache_precision=cache, **more_exact[n]) for n, m in others.items()
         },
-        "found": make(found.best.compressed, precision=point.precision, ignore=point.ignore, cache_precision=cache),
+        "found": make(found.best.compressed, precision=point.precision, cache_precision=cache, **as_found),
     }
     if cache != "fp32":
         models["dense, int8, 8-bit cache"] = make(task.model, precision="int8", cache_precision=cache)

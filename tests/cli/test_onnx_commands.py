@@ -96,8 +96,9 @@ def test_scales_from_data(run, place, tmp_path):
     text_model(tmp_path)
     ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", "--data", "wiki", "--precision", "int8")
     assert ran.code == 2 and "--data has no effect: a decoder" in ran.err
-    ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", "--ignore", "lm_head", "--precision", "int8")
-    assert ran.code == 2 and "--ignore has no effect: all layers of a decoder" in ran.err
+    for option in (("--ignore", "lm_head"), ("--per-layer", "lm_head=bf16")):
+        ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", *option, "--precision", "int8")
+        assert ran.code == 2 and "--ignore and --per-layer have no effect: all layers of a decoder" in ran.err
 
 
 def test_layers_that_stay_in_fp32(run, place, tmp_path):
@@ -111,6 +112,23 @@ def test_layers_that_stay_in_fp32(run, place, tmp_path):
     assert ran.code == 2 and "--ignore has no effect: it names layers that stay in fp32 beside" in ran.err
     ran = run(*words, "--force", "--ignore", "no.such.layer")
     assert ran.code == 2 and "ignore: 'no.such.layer' matches no layer" in ran.err
+
+
+def test_layers_with_a_precision_of_their_own(run, place, tmp_path):
+    words = ("compile", place / "net.onnx", "-o", tmp_path / "fast", "-q")
+    names = [l.full_name for l in all_layers(rarefy.from_onnx(place / "net.onnx"))]
+    ran = run(*words, "--precision", "int8", "--per-layer", f"{names[0]}=fp32", "--per-layer", f"{names[-1]}=int16")
+    assert ran.code == 0, ran.err
+    kinds = [k.held[0].kind for k in rarefy.load(tmp_path / "fast").kernels.values()]
+    assert {"fp32", "int16"} <= {*kinds}
+    for option, message in (
+        ("head", "--per-layer: expected a layer and its precision, such as head=bf16, got 'head'"),
+        ("=bf16", "--per-layer: expected a layer and its precision, such as head=bf16, got '=bf16'"),
+        ("no.such.layer=bf16", "per_layer: 'no.such.layer' matches no layer"),
+        (f"{names[0]}=fp8", "per_layer: unknown precision 'fp8'"),
+    ):
+        ran = run(*words, "--force", "--per-layer", option)
+        assert ran.code == 2 and message in ran.err, ran.err
 
 
 def test_what_needs_a_language_model_says_so(run, place):

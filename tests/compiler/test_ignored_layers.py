@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from helpers.compile_models import steps
 from rarefy.common.errors import ModelError, SelectorError
+from rarefy.compiler.kernel_selection import fits_int16
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
@@ -30,7 +31,7 @@ class Mobile(nn.Module):
             nn.Conv2d(70, 13, 1),
         )
         self.expand2, self.deep2 = nn.Conv2d(13, 66, 1), nn.Conv2d(66, 66, 5, 2, 0, 1, 66)
-        self.project2, self.head = nn.Conv2d(66, 20, 1), nn.Linear(20, 5)
+        self.project2, self.head = nn.Conv2d(66, 26, 1), nn.Linear(26, 5)
 
     def forward(self, x):
         x = F.relu6(self.stem(x))
@@ -63,6 +64,43 @@ def test_any_layers_stay_in_fp32(isa, make, seed):
     assert relative_distance(got, rounded(made, x)) < 1e-2  # codes may differ by one where a sum lies between two
     assert relative_distance(got, net(x).detach()) < 0.1
     assert relative_distance(made(x[1:]), got[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("make", [Mobile, Residual])
+def test_each_layer_in_a_precision_of_its_own(isa, make, seed):
+    """int16 convolutions of one group, of enough inputs and outputs; bf16 ones and depthwise ones stay in fp32."""
+    torch.manual_seed(seed)
+    net, x = make().eval(), torch.randn(2, 3, 45, 53)
+    draw = random.Random(seed)
+    own = {n: draw.choice(["fp32", "bf16", "int16"]) for n in draw.sample(weighted(net), 3)}
+    made = rarefy.compile(net, x, precision="int8", calibrate=[x], per_layer=own, tune=False)
+    for layer, kind in kinds(made).items():
+        module, wanted = net.get_submodule(layer), own.get(layer, "int8")
+        if isinstance(module, nn.Conv2d) and wanted in ("bf16", "int16"):
+            fits = wanted == "int16" and fits_int16(module.weight, module.groups)
+            wanted = "int16" if fits else "fp32"
+        assert kind == wanted or (layer.startswith("deep") and kind == "fp32")
+    in_fp32 = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=[*own], tune=False)
+    got = made(x)
+    assert relative_distance(got, in_fp32(x)) < 2e-2  # codes of later layers may differ by one
+    assert relative_distance(got, net(x).detach()) < 0.1
+    assert relative_distance(made(x[1:]), got[1:]) < 1e-5
+
+
+def test_a_precision_for_one_layer_alone(isa):
+    """The other layers are exact; without a precision for the whole model too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 96), nn.GELU(), nn.Linear(96, 200), nn.ReLU(), nn.Linear(200, 8)).eval()
+    x = torch.randn(5, 256)
+    for precision in ("bf16", "int16", "int8"):
+        made = rarefy.compile(net, x, per_layer={"2": precision}, tune=False)
+        assert kinds(made) == {"0": "fp32", "2": precision, "4": "fp32"}
+        want = net[4](net[3](rarefy.compile(net[2], net[1](net[0](x)).detach(), precision=precision, tune=False)(
+            net[1](net[0](x)).detach())))  # fmt: skip
+        assert relative_distance(made(x), want.detach()) < 1e-4
+    last = rarefy.compile(net, x, precision="bf16", per_layer={"*": "int8", "Linear": "fp32", "4": "int16"}, tune=False)
+    assert kinds(last) == {"0": "fp32", "2": "fp32", "4": "int16"}
 
 
 @pytest.mark.parametrize("ignored", [["0", "2"], ["1"], ["1", "2"]])
@@ -160,7 +198,11 @@ def test_linear_layers(precision):
 def test_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     net, x = Mobile().eval(), torch.randn(2, 3, 45, 53)
-    made = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=["deep", "project2"], tune=False)
+    own = {"expand2": "int16", "project2": "int16", "head": "bf16"}
+    made = rarefy.compile(
+        net, x, precision="int8", calibrate=[x], ignore=["deep", "project"], per_layer=own, tune=False
+    )
+    assert kinds(made) | own | {"expand2": "fp32"} == kinds(made)  # too few inputs for int16
     rarefy.save(made, tmp_path / "m")
     assert torch.equal(rarefy.load(tmp_path / "m")(x), made(x))
 
@@ -183,5 +225,15 @@ def test_what_cannot_be_ignored():
         rarefy.compile(net, x, ignore="0")
     with pytest.raises(SelectorError, match="ignore: '7' matches no layer"):
         rarefy.compile(net, x, precision="int8", ignore="7")
-    with pytest.raises(ModelError, match="has no effect: .*, or ignore= names all of them"):
+    with pytest.raises(SelectorError, match="per_layer: '7' matches no layer"):
+        rarefy.compile(net, x, precision="int8", per_layer={"7": "bf16"})
+    with pytest.raises(ModelError, match=r"per_layer: expected precisions by layer, .*got \['0'\]"):
+        rarefy.compile(net, x, precision="int8", per_layer=["0"])
+    with pytest.raises(ModelError, match="per_layer: expected precisions by layer, .*got {}"):
+        rarefy.compile(net, x, precision="int8", per_layer={})
+    with pytest.raises(ModelError, match="per_layer: unknown precision 'int7'"):
+        rarefy.compile(net, x, precision="int8", per_layer={"0": "int7"})
+    with pytest.raises(ModelError, match="per_layer: '0' is in ignore too, which keeps it in fp32: name it once"):
+        rarefy.compile(net, x, precision="int8", ignore="0", per_layer={"*": "bf16"})
+    with pytest.raises(ModelError, match="has no effect: .*, or ignore= or per_layer= names all of them"):
         rarefy.compile(net, x, precision="int8", ignore="*")

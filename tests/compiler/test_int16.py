@@ -9,7 +9,7 @@ from torch import nn
 
 import rarefy
 from rarefy.common.errors import FormatError, ModelError
-from rarefy.compiler import ops
+from rarefy.compiler import kernel_selection, ops
 from rarefy.compiler.executor import Compiled
 from rarefy.model.compare import relative_distance
 from rarefy.runtime.int16_codes import int16_codes
@@ -25,6 +25,13 @@ from rarefy.runtime.packed_formats import (
 )
 from rarefy.runtime.packing import pack_bitmask, pack_csr, pack_dense, pack_sell, pack_tiles, unpack
 from rarefy.runtime.reference import INT16_INPUT_STEPS
+
+
+@pytest.fixture(autouse=True)
+def small_convolutions_too(monkeypatch, request):
+    """Kernels are tested on small convolutions too, which the compiler leaves in fp32."""
+    if request.node.originalname != "test_convolutions_that_stay_in_fp32":
+        monkeypatch.setattr(kernel_selection, "MIN_INT16_TAPS", 1)
 
 
 def exact(layer: nn.Module, compiled: Compiled, x: torch.Tensor) -> torch.Tensor:
@@ -121,11 +128,18 @@ def test_odd_numbers_in_images(isa):
 
 
 def test_convolutions_that_stay_in_fp32():
-    """With few outputs, in groups, on Winograd's algorithm, or with zeros that are skipped."""
-    sparse = nn.Conv2d(32, 32, 1)
+    """With few outputs or inputs, in groups, on Winograd's algorithm, or with zeros that are skipped."""
+    sparse = nn.Conv2d(64, 64, 1)
     sparse.weight.data[torch.rand(sparse.weight.shape) < 0.9] = 0
-    layers = [nn.Conv2d(32, 16, 1), nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 1, groups=2), sparse]
-    net, x = nn.Sequential(*layers, nn.Conv2d(32, 32, 1)).eval(), torch.randn(2, 32, 24, 24)
+    layers = [
+        nn.Conv2d(64, 16, 1),
+        nn.Conv2d(16, 64, 3, padding=1),
+        nn.Conv2d(64, 128, 1, groups=2),
+        nn.Conv2d(128, 32, 1),
+        nn.Conv2d(32, 64, 1),
+        sparse,
+    ]
+    net, x = nn.Sequential(*layers).eval(), torch.randn(2, 64, 24, 24)
     compiled = rarefy.compile(net, x, precision="int16", tune=False)
     kinds = [k.held[0].kind for k in compiled.kernels.values()]
     assert kinds.count("int16") == 1 and set(kinds) == {"fp32", "int16"}
@@ -268,7 +282,7 @@ def test_where_nothing_runs_in_16_bits():
     ):
         rarefy.compile(nn.Conv2d(3, 4, 3).eval(), x, precision="int16")
     net = nn.Sequential(nn.Linear(8, 8)).eval()
-    with pytest.raises(ModelError, match="no linear layer .*, or ignore= names all of them"):
+    with pytest.raises(ModelError, match="no linear layer .*, or ignore= or per_layer= names all of them"):
         rarefy.compile(net, torch.randn(2, 8), precision="int16", ignore="0")
     with pytest.raises(ModelError, match="calibrate= finds the scales of int8"):
         rarefy.compile(net, torch.randn(2, 8), precision="int16", calibrate=[torch.randn(2, 8)])

@@ -161,13 +161,13 @@ def test_the_point_that_training_is_expected_to_bring_within_the_limit_is_traine
     base = point("dense, int8", 0.0, 2.0, ({"cast": {"dtype": "fp32"}},))
     points = [base, point("slow", 0.005, 2.5), point("fast", 0.02, 3.0), point("too fast", 0.2, 4.0)]
     targets = parse_targets(0.01, "latency")
-    assert candidate(points, {("int8", (), "fp32"): base}, targets, 0.35) == 2
+    assert candidate(points, {("int8", (), (), "fp32"): base}, targets, 0.35) == 2
     assert (
-        candidate(points, {("int8", (), "fp32"): base}, targets, 0.9) == 1
+        candidate(points, {("int8", (), (), "fp32"): base}, targets, 0.9) == 1
     )  # training brings too little for the faster one
     trained = point("trained", 0.009, 3.5, ({"cut": {}}, {"train": {}}))
     assert not can_train(trained) and not can_train(base)
-    assert candidate([*points, trained], {("int8", (), "fp32"): base}, targets, 0.35) is None
+    assert candidate([*points, trained], {("int8", (), (), "fp32"): base}, targets, 0.35) is None
 
 
 def test_batches_and_epochs_fill_the_time():

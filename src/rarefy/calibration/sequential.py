@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import count
@@ -333,7 +333,7 @@ class _SequentialCalibration:
         """Begin a pass; `numbers` is the state of torch's random numbers."""
         run: Any = greenlet(lambda batch: _discard_output(call(self.model, batch)))
         run.owner, run.batch, run.stream, run.data = self, index, stream, batch
-        run.first_numbers, run.state = numbers, (*torch_state()[:-1], numbers)
+        run.first_numbers, run.state = numbers, replace(torch_state(), random=numbers)
         run.input_versions, run.rerun = {}, False
         run.attention_mask, run.attributes = padding_mask(batch), values_of(self.attributes or ())
         self.stack.callback(run.throw)

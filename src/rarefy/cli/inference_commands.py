@@ -29,6 +29,14 @@ Ignore = Annotated[
     typer.Option(help="A layer that stays in fp32, by name or glob; repeat for more. Not for decoders."),
 ]
 
+PerLayer = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A layer, by name or glob, and its own precision: head=bf16. Repeat for more. Not for decoders.",
+        metavar="LAYER=PRECISION",
+    ),
+]
+
 
 def compile_(
     model: ModelPath,
@@ -36,6 +44,7 @@ def compile_(
     precision: DecoderPrecision = None,
     cache_precision: CachePrecision = None,
     ignore: Ignore = None,
+    per_layer: PerLayer = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size of the example input, by default 2. Not for decoders.")
     ] = None,
@@ -87,34 +96,39 @@ def compile_(
 
     check_output_folder(out, force)
     _check_options(precision, data, samples, ignore)
+    options: dict[str, Any] = {"ignore": ignore, "per_layer": _precisions(per_layer)}
     cache = "fp32" if cache_precision is None else cache_precision
     check_cache_precision(cache)
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
     with shared.threads(threads):
         weights = shared.streamed_weights(source)
         if weights is not None:
-            _check_decoder_options(batch, tokens, data, ignore, input_shape)
-            own = shared.streamed_precision(source, precision)
+            _check_decoder_options(batch, tokens, data, ignore or per_layer, input_shape)
+            whole = shared.streamed_precision(source, precision)
             compiled: Any
-            compiled, size = write_decoder(weights, Path(str(source)), own, out, cache, overwrite=force, fresh=fresh)
+            compiled, size = write_decoder(weights, Path(str(source)), whole, out, cache, overwrite=force, fresh=fresh)
         else:
             _check_not_fresh(fresh)
             net, tokenizer = shared.load(source, input_shape, batch, tokens)
             net = shared.in_fp32(net)
             if hf.is_causal_lm(net):
-                _check_decoder_options(batch, tokens, data, ignore)
-                own = shared.whole_model_precision(precision)
-                compiled = decoder(net, precision=own, cache_precision=cache)
+                _check_decoder_options(batch, tokens, data, ignore or per_layer)
+                whole = shared.whole_model_precision(precision)
+                compiled = decoder(net, precision=whole, cache_precision=cache)
             else:
                 _check_no_cache(model, cache_precision)
-                example, calibrate = _inputs(net, tokens, batch, tokenizer, data, samples)
-                compiled = compile(net, example, precision=precision, ignore=ignore, calibrate=calibrate)
+                example, options["calibrate"] = _inputs(net, tokens, batch, tokenizer, data, samples)
+                compiled = compile(net, example, precision=precision, **options)
             receipt = getattr(net, "rarefy_receipt", None)
             size = save(compiled, out, files=shared.files_beside_engine(source), receipt=receipt, overwrite=force)
+    shared.show(Report(f"compiled to {out}", (), _summary(compiled, size)), as_json, quiet)
+
+
+def _summary(compiled: Any, size: int) -> dict[str, Any]:
+    """Return what a folder contains, its bytes, and where operators run."""
     kind = shared.kind_of(compiled)
     operators = repr(compiled.compiled if kind == "decoder" else compiled).splitlines()
-    summary = {"contains": f"a {kind}", "bytes": size, "operators": "; ".join(operators)}
-    shared.show(Report(f"compiled to {out}", (), summary), as_json, quiet)
+    return {"contains": f"a {kind}", "bytes": size, "operators": "; ".join(operators)}
 
 
 def _check_options(precision: str | None, data: str | None, samples: int | None, ignore: list[str] | None) -> None:
@@ -127,8 +141,19 @@ def _check_options(precision: str | None, data: str | None, samples: int | None,
         raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside a --precision")
 
 
+def _precisions(options: list[str] | None) -> dict[str, str] | None:
+    """Return the precisions that --per-layer gives, by layer; RecipeError for another form."""
+    precisions: dict[str, str] = {}
+    for option in options or []:
+        layer, separator, precision = option.rpartition("=")
+        if not (layer and separator and precision):
+            raise RecipeError(f"--per-layer: expected a layer and its precision, such as head=bf16, got {option!r}")
+        precisions[layer] = precision
+    return precisions or None
+
+
 def _check_decoder_options(
-    batch: int | None, tokens: int | None, data: str | None, ignore: list[str] | None, shape: list[str] | None = None
+    batch: int | None, tokens: int | None, data: str | None, own: list[str] | None, shape: list[str] | None = None
 ) -> None:
     """Raise RecipeError for options of `compile` that decoders do not have."""
     if shape:
@@ -137,8 +162,8 @@ def _check_decoder_options(
         raise RecipeError("--batch and --tokens have no effect: a decoder of a language model takes any")
     if data:
         raise RecipeError("--data has no effect: a decoder of a language model finds scales in each call")
-    if ignore:
-        raise RecipeError("--ignore has no effect: all layers of a decoder have the same precision")
+    if own:
+        raise RecipeError("--ignore and --per-layer have no effect: all layers of a decoder have the same precision")
 
 
 def _check_not_fresh(fresh: bool) -> None:

@@ -20,6 +20,7 @@ from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
+from rarefy.compiler.layer_precision import layer_precisions
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
@@ -49,7 +50,7 @@ from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.activation_quant import get_activation_quant, suspended
 from rarefy.model.forward import calling, describe_batch, split_example
 from rarefy.model.image_config import image_config_of, set_image_config_
-from rarefy.model.layers import Selector, all_layers, ignored_modules
+from rarefy.model.layers import Selector, all_layers
 from rarefy.model.nesting import input_names, output_names
 from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
 from rarefy.runtime.packed_formats import PANEL_BITS
@@ -58,6 +59,7 @@ from rarefy.runtime.packed_formats import PANEL_BITS
 # round to the next code, layer by layer
 TOLERANCE = {None: 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
 ROUNDED_TOLERANCE = 0.1
+OR_NAMED = ", or ignore= or per_layer= names all of them"
 INTEGER_KINDS = {"int8": tuple(PANEL_BITS), "int16": ("int16",)}  # of packed weights; 8 bits or less count as int8
 
 
@@ -153,6 +155,7 @@ def compile(
     *,
     precision: str | None = None,
     ignore: Selector = None,
+    per_layer: Mapping[str, str] | None = None,
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
@@ -182,6 +185,9 @@ def compile(
             grouped convolutions stay in fp32. Outputs change a little.
         ignore: selectors of layers that stay in fp32, whatever the precision: those that lose most by it. Attention
             itself, which has no weights, follows the precision. `rarefy.optimize` finds such layers.
+        per_layer: precisions of single layers, by selector: {"head": "bf16", "stem": "fp32"}. Of several that match a
+            layer the last counts. Layers that lose most in 8 bits are faster in "bf16" or "int16" than in fp32, and
+            lose little. Convolutions in "bf16", and grouped ones in "int16", stay in fp32.
         calibrate: batches, each like the example, on which the ranges of inputs of int8 convolutions are found once, so
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
@@ -234,10 +240,10 @@ def compile(
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     with suspended(model, ROUNDING_LAYERS) as rounding:
-        ignored = ignored_modules(model, ignore)
-        if ignored and not (precision or PRECISIONS.get(dtype) or rounding):
+        chosen = layer_precisions(model, ignore, per_layer)
+        if chosen and not (precision or PRECISIONS.get(dtype) or rounding or any(chosen.values())):
             raise ModelError("ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16' with it")
-        own = {**dict.fromkeys(rounding, "int8"), **dict.fromkeys(ignored)}
+        own = {**dict.fromkeys(rounding, "int8"), **chosen}
         if precision is None:
             notes += _idle_grids(model, rounding, PRECISIONS.get(dtype) or "fp32")
         calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
@@ -294,7 +300,7 @@ def _compile(
     dynamic: bool,
 ) -> Compiled:
     """Return a model in fp32 compiled in a precision, but for layers that have their `own`; see `compile`."""
-    lowest = "int8" if "int8" in own.values() else precision
+    lowest = max((precision, *own.values()), key=TOLERANCE.__getitem__)
     exported = export_graph(model, args, kwargs, passes_for(lowest, calibrate is not None), dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
@@ -310,13 +316,12 @@ def _compile(
         select_kernels, exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of
     )
     kernels = select()
-    others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels and precision_of(n)]
-    depthwise = [n for n in others if _is_depthwise(exported, n)]
+    others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels]
+    depthwise = [n for n in others if precision_of(n) == "int8" and _is_depthwise(exported, n)]
     if precision in INTEGER_KINDS and not (has_kernels(kernels, precision) or rounds_values(exported) or depthwise):
         raise ModelError(
             f"precision={precision!r} has no effect: {type(model).__name__} has no linear layer and no 2D convolution "
-            f"that the engine runs in {precision[3:]} bits{', or ignore= names all of them' if own else ''}; leave it "
-            "out for fp32"
+            f"that the engine runs in {precision[3:]} bits{OR_NAMED if own else ''}; leave it out for fp32"
         )
     weights = dict(exported.constants)
     if calibrate is not None:

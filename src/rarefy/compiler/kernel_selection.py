@@ -54,6 +54,7 @@ BITS = {"int8": 8, "int16": 16}  # of codes with a scale for each output
 ATTENTION_PRECISIONS = ("bf16", "int8")  # beside fp32
 MIN_PACKED_EMBEDDING = 1 << 20  # weights from which an embedding is kept in 8 bits beside layers in 8 bits
 MIN_INT16_OUTPUTS = 24  # of a convolution in int16: its inputs are rounded in each call
+MIN_INT16_TAPS = 64  # inputs of an output of such a convolution: each sum is scaled
 MIN_GROUPED_ZEROS = 0.4  # fraction of zeros from which a kernel beats torch's dense grouped convolution
 
 
@@ -270,10 +271,10 @@ def is_nearly_dense(weight: Tensor, min_zeros: tuple[float, float] = MIN_ZEROS_S
     return 1 - float(nonzero.sum()) / W.numel() < min_zeros[per_block < MIN_SHARED]
 
 
-def _fits_int16(weight: Tensor, groups: int) -> bool:
-    """Return whether a convolution is faster in int16: a dense one with enough outputs for each rounded input."""
-    dense = groups == 1 and is_nearly_dense(weight) and weight[0].numel() <= MAX_INT16_INPUTS
-    return dense and len(weight) >= MIN_INT16_OUTPUTS
+def fits_int16(weight: Tensor, groups: int) -> bool:
+    """Return whether a convolution is faster in int16: a dense one with enough outputs and inputs for each rounding."""
+    fits = MIN_INT16_TAPS <= weight[0].numel() <= MAX_INT16_INPUTS and len(weight) >= MIN_INT16_OUTPUTS
+    return fits and groups == 1 and is_nearly_dense(weight)
 
 
 def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, grid: Grid | None = None) -> Any:
@@ -298,7 +299,7 @@ def pack_conv_node(exported: ExportedGraph, node: Node, precision: str | None, g
     by_winograd = winograd.fits(tuple(weight.shape), tuple(stride), tuple(dilation), sizes)
     min_zeros = MIN_ZEROS_WINOGRAD if by_winograd else MIN_ZEROS_SPARSE
     large = max(stride) > MAX_STRIDE
-    if precision == "int16" and grid is None and not by_winograd and _fits_int16(weight, groups) and not large:
+    if precision == "int16" and grid is None and not by_winograd and fits_int16(weight, groups) and not large:
         return pack_conv(weight, precision, **geometry, block=CACHE_BLOCK, dense=True)
     if groups == 1 and (large or (kind == "fp32" and is_nearly_dense(weight, min_zeros))):
         return pack_dense(weight, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, overload
 
 from torch import nn
@@ -18,7 +18,7 @@ from rarefy.generation.decoder import Decoder, decoder
 from rarefy.model import hf
 from rarefy.model.layers import Selector
 
-DEFAULTS = {"ignore": None, "calibrate": None, "solver": "obs", "tune": True, "dynamic": True}
+DEFAULTS = {"ignore": None, "per_layer": None, "calibrate": None, "solver": "obs", "tune": True, "dynamic": True}
 
 
 @overload
@@ -34,6 +34,7 @@ def compile(
     *,
     precision: str | None = None,
     ignore: Selector = None,
+    per_layer: Mapping[str, str] | None = None,
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
@@ -48,6 +49,7 @@ def compile(
     *,
     precision: str | None = None,
     ignore: Selector = None,
+    per_layer: Mapping[str, str] | None = None,
     calibrate: Iterable[Any] | None = None,
     solver: str = "obs",
     tune: bool = True,
@@ -70,6 +72,7 @@ def compile(
             run layers in bfloat16, 16-bit integers and 8 bits; see `rarefy.compiler.compile.compile` and
             `rarefy.decoder` for what stays in fp32.
         ignore: selectors of layers that stay in fp32, whatever the precision.
+        per_layer: precisions of single layers by selector, such as {"head": "bf16"}.
         calibrate: batches, each like the example, for static scales of int8 convolutions.
         solver: with calibrate, how weights are rounded: "obs" or "rtn".
         tune: time native calls against torch on the example, and run what is faster.
@@ -99,7 +102,8 @@ def compile(
         >>> compile(model).generate(torch.tensor([[3, 1, 4]]), max_new_tokens=5).shape
         torch.Size([1, 8])
     """
-    options = {"ignore": ignore, "calibrate": calibrate, "solver": solver, "tune": tune, "dynamic": dynamic}
+    options: dict[str, Any] = {"ignore": ignore, "per_layer": per_layer, "calibrate": calibrate, "solver": solver}
+    options |= {"tune": tune, "dynamic": dynamic}
     if isinstance(model, ExportedProgram):
         model, example = to_module(model, example)
     if example is not None:

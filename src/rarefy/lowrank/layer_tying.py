@@ -19,6 +19,7 @@ from rarefy.common.errors import ContainerError, ModelError, PatternError, unkno
 from rarefy.common.options import Options
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import activation_quants as rounded
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.block_lists import TIED, block_lists
 from rarefy.model.layers import check_is_module, unwrap
 from rarefy.model.lowrank_modules import factor_records as factorized
@@ -86,7 +87,7 @@ def run_tie(model: nn.Module, options: TieOptions) -> Report:
         shared = " ".join("+".join(map(str, g)) for g in group)
         rows.append({"blocks": name, "many": len(known[name]), "groups": shared})
     model.__dict__[TIED] = {**noted(model), **groups}
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     after = sum(p.numel() for p in model.parameters())
     summary = {"parameters": f"{before:,} -> {after:,}", "ratio": after / before}
     return Report("tied", tuple(rows), summary, ("outputs have changed: train on",))

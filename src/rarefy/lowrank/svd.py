@@ -25,6 +25,7 @@ from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.evaluation.profiling import compare
 from rarefy.model.activation_quant import get_activation_quant
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.lowrank_modules import (
@@ -191,7 +192,7 @@ def run_factorize(
     for layer in able:
         if layer.full_name in factors:
             replace_with_factors_(whole, layer.name, *factors[layer.full_name])
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     before = sum(r["weights"] for r in rows.values())
     after = sum(r["left"] for r in rows.values())
     summary = {"layers": f"{len(factors)} of {len(chosen)}", "weights": before, "left": after, "ratio": after / before}

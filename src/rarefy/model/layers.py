@@ -201,8 +201,12 @@ def matches_selector(selector: str, layer: Layer) -> bool:
 
 def ignored_modules(model: nn.Module, ignore: Selector) -> tuple[str, ...]:
     """Return the names of the modules whose weights `ignore` selects, in the order of the model."""
-    chosen = match_layers(all_layers(model), ignore, "ignore") if ignore else []
-    return tuple(dict.fromkeys(name for layer in chosen for name, *_ in layer.owners))
+    return module_names(match_layers(all_layers(model), ignore, "ignore")) if ignore else ()
+
+
+def module_names(layers: list[Layer]) -> tuple[str, ...]:
+    """Return the names of the modules that have these layers' weights, each once."""
+    return tuple(dict.fromkeys(name for layer in layers for name, *_ in layer.owners))
 
 
 def match_layers(known: list[Layer], selectors: Selector, argument: str) -> list[Layer]:

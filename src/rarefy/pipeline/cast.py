@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import ModelError
 from rarefy.common.report import Report
 from rarefy.evaluation import profiling
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.layers import check_is_module
 from rarefy.model.quant_grid import GridParametrization
 from rarefy.recipe.schema import CastOptions
@@ -56,7 +57,7 @@ def run_cast(model: nn.Module, options: CastOptions) -> Report:
             raise ModelError(f"{name} has values that {options.dtype} cannot hold (largest {largest:g})")
     for _, tensor in _floating_state(model):
         tensor.data = tensor.data.to(to)
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     return Report("cast", (), {"dtype": options.dtype, "bytes": profiling.resident_bytes(model)})
 
 

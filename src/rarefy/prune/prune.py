@@ -21,6 +21,7 @@ from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import sparsity_pattern as patterns
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.batches import first_samples, take_tokens
 from rarefy.model.distributed import full_tensor
 from rarefy.model.forward import call, check_batches, evaluating, on_device
@@ -150,7 +151,7 @@ def run_prune(
         batches = None if data is None else track(data, f"calibrating {target.score}", progress)
         for layer, mask in zip(layers, _masks(model, layers, target, batches, loss, seed)):
             set_mask_(layer, mask)
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     zeros = {r["layer"]: r.pop("zeros") for r in rows}
     done = report(layers, target.pattern, target.sparsity, target.each, zeros if memory is not None else None)
     notes = [*done.notes, *notes, *_expert_notes(rows)]

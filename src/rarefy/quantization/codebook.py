@@ -20,6 +20,7 @@ from rarefy.common.options import Names, Options
 from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select_layers
 from rarefy.model.masks import check_maskable
@@ -107,7 +108,7 @@ def run_share(
     for layer, book, values in shared:
         rows.append(_row(layer, book, values))
         set_quantized_(layer, book, values, None)
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
     return Report("shared", tuple(rows), summary)

@@ -14,6 +14,7 @@ from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.formats.quantized_encodings import sizes
 from rarefy.model.activation_quant import ActivationQuant, set_activation_quant_
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.masks import check_maskable, get_mask, set_mask_
@@ -128,7 +129,7 @@ def run_quantize(
     for layer, quantized in zip(layers, weights):
         inputs = input_grid.get(layer.full_name)
         rows.append(_apply(layer, quantized, inputs, configs[layer.full_name], measured[layer.full_name]))
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     stored, dense = (sum(r[k] for r in rows) for k in ("bytes", "dense bytes"))
     summary = {"layers": len(rows), "bytes": stored, "dense bytes": dense, "ratio": stored / max(dense, 1)}
     notes = [f"smoothed: {len(smoothed)} of {len(layers)} layers"] if config.smooth is not None else []

@@ -17,6 +17,7 @@ from rarefy.checkpoint.save import save
 from rarefy.common.errors import ModelError
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.kernel_selection import fits_int16
 from rarefy.evaluation.outputs import named_output, output_tensor, pool, token_mask
 from rarefy.evaluation.profiling import compare, rates
 from rarefy.generation.decoder import decoder
@@ -34,9 +35,11 @@ REPEATS = (5, 400)  # at least and at most
 TEXTS = 12  # texts that each language model reads and continues
 ATTEMPTS, SPREAD = 3, 0.15  # at times, and how far their quartiles may lie apart, in parts of the median
 PROMPT, NEW = 256, 48  # tokens of a prompt that is timed, and tokens decoded after it
+BITS_OF = {None: 32, "bf16": 16, "int16": 16, "int8": 8}  # by precision of the engine
 SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
 
 Deployed = Compiled | EngineModule
+PerLayer = tuple[tuple[str, str], ...]  # layers and their precision
 
 
 def deploy(
@@ -45,24 +48,31 @@ def deploy(
     precision: str | None,
     calibration: Sequence[Any],
     ignore: Sequence[str] = (),
+    per_layer: PerLayer = (),
     solver: str = "obs",
     cache_precision: str = "fp32",
 ) -> Deployed:
     """Return a model on the engine: a decoder for causal language models, else compiled.
 
-    Convolutions in 8 bits get static scales from the calibration batches. Layers named in `ignore` stay in fp32, as far
-    as the model has them; of a factorized layer, both factors. `solver` "rtn" is for models that are only timed.
-    `cache_precision` is that of a decoder's KV cache.
+    Convolutions in 8 bits get static scales from the calibration batches. Layers named in `ignore` stay in fp32, those
+    in `per_layer` have the precision beside their name, as far as the model has them; of a factorized layer, both
+    factors. `solver` "rtn" is for models that are only timed. `cache_precision` is that of a decoder's KV cache.
     """
     with evaluating(model):
         if hf.is_causal_lm(model):
             return EngineModule(decoder(model, precision=precision, cache_precision=cache_precision))
         static = has_static_scales(model, precision, calibration)
         calibrate = [without_targets(b) for b in calibration] if static else None
-        names = {l.name for l in all_layers(model)} if ignore else set[str]()
-        stay = sorted(n for n in names if any(n == i or n.startswith(f"{i}.") for i in ignore))
-        options: dict[str, Any] = {"precision": precision, "ignore": stay or None, "calibrate": calibrate}
+        names = sorted({l.name for l in all_layers(model)}) if ignore or per_layer else []
+        stay = [n for n in names if any(_is_in(n, i) for i in ignore)] or None
+        own = {n: p for n in names for layer, p in per_layer if _is_in(n, layer)} or None
+        options: dict[str, Any] = {"precision": precision, "ignore": stay, "per_layer": own, "calibrate": calibrate}
         return compile(model, without_targets(example), **options, solver=solver)
+
+
+def _is_in(name: str, layer: str) -> bool:
+    """Return whether a layer is another one, or a factor of it."""
+    return name == layer or name.startswith(f"{layer}.")
 
 
 def has_static_scales(model: nn.Module, precision: str | None, calibration: Sequence[Any]) -> bool:
@@ -169,7 +179,8 @@ def _milliseconds(rate: Mapping[str, float], tokens: int) -> dict[str, float]:
 class Variant:
     """A precision of the engine, and whether large inputs are smoothed for it (SmoothQuant) by a last stage.
 
-    Layers in `ignore` stay in fp32. `cache_precision` is that of a language model's KV cache.
+    Layers in `ignore` stay in fp32, those in `per_layer` have a precision of their own. `cache_precision` is that of a
+    language model's KV cache.
     """
 
     name: str
@@ -177,15 +188,23 @@ class Variant:
     smooth: bool = False
     ignore: tuple[str, ...] = ()
     cache_precision: str = "fp32"
+    per_layer: PerLayer = ()
 
-    def with_fp32(self, layers: Sequence[str]) -> Variant:
-        """Return this precision with layers that stay in fp32.
+    def with_layers(self, layers: Sequence[str], precision: str | None) -> Variant:
+        """Return this precision with layers that are in another, None for fp32.
 
-        >>> Variant("int8", "int8").with_fp32(["stem", "head"]).name
+        >>> Variant("int8", "int8").with_layers(["stem", "head"], None).name
         'int8, 2 layers in fp32'
         """
         count = f"{len(layers)} layers" if len(layers) > 1 else layers[0]
-        return replace(self, name=f"{self.name}, {count} in fp32", ignore=(*self.ignore, *layers))
+        name = f"{self.name}, {count} in {precision or 'fp32'}"
+        if precision is None:
+            return replace(self, name=name, ignore=(*self.ignore, *layers))
+        return replace(self, name=name, per_layer=(*self.per_layer, *((l, precision) for l in layers)))
+
+    def bits(self, layer: str) -> int:
+        """Return the bits of a layer's weights."""
+        return BITS_OF[None if layer in self.ignore else dict(self.per_layer).get(layer, self.precision)]
 
     def stages(self, ignore: Sequence[str]) -> list[dict[str, Any]]:
         """Return the recipe's last stages; layers in `ignore` keep their own bits."""
@@ -198,9 +217,9 @@ class Variant:
 PLAIN = Variant("fp32", None)
 
 
-def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...], str]:
+def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...], PerLayer, str]:
     """Return the precision that a model runs in, the layers that do not, and the precision of its KV cache."""
-    return runs.precision, runs.ignore, runs.cache_precision
+    return runs.precision, runs.ignore, tuple(sorted(dict(runs.per_layer).items())), runs.cache_precision
 
 
 def variants_of(
@@ -208,19 +227,22 @@ def variants_of(
 ) -> tuple[Variant, ...]:
     """Return the precisions of the engine, beside fp32, that change a model; layers in `ignore` stay in fp32.
 
-    bf16 and int16 are only for linear layers outside decoders: bf16 where the CPU multiplies it fast or bytes count,
-    since elsewhere it is slower than fp32, int16 on the other CPUs. Decoders may keep their KV cache in 8 bits too.
+    bf16 and int16 are not for decoders: bf16 for linear layers where the CPU multiplies it fast or bytes count, since
+    elsewhere it is slower than fp32, int16 for them on the other CPUs, and for convolutions. Decoders may keep their KV
+    cache in 8 bits too.
     """
     int8 = Variant("int8", "int8")
     if hf.is_causal_lm(model):
         cached = Variant("int8, 8-bit cache", "int8", cache_precision="int8")
         return (int8, cached, Variant("int8 smoothed", "int8", True)) if has_data else (int8, cached)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
-    int8 = replace(int8, ignore=ignore)
-    if not linear:
-        return (int8,)
-    precisions = ("bf16",) if multiplies_bf16() else ("bf16", "int16") if counts_bytes else ("int16",)
-    return (*(Variant(p, p, ignore=ignore) for p in precisions), int8)
+    convolution = any(isinstance(m, nn.Conv2d) and fits_int16(m.weight, m.groups) for m in model.modules())
+    useful = {
+        "bf16": linear and (multiplies_bf16() or counts_bytes),
+        "int16": convolution or (linear and not multiplies_bf16()),
+        "int8": True,
+    }
+    return tuple(Variant(p, p, ignore=ignore) for p, is_useful in useful.items() if is_useful)
 
 
 @torch.no_grad()

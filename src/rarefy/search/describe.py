@@ -11,8 +11,6 @@ from rarefy.search.frontier import Point
 from rarefy.search.solve import Choice
 from rarefy.search.space import BITS, BLOCK, CUTS, EIGHT_BITS, PATTERNS, RANK, Part, bits_at
 
-BITS_OF = {None: 32, "bf16": 16, "int16": 16, "int8": 8}  # by precision of the engine
-
 
 def describe(choice: Choice, parts: Sequence[Part], variant: Variant) -> str:
     """Return a choice in short, such as "int8, 25 % fewer neurons, 10 % fewer heads"."""
@@ -33,7 +31,7 @@ def _bits(part: Part, amount: float, variant: Variant) -> int:
     """Return the bits of a part's weights."""
     if amount and part.method in (BITS, EIGHT_BITS):
         return bits_at(amount) if part.method == BITS else 8
-    return 32 if part.name in variant.ignore else BITS_OF[variant.precision]
+    return variant.bits(part.name)
 
 
 def _noun(method: str) -> str:

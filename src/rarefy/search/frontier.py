@@ -41,6 +41,7 @@ class Point:
         recipe: the stages, as a recipe's dict.
         precision: of the engine: None for fp32, "bf16", "int16" or "int8".
         ignore: layers that stay in fp32 whatever the precision, as for `compile`.
+        per_layer: layers with a precision of their own, as for `compile`.
         calibrated: whether scales in 8 bits are static, found on the calibration data.
         cache_precision: of a language model's KV cache, "fp32" or "int8".
         checked_loss: the loss on evaluation data that the search has not used, in the unit of `loss`; None for points
@@ -64,6 +65,7 @@ class Point:
     seconds: float = 0.0
     error: str = ""
     ignore: tuple[str, ...] = ()
+    per_layer: Mapping[str, str] = field(default_factory=dict)
     calibrated: bool = False
     cache_precision: str = "fp32"
     checked_loss: float | None = None

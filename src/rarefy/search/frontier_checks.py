@@ -131,6 +131,7 @@ POINT: dict[str, tuple[Check, str]] = {
     "seconds?": (_is_number, "a number"),
     "error?": (_is_text, "text"),
     "ignore?": (_list_of(_is_text), "a list of texts"),
+    "per_layer?": (_each(_is_text), "an object of texts"),
     "calibrated?": (_is_type(bool), "true or false"),
     "cache_precision?": (_is_text, "text"),
     "checked_loss?": (_optional(_is_number), "a number or null"),

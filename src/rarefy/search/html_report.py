@@ -96,6 +96,7 @@ def _commands(model: str, best: Any, timed: set[str]) -> str:
         return f'rarefy.compress_(model, "recipe.yaml", data)\n{compiled}'
     option = "" if best.precision is None else f" --precision {shlex.quote(best.precision)}"
     option += "".join(f" --ignore {shlex.quote(layer)}" for layer in best.ignore)
+    option += "".join(f" --per-layer {shlex.quote(f'{layer}={p}')}" for layer, p in best.per_layer.items())
     option += " --data DATA" if best.calibrated else ""
     option += f" --cache-precision {shlex.quote(best.cache_precision)}" if best.cache_precision != "fp32" else ""
     return (

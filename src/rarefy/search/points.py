@@ -183,6 +183,7 @@ class Measured:
             keep=lambda values: not values["error"],
         )
         more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
+        more |= {"per_layer": dict(variant.per_layer)}
         more |= {"calibrated": self._is_calibrated(variant), "cache_precision": variant.cache_precision}
         return Point(**{**measured, "recipe": recipe, **more})
 
@@ -204,7 +205,8 @@ class Measured:
         loss = 0.0 if self.reference is None else self._loss(quality)
         seconds = self.journal.clock() - began
         sized = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision)
-        point = replace(sized, seconds=seconds, ignore=variant.ignore, cache_precision=variant.cache_precision)
+        own = {"ignore": variant.ignore, "per_layer": dict(variant.per_layer)}
+        point = replace(sized, seconds=seconds, cache_precision=variant.cache_precision, **own)
         point = with_times(point, times)
         self._keep(point, model, deployed)
         return asdict(point)
@@ -264,9 +266,11 @@ class Measured:
 
     def _deploy(self, model: nn.Module, runs: Variant | Point) -> Deployed:
         """Return a model as it is deployed in a precision."""
+        own = tuple(dict(runs.per_layer).items())
         return deploy(
-            model, self.task.example, runs.precision, self.task.data, runs.ignore, cache_precision=runs.cache_precision
-        )
+            model, self.task.example, runs.precision, self.task.data, runs.ignore, own,
+            cache_precision=runs.cache_precision,
+        )  # fmt: skip
 
     def add_earlier_points(self) -> None:
         """Add what a search with less time has measured, and this one has not reached again."""

@@ -41,6 +41,7 @@ def compile_options(runs: Any, calibrated: bool) -> str:
     """
     options = f"precision={runs.precision!r}"
     options += f", ignore={list(runs.ignore)!r}" if runs.ignore else ""
+    options += f", per_layer={dict(runs.per_layer)!r}" if runs.per_layer else ""
     options += ", calibrate=data" if calibrated else ""
     return options + (f", cache_precision={runs.cache_precision!r}" if runs.cache_precision != "fp32" else "")
 

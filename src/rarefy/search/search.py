@@ -17,12 +17,11 @@ from typing import Any
 
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
-from rarefy.compiler.executor import Compiled
 from rarefy.model import hf
 from rarefy.model.layers import ignored_modules
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
-from rarefy.search.deploy import Variant, deploy, runs_in, variants_of
+from rarefy.search.deploy import PLAIN, Variant, deploy, runs_in, variants_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
 from rarefy.search.frontier import Point
@@ -127,41 +126,43 @@ class Search(Measured):
         return () if hf.is_causal_lm(task.dense) else ignored_modules(task.dense, task.ignore)
 
     def _mix_precisions(self) -> None:
-        """Measure the dense model with some layers in fp32 and the others in 8 bits, where 8 bits lose too much."""
-        plain = next(iter(self.bases))
+        """Measure the dense model with some layers in 16 bits or fp32 and the others in 8 bits, where 8 bits lose too
+        much: in the fastest other precision that loses little enough."""
         variant = next((v for v in self.bases if v.precision == "int8" and not v.smooth), None)
         whole = None if variant is None else self.bases[variant]
         if variant is None or whole is None or whole.loss is None or times_tokens(self.names):
             return
-        others = [p for v, p in self.bases.items() if v != variant and p.loss is not None and self._goes_on(p)]
-        fastest = max((mean_speedup(p.speedup) for p in others), default=1.0)
-        if self._goes_on(whole) or mean_speedup(whole.speedup) < (1 + 2 * NEAR) * fastest:
+        within = {v: mean_speedup(p.speedup) for v, p in self.bases.items() if p.loss is not None and self._goes_on(p)}
+        exact = max(within, key=within.__getitem__, default=next(iter(self.bases)))
+        base = self.bases[exact]
+        if self._goes_on(whole) or mean_speedup(whole.speedup) < (1 + 2 * NEAR) * mean_speedup(base.speedup):
             return
-        parts = self._eight_bit_parts(variant)
+        parts = self._eight_bit_parts(variant, exact)
         choices = solve.front(parts)
 
         def measure(choice: Choice) -> Point:
-            mixed = variant.with_fp32([p.name for p in parts if p.key not in choice.amounts])
+            mixed = variant.with_layers([p.name for p in parts if p.key not in choice.amounts], exact.precision)
             point = self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed))
-            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, plain, self.bases[plain])))
+            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, exact, base)))
             return self.bases[mixed]
 
         if len(choices) > 2:
-            self._bisect(self.bases[plain], choices, measure, last=whole)
+            self._bisect(base, choices, measure, last=whole)
 
-    def _eight_bit_parts(self, variant: Variant) -> list[Part]:
-        """Return what each layer saves and loses in 8 bits; the losses may take a quarter of the time that is left."""
+    def _eight_bit_parts(self, variant: Variant, exact: Variant) -> list[Part]:
+        """Return what each layer saves and loses in 8 bits, beside a more exact precision; the losses may take a
+        quarter of the time that is left."""
         task, until = self.task, self._deadline("losses in 8 bits", 4)
         few = few_batches(task.dense, task.data, task.example)
-        whole = {n: 1 - 1 / s for n, s in self.bases[variant].speedup.items()}
-        key = f"savings of layers in {variant.name}"
+        whole = {n: 1 - self.bases[exact].speedup[n] / s for n, s in self.bases[variant].speedup.items()}
+        key = f"savings of layers in {variant.name}, of {exact.name}"
         if key not in self.journal.values and not self.fits(key, "point"):
             return []
 
         def measured() -> Any:
-            assert isinstance(self.dense_fast, Compiled)
-            in_8_bits = deploy(task.dense, task.example, variant.precision, few, variant.ignore, "rtn")
-            savings = savings_of_layers(self.dense_fast, in_8_bits, task.example, whole)  # type: ignore[arg-type]
+            before = self.dense_fast if exact == PLAIN else self._deploy(task.dense, exact)
+            in_8_bits = deploy(task.dense, task.example, variant.precision, few, variant.ignore, solver="rtn")
+            savings = savings_of_layers(before, in_8_bits, task.example, whole)  # type: ignore[arg-type]
             return {"layers": layers_in_8_bits(in_8_bits), "savings": savings}  # type: ignore[arg-type]
 
         known = self.journal.get(key, measured)
@@ -197,9 +198,10 @@ class Search(Measured):
         )  # fmt: skip
         parts = measurer.measure()
         lists = {p.name.rpartition(".")[0] for p in parts if p.method == BLOCK}
-        if any(name.startswith(f"{blocks}.") for name in variant.ignore for blocks in lists):  # they keep their names
+        own = (*variant.ignore, *dict(variant.per_layer))  # they keep their names
+        if any(name.startswith(f"{blocks}.") for name in own for blocks in lists):
             parts = [p for p in parts if p.method != BLOCK]
-        return [p for p in parts if p.method != RANK or p.name not in variant.ignore]
+        return [p for p in parts if p.method != RANK or p.name not in own]
 
     def _search(self, variant: Variant, parts: list[Part]) -> None:
         """Find the choice at the limit: along a uniform line, then along others, then with other balances."""
@@ -484,4 +486,5 @@ class Search(Measured):
 
 def _variant(point: Point) -> Variant:
     name, cache = point.precision or "fp32", point.cache_precision
-    return Variant(name, point.precision, ignore=point.ignore, cache_precision=cache)
+    own = tuple(point.per_layer.items())
+    return Variant(name, point.precision, ignore=point.ignore, cache_precision=cache, per_layer=own)

@@ -18,6 +18,7 @@ from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis, leaves
 from rarefy.evaluation.profiling import compare
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.forward import call, evaluating, on_device
 from rarefy.model.layers import Selector, unwrap
 from rarefy.model.losses import Loss
@@ -186,7 +187,7 @@ def run_cut(
         _put_back(run.removals)
         raise
     if not dry_run:
-        inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+        forget_receipt(inner)
     if dry_run:
         _put_back(run.removals)
     elif mask_only:

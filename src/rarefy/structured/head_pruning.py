@@ -12,6 +12,7 @@ from rarefy.common.errors import ModelError, nearest
 from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.layers import unwrap
 from rarefy.structured.cut_report import row
 from rarefy.structured.hf_config import update_config
@@ -77,7 +78,7 @@ def prune_heads_(
         raise
     if optimizer is not None:
         replace_parameters(optimizer, removal.replaced)
-    inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(inner)
     after = sum(p.numel() for p in inner.parameters())
     rows = [row(g, g.size, int(masks[g.axis].sum()), "") for g in graph.groups if g.axis in masks]
     return Report("heads", tuple(rows), {"parameters": f"{before:,} -> {after:,}"}, unsupported_notes(graph))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError, SelectorError, nearest
 from rarefy.common.progress import track
 from rarefy.common.report import Report
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.batches import count_tokens, tensors_in
 from rarefy.model.block_lists import TIED, block_indices, block_lists
 from rarefy.model.forward import call, evaluating, on_device, temporary_hooks
@@ -301,7 +302,7 @@ def run_drop_layers(
     if optimizer is not None:
         remove_parameters(optimizer, {id(p) for p in before} - {id(p) for p in inner.parameters()})
     if not stay:
-        inner.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+        forget_receipt(inner)
     column = {"similarity": "change", "loss": "loss rises by"}.get(score, score)
     rows = [{"block": b.name, column: float(s), "goes": b in dropped} for b, s in zip(blocks, scores)]
     notes = ("scored on the example: no data was given",) if data is None and score != "random" else ()

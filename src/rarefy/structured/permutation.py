@@ -22,6 +22,7 @@ from rarefy.common.progress import track
 from rarefy.common.report import Report
 from rarefy.dependency.graph import Graph, Group, trace, unsupported_notes
 from rarefy.dependency.symbolic_dims import Axis, leaves, reordered_indices
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.forward import check_batches
 from rarefy.model.layers import Layer, Selector, select_layers, unwrap
 from rarefy.model.losses import Loss
@@ -145,7 +146,7 @@ def run_permute(
         if group.axis in undone:
             rows[group] |= {"kept": rows[group]["kept before"], "why": undone[group.axis]}
     if orders:
-        model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+        forget_receipt(model)
     total = sum(sums.values()) or 1.0
     means = {name: sum(rows[g][name] * s for g, s in sums.items()) / total for name in ("kept before", "kept")}
     summary = {"groups": f"{len(orders) - len(undone)} of {len(rows)}", **means}

@@ -24,6 +24,7 @@ from rarefy.common.progress import track
 from rarefy.common.renamed import renamed_parameters
 from rarefy.common.report import Report
 from rarefy.model import distributed
+from rarefy.model.attached_receipt import forget_receipt
 from rarefy.model.batches import count_tokens
 from rarefy.model.distributed import all_reduce_mean
 from rarefy.model.forward import call, check_batches, on_device
@@ -210,7 +211,7 @@ def run_fit(
             sparsifier.remove_probes()
             run.restore_rates()
             run.resume_state.close()
-    model.__dict__.pop("rarefy_receipt", None)  # it describes the model before
+    forget_receipt(model)
     summary = {"epochs": len(run.rows), **run.best.restore()}
     return Report("trained", tuple(run.rows), summary, (*run.early_note(), *_filled_zeros(model, zeros_before)))
 
