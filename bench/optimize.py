@@ -233,6 +233,11 @@ def spread_evenly(model: nn.Module, linear: Sequence[str], bits: Mapping[str, st
     return {"layers": list(even), "per_layer": other or None}
 
 
+def own_precisions(point: Point) -> dict[str, Any]:
+    """Return options of `deploy`: the layers of a point that are more exact than 8 bits."""
+    return {"ignore": point.ignore, "per_layer": tuple(point.per_layer.items())}
+
+
 def evenly_more_exact(model: nn.Module, point: Point) -> dict[str, Any]:
     """Return options of `deploy`: as many layers more exact than 8 bits as in a point, spread evenly over the model."""
     names = in_spread_order([l.name for l in all_layers(model)])
@@ -266,8 +271,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         for label, recipe in recipes.items():
             rarefy.compress_(others[label], Recipe(**recipe), {"calibrate": task.data})
     assert found.best is not None
-    as_found = {"ignore": untrained.ignore, "per_layer": tuple(untrained.per_layer.items())}
-    more_exact = {n: as_found for n in others} | {"uniform": evenly_more_exact(task.model, untrained)}
+    more_exact = {n: own_precisions(untrained) for n in others}
+    more_exact["uniform"] = evenly_more_exact(task.model, untrained)
     make = partial(deploy, example=task.example, calibration=task.data)
     cache = point.cache_precision
     models = {
@@ -276,7 +281,7 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
         **{
             n: make(m, precision=untrained.precision, cache_precision=cache, **more_exact[n]) for n, m in others.items()
         },
-        "found": make(found.best.compressed, precision=point.precision, cache_precision=cache, **as_found),
+        "found": make(found.best.compressed, precision=point.precision, cache_precision=cache, **own_precisions(point)),
     }
     if cache != "fp32":
         models["dense, int8, 8-bit cache"] = make(task.model, precision="int8", cache_precision=cache)

@@ -121,6 +121,10 @@ def test_layers_with_a_precision_of_their_own(run, place, tmp_path):
     assert ran.code == 0, ran.err
     kinds = [k.held[0].kind for k in rarefy.load(tmp_path / "fast").kernels.values()]
     assert {"fp32", "int16"} <= {*kinds}
+    order = ("--per-layer", f"{names[0]}=int16", "--per-layer", "*=int8", "--per-layer", f"{names[0]}=bf16")
+    ran = run(*words, "--force", "--precision", "int8", *order)  # the last one that matches applies
+    assert ran.code == 0, ran.err
+    assert {k.held[0].kind for k in rarefy.load(tmp_path / "fast").kernels.values()} <= {"fp32", "bf16", "int8"}
     for option, message in (
         ("head", "--per-layer: expected a layer and its precision, such as head=bf16, got 'head'"),
         ("=bf16", "--per-layer: expected a layer and its precision, such as head=bf16, got '=bf16'"),

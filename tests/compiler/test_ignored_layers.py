@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from helpers.compile_models import steps
 from rarefy.common.errors import ModelError, SelectorError
+from rarefy.compiler import ops
 from rarefy.compiler.kernel_selection import fits_int16
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.compare import relative_distance
@@ -101,6 +102,47 @@ def test_a_precision_for_one_layer_alone(isa):
         assert relative_distance(made(x), want.detach()) < 1e-4
     last = rarefy.compile(net, x, precision="bf16", per_layer={"*": "int8", "Linear": "fp32", "4": "int16"}, tune=False)
     assert kinds(last) == {"0": "fp32", "2": "fp32", "4": "int16"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int16"])
+def test_a_linear_layer_on_a_flattened_image_stays_one(isa, precision):
+    """As a convolution over the whole image it would have no kernel in 16 bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(24 * 16, 64), nn.ReLU(),
+        nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(6, 3, 16, 16)
+    for own in ({"4": precision}, {"6": precision}, {"4": precision, "8": precision}):
+        made = rarefy.compile(net, x, precision="int8", calibrate=[x], per_layer=own, tune=False)
+        assert {n: kinds(made)[n] for n in own} == own and {*kinds(made).values()} == {"int8", precision}
+        in_fp32 = rarefy.compile(net, x, precision="int8", calibrate=[x], ignore=[*own], tune=False)
+        assert relative_distance(made(x), in_fp32(x)) < 2e-2
+        assert not any("per_layer" in note for note in made.exported.notes)
+
+
+def test_layers_without_a_kernel_are_named():
+    net, x = Mobile().eval(), torch.randn(1, 3, 45, 53)
+    made = rarefy.compile(net, x, precision="int8", per_layer={"deep*": "int16", "head": "bf16"}, tune=False)
+    assert "per_layer: no kernel in 16 bits, in fp32: deep, deep2" in str(made)
+    made = rarefy.compile(net, x, precision="int8", per_layer={"*": "bf16", "project": "int8"}, tune=False)
+    assert "in fp32: deep, deep2, expand, expand2 and 2 more" in str(made)
+
+
+def test_the_last_selector_applies():
+    net, x = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80)).eval(), torch.randn(2, 80)
+    made = rarefy.compile(net, x, per_layer={"0": "int16", "*": "bf16"}, tune=False)
+    assert kinds(made) == {"0": "bf16", "1": "bf16"}
+    assert kinds(rarefy.compile(net, x, precision="int8", per_layer={}, tune=False)) == {"0": "int8", "1": "int8"}
+
+
+def test_attention_follows_the_precision_of_the_model():
+    """Its layer has weights of its own, which are linear layers."""
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu").eval(), torch.randn(2, 9, 64)
+    made = rarefy.compile(net, x, per_layer={"MultiheadAttention": "int16"}, tune=False)
+    precisions = [n.args[-1] for n in made.exported.graph.nodes if n.target is ops.attention]
+    assert precisions == [None] and relative_distance(made(x), net(x).detach()) < 1e-3
 
 
 @pytest.mark.parametrize("ignored", [["0", "2"], ["1"], ["1", "2"]])
@@ -220,7 +262,8 @@ def test_embeddings_stay_in_fp32():
 def test_what_cannot_be_ignored():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
     with pytest.raises(
-        ModelError, match=r"ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16'"
+        ModelError,
+        match=r"ignore= and per_layer= name layers that stay in fp32, .*: pass precision='int8', 'int16' or 'bf16'",
     ):
         rarefy.compile(net, x, ignore="0")
     with pytest.raises(SelectorError, match="ignore: '7' matches no layer"):
@@ -229,11 +272,13 @@ def test_what_cannot_be_ignored():
         rarefy.compile(net, x, precision="int8", per_layer={"7": "bf16"})
     with pytest.raises(ModelError, match=r"per_layer: expected precisions by layer, .*got \['0'\]"):
         rarefy.compile(net, x, precision="int8", per_layer=["0"])
-    with pytest.raises(ModelError, match="per_layer: expected precisions by layer, .*got {}"):
-        rarefy.compile(net, x, precision="int8", per_layer={})
+    with pytest.raises(ModelError, match="per_layer= name layers that stay in fp32, as all others do: pass precision="):
+        rarefy.compile(net, x, per_layer={"0": "fp32"})
     with pytest.raises(ModelError, match="per_layer: unknown precision 'int7'"):
         rarefy.compile(net, x, precision="int8", per_layer={"0": "int7"})
-    with pytest.raises(ModelError, match="per_layer: '0' is in ignore too, which keeps it in fp32: name it once"):
+    with pytest.raises(
+        ModelError, match="per_layer: '0' is also in ignore, which keeps it in fp32: remove it from one"
+    ):
         rarefy.compile(net, x, precision="int8", ignore="0", per_layer={"*": "bf16"})
     with pytest.raises(ModelError, match="has no effect: .*, or ignore= or per_layer= names all of them"):
         rarefy.compile(net, x, precision="int8", ignore="*")

@@ -70,7 +70,7 @@ def test_layers_that_do_not_round_stay_as_they_are():
 
 def test_without_rounded_inputs_ignored_layers_are_refused():
     net, x = rows()
-    with pytest.raises(ModelError, match="ignore= names layers that stay in fp32"):
+    with pytest.raises(ModelError, match="ignore= and per_layer= name layers that stay in fp32"):
         rarefy.compile(net, x, ignore="2")
 
 

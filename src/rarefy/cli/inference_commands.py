@@ -32,7 +32,8 @@ Ignore = Annotated[
 PerLayer = Annotated[
     list[str] | None,
     typer.Option(
-        help="A layer, by name or glob, and its own precision: head=bf16. Repeat for more. Not for decoders.",
+        help="A layer, by name or glob, and its precision, fp32, bf16, int16 or int8: head=bf16. Repeat for more; the "
+        "last one that matches applies. Not for decoders.",
         metavar="LAYER=PRECISION",
     ),
 ]
@@ -148,6 +149,7 @@ def _precisions(options: list[str] | None) -> dict[str, str] | None:
         layer, separator, precision = option.rpartition("=")
         if not (layer and separator and precision):
             raise RecipeError(f"--per-layer: expected a layer and its precision, such as head=bf16, got {option!r}")
+        precisions.pop(layer, None)  # the last one applies
         precisions[layer] = precision
     return precisions or None
 

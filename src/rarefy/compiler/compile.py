@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
-from rarefy.compiler.layer_precision import layer_precisions
+from rarefy.compiler.layer_precision import layer_precisions, without_kernels
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
@@ -185,9 +185,10 @@ def compile(
             grouped convolutions stay in fp32. Outputs change a little.
         ignore: selectors of layers that stay in fp32, whatever the precision: those that lose most by it. Attention
             itself, which has no weights, follows the precision. `rarefy.optimize` finds such layers.
-        per_layer: precisions of single layers, by selector: {"head": "bf16", "stem": "fp32"}. Of several that match a
-            layer the last counts. Layers that lose most in 8 bits are faster in "bf16" or "int16" than in fp32, and
-            lose little. Convolutions in "bf16", and grouped ones in "int16", stay in fp32.
+        per_layer: precisions of single layers, "fp32", "bf16", "int16" or "int8" by selector: {"head": "bf16"}. If
+            several selectors match a layer, the last one applies. Layers that lose most in 8 bits lose little in 16.
+            bf16 is faster than fp32 on CPUs that multiply it fast. Layers without a kernel in a precision stay in fp32,
+            as convolutions in bf16 and grouped ones in int16 do, and `print(compiled)` says so.
         calibrate: batches, each like the example, on which the ranges of inputs of int8 convolutions are found once, so
             that no call has to find them: faster, and zero points make full use of 8 bits behind a ReLU. A few dozen
             typical images are enough. Values outside of these ranges saturate. Linear layers keep a scale for each row
@@ -242,10 +243,14 @@ def compile(
     with suspended(model, ROUNDING_LAYERS) as rounding:
         chosen = layer_precisions(model, ignore, per_layer)
         if chosen and not (precision or PRECISIONS.get(dtype) or rounding or any(chosen.values())):
-            raise ModelError("ignore= names layers that stay in fp32: pass precision='int8', 'int16' or 'bf16' with it")
+            raise ModelError(
+                "ignore= and per_layer= name layers that stay in fp32, as all others do: pass precision='int8', "
+                "'int16' or 'bf16' with them"
+            )
         own = {**dict.fromkeys(rounding, "int8"), **chosen}
         if precision is None:
-            notes += _idle_grids(model, rounding, PRECISIONS.get(dtype) or "fp32")
+            in_8_bits = [n for n, own_precision in own.items() if own_precision == "int8"]
+            notes += _idle_grids(model, in_8_bits, PRECISIONS.get(dtype) or "fp32")
         calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
         options = own, calibrate, solver, tune, notes, dynamic
         if dtype == torch.float32:
@@ -301,7 +306,9 @@ def _compile(
 ) -> Compiled:
     """Return a model in fp32 compiled in a precision, but for layers that have their `own`; see `compile`."""
     lowest = max((precision, *own.values()), key=TOLERANCE.__getitem__)
-    exported = export_graph(model, args, kwargs, passes_for(lowest, calibrate is not None), dynamic=dynamic)
+    in_16_bits = {n for n, own_precision in own.items() if own_precision in ("bf16", "int16")}
+    passes = passes_for(lowest, calibrate is not None, in_16_bits)
+    exported = export_graph(model, args, kwargs, passes, dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
     exported.notes += notes
@@ -310,12 +317,13 @@ def _compile(
         unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
 
     def precision_of(node: Node) -> str | None:
-        return own.get(exported.layers.get(node, ""), precision)
+        return precision if node.target is ops.attention else own.get(exported.layers.get(node, ""), precision)
 
     select = partial(
         select_kernels, exported, lambda w, n, grid: pack_for_batches(w, precision_of(n), grid), precision_of
     )
     kernels = select()
+    exported.notes += without_kernels(exported, kernels, {n: own[n] for n in in_16_bits})
     others = [] if calibrate is None else [n for n in exported.graph.nodes if n not in kernels]
     depthwise = [n for n in others if precision_of(n) == "int8" and _is_depthwise(exported, n)]
     if precision in INTEGER_KINDS and not (has_kernels(kernels, precision) or rounds_values(exported) or depthwise):
@@ -418,13 +426,15 @@ def _not_slower(
     return unchanged
 
 
-def passes_for(precision: str | None, static: bool = False) -> tuple[Pass, ...]:
+def passes_for(
+    precision: str | None, static: bool = False, in_16_bits: Collection[str] = frozenset()
+) -> tuple[Pass, ...]:
     """Return the passes for a precision: linear layers have faster kernels than convolutions in bf16, and in int8 where
-    the scales of inputs are not static."""
+    the scales of inputs are not static. Layers `in_16_bits` stay linear."""
     if precision is None:
         return PASSES
-    others = (channels.rows_to_images, *(() if static else (flat_images.linear_to_conv,)))
-    return tuple(p for p in PASSES if p not in others)
+    last = (partial(flat_images.linear_to_conv, stay=in_16_bits),) if static else ()
+    return (*(p for p in PASSES if p not in (channels.rows_to_images, flat_images.linear_to_conv)), *last)
 
 
 def _is_depthwise(exported: ExportedGraph, node: Node) -> bool:

@@ -8,9 +8,12 @@ from typing import Any
 from torch import nn
 
 from rarefy.common.errors import ModelError, unknown
+from rarefy.compiler import ops
+from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.model.layers import Selector, all_layers, ignored_modules, match_layers, module_names
 
 PRECISIONS = ("fp32", "bf16", "int16", "int8")
+SHOWN = 4  # names in a note
 
 
 def layer_precisions(model: nn.Module, ignore: Selector, per_layer: Any) -> dict[str, str | None]:
@@ -28,13 +31,33 @@ def layer_precisions(model: nn.Module, ignore: Selector, per_layer: Any) -> dict
     own: dict[str, str | None] = dict.fromkeys(ignored)
     if per_layer is None:
         return own
-    if not isinstance(per_layer, Mapping) or not per_layer:
+    if not isinstance(per_layer, Mapping):
         raise ModelError(f'per_layer: expected precisions by layer, such as {{"head": "bf16"}}, got {per_layer!r}')
     for selector, precision in per_layer.items():
         if precision not in PRECISIONS:
             raise ModelError(f"per_layer: {unknown('precision', str(precision), PRECISIONS)}")
         for name in module_names(match_layers(all_layers(model), selector, "per_layer")):
             if name in ignored:
-                raise ModelError(f"per_layer: {name!r} is in ignore too, which keeps it in fp32: name it once")
+                raise ModelError(
+                    f"per_layer: {name!r} is also in ignore, which keeps it in fp32: remove it from one of the two"
+                )
             own[name] = None if precision == "fp32" else precision
     return own
+
+
+def kinds_of_layers(exported: ExportedGraph, kernels: Mapping[Node, Any]) -> dict[str, str]:
+    """Return the kind of weight with which the engine runs each linear layer and convolution that has a kernel."""
+    nodes = [n for n in kernels if n.target in (ops.linear, ops.conv2d) and n in exported.layers]
+    return {exported.layers[n]: kernels[n].held[0].kind for n in nodes}
+
+
+def without_kernels(
+    exported: ExportedGraph, kernels: Mapping[Node, Any], wanted: Mapping[str, str | None]
+) -> tuple[str, ...]:
+    """Return a note about layers that have no kernel in the 16 bits that are wanted of them, if there are any."""
+    kinds, known = kinds_of_layers(exported, kernels), {*exported.layers.values()}
+    names = sorted(n for n, precision in wanted.items() if n in known and kinds.get(n, "fp32") == "fp32")
+    if not names:
+        return ()
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (f"per_layer: no kernel in 16 bits, in fp32: {', '.join(names[:SHOWN])}{more}",)

@@ -72,7 +72,7 @@ def compile(
             run layers in bfloat16, 16-bit integers and 8 bits; see `rarefy.compiler.compile.compile` and
             `rarefy.decoder` for what stays in fp32.
         ignore: selectors of layers that stay in fp32, whatever the precision.
-        per_layer: precisions of single layers by selector, such as {"head": "bf16"}.
+        per_layer: precisions of single layers, "fp32", "bf16", "int16" or "int8" by selector: {"head": "bf16"}.
         calibrate: batches, each like the example, for static scales of int8 convolutions.
         solver: with calibrate, how weights are rounded: "obs" or "rtn".
         tune: time native calls against torch on the example, and run what is faster.

@@ -62,7 +62,7 @@ def compile(
         precision: as for `rarefy.compile`, or `rarefy.decoder` for language models.
         tokenizer: the model's tokenizer, for the example.
         image_processor: the model's image processor, for the example.
-        **options: more options of `rarefy.compile`: calibrate, ignore, solver, tune.
+        **options: more options of `rarefy.compile`: calibrate, ignore, per_layer, solver, tune.
 
     Returns:
         An object of the model's class with `engine`, the compiled model. `save_pretrained` writes it; AutoModel reads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ def deploy(
         calibrate = [without_targets(b) for b in calibration] if static else None
         names = sorted({l.name for l in all_layers(model)}) if ignore or per_layer else []
         stay = [n for n in names if any(_is_in(n, i) for i in ignore)] or None
-        own = {n: p for n in names for layer, p in per_layer if _is_in(n, layer)} or None
+        own = {n: p for n in names for layer, p in per_layer if _is_in(n, layer) and n not in (stay or ())}
         options: dict[str, Any] = {"precision": precision, "ignore": stay, "per_layer": own, "calibrate": calibrate}
         return compile(model, without_targets(example), **options, solver=solver)
 
@@ -190,17 +190,22 @@ class Variant:
     cache_precision: str = "fp32"
     per_layer: PerLayer = ()
 
-    def with_layers(self, layers: Sequence[str], precision: str | None) -> Variant:
-        """Return this precision with layers that are in another, None for fp32.
+    def with_layers(self, layers: Sequence[str], exact: Variant, in_16_bits: Collection[str] = ()) -> Variant:
+        """Return this precision with layers that are in a more exact one, as far as they can be in it, else in fp32.
 
-        >>> Variant("int8", "int8").with_layers(["stem", "head"], None).name
-        'int8, 2 layers in fp32'
+        >>> Variant("int8", "int8").with_layers(["stem", "fc", "head"], Variant("bf16", "bf16"), ["head"]).name
+        'int8, head in bf16, 2 layers in fp32'
         """
-        count = f"{len(layers)} layers" if len(layers) > 1 else layers[0]
-        name = f"{self.name}, {count} in {precision or 'fp32'}"
-        if precision is None:
-            return replace(self, name=name, ignore=(*self.ignore, *layers))
-        return replace(self, name=name, per_layer=(*self.per_layer, *((l, precision) for l in layers)))
+        own = {l: exact.precision for l in layers if exact.precision and l in in_16_bits}
+        groups = {precision: [l for l in layers if own.get(l) == precision] for precision in (exact.precision, None)}
+        words = [
+            f"{f'{len(names)} layers' if len(names) > 1 else names[0]} in {precision or 'fp32'}"
+            for precision, names in groups.items()
+            if names
+        ]
+        ignore = (*self.ignore, *(l for l in layers if l not in own))
+        per_layer = (*self.per_layer, *own.items())
+        return replace(self, name=", ".join([self.name, *words]), ignore=ignore, per_layer=per_layer)
 
     def bits(self, layer: str) -> int:
         """Return the bits of a layer's weights."""
@@ -227,22 +232,28 @@ def variants_of(
 ) -> tuple[Variant, ...]:
     """Return the precisions of the engine, beside fp32, that change a model; layers in `ignore` stay in fp32.
 
-    bf16 and int16 are not for decoders: bf16 for linear layers where the CPU multiplies it fast or bytes count, since
-    elsewhere it is slower than fp32, int16 for them on the other CPUs, and for convolutions. Decoders may keep their KV
-    cache in 8 bits too.
+    bf16 is for linear layers, on CPUs that multiply it fast, or where bytes count: elsewhere it is slower than fp32.
+    int16 is for convolutions, and for linear layers on the other CPUs. Decoders have neither, and may keep their KV
+    cache in 8 bits.
     """
     int8 = Variant("int8", "int8")
     if hf.is_causal_lm(model):
         cached = Variant("int8, 8-bit cache", "int8", cache_precision="int8")
         return (int8, cached, Variant("int8 smoothed", "int8", True)) if has_data else (int8, cached)
     linear = any(isinstance(m, nn.Linear) for m in model.modules())
-    convolution = any(isinstance(m, nn.Conv2d) and fits_int16(m.weight, m.groups) for m in model.modules())
+    convolution = any(isinstance(m, nn.Conv2d) and _has_int16_kernel(m) for m in model.modules())
     useful = {
         "bf16": linear and (multiplies_bf16() or counts_bytes),
         "int16": convolution or (linear and not multiplies_bf16()),
         "int8": True,
     }
     return tuple(Variant(p, p, ignore=ignore) for p, is_useful in useful.items() if is_useful)
+
+
+def _has_int16_kernel(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution runs in int16; those for which Winograd's algorithm is faster do not."""
+    by_winograd = (*conv.kernel_size, *conv.stride, *conv.dilation) == (3, 3, 1, 1, 1, 1)
+    return not by_winograd and fits_int16(conv.weight, conv.groups)
 
 
 @torch.no_grad()

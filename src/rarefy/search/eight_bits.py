@@ -1,4 +1,4 @@
-"""Which layers stay in fp32 where 8 bits lose too much: what each layer alone loses, and the time that it saves."""
+"""Which layers stay more exact where 8 bits lose too much: what each layer alone loses, and the time that it saves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from rarefy.common.errors import RarefyError
 from rarefy.compiler import ops
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.layer_precision import kinds_of_layers
 from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
 from rarefy.model.forward import call, without_targets
 from rarefy.model.layers import Layer, all_layers
@@ -21,13 +22,30 @@ from rarefy.pipeline.speed import resize_batch
 from rarefy.quantization.activation_observers import matmul_modules
 from rarefy.quantization.config import QuantizeOptions
 from rarefy.quantization.quantize import run_quantize
-from rarefy.search.deploy import distance, has_static_scales, outputs_of
+from rarefy.search.deploy import PLAIN, Variant, distance, has_static_scales, outputs_of
+from rarefy.search.frontier import Point
 from rarefy.search.journal import Journal
 from rarefy.search.parts import measured_losses
 from rarefy.search.space import EIGHT_BITS, Part, filled
+from rarefy.search.targets import mean_speedup
 
 REPEATS, WARMUP = 15, 3  # of profiled calls
 LEAST = 1e-3  # of a call's time: below it a profile says nothing
+
+
+def more_exact(within: Mapping[Variant, Point], counts_bytes: bool) -> Variant:
+    """Return the precision for layers that lose most in 8 bits: the fastest other one, the smallest where bytes count.
+
+    Args:
+        within: the dense model in each precision that keeps the limit of loss.
+        counts_bytes: whether sizes matter.
+    """
+
+    def worth(variant: Variant) -> tuple[float, float]:
+        point = within[variant]
+        return (-point.disk_bytes if counts_bytes else 0.0), mean_speedup(point.speedup)
+
+    return max((v for v in within if v.precision != "int8"), key=worth, default=PLAIN)
 
 
 def eight_bit_parts(
@@ -88,6 +106,12 @@ def _rounded(dense: nn.Module, layers: Sequence[Layer], few: Sequence[Any]) -> d
     return {l.full_name: l for l in all_layers(rounded)}
 
 
+def layers_in(compiled: Compiled, precision: str) -> list[str]:
+    """Return the linear layers and convolutions of a compiled model with a kernel in a precision."""
+    kinds = kinds_of_layers(compiled.exported, compiled.kernels)
+    return sorted(name for name, kind in kinds.items() if kind == precision)
+
+
 def layers_in_8_bits(compiled: Compiled) -> list[str]:
     """Return the layers of a compiled model that run in 8 bits."""
     layers, nodes = compiled.exported.layers, compiled.exported.graph.nodes
@@ -115,10 +139,10 @@ def rounded_alone(layer: Layer, rounded: Layer) -> Iterator[None]:
 def savings_of_layers(
     plain: Compiled, in_8_bits: Compiled, example: Any, whole: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Return {what is timed: {layer: the part of a call's time in fp32 that it saves in 8 bits}}.
+    """Return {what is timed: {layer: the part of a call's time in a more exact precision that it saves in 8 bits}}.
 
     Args:
-        plain: the model compiled in fp32.
+        plain: the model compiled in the more exact precision.
         in_8_bits: the same in 8 bits.
         example: what they can be called with.
         whole: by batch size what all layers save together; the parts add up to it.

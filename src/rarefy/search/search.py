@@ -17,13 +17,14 @@ from typing import Any
 
 from rarefy.common.errors import RarefyError
 from rarefy.common.progress import say
+from rarefy.compiler.executor import Compiled
 from rarefy.model import hf
 from rarefy.model.layers import ignored_modules
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
 from rarefy.search.deploy import PLAIN, Variant, deploy, runs_in, variants_of
 from rarefy.search.describe import describe, rows_of
-from rarefy.search.eight_bits import eight_bit_parts, layers_in_8_bits, savings_of_layers
+from rarefy.search.eight_bits import eight_bit_parts, layers_in, layers_in_8_bits, more_exact, savings_of_layers
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
@@ -132,44 +133,49 @@ class Search(Measured):
         whole = None if variant is None else self.bases[variant]
         if variant is None or whole is None or whole.loss is None or times_tokens(self.names):
             return
-        within = {v: mean_speedup(p.speedup) for v, p in self.bases.items() if p.loss is not None and self._goes_on(p)}
-        exact = max(within, key=within.__getitem__, default=next(iter(self.bases)))
+        within = {v: p for v, p in self.bases.items() if p.loss is not None and self._goes_on(p)}
+        exact = more_exact(within, self.task.targets.counts_bytes)
         base = self.bases[exact]
         if self._goes_on(whole) or mean_speedup(whole.speedup) < (1 + 2 * NEAR) * mean_speedup(base.speedup):
             return
-        parts = self._eight_bit_parts(variant, exact)
+        parts, in_16_bits = self._eight_bit_parts(variant, exact)
         choices = solve.front(parts)
 
         def measure(choice: Choice) -> Point:
-            mixed = variant.with_layers([p.name for p in parts if p.key not in choice.amounts], exact.precision)
+            mixed = variant.with_layers([p.name for p in parts if p.key not in choice.amounts], exact, in_16_bits)
             point = self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed))
-            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, exact, base)))
+            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, mixed, base)))
             return self.bases[mixed]
 
         if len(choices) > 2:
             self._bisect(base, choices, measure, last=whole)
 
-    def _eight_bit_parts(self, variant: Variant, exact: Variant) -> list[Part]:
-        """Return what each layer saves and loses in 8 bits, beside a more exact precision; the losses may take a
-        quarter of the time that is left."""
+    def _eight_bit_parts(self, variant: Variant, exact: Variant) -> tuple[list[Part], list[str]]:
+        """Return what each layer saves and loses in 8 bits, beside a more exact precision, and the layers with a kernel
+        in that, if it has 16 bits; the losses may take a quarter of the time that is left."""
         task, until = self.task, self._deadline("losses in 8 bits", 4)
         few = few_batches(task.dense, task.data, task.example)
         whole = {n: 1 - self.bases[exact].speedup[n] / s for n, s in self.bases[variant].speedup.items()}
         key = f"savings of layers in {variant.name}, of {exact.name}"
         if key not in self.journal.values and not self.fits(key, "point"):
-            return []
+            return [], []
 
         def measured() -> Any:
             before = self.dense_fast if exact == PLAIN else self._deploy(task.dense, exact)
             in_8_bits = deploy(task.dense, task.example, variant.precision, few, variant.ignore, solver="rtn")
-            savings = savings_of_layers(before, in_8_bits, task.example, whole)  # type: ignore[arg-type]
-            return {"layers": layers_in_8_bits(in_8_bits), "savings": savings}  # type: ignore[arg-type]
+            assert isinstance(before, Compiled) and isinstance(in_8_bits, Compiled)
+            return {
+                "layers": layers_in_8_bits(in_8_bits),
+                "in 16 bits": [] if exact.precision is None else layers_in(before, exact.precision),
+                "savings": savings_of_layers(before, in_8_bits, task.example, whole),
+            }
 
         known = self.journal.get(key, measured)
-        return eight_bit_parts(
+        parts = eight_bit_parts(
             task.dense, known["layers"], few, known["savings"], self.journal,
             lambda kind: self.fits(kind, "loss of", until=until), task.progress,
         )  # fmt: skip
+        return parts, known["in 16 bits"]
 
     def _parts(self, variant: Variant) -> list[Part]:
         """Return the parts of the model; their losses may take a third of the time that is left once it is known what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 from rarefy.compiler import ops
@@ -21,15 +22,17 @@ from rarefy.compiler.kernel_selection import is_nearly_dense
 from rarefy.compiler.operators.table import BY_TARGET
 
 
-def linear_to_conv(exported: ExportedGraph, node: Node) -> None:
+def linear_to_conv(exported: ExportedGraph, node: Node, stay: Collection[str] = ()) -> None:
     """Convert a linear layer whose inputs are a flattened image, or the outputs of another such layer.
 
     Its convolution has a kernel as large as the image, so that the image is read as it is. Weights with many zeros
-    stay: linear layers have faster kernels for them.
+    stay: linear layers have faster kernels for them. So do layers in `stay`.
     """
     if node.target is not ops.linear:
         return
     x, w, bias, residual, act, *_ = node.args
+    if exported.names.get(w.name, "").rpartition(".")[0] in stay:
+        return
     image, weight = _image_of(x), exported.constants.get(w.name)
     if image is None or residual is not None or weight is None or not is_nearly_dense(weight):
         return
