@@ -129,6 +129,20 @@ def test_layers_without_a_kernel_are_named():
     assert "in fp32: deep, deep2, expand, expand2 and 2 more" in str(made)
 
 
+def test_some_layers_in_calibrated_8_bits(isa):
+    """The others are exact, depthwise convolutions too."""
+    torch.manual_seed(0)
+    net, x = Mobile().eval(), torch.randn(2, 3, 45, 53)
+    own = {"expand": "int8", "deep": "int8"}
+    made = rarefy.compile(net, x, calibrate=[x], per_layer=own, tune=False)
+    assert {n for n, kind in kinds(made).items() if kind == "int8"} == {"expand"}
+    rounded_inputs = [n for n in made.exported.graph.nodes if n.target is ops.fake_quantize]
+    assert rounded_inputs and relative_distance(made(x), rounded(made, x)) < 1e-4
+    assert 1e-6 < relative_distance(made(x), net(x).detach()) < 1e-3
+    with pytest.raises(ModelError, match="calibrate= finds the scales of int8: pass precision='int8' with it"):
+        rarefy.compile(net, x, calibrate=[x], per_layer={"expand": "int16"})
+
+
 def test_the_last_selector_applies():
     net, x = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80)).eval(), torch.randn(2, 80)
     made = rarefy.compile(net, x, per_layer={"0": "int16", "*": "bf16"}, tune=False)

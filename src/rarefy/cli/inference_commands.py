@@ -96,8 +96,8 @@ def compile_(
     from rarefy.model import hf
 
     check_output_folder(out, force)
-    _check_options(precision, data, samples, ignore)
     options: dict[str, Any] = {"ignore": ignore, "per_layer": _precisions(per_layer)}
+    _check_options((precision, *(options["per_layer"] or {}).values()), data, samples, ignore)
     cache = "fp32" if cache_precision is None else cache_precision
     check_cache_precision(cache)
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
@@ -132,13 +132,15 @@ def _summary(compiled: Any, size: int) -> dict[str, Any]:
     return {"contains": f"a {kind}", "bytes": size, "operators": "; ".join(operators)}
 
 
-def _check_options(precision: str | None, data: str | None, samples: int | None, ignore: list[str] | None) -> None:
-    """Raise RecipeError for options of `compile` that do not go together."""
-    if data is not None and precision != "int8":
+def _check_options(
+    precisions: tuple[str | None, ...], data: str | None, samples: int | None, ignore: list[str] | None
+) -> None:
+    """Raise RecipeError for options of `compile` that do not go together; `precisions` are those of all layers."""
+    if data is not None and "int8" not in precisions:
         raise RecipeError("--data has no effect: it gives the scales of --precision int8")
     if samples is not None and data is None:
         raise RecipeError("--samples has no effect without --data")
-    if ignore and precision is None:
+    if ignore and not any(precisions):
         raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside a --precision")
 
 

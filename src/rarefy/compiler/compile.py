@@ -231,8 +231,6 @@ def compile(
     check_precision(precision)
     if solver not in SOLVERS:
         raise ModelError(unknown("solver", str(solver), SOLVERS))
-    if calibrate is not None and precision != "int8":
-        raise ModelError("calibrate= finds the scales of int8: pass precision='int8' with it")
     check_module(model)
     model, notes = fold_copy(model)
     dtype = check_ready(model)
@@ -247,6 +245,8 @@ def compile(
                 "ignore= and per_layer= name layers that stay in fp32, as all others do: pass precision='int8', "
                 "'int16' or 'bf16' with them"
             )
+        if calibrate is not None and "int8" not in (precision, *chosen.values()):
+            raise ModelError("calibrate= finds the scales of int8: pass precision='int8' with it")
         own = {**dict.fromkeys(rounding, "int8"), **chosen}
         if precision is None:
             in_8_bits = [n for n, own_precision in own.items() if own_precision == "int8"]

@@ -182,7 +182,7 @@ class Frontier:
         """Return a data frame of pandas with a row for the dense model and one for each point, in the order tried.
 
         Columns: model, quality, loss, checked_loss; for each batch the median of milliseconds and the speed-up;
-        disk_bytes, memory_bytes, precision, on_front, best, error.
+        disk_bytes, memory_bytes, precision (of most layers), on_front, best, error.
 
         Raises:
             DataError: pandas is not installed.
