@@ -235,14 +235,14 @@ def spread_evenly(model: nn.Module, linear: Sequence[str], bits: Mapping[str, st
 
 def own_precisions(point: Point) -> dict[str, Any]:
     """Return options of `deploy`: the layers of a point that are more exact than 8 bits."""
-    return {"ignore": point.ignore, "per_layer": tuple(point.per_layer.items())}
+    return {"ignore": point.ignore, "per_layer": point.per_layer}
 
 
 def evenly_more_exact(model: nn.Module, point: Point) -> dict[str, Any]:
     """Return options of `deploy`: as many layers more exact than 8 bits as in a point, spread evenly over the model."""
     names = in_spread_order([l.name for l in all_layers(model)])
     stay, own = len(point.ignore), [*point.per_layer.values()]
-    return {"ignore": tuple(sorted(names[:stay])), "per_layer": tuple(zip(names[stay:], own))}
+    return {"ignore": tuple(sorted(names[:stay])), "per_layer": dict(zip(names[stay:], own))}
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def compile_(
 
     check_output_folder(out, force)
     options: dict[str, Any] = {"ignore": ignore, "per_layer": _precisions(per_layer)}
-    _check_options((precision, *(options["per_layer"] or {}).values()), data, samples, ignore)
+    _check_options((precision, *options["per_layer"].values()), data, samples, ignore)
     cache = "fp32" if cache_precision is None else cache_precision
     check_cache_precision(cache)
     source = shared.source(model, checkpoint, random_weights, offline, quiet)
@@ -144,7 +144,7 @@ def _check_options(
         raise RecipeError("--ignore has no effect: it names layers that stay in fp32 beside a --precision")
 
 
-def _precisions(options: list[str] | None) -> dict[str, str] | None:
+def _precisions(options: list[str] | None) -> dict[str, str]:
     """Return the precisions that --per-layer gives, by layer; RecipeError for another form."""
     precisions: dict[str, str] = {}
     for option in options or []:
@@ -153,7 +153,7 @@ def _precisions(options: list[str] | None) -> dict[str, str] | None:
             raise RecipeError(f"--per-layer: expected a layer and its precision, such as head=bf16, got {option!r}")
         precisions.pop(layer, None)  # the last one applies
         precisions[layer] = precision
-    return precisions or None
+    return precisions
 
 
 def _check_decoder_options(

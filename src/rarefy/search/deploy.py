@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ BITS_OF = {None: 32, "bf16": 16, "int16": 16, "int8": 8}  # by precision of the 
 SMOOTH = 0.5  # the power of the largest inputs that is moved into the weights
 
 Deployed = Compiled | EngineModule
-PerLayer = tuple[tuple[str, str], ...]  # layers and their precision
+PerLayer = tuple[tuple[str, str], ...]  # layers and their precision, of a variant, which has a hash
 
 
 def deploy(
@@ -48,7 +49,7 @@ def deploy(
     precision: str | None,
     calibration: Sequence[Any],
     ignore: Sequence[str] = (),
-    per_layer: PerLayer = (),
+    per_layer: Mapping[str, str] = MappingProxyType({}),
     solver: str = "obs",
     cache_precision: str = "fp32",
 ) -> Deployed:
@@ -64,8 +65,8 @@ def deploy(
         static = has_static_scales(model, precision, calibration)
         calibrate = [without_targets(b) for b in calibration] if static else None
         names = sorted({l.name for l in all_layers(model)}) if ignore or per_layer else []
-        stay = [n for n in names if any(_is_in(n, i) for i in ignore)] or None
-        own = {n: p for n in names for layer, p in per_layer if _is_in(n, layer) and n not in (stay or ())}
+        stay = [n for n in names if any(_is_in(n, i) for i in ignore)]
+        own = {n: p for n in names for layer, p in per_layer.items() if _is_in(n, layer) and n not in stay}
         options: dict[str, Any] = {"precision": precision, "ignore": stay, "per_layer": own, "calibrate": calibrate}
         return compile(model, without_targets(example), **options, solver=solver)
 

@@ -115,9 +115,8 @@ def layers_in(compiled: Compiled, precision: str) -> list[str]:
 def layers_in_8_bits(compiled: Compiled) -> list[str]:
     """Return the layers of a compiled model that run in 8 bits."""
     layers, nodes = compiled.exported.layers, compiled.exported.graph.nodes
-    rounded = [n for n, k in compiled.kernels.items() if n.target is not ops.embedding and k.held[0].kind == "int8"]
     depthwise = [u for n in nodes if n.target is ops.fake_quantize for u in n.users if u.target is ops.conv2d]
-    return sorted({layers[n] for n in (*rounded, *depthwise) if n in layers})
+    return sorted({*layers_in(compiled, "int8"), *(layers[n] for n in depthwise if n in layers)})
 
 
 @contextmanager

@@ -389,7 +389,7 @@ class PartMeasurer:
             self.variant.precision,
             self.few,
             self.variant.ignore,
-            self.variant.per_layer,
+            dict(self.variant.per_layer),
             "rtn",
             self.variant.cache_precision,
         )

@@ -182,9 +182,8 @@ class Measured:
             lambda: {**self._measured(name, recipe, variant), "predicted": sums or {}},
             keep=lambda values: not values["error"],
         )
-        more = {"predicted": predicted or {}, "layers": tuple(rows), "ignore": variant.ignore}
-        more |= {"per_layer": dict(variant.per_layer)}
-        more |= {"calibrated": self._is_calibrated(variant), "cache_precision": variant.cache_precision}
+        more = {"predicted": predicted or {}, "layers": tuple(rows), "calibrated": self._is_calibrated(variant)}
+        more |= _own_precisions(variant)
         return Point(**{**measured, "recipe": recipe, **more})
 
     def _measured(self, name: str, recipe: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
@@ -205,9 +204,7 @@ class Measured:
         loss = 0.0 if self.reference is None else self._loss(quality)
         seconds = self.journal.clock() - began
         sized = Point(name, quality, loss, {}, {}, sizes["disk"], sizes["memory"], recipe, precision)
-        own = {"ignore": variant.ignore, "per_layer": dict(variant.per_layer)}
-        point = replace(sized, seconds=seconds, cache_precision=variant.cache_precision, **own)
-        point = with_times(point, times)
+        point = with_times(replace(sized, seconds=seconds, **_own_precisions(variant)), times)
         self._keep(point, model, deployed)
         return asdict(point)
 
@@ -266,9 +263,8 @@ class Measured:
 
     def _deploy(self, model: nn.Module, runs: Variant | Point) -> Deployed:
         """Return a model as it is deployed in a precision."""
-        own = tuple(dict(runs.per_layer).items())
         return deploy(
-            model, self.task.example, runs.precision, self.task.data, runs.ignore, own,
+            model, self.task.example, runs.precision, self.task.data, runs.ignore, dict(runs.per_layer),
             cache_precision=runs.cache_precision,
         )  # fmt: skip
 
@@ -336,6 +332,12 @@ class Measured:
     def unit_scores(self) -> dict[str, str]:
         """Return the score of units by method, of those methods that have one."""
         return {m: self.journal.values[f"score of {m}"] for m in CUTS if f"score of {m}" in self.journal.values}
+
+
+def _own_precisions(variant: Variant) -> dict[str, Any]:
+    """Return the fields of a point about what does not run in its precision."""
+    own = {"ignore": variant.ignore, "per_layer": dict(variant.per_layer)}
+    return {**own, "cache_precision": variant.cache_precision}
 
 
 def with_times(point: Point, times: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Point:

@@ -112,8 +112,7 @@ class Search(Measured):
         for variant, measure in measures.items():
             self.bases[variant] = self.add(measure())
         self._mix_precisions()
-        measured = {v: p for v, p in self.bases.items() if p.loss is not None}
-        within = {v: p for v, p in measured.items() if self._goes_on(p)} or measured
+        within = self._within_limit() or {v: p for v, p in self.bases.items() if p.loss is not None}
         used = {v: max(1.0, task.targets.bytes_used(p)) for v, p in within.items()}
         smallest = min(used.values())
         within = {v: p for v, p in within.items() if used[v] == smallest}
@@ -126,6 +125,10 @@ class Search(Measured):
         task = self.task
         return () if hf.is_causal_lm(task.dense) else ignored_modules(task.dense, task.ignore)
 
+    def _within_limit(self) -> dict[Variant, Point]:
+        """Return the dense model in the precisions from which a faster choice is wanted."""
+        return {v: p for v, p in self.bases.items() if p.loss is not None and self._goes_on(p)}
+
     def _mix_precisions(self) -> None:
         """Measure the dense model with some layers in 16 bits or fp32 and the others in 8 bits, where 8 bits lose too
         much: in the fastest other precision that loses little enough."""
@@ -133,8 +136,7 @@ class Search(Measured):
         whole = None if variant is None else self.bases[variant]
         if variant is None or whole is None or whole.loss is None or times_tokens(self.names):
             return
-        within = {v: p for v, p in self.bases.items() if p.loss is not None and self._goes_on(p)}
-        exact = more_exact(within, self.task.targets.counts_bytes)
+        exact = more_exact(self._within_limit(), self.task.targets.counts_bytes)
         base = self.bases[exact]
         if self._goes_on(whole) or mean_speedup(whole.speedup) < (1 + 2 * NEAR) * mean_speedup(base.speedup):
             return
