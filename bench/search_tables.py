@@ -45,7 +45,8 @@ def optimize() -> str:
             note += f" The best takes {row['disk_bytes'] / 1e6:.1f} MB on disk."
         if "loss" in expected:
             ratios = [ms / real["milliseconds"][b] for b, ms in expected["milliseconds"].items()]
-            note += f" Predicted of the best: loss {expected['loss']:.3g} (measured {real['loss']:.3g}), "
+            predicted, measured_loss = (_loss(r["loss"], row["targets"]) for r in (expected, real))
+            note += f" Predicted of the best: loss {predicted} (measured {measured_loss}), "
             note += f"time {', '.join(f'{r:.2f}' for r in ratios)} of the measured."
         head = ["model", row["metric"]["name"], *(["distance"] if measured else []), *(f"{b}, ms" for b in times)]
         return f"{table(head, cells)}\n\n{note}{_other_seeds(rows, row)}"
@@ -62,6 +63,11 @@ def optimize() -> str:
 def _name_of_best(row: Row) -> str:
     """Return the name of the model that was found; older records say which layers are in fp32 in other words."""
     return re.sub(r" but (.+)$", r", \1 in fp32", row["best"])
+
+
+def _loss(loss: float, targets: Row) -> str:
+    """Return a loss in the unit of its limit."""
+    return f"{loss:.3g} points" if "point" in targets["max_loss"] else f"{100 * loss:.3g} %"
 
 
 def _quality(row: Row, name: str) -> str:
@@ -85,7 +91,7 @@ def _other_seeds(rows: list[Row], row: Row) -> str:
             ratio = max(uniform["milliseconds"][b]["median"] / t["median"] for b, t in found["milliseconds"].items())
             texts.append(
                 f"seed {other['seed']}: {_quality(other, 'found')} (uniform {_quality(other, 'uniform')}), distance "
-                f"{found['distance']:.2g} ({uniform['distance']:.2g}), {ratio:.2f}x as fast"
+                f"{found['distance']:.2g} ({uniform['distance']:.2g}), up to {ratio:.2f}x as fast"
             )
     return f" Other seeds, found and uniform: {'; '.join(texts)}." if texts else ""
 

@@ -177,8 +177,8 @@ def _readme_search(label: str) -> str:
     bits = " and ".join(sorted(set(re.findall(r"in (\d) bits", row["best"]))))
     cache = " and an 8-bit KV cache" if "8-bit cache" in row["best"] else ""
     return (
-        f"\n- **[A search](docs/results/optimize.md)**, on weights never in 4 bits: {bits} bits{cache} "
-        f"generate {ratio:.1f}x as fast as 8 bits. "
+        f"\n- **[A search](docs/results/optimize.md)**, on weights never rounded to 4 bits, chose {bits} bits{cache}: "
+        f"{ratio:.1f}x as fast as 8 bits. "
         f"Perplexity: {found['quality']:.2f}, fp32 {dense['quality']:.2f}."
     )
 

@@ -129,7 +129,7 @@ def test_layers_with_a_precision_of_their_own(run, place, tmp_path):
         ("head", "--per-layer: expected a layer and its precision, such as head=bf16, got 'head'"),
         ("=bf16", "--per-layer: expected a layer and its precision, such as head=bf16, got '=bf16'"),
         ("no.such.layer=bf16", "per_layer: 'no.such.layer' matches no layer"),
-        (f"{names[0]}=fp8", "per_layer: unknown precision 'fp8'"),
+        (f"{names[0]}=fp8", "unknown precision 'fp8'"),
     ):
         ran = run(*words, "--force", "--per-layer", option)
         assert ran.code == 2 and message in ran.err, ran.err

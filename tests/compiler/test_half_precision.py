@@ -108,7 +108,7 @@ def test_weights_in_bf16_are_exact():
         made(x.float())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_precision_may_be_asked_for(precision):
     net, x = Convolutions().bfloat16().eval(), image_inputs(torch.bfloat16)
     options = {"calibrate": [x, x]} if precision == "int8" else {}
@@ -117,6 +117,12 @@ def test_a_precision_may_be_asked_for(precision):
     assert sum(k.input_grid is not None for k in made.kernels.values()) == 3 * (precision == "int8")
     with torch.no_grad():
         assert made(*x).dtype == torch.bfloat16 and relative_distance(made(*x), net(*x)) < 0.05
+
+
+def test_fp32_may_be_asked_for_by_name():
+    net, x = nn.Sequential(nn.Linear(64, 48)).eval(), torch.randn(70, 64)
+    made = rarefy.compile(net, x, tune=False)
+    assert torch.equal(rarefy.compile(net, x, precision="fp32", tune=False)(x), made(x))
 
 
 def test_shared_weights_stay_shared():
@@ -163,12 +169,14 @@ def test_a_model_that_cannot_be_copied():
         rarefy.compile(Open(8, 8).bfloat16().eval(), torch.randn(2, 8).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_language_models(dtype):
+@pytest.mark.parametrize(
+    "dtype, precision", [(torch.bfloat16, None), (torch.bfloat16, "fp32"), (torch.float16, None)], ids=str
+)
+def test_language_models(dtype, precision):
     from helpers.language_models import V, small
 
     model = small().to(dtype)
-    made, ids = rarefy.decoder(model), torch.randint(3, V, (2, 40))
+    made, ids = rarefy.decoder(model, precision=precision), torch.randint(3, V, (2, 40))
     with torch.no_grad():
         eager = model(input_ids=ids, use_cache=False).logits
         fp32 = model.float()(input_ids=ids, use_cache=False).logits
@@ -178,7 +186,7 @@ def test_language_models(dtype):
         assert logits.dtype == torch.float32
         assert relative_distance(logits, fp32) < 0.5 * relative_distance(eager, fp32)
     kinds = {k.held[0].kind for k in made.compiled.kernels.values()}
-    assert kinds == {"bf16" if dtype == torch.bfloat16 else "fp32"}
+    assert kinds == {"bf16" if dtype == torch.bfloat16 and precision is None else "fp32"}
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

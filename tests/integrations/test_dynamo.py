@@ -871,12 +871,11 @@ def test_a_precision_without_effect_runs_in_eager_torch(places):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"options": {"precision": "int7"}}, "unknown precision 'int7'; choose from bf16, int16, int8"),
+        ({"options": {"precision": "int7"}}, "unknown precision 'int7'; choose from bf16, fp32, int16, int8"),
         ({"options": {"verbos": True}}, "unknown field 'verbos'; choose from .*did you mean 'verbose'"),
         ({"options": {"tune": 1}}, "tune: expected true or false, got 1"),
         ({"mode": "max-autotune"}, "backend 'rarefy' has no mode="),
         ({"options": "int8"}, "options: expected a dict such as {'precision': 'int8'}, got str"),
-        ({"options": {"precision": "fp32"}}, "precision: leave it out for fp32"),
     ],
 )
 def test_wrong_options_are_errors(more, message):

@@ -53,7 +53,7 @@ def test_a_file_without_a_whole_line_is_begun_anew(tmp_path):
 
 def test_results_of_another_search_are_refused(tmp_path):
     Journal(tmp_path, SETTINGS).close()
-    with pytest.raises(ContainerError, match=r"belongs to another search \(metric differ\): give another folder"):
+    with pytest.raises(ContainerError, match=r"belongs to another search \(metric differ\): pass another resume_dir"):
         Journal(tmp_path, {**SETTINGS, "metric": "perplexity"})
 
 

@@ -110,7 +110,7 @@ def test_another_search_is_not_continued(tmp_path, change, differs):
         run(**options)
         run(**options)
         with pytest.raises(
-            ContainerError, match=rf"belongs to another search \({differs} differ\): give another folder"
+            ContainerError, match=rf"belongs to another search \({differs} differ\): pass another resume_dir"
         ):
             run(**{**options, **change})
 

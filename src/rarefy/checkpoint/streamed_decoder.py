@@ -19,7 +19,7 @@ from rarefy.checkpoint.weight_files import WeightFiles, fingerprint, open_weight
 from rarefy.common.errors import ContainerError, FormatError, ModelError, unknown
 from rarefy.common.version import __version__
 from rarefy.compiler.compile import tolerance
-from rarefy.compiler.half_precision import PRECISIONS
+from rarefy.compiler.half_precision import PRECISION_OF
 from rarefy.generation.decoder import Decoder, build_decoder, verify_decoder
 from rarefy.generation.kv_cache import check_cache_precision
 from rarefy.generation.weight_format import pack_weight
@@ -188,7 +188,7 @@ def write_decoder(
 
 def _own_precision(files: WeightFiles) -> str | None:
     quantized = getattr(files, "is_quantized", False)
-    return "int8" if quantized else PRECISIONS.get(files.dtype)
+    return "int8" if quantized else PRECISION_OF.get(files.dtype)
 
 
 class _Weights:

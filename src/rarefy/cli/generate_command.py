@@ -360,8 +360,9 @@ def _decoder(name: str, precision: str | None, offline: bool, quiet: bool) -> tu
     net, tokenizer = _load_language_model(source, precision)
     if shared.kind_of(net) == "decoder":
         return net, tokenizer
+    shared.check_whole_model(precision)
     _say_building(quiet)
-    return decoder(net.float(), precision=shared.whole_model_precision(precision)), tokenizer
+    return decoder(net.float(), precision=precision), tokenizer
 
 
 def _say_building(quiet: bool) -> None:

@@ -114,8 +114,8 @@ def compile_(
             net = shared.in_fp32(net)
             if hf.is_causal_lm(net):
                 _check_decoder_options(batch, tokens, data, ignore or per_layer)
-                whole = shared.whole_model_precision(precision)
-                compiled = decoder(net, precision=whole, cache_precision=cache)
+                shared.check_whole_model(precision)
+                compiled = decoder(net, precision=precision, cache_precision=cache)
             else:
                 _check_no_cache(model, cache_precision)
                 example, options["calibrate"] = _inputs(net, tokens, batch, tokenizer, data, samples)

@@ -110,7 +110,7 @@ def _engines(
 ) -> list[Engine]:
     """Return the engines that are compared, in the order of the report."""
     makers: dict[str, Callable[[], Compiled]] = {"Rarefy": partial(compile, net, example)}
-    if precision is not None:
+    if precision not in (None, "fp32"):
         makers[f"Rarefy, {precision}"] = partial(compile, net, example, precision=precision)
     if against is not None:
         makers[against[0]] = partial(_same, against[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from rarefy.cli import shared
 from rarefy.cli.inference_commands import example_input
 from rarefy.cli.shared import Checkpoint, Force, InputShape, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
-from rarefy.common.errors import RecipeError
+from rarefy.common.errors import RarefyError, RecipeError
 
 Evaluated = Annotated[
     str | None,
@@ -61,7 +61,16 @@ Changing = Annotated[
     list[str] | None,
     typer.Option(help="Layers that may change: a name, a glob (model.layers.0.*) or a class; repeat for more."),
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Samples of --data; by default up to 128 to calibrate on.")]
+Staying = Annotated[
+    list[str] | None, typer.Option(help="A layer that is not changed and stays in fp32; repeat for more.")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Samples of --data; by default up to 128 to calibrate on. Without --eval-data a quarter is for evaluation.",
+    ),
+]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
 CALIBRATED, EVALUATED = 128, 512  # samples of --data, where nothing else is said
 
@@ -73,8 +82,10 @@ def optimize(
     evaluate: Evaluated = None,
     eval_data: EvalData = None,
     max_loss: MaxLoss = "1%",
-    speedup: Annotated[float | None, typer.Option(help="Times as fast as the dense compiled model.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Longest call, in milliseconds.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Times as fast as the dense model compiled in fp32.")] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Longest call, in milliseconds; of language models a token and a prompt.")
+    ] = None,
     size_mb: Annotated[float | None, typer.Option(help="Largest saved model, in megabytes.")] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Largest weights in memory, in megabytes.")] = None,
     target: Annotated[
@@ -96,7 +107,7 @@ def optimize(
     train_data: TrainData = None,
     train_samples: Annotated[int | None, typer.Option(min=1, help="Samples to train on; by default all.")] = None,
     layers: Changing = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Layers that stay as they are; repeat for more.")] = None,
+    ignore: Staying = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
     other_engines: Annotated[
         bool, typer.Option("--other-engines", help="Measure ONNX Runtime and OpenVINO too, where they are installed.")
@@ -107,7 +118,7 @@ def optimize(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search the model that runs fastest on this machine within the loss you accept, and save it.
+    """Search for the model that runs fastest on this machine within the loss you accept, and save it.
 
     Tries the precisions of the engine, fewer neurons, heads, channels and blocks, zeros in patterns, low rank, and
     fewer bits for layers and heads of language models. It measures each model as it is deployed, and keeps to the
@@ -121,7 +132,7 @@ def optimize(
     machines of the same kind. Exit code 1: no model keeps all limits; the nearest one is saved.
     """
     from rarefy.common.atomic_io import UNFINISHED, check_output_folder, resume_folder
-    from rarefy.search.optimize import optimize, save_result
+    from rarefy.search.optimize import optimize
     from rarefy.search.targets import objective_of, parse_targets
 
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
@@ -141,21 +152,35 @@ def optimize(
                     ignore=ignore, seed=seed, resume_dir=state and state / "stage-search", progress=not quiet,
                     other_engines=other_engines, **training, **limits,
                 ), model=model)  # fmt: skip
-                if frontier.best is not None:
-                    save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
+                where = "" if frontier.best is None else _save(frontier, out, force, source)
                 if state is not None and frontier.finished != "done":
                     (state / UNFINISHED).touch()
-        _show(frontier, out, as_json, quiet, rank)
+        _show(frontier, where, as_json, quiet, rank)
     if not frontier.met:
         raise typer.Exit(1)
 
 
-def _show(frontier: Any, out: Path, as_json: bool, quiet: bool, rank: int) -> None:
-    """Print the result in the first process. Exit after Ctrl-C: the other processes are not waited for."""
+def _save(frontier: Any, out: Path, force: bool, source: shared.Source) -> str:
+    """Save the best model, and return where. What a search wrote that tried more models than an interrupted one stays:
+    it is the same search, which was stopped before it had read all that is stored."""
+    from rarefy.cli.report import read_result
+    from rarefy.search.optimize import FRONTIER, save_result
+
+    with suppress(RarefyError):
+        if frontier.finished == "interrupted" and (out / FRONTIER).is_file():
+            saved = read_result(out / FRONTIER)[0]
+            if len(saved.points) > len(frontier.points):
+                return f"{out} stays as it was, with the best of {len(saved.points)} models of the search before Ctrl-C"
+    save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
+    return f"written to {out}"
+
+
+def _show(frontier: Any, where: str, as_json: bool, quiet: bool, rank: int) -> None:
+    """Print the result, and where it is, in the first process. Exit after Ctrl-C: the other processes are not waited for."""
     if not rank:
         shared.show(frontier, as_json, quiet)
-        if frontier.best is not None and not quiet:
-            print(f"written to {out}", file=sys.stderr)
+        if where and not quiet:
+            print(where, file=sys.stderr)
         if not frontier.met:
             print(f"check failed: {frontier.verdict}", file=sys.stderr)
     if frontier.finished == "interrupted":

@@ -58,10 +58,10 @@ def sensitivity(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what each layer alone loses when it is pruned or quantized: which layers bear it, and which do not.
+    """Show how much the outputs change if one layer alone is pruned or quantized.
 
-    One row for each layer, one column for each setting. Weights are not refitted, so that solvers lose less than the
-    table says, but layers compare alike. The model is not changed. The cost is a pass over the samples for each layer
+    One row for each layer, one column for each setting. Other weights are not refitted, so a solver loses less than the
+    table says; which layers lose most is the same. The model is not changed. The cost is a pass over the samples for each layer
     and setting.
 
     rarefy sensitivity minilm --data wiki --samples 16 --plot layers.svg

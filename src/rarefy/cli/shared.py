@@ -47,7 +47,7 @@ InputShape = Annotated[
         "--input-shape",
         metavar="NAME=SIZES",
         help="Sizes of an input of an ONNX or .pt2 file, as x=1x3x224x224; repeat the option for more. Default: those "
-        "of the file; open ones are --batch, --tokens, and 224 for images.",
+        "of the file. Sizes that it leaves open are --batch and --tokens; heights and widths of images are 224.",
     ),
 ]
 Precision = Annotated[
@@ -277,8 +277,8 @@ def streamed_precision(source: Source, precision: str | None) -> str | None:
     return precision or (None if isinstance(source, Path) and gguf_file.is_file(source) else "fp32")
 
 
-def whole_model_precision(precision: str | None) -> str | None:
-    """Return the precision of a decoder that is built from a model in memory."""
+def check_whole_model(precision: str | None) -> None:
+    """Raise RecipeError for a precision that a decoder of a model in memory does not have."""
     from rarefy.checkpoint.streamed_decoder import ROUNDED
 
     if precision in ROUNDED:
@@ -286,7 +286,6 @@ def whole_model_precision(precision: str | None) -> str | None:
             f"--precision {precision} rounds weights while they are read one at a time, which this model does not "
             "support: use int8, or quantize it with `rarefy compress` first"
         )
-    return None if precision == "fp32" else precision
 
 
 def in_fp32(model: Any) -> Any:

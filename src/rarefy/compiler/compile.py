@@ -18,7 +18,7 @@ from rarefy.compiler.calibrate import calibration_batches, in_torch
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
-from rarefy.compiler.half_precision import PRECISIONS, convert_ends, copy_in_fp32, dtypes_of, in_fp32
+from rarefy.compiler.half_precision import convert_ends, copy_in_fp32, dtypes_of, in_fp32, precision_to_run
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.layer_precision import layer_precisions, without_kernels
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
@@ -175,7 +175,7 @@ def compile(
             may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
             fixed.
         precision: None for that of the model; those in fp16 run in fp32, layers whose inputs are rounded in each call
-            (`quantize_(activations="int8")`) in 8 bits. "bf16" multiplies the matrices of linear
+            (`quantize_(activations="int8")`) in 8 bits. "fp32" runs a model in bf16 in fp32 too. "bf16" multiplies the matrices of linear
             layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
             fp32. "int16" runs linear layers and most convolutions of one group in 16-bit integers, with a scale for
             each output of a weight and one for the inputs of each output: outputs change by less than in bf16. CPUs
@@ -234,13 +234,14 @@ def compile(
     check_module(model)
     model, notes = fold_copy(model)
     dtype = check_ready(model)
+    runs_in = precision_to_run(precision, dtype)
     args, kwargs = split_example(example)
     check_example(pytree.tree_leaves((args, kwargs)))
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
     with suspended(model, ROUNDING_LAYERS) as rounding:
         chosen = layer_precisions(model, ignore, per_layer)
-        if chosen and not (precision or PRECISIONS.get(dtype) or rounding or any(chosen.values())):
+        if chosen and not (runs_in or rounding or any(chosen.values())):
             raise ModelError(
                 "ignore= and per_layer= name layers that stay in fp32, as all others do: pass precision='int8', "
                 "'int16' or 'bf16' with them"
@@ -248,17 +249,17 @@ def compile(
         if calibrate is not None and "int8" not in (precision, *chosen.values()):
             raise ModelError("calibrate= finds the scales of int8: pass precision='int8' with it")
         own = {**dict.fromkeys(rounding, "int8"), **chosen}
-        if precision is None:
+        if precision in (None, "fp32"):
             in_8_bits = [n for n, own_precision in own.items() if own_precision == "int8"]
-            notes += _idle_grids(model, in_8_bits, PRECISIONS.get(dtype) or "fp32")
+            notes += _idle_grids(model, in_8_bits, runs_in or "fp32")
         calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
         options = own, calibrate, solver, tune, notes, dynamic
         if dtype == torch.float32:
-            return _named(once_more(lambda: _compile(model, args, kwargs, precision, *options)), model)
+            return _named(once_more(lambda: _compile(model, args, kwargs, runs_in, *options)), model)
         if calibrate is not None:
             options = own, [in_fp32(kw or a) for a, kw in map(split_example, calibrate)], solver, tune, notes, dynamic
-        model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
-        compiled = once_more(lambda: _compile(model, in_fp32(args), in_fp32(kwargs), precision, *options))
+        model = copy_in_fp32(model)
+        compiled = once_more(lambda: _compile(model, in_fp32(args), in_fp32(kwargs), runs_in, *options))
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
     convert_ends(compiled, inputs, outputs, dtype)
     return _named(compiled, model)

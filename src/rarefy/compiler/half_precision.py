@@ -15,7 +15,7 @@ from rarefy.common.errors import ModelError, first_line
 from rarefy.compiler.executor import Compiled, InputSpec
 from rarefy.compiler.fx_utils import aten
 
-PRECISIONS: dict[torch.dtype, str | None] = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: None}
+PRECISION_OF: dict[torch.dtype, str | None] = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: None}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -28,9 +28,18 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     names = [f"{n} is {str(dtypes[n]).removeprefix('torch.')}" for n in (other, first)]
     if other != first:
         raise ModelError(f"the engine needs a model of one type, but {' and '.join(names)}: call model.float() first")
-    if dtypes[first] not in PRECISIONS:
+    if dtypes[first] not in PRECISION_OF:
         raise ModelError(f"the engine needs a model in fp32, bf16 or fp16, but {names[0]}: call model.float() first")
     return dtypes[first]
+
+
+def precision_to_run(precision: str | None, dtype: torch.dtype) -> str | None:
+    """Return the precision in which a model of a dtype runs, None for fp32; without a given one, that of the model.
+
+    >>> precision_to_run(None, torch.bfloat16), precision_to_run("fp32", torch.bfloat16)
+    ('bf16', None)
+    """
+    return PRECISION_OF[dtype] if precision is None else None if precision == "fp32" else precision
 
 
 def copy_in_fp32(model: nn.Module) -> nn.Module:
@@ -53,7 +62,7 @@ def in_fp32(arguments: Any) -> Any:
 
 
 def _in_fp32(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in PRECISIONS else t
+    return t.float() if t.dtype in PRECISION_OF else t
 
 
 def dtypes_of(values: Any) -> list[torch.dtype | None]:
@@ -85,7 +94,7 @@ def convert_ends(compiled: Compiled, inputs: Sequence[Any], outputs: Sequence[An
         outputs = [dtype] * len(values)
     new = []
     for value, wanted in zip(values, outputs):
-        if isinstance(value, fx.Node) and wanted in PRECISIONS and wanted != torch.float32:
+        if isinstance(value, fx.Node) and wanted in PRECISION_OF and wanted != torch.float32:
             with graph.inserting_before(end):
                 value = graph.call_function(aten.to.dtype, (value, wanted))
         new.append(value)

@@ -35,7 +35,7 @@ def layer_precisions(model: nn.Module, ignore: Selector, per_layer: Any) -> dict
         raise ModelError(f'per_layer: expected precisions by layer, such as {{"head": "bf16"}}, got {per_layer!r}')
     for selector, precision in per_layer.items():
         if precision not in PRECISIONS:
-            raise ModelError(f"per_layer: {unknown('precision', str(precision), PRECISIONS)}")
+            raise ModelError(unknown("precision", str(precision), PRECISIONS, f"per_layer of {selector!r}"))
         for name in module_names(match_layers(all_layers(model), selector, "per_layer")):
             if name in ignored:
                 raise ModelError(
@@ -60,4 +60,4 @@ def without_kernels(
     if not names:
         return ()
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (f"per_layer: no kernel in 16 bits, in fp32: {', '.join(names[:SHOWN])}{more}",)
+    return (f"per_layer: these layers have no kernel in 16 bits and run in fp32: {', '.join(names[:SHOWN])}{more}",)

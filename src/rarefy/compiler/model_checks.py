@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import DataError, ModelError, first_line, unknown
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.half_precision import model_dtype
+from rarefy.compiler.layer_precision import PRECISIONS
 from rarefy.model.forward import describe_batch
 from rarefy.model.layers import all_layers, unwrap
 from rarefy.model.masks import attached_layers, fold_attached_
@@ -21,10 +22,10 @@ from rarefy.runtime.accelerate import check_plain
 DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
-def check_precision(precision: Any, known: Sequence[str] = ("bf16", "int16", "int8")) -> None:
+def check_precision(precision: Any, known: Sequence[str] = PRECISIONS) -> None:
     """Raise ModelError for a precision that the engine does not have."""
     if precision is not None and precision not in known:
-        raise ModelError(f"{unknown('precision', str(precision), known)}; leave it out for fp32")
+        raise ModelError(unknown("precision", str(precision), known))
 
 
 def check_module(model: Any) -> None:

@@ -18,7 +18,7 @@ from rarefy.compiler.compile import PASSES, tolerance
 from rarefy.compiler.executor import Compiled, input_spec
 from rarefy.compiler.export import export_graph
 from rarefy.compiler.fx_utils import ExportedGraph
-from rarefy.compiler.half_precision import PRECISIONS, copy_in_fp32
+from rarefy.compiler.half_precision import copy_in_fp32, precision_to_run
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.model_checks import check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.profile import Profile, Recorder
@@ -53,8 +53,8 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
             quantization grids that are still attached are folded in a copy, and `print(decoder)` says so; the model
             keeps them.
         precision: None for that of the model, or that which it was quantized to; models in fp16 run in fp32, layers
-            whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "bf16" keeps weights in bfloat16, so
-            that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
+            whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "fp32" runs a model in bf16 in fp32
+            too. "bf16" keeps weights in bfloat16, so that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
             scale for each output of a weight and one for each token of inputs. The rounding error of the inputs is
             rounded to 8 bits as well and added, except in layers whose zeros are skipped; timing decides which.
             On AVX-512 without AMX, prompts have a scale for each 32 inputs instead, and attention in bf16 unless the
@@ -81,7 +81,7 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
         >>> step(torch.tensor([[3, 1, 4]])).shape
         torch.Size([1, 3, 32])
     """
-    check_precision(precision, ("bf16", "int8"))
+    check_precision(precision, ("fp32", "bf16", "int8"))
     check_cache_precision(cache_precision)
     check_module(model)
     if not hf.is_causal_lm(model):
@@ -90,10 +90,11 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
         )
     model, notes = fold_copy(model)
     dtype = check_ready(model)
+    runs_in = precision_to_run(precision, dtype)
     if dtype != torch.float32:
-        model, precision = copy_in_fp32(model), precision or PRECISIONS[dtype]
+        model = copy_in_fp32(model)
     with suspended(model) as rounded:
-        step = once_more(lambda: _verified(model, precision, rounded, notes, cache_precision))
+        step = once_more(lambda: _verified(model, runs_in, rounded, notes, cache_precision))
     step.forget()
     step.cache_precision = cache_precision
     return step

@@ -25,6 +25,7 @@ from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyEr
 from rarefy.common.extras import install
 from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.layer_precision import PRECISIONS
 from rarefy.data.text_pairs import token_batches
 from rarefy.integrations.compiled_transformer import CompiledTransformer, tensor_inputs
 from rarefy.integrations.embedding_folder import (
@@ -52,7 +53,6 @@ except ImportError as error:
         f"embedding models need sentence-transformers 6 or later: {install('embeddings')} ({first_line(error, 100)})"
     ) from None
 
-PRECISIONS = {"fp32": None, "bf16": "bf16", "int16": "int16", "int8": "int8"}  # as `rarefy.compile` calls them
 TASKS = ("feature-extraction", "sequence-classification")
 # arguments that say what is downloaded, and how `hub.download` calls them
 HUB = {"revision": "revision", "token": "token", "local_files_only": "offline", "cache_folder": "cache_folder"}
@@ -149,7 +149,7 @@ class _OnEngine:
             batches = _batches(data, module)
             self.receipt = compress_(dense, recipe, batches, tokenizer=module.tokenizer)
             del dense.__dict__[HEAD]
-        compiled = compile(dense, _example(module, self), precision=PRECISIONS[self.precision], tune=tune)
+        compiled = compile(dense, _example(module, self), precision=self.precision, tune=tune)
         is_first = module is next(iter(self.children()))  # type: ignore[attr-defined]
         on_disk = recipe is None and is_first and not (self.source_folder / INDEX).is_file()
         where = _module_folder(self.source_folder) if on_disk else None

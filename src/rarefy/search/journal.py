@@ -101,8 +101,8 @@ class Journal:
             raise ContainerError(f"{self.file} was not written by rarefy.optimize ({error!r}): remove it") from error
         if differs:
             raise ContainerError(
-                f"{self.file} belongs to another search ({', '.join(differs)} differ): give another folder, "
-                "or start again (shell: --fresh)"
+                f"{self.file} belongs to another search ({', '.join(differs)} differ): pass another "
+                "resume_dir, or remove this one to start again (shell: another --out, or --fresh)"
             )
 
     def get(self, key: str, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True) -> Any:

@@ -70,7 +70,7 @@ def optimize(
     other_engines: bool = False,
     data_options: Data | None = None,
 ) -> Frontier:
-    """Search the model that loses least and runs fastest on this machine, within the limits that are given.
+    """Search for the model that loses least and runs fastest on this machine, within the limits that are given.
 
     The search joins what Rarefy can do: precisions of the engine, units removed (neurons, heads, channels, whole
     blocks), weights pruned in patterns, low-rank factors, layers in 6, 5 or 4 bits. It measures what each part of the
@@ -120,8 +120,8 @@ def optimize(
             known by its name and its code, not by what it calls or reads.
         seed: of all random choices.
         progress: say what is measured.
-        other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32, bf16
-            and calibrated 8 bits. Their points stand in `peers` and in the report. They take half of the time at most.
+        other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32 and 8
+            bits, OpenVINO also in bf16 where the CPU has it. Their points stand in `peers` and in the report. They take half of the time at most.
         data_options: a `rarefy.recipe.schema.Data`, which says where recipes of the result find the calibration data.
 
     With torch.distributed, several processes divide the search; each has to be on a machine of its own, of the same
@@ -151,7 +151,7 @@ def optimize(
     check_module(inner)
     if (dtype := check_ready(inner)) != torch.float32:
         name = str(dtype).removeprefix("torch.")
-        raise ModelError(f"expected a model in float32, got {name}: call model.float(); the search tries bf16 itself")
+        raise ModelError(f"expected a model in float32, got {name}: call model.float()")
     limits = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
     targets = parse_targets(max_loss, objective_of(target, max_loss), **limits)
     seed = check_int("seed", seed, 0, RecipeError)
@@ -384,7 +384,8 @@ def _checked(data: Any, what: str) -> list[Any]:
             raise DataError(f"{what}: the inputs of batch {i} hold NaN: expected numbers")
         sizes = [len(t) for t in batch if isinstance(t, torch.Tensor) and t.dim()] if isinstance(batch, tuple) else []
         if len(set(sizes)) > 1:
-            raise DataError(f"{what}: batch {i} has {sizes[0]} samples and {sizes[1]} targets")
+            raise DataError(f"{what}: batch {i} has {sizes[0]} samples and {sizes[1]} targets: expected one for each "
+                "sample; give several inputs as a dict")
     return batches
 
 

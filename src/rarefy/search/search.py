@@ -338,12 +338,16 @@ class Search(Measured):
         for share in SHARES:
             index = candidate(self.points, bases, self.task.targets, remains)
             if index is None:
-                self.trouble = self.trouble or "nothing was trained: no model is expected to keep the limits after it"
+                if share == SHARES[0]:
+                    nothing = "nothing was trained: no model is expected to keep all limits after training"
+                    self.trouble = self.trouble or nothing
                 return
             point = self.points[index]
             train = self._training_of(point, recovery, share * (began + recovery.seconds - self.elapsed()))
             if train is None:
-                self.trouble = self.trouble or "train_minutes were too few to read the data once"
+                if share == SHARES[0]:
+                    nothing = "nothing was trained: train_minutes is too short to make, train and measure a model"
+                    self.trouble = self.trouble or nothing
                 return
             stages = with_training(point.recipe["stages"], train)
             trained = self.add(self.point(f"{point.name}, trained", _variant(point), stages, rows=point.layers))

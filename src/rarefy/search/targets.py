@@ -15,6 +15,7 @@ from rarefy.search.frontier import Point
 
 DECODE = ("decode", "prompt")  # what is timed of causal language models: milliseconds a token, and of the prompt
 OBJECTIVES = ("latency", *DECODE, "loss", "size", "memory")
+OTHER_LIMITS = "speedup, latency_ms, size_mb or memory_mb"
 NOISE = 1e-6  # a smaller number of the dense model counts as 0
 FRACTIONS = ("accuracy", "similarity")  # metrics from 0 to 1
 LARGEST_OF_FRACTION = 0.1  # points of these that may be lost
@@ -149,7 +150,7 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
     if isinstance(value, str):
         match = LOSS.fullmatch(value.strip())
         if match is None:
-            raise RecipeError(f"max_loss: expected a percentage such as 1%, or points such as 0.5, got {value!r}")
+            raise RecipeError(f"max_loss: expected a percentage such as 1%, points such as 0.5, or no limit, got {value!r}")
         return (float(match[1]) / 100, False) if match[2] == "%" else (float(match[1]), True)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise RecipeError(f"max_loss: expected a fraction such as 0.01, or text such as '1%', got {value!r}")
@@ -199,9 +200,9 @@ def parse_targets(max_loss: float | str | None, objective: str, **limits: float 
         raise RecipeError("speedup and latency_ms both limit the time of a call: give one of them")
     reached = any(v is not None for v in limits.values())
     if loss is None and not reached:
-        raise RecipeError("nothing limits the loss: give max_loss, or what must be reached, such as speedup")
+        raise RecipeError(f"nothing limits the loss: give max_loss, or a limit of {OTHER_LIMITS}")
     if objective == "loss" and not reached:
-        raise RecipeError("the dense model has the least loss: give what must be reached, such as speedup")
+        raise RecipeError(f"no model loses less than the dense one, so give another limit: {OTHER_LIMITS}")
     return targets
 
 
@@ -233,6 +234,6 @@ def check_dense(targets: Targets, metric: str, quality: float = math.inf) -> Tar
     if targets.max_loss and not targets.points:
         raise RecipeError(
             f"max_loss is a fraction of the dense model's {metric.removeprefix('the ')}, which is 0: give points, such "
-            "as '0.5 points'"
+            "as '0.02 points'"
         )
     return replace(targets, points=True)

@@ -21,12 +21,11 @@ from torch import fx
 
 from rarefy.common.errors import ModelError
 from rarefy.common.options import OneOf, Options
+from rarefy.compiler.layer_precision import PRECISIONS
 from rarefy.integrations.dynamo.graph import inputs_of, place_of, reason_for_eager
 from rarefy.integrations.dynamo.subgraph import Subgraph
 
 logger = logging.getLogger(__name__)
-
-NAMES = ("bf16", "int16", "int8")
 
 
 class DynamoOptions(Options):
@@ -39,8 +38,8 @@ class DynamoOptions(Options):
 
     error = ModelError
 
-    precision: Annotated[str, OneOf(NAMES)] | None = Field(
-        None, description='"bf16", "int16" or "int8", as in rarefy.compile'
+    precision: Annotated[str, OneOf(PRECISIONS)] | None = Field(
+        None, description='"fp32", "bf16", "int16" or "int8", as in rarefy.compile'
     )
     tune: bool = Field(True, description="time the engine against eager torch; False: run all that the engine can run")
     verbose: bool = Field(False, description="print to standard error what ran where, and why")
@@ -80,8 +79,6 @@ def backend(
         raise ModelError(f"backend 'rarefy' has no {', '.join(other)}=: leave it out, or put options into options={{}}")
     if not isinstance(options, Mapping | None):
         raise ModelError(f"options: expected a dict such as {{'precision': 'int8'}}, got {type(options).__name__}")
-    if (options or {}).get("precision") == "fp32":
-        raise ModelError("precision: leave it out for fp32")
     chosen = DynamoOptions(**(options or {}))
     place = place_of(graph)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.compiler.half_precision import PRECISIONS
+from rarefy.compiler.half_precision import PRECISION_OF
 from rarefy.runtime import bindings
 
 GRAD_MODE = torch._C._set_grad_enabled
@@ -88,7 +88,7 @@ def _wrong_tensor(tensors: Sequence[Tensor]) -> str | None:
             return f"an input is on another device than the CPU: {t.device}"
         if t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
             return f"an input is no plain tensor: {type(t).__name__}, {t.layout}"
-        if t.is_complex() or (t.is_floating_point() and t.dtype not in PRECISIONS):
+        if t.is_complex() or (t.is_floating_point() and t.dtype not in PRECISION_OF):
             return f"the engine has no {str(t.dtype).removeprefix('torch.')}"
     return None
 
