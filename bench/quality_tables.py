@@ -227,7 +227,7 @@ def quantize_decode() -> str:
         size = {r["way"].removesuffix(": bytes"): r for r in rows if r["way"].endswith(": bytes")}
         dense = read("values", run="language", way="dense")[-1]["perplexity"]
         cells = [
-            [way, f"{size[way]['perplexity'] if way in size else dense:.2f}",
+            [way, f"{size[way]['perplexity']:.2f}" if way in size else f"{dense:.2f} in fp32",
              number(size[way]["bytes"] / 1e6) if way in size else "", number(r["decode"]), number(r["prefill"])]
             for r in rows if "decode" in r and (way := r["way"])
         ]  # fmt: skip

@@ -92,8 +92,8 @@ def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three or so significant digits: 5.2, 87.4, 266, 2,151."""
-    return f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+    """Return a number with two or three significant digits: 0.27, 5.2, 87.4, 266, 2,151."""
+    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def percent(fraction: float) -> str:
@@ -128,7 +128,7 @@ def eager_speedups(result: list[Row]) -> dict[str, str]:
         mean = statistics.geometric_mean(found.values())
         slowest, slower = min(found, key=lambda n: found[n]), sum(s < MIN_SPEEDUP for s in found.values())
         texts[batch] = (
-            f"{mean:.2f}x of eager as geometric mean of {len(found)} models, at least {found[slowest]:.2f}x "
-            f"({slowest}), {slower} below {MIN_SPEEDUP}x"
+            f"{mean:.2f}x as fast as eager torch (geometric mean of {len(found)} models), at least "
+            f"{found[slowest]:.2f}x ({slowest}), {slower} below {MIN_SPEEDUP}x"
         )
     return texts

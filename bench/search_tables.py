@@ -89,11 +89,13 @@ def _other_seeds(rows: list[Row], row: Row) -> str:
         found, uniform = other["compared"]["found"], other["compared"]["uniform"]
         if other is not row and "distance" in found and not _has_no_uniform(other):
             ratio = max(uniform["milliseconds"][b]["median"] / t["median"] for b, t in found["milliseconds"].items())
+            times = " and ".join(number(t["median"]) for t in found["milliseconds"].values())
             texts.append(
-                f"seed {other['seed']}: {_quality(other, 'found')} (uniform {_quality(other, 'uniform')}), distance "
-                f"{found['distance']:.2g} ({uniform['distance']:.2g}), up to {ratio:.2f}x as fast"
+                f"- seed {other['seed']}: {_name_of_best(other)}. Quality {_quality(other, 'found')} (uniform "
+                f"{_quality(other, 'uniform')}), distance {found['distance']:.2g} ({uniform['distance']:.2g}), "
+                f"{times} ms, up to {ratio:.2f}x as fast as uniform."
             )
-    return f" Other seeds, found and uniform: {'; '.join(texts)}." if texts else ""
+    return "\n\n" + "\n".join(["Other seeds:", "", *texts]) if texts else ""
 
 
 TABLES: dict[str, Callable[[], str]] = {"optimize": optimize}

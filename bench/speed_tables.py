@@ -368,11 +368,15 @@ def _beside(time: list[float] | None, other: list[float]) -> str:
 
 
 def _quality(key: str, quality: str, rows: list[Row]) -> str:
-    """Return the smallest cosine with the same weights in eager torch where that is the quality."""
+    """Return the smallest cosine of each model with the same weights in eager torch where that is the quality."""
     if quality != "cosine":
         return quality
-    cosines = [r["cosines"][key] for r in rows if key in r.get("cosines", {})]
-    return f"cosine {min(cosines):.4f} or more" if cosines else "not recorded"
+    cosines: dict[str, float] = {}
+    for row in rows:
+        if key in row.get("cosines", {}):
+            model, cosine = MODELS[row["model"]], row["cosines"][key]
+            cosines[model] = min(cosine, cosines.get(model, cosine))
+    return ", ".join(f"{model} {cosine:.4f}" for model, cosine in cosines.items()) or "not recorded"
 
 
 README_MACHINE = "AMD EPYC, AVX-512 VNNI"
@@ -504,7 +508,8 @@ def kernels() -> str:
                 ]
                 line.append(f"{math.exp(statistics.mean(map(math.log, ratios))):.2f}x" if ratios else "")
             cells.append(line)
-        return table([*keys, *(percent(s) for s in sparsities)], cells)
+        head = ["storage", "number format", "pattern", "batch"]
+        return table([*head, *(percent(s) for s in sparsities)], cells)
 
     rows = [r for r in read("runtime") if r["format"] != "overhead"]
     return per_machine(latest(rows, "label", "format", "kind", "shape", "batch", "pattern", "sparsity"), make)
