@@ -67,7 +67,7 @@ def _name_of_best(row: Row) -> str:
 
 def _loss(loss: float, targets: Row) -> str:
     """Return a loss in the unit of its limit."""
-    return f"{loss:.3g} points" if "point" in targets["max_loss"] else f"{100 * loss:.3g} %"
+    return f"{loss:.3g} points" if "point" in targets.get("max_loss", "") else f"{100 * loss:.3g} %"
 
 
 def _quality(row: Row, name: str) -> str:

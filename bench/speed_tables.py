@@ -451,7 +451,14 @@ def conformance() -> str:
 
 # Sparse layers in eager torch
 
-MODELS = {"minilm": "MiniLM", "smollm2-135m": "SmolLM2", "resnet50": "ResNet-50", "fashion": "Fashion-MNIST network"}
+MODELS = {
+    "minilm": "MiniLM",
+    "smollm2-135m": "SmolLM2",
+    "resnet50": "ResNet-50",
+    "vit_b_16": "ViT-B/16",
+    "convnext_tiny": "ConvNeXt-T",
+    "fashion": "Fashion-MNIST network",
+}
 UNITS = {"minilm": "x 128 tokens", "smollm2-135m": "token(s)", "resnet50": "image(s)", "fashion": "image(s)"}
 
 

@@ -73,7 +73,10 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_models_of_the_zoo[llama]",
     ),
     "compiler/test_conv.py": ("test_real_networks[resnet18]",),
-    "compiler/test_half_precision.py": ("test_language_models[dtype1]",),
+    "compiler/test_half_precision.py": (
+        "test_language_models[torch.float16-None]",
+        "test_language_models[torch.bfloat16-fp32]",
+    ),
     "compiler/test_profile.py": ("test_operations_are_those_that_torch_counts[int8]",),
     "compiler/test_tuning.py": ("test_convolutions_in_torch[int8]",),
     "conformance/test_compile_zoo.py": (

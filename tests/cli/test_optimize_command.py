@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,24 +162,6 @@ def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and "interrupted" in stdout, stderr
     assert (out / "frontier.json").is_file() and "Traceback" not in stderr
-
-
-def test_an_interrupted_search_leaves_the_result_of_more_models(place, tmp_path):
-    from rarefy.cli.optimize import _save
-
-    net, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(64, 16)
-    found = rarefy.optimize(net, x[:4], x.split(8), "similarity", max_loss=0.5, minutes=0.1)
-    file = tmp_path / "out" / "frontier.json"
-    assert _save(found, tmp_path / "out", False, place / "model") == f"written to {tmp_path / 'out'}"
-    before = file.read_bytes()
-    fewer = replace(found, finished="interrupted", points=found.points[:1], best_index=0)
-    assert f"stays as it was, with the best of {len(found.points)} models" in _save(
-        fewer, tmp_path / "out", True, place / "model"
-    )
-    assert file.read_bytes() == before
-    file.write_text("{}")  # nothing is known of it
-    assert _save(fewer, tmp_path / "out", True, place / "model") == f"written to {tmp_path / 'out'}"
-    assert len(json.loads(file.read_text())["points"]) == 1
 
 
 @pytest.mark.parametrize(

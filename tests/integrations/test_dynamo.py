@@ -861,6 +861,16 @@ def test_precision(precision, most, places):
     assert 1e-5 < relative_distance(got, want) < most and on_engine(places())
 
 
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_model_in_bf16_may_run_in_fp32(tune, places):
+    net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).bfloat16().eval()
+    a = x(4, 64).bfloat16()
+    with torch.no_grad():
+        got = compiled(net, options={"precision": "fp32", "tune": tune})(a)
+        want = net.float()(a.float())
+    assert got.dtype == torch.bfloat16 and relative_distance(got, want) < 0.02 and (tune or on_engine(places()))
+
+
 def test_a_precision_without_effect_runs_in_eager_torch(places):
     net, a = nn.Conv1d(3, 4, 3), torch.randn(2, 3, 9)
     with torch.no_grad():

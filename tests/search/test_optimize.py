@@ -307,6 +307,18 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     assert "interrupted" in frontier.verdict
 
 
+def test_ctrl_c_in_a_search_that_continues_counts_what_was_measured(monkeypatch, tmp_path):
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    before = run(resume_dir=tmp_path)
+    monkeypatch.setattr(search_module.Search, "_parts", interrupted)
+    frontier = run(resume_dir=tmp_path)
+    assert frontier.finished == "interrupted"
+    assert {p.name for p in frontier.points} == {p.name for p in before.points if not p.error}
+    assert frontier.best_point.recipe == before.best_point.recipe
+
+
 KILLED = """
 import sys, torch
 sys.path.insert(0, {folder!r})

@@ -198,7 +198,9 @@ def test_outputs_with_infinities_are_searched(monkeypatch):
 def test_losses_of_metrics_whose_best_is_0_are_points(metric, monkeypatch):
     monkeypatch.setattr(search, "MAX_POINTS", 4)  # ends the search on any machine before its minutes do
     net = Net().eval()
-    with pytest.raises(RecipeError, match=f"the dense model's {metric}, which is 0: give points, such as '0.02 points'"):
+    with pytest.raises(
+        RecipeError, match=f"the dense model's {metric}, which is 0: give points, such as '0.02 points'"
+    ):
         optimize(net, X[:2], X.split(8), metric)
     found = optimize(net, X[:2], X.split(8), metric, max_loss="0.05 points", minutes=2)
     int8 = next(p for p in found.points if p.name == "dense, int8")

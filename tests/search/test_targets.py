@@ -79,7 +79,7 @@ def test_limits_of_loss(text, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("much", "latency", {}), "max_loss: expected a percentage such as 1%, points such as 0.5, or no limit, got 'much'"),
+        (("much", "latency", {}), "max_loss: expected a percentage such as 1%, or points such as 0.5, got 'much'"),
         (
             (2.0, "latency", {}),
             "expected a fraction .*, below 1, got 2.0; percent and points are text, such as '2%' and '2 points'",
@@ -90,7 +90,10 @@ def test_limits_of_loss(text, value):
         ((0.01, "latency", {"speedup": 0}), "speedup: expected a number above 0, got 0"),
         ((0.01, "latency", {"size_mb": "9"}), "size_mb: expected a number above 0, got '9'"),
         ((0.01, "latency", {"speedup": 2.0, "latency_ms": 5.0}), "speedup and latency_ms both limit the time"),
-        ((0.01, "loss", {}), "no model loses less than the dense one, so give another limit: speedup, latency_ms, size_mb or memory_mb"),
+        (
+            (0.01, "loss", {}),
+            "no model loses less than the dense one, so give another limit: speedup, latency_ms, size_mb or memory_mb",
+        ),
         ((None, "latency", {}), "nothing limits the loss: give max_loss, or a limit of speedup"),
     ],
 )
@@ -152,6 +155,8 @@ def test_where_the_dense_number_is_0_losses_are_points(metric):
     for targets in (Targets(None, speedup=2.0), Targets(0.0), Targets(0.5, points=True)):
         checked = check_dense(targets, metric, quality)
         assert checked.points and checked.max_loss == targets.max_loss
-    with pytest.raises(RecipeError, match=f"the dense model's {metric}, which is 0: give points, such as '0.02 points'"):
+    with pytest.raises(
+        RecipeError, match=f"the dense model's {metric}, which is 0: give points, such as '0.02 points'"
+    ):
         check_dense(Targets(0.01), metric, quality)
     assert check_dense(Targets(0.01), "mine", 0.3) == check_dense(Targets(0.01), "mine") == Targets(0.01)

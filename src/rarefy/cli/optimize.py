@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from rarefy.cli import shared
 from rarefy.cli.inference_commands import example_input
 from rarefy.cli.shared import Checkpoint, Force, InputShape, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
-from rarefy.common.errors import RarefyError, RecipeError
+from rarefy.common.errors import RecipeError
 
 Evaluated = Annotated[
     str | None,
@@ -62,13 +62,18 @@ Changing = Annotated[
     typer.Option(help="Layers that may change: a name, a glob (model.layers.0.*) or a class; repeat for more."),
 ]
 Staying = Annotated[
-    list[str] | None, typer.Option(help="A layer that is not changed and stays in fp32; repeat for more.")
+    list[str] | None,
+    typer.Option(
+        help="A layer that is not changed and stays in fp32 (of language models: has the precision of all layers, but "
+        "is not cut, pruned or given fewer bits); repeat for more."
+    ),
 ]
 Samples = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Samples of --data; by default up to 128 to calibrate on. Without --eval-data a quarter is for evaluation.",
+        help="Samples of --data; by default up to 128 to calibrate on. Without --eval-data the last "
+        "quarter is for evaluation.",
     ),
 ]
 RANKED = ("retrieval", "ndcg")  # metrics that read pairs of texts
@@ -132,7 +137,7 @@ def optimize(
     machines of the same kind. Exit code 1: no model keeps all limits; the nearest one is saved.
     """
     from rarefy.common.atomic_io import UNFINISHED, check_output_folder, resume_folder
-    from rarefy.search.optimize import optimize
+    from rarefy.search.optimize import optimize, save_result
     from rarefy.search.targets import objective_of, parse_targets
 
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
@@ -152,35 +157,21 @@ def optimize(
                     ignore=ignore, seed=seed, resume_dir=state and state / "stage-search", progress=not quiet,
                     other_engines=other_engines, **training, **limits,
                 ), model=model)  # fmt: skip
-                where = "" if frontier.best is None else _save(frontier, out, force, source)
+                if frontier.best is not None:
+                    save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
                 if state is not None and frontier.finished != "done":
                     (state / UNFINISHED).touch()
-        _show(frontier, where, as_json, quiet, rank)
+        _show(frontier, out, as_json, quiet, rank)
     if not frontier.met:
         raise typer.Exit(1)
 
 
-def _save(frontier: Any, out: Path, force: bool, source: shared.Source) -> str:
-    """Save the best model, and return where. What a search wrote that tried more models than an interrupted one stays:
-    it is the same search, which was stopped before it had read all that is stored."""
-    from rarefy.cli.report import read_result
-    from rarefy.search.optimize import FRONTIER, save_result
-
-    with suppress(RarefyError):
-        if frontier.finished == "interrupted" and (out / FRONTIER).is_file():
-            saved = read_result(out / FRONTIER)[0]
-            if len(saved.points) > len(frontier.points):
-                return f"{out} stays as it was, with the best of {len(saved.points)} models of the search before Ctrl-C"
-    save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
-    return f"written to {out}"
-
-
-def _show(frontier: Any, where: str, as_json: bool, quiet: bool, rank: int) -> None:
-    """Print the result, and where it is, in the first process. Exit after Ctrl-C: the other processes are not waited for."""
+def _show(frontier: Any, out: Path, as_json: bool, quiet: bool, rank: int) -> None:
+    """Print the result in the first process. Exit after Ctrl-C: the other processes are not waited for."""
     if not rank:
         shared.show(frontier, as_json, quiet)
-        if where and not quiet:
-            print(where, file=sys.stderr)
+        if frontier.best is not None and not quiet:
+            print(f"written to {out}", file=sys.stderr)
         if not frontier.met:
             print(f"check failed: {frontier.verdict}", file=sys.stderr)
     if frontier.finished == "interrupted":

@@ -61,8 +61,8 @@ def sensitivity(
     """Show how much the outputs change if one layer alone is pruned or quantized.
 
     One row for each layer, one column for each setting. Other weights are not refitted, so a solver loses less than the
-    table says; which layers lose most is the same. The model is not changed. The cost is a pass over the samples for each layer
-    and setting.
+    table says; which layers lose most is the same. The model is not changed. The cost is a pass over the samples for
+    each layer and setting.
 
     rarefy sensitivity minilm --data wiki --samples 16 --plot layers.svg
 

@@ -57,7 +57,7 @@ from rarefy.runtime.packed_formats import PANEL_BITS
 
 # largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
 # round to the next code, layer by layer
-TOLERANCE = {None: 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
+TOLERANCE = {None: 1e-3, "fp32": 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
 ROUNDED_TOLERANCE = 0.1
 OR_NAMED = ", or ignore= or per_layer= names all of them"
 INTEGER_KINDS = {"int8": tuple(PANEL_BITS), "int16": ("int16",)}  # of packed weights; 8 bits or less count as int8
@@ -175,11 +175,11 @@ def compile(
             may have other batch sizes and lengths if the model's code allows it; heights and widths of images are
             fixed.
         precision: None for that of the model; those in fp16 run in fp32, layers whose inputs are rounded in each call
-            (`quantize_(activations="int8")`) in 8 bits. "fp32" runs a model in bf16 in fp32 too. "bf16" multiplies the matrices of linear
-            layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so; convolutions stay in
-            fp32. "int16" runs linear layers and most convolutions of one group in 16-bit integers, with a scale for
-            each output of a weight and one for the inputs of each output: outputs change by less than in bf16. CPUs
-            with AVX2 run linear layers as fast in it as in int8.
+            (`quantize_(activations="int8")`) in 8 bits. "fp32" runs a model in bf16 in fp32 too. "bf16" multiplies the
+            matrices of linear layers in bfloat16 with fp32 sums, and those of attention where the CPU is faster so;
+            convolutions stay in fp32. "int16" runs linear layers and most convolutions of one group in 16-bit integers,
+            with a scale for each output of a weight and one for the inputs of each output: outputs change by less than
+            in bf16. CPUs with AVX2 run linear layers as fast in it as in int8.
             "int8" runs linear layers and convolutions in 8 bits, with a scale for each output of a weight and one
             for each row or image of inputs, and attention as "bf16" does or, where the CPU is not faster so, in 8 bits;
             grouped convolutions stay in fp32. Outputs change a little.

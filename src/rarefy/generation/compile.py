@@ -69,8 +69,8 @@ def compile(
         example: what the model can be called with: a dict of keywords, a tuple of arguments, or one tensor. A language
             model with an example is compiled as it is called: from ids to logits, without a cache.
         precision: None for that of the model; those in fp16 run in fp32. "fp32" runs one in bf16 in fp32 too. "bf16",
-            "int16" (not for decoders) and "int8" run layers in bfloat16, 16-bit integers and 8 bits; see `rarefy.compiler.compile.compile` and
-            `rarefy.decoder` for what stays in fp32.
+            "int16" (not for decoders) and "int8" run layers in bfloat16, 16-bit integers and 8 bits; see
+            `rarefy.compiler.compile.compile` and `rarefy.decoder` for what stays in fp32.
         ignore: selectors of layers that stay in fp32, whatever the precision.
         per_layer: precisions of single layers, "fp32", "bf16", "int16" or "int8" by selector: {"head": "bf16"}.
         calibrate: batches, each like the example, for static scales of int8 convolutions.

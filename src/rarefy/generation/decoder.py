@@ -54,11 +54,11 @@ def decoder(model: nn.Module, *, precision: str | None = None, cache_precision: 
             keeps them.
         precision: None for that of the model, or that which it was quantized to; models in fp16 run in fp32, layers
             whose inputs are rounded (`quantize_(activations="int8")`) in 8 bits. "fp32" runs a model in bf16 in fp32
-            too. "bf16" keeps weights in bfloat16, so that single tokens read half the bytes; logits stay in fp32. "int8" runs all linear layers in 8 bits, with a
-            scale for each output of a weight and one for each token of inputs. The rounding error of the inputs is
-            rounded to 8 bits as well and added, except in layers whose zeros are skipped; timing decides which.
-            On AVX-512 without AMX, prompts have a scale for each 32 inputs instead, and attention in bf16 unless the
-            cache is in 8 bits.
+            too. "bf16" keeps weights in bfloat16, so that single tokens read half the bytes; logits stay in fp32.
+            "int8" runs all linear layers in 8 bits, with a scale for each output of a weight and one for each token of
+            inputs. The rounding error of the inputs is rounded to 8 bits as well and added, except in layers whose
+            zeros are skipped; timing decides which. On AVX-512 without AMX, prompts have a scale for each 32 inputs
+            instead, and attention in bf16 unless the cache is in 8 bits.
         cache_precision: of the KV cache, where a call does not say: "fp32", or "int8" for a quarter of its memory.
 
     Returns:

@@ -30,7 +30,7 @@ def stream(
         ids: the prompts, int64 [batch, tokens]; or `input_ids`, as tokenizers return them: `**tokenizer(text,
             return_tensors="pt")`.
         attention_mask: [batch, tokens], 0 for padding, which must be on the left, else 1; None without padding.
-        precision: of a model: "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
+        precision: of a model: "fp32", "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
         **options: those of `generate` but for `num_beams` and `logprobs`.
 
     Yields:
@@ -74,7 +74,7 @@ def generate(
         streamer: an object whose put(ids) is called with the prompt and with each new token [batch], and whose end() is
             called at the end, as in transformers.
         details: return a `Generation` with log probabilities and more.
-        precision: of a model: "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
+        precision: of a model: "fp32", "bf16" or "int8", as for `decoder`; an error where `model` is a decoder.
         **options: `attention_mask` as for `stream`, and by the names of transformers max_new_tokens, min_new_tokens,
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_beams, num_return_sequences,
             stop_strings, seed, logprobs and more, see `rarefy.generation.options.Options`. What is left out is

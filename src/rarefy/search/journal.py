@@ -102,7 +102,7 @@ class Journal:
         if differs:
             raise ContainerError(
                 f"{self.file} belongs to another search ({', '.join(differs)} differ): pass another "
-                "resume_dir, or remove this one to start again (shell: another --out, or --fresh)"
+                "resume_dir, or delete this one to start again (shell: give another --out, or --fresh to start again)"
             )
 
     def get(self, key: str, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True) -> Any:

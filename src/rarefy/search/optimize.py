@@ -121,7 +121,8 @@ def optimize(
         seed: of all random choices.
         progress: say what is measured.
         other_engines: measure the dense model in ONNX Runtime and OpenVINO too, where they are installed, in fp32 and 8
-            bits, OpenVINO also in bf16 where the CPU has it. Their points stand in `peers` and in the report. They take half of the time at most.
+            bits, OpenVINO also in bf16 where the CPU has it. Their points stand in `peers` and in the report. They take
+            half of the time at most.
         data_options: a `rarefy.recipe.schema.Data`, which says where recipes of the result find the calibration data.
 
     With torch.distributed, several processes divide the search; each has to be on a machine of its own, of the same
@@ -234,6 +235,7 @@ def _run(search: Search) -> Frontier:
         finished = "interrupted" if INTERRUPTED in confirmed[2] else finished
     except KeyboardInterrupt:
         finished = "interrupted"
+        search.add_earlier_points()
     index, met, more = confirmed or (*task.targets.best(search.points), [])
     notes += [*search.journal.notes, *engines["notes"], *more]
     if search.trouble:
@@ -384,8 +386,10 @@ def _checked(data: Any, what: str) -> list[Any]:
             raise DataError(f"{what}: the inputs of batch {i} hold NaN: expected numbers")
         sizes = [len(t) for t in batch if isinstance(t, torch.Tensor) and t.dim()] if isinstance(batch, tuple) else []
         if len(set(sizes)) > 1:
-            raise DataError(f"{what}: batch {i} has {sizes[0]} samples and {sizes[1]} targets: expected one for each "
-                "sample; give several inputs as a dict")
+            raise DataError(
+                f"{what}: batch {i} has {sizes[0]} samples and {sizes[1]} targets: expected one for each "
+                "sample; give several inputs as a dict"
+            )
     return batches
 
 

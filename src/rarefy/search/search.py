@@ -330,30 +330,26 @@ class Search(Measured):
         """Train the models that are expected to be the best ones after it, one after the other."""
         began = self.journal.get(f"training began, after a search of {self.task.seconds:g} s", self.elapsed)
         self.seconds = (began + recovery.seconds) / (1 - RESERVED)
-        bases: dict[Any, Point] = {}
-        for variant, base in self.bases.items():
-            if base.loss is not None:
-                bases.setdefault(runs_in(variant), base)
+        bases = {runs_in(v): base for v, base in reversed(self.bases.items()) if base.loss is not None}
         remains = REMAINS
         for share in SHARES:
             index = candidate(self.points, bases, self.task.targets, remains)
             if index is None:
-                if share == SHARES[0]:
-                    nothing = "nothing was trained: no model is expected to keep all limits after training"
-                    self.trouble = self.trouble or nothing
-                return
+                return self._untrained(share, "no model that training could improve is expected to be the best")
             point = self.points[index]
             train = self._training_of(point, recovery, share * (began + recovery.seconds - self.elapsed()))
             if train is None:
-                if share == SHARES[0]:
-                    nothing = "nothing was trained: train_minutes is too short to make, train and measure a model"
-                    self.trouble = self.trouble or nothing
-                return
+                return self._untrained(share, "train_minutes is too short to make, train and measure a model")
             stages = with_training(point.recipe["stages"], train)
             trained = self.add(self.point(f"{point.name}, trained", _variant(point), stages, rows=point.layers))
             lost = bases[runs_in(point)].loss
             if trained.loss is not None and point.loss is not None and lost is not None and point.loss > lost:
                 remains = min(max((trained.loss - lost) / (point.loss - lost), 0.1), 0.9)
+
+    def _untrained(self, share: float, why: str) -> None:
+        """Say why the first model was not trained."""
+        if share == SHARES[0]:
+            self.trouble = self.trouble or f"nothing was trained: {why}"
 
     def _training_of(self, point: Point, recovery: Recovery, seconds: float) -> dict[str, Any] | None:
         """Return the stage that trains a point for about so many seconds, with those of making and measuring it; None

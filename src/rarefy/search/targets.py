@@ -150,7 +150,10 @@ def parse_loss(value: float | str | None) -> tuple[float | None, bool]:
     if isinstance(value, str):
         match = LOSS.fullmatch(value.strip())
         if match is None:
-            raise RecipeError(f"max_loss: expected a percentage such as 1%, points such as 0.5, or no limit, got {value!r}")
+            raise RecipeError(
+                f"max_loss: expected a percentage such as 1%, or points such as 0.5, got {value!r}; for no limit pass "
+                "None (shell: give any)"
+            )
         return (float(match[1]) / 100, False) if match[2] == "%" else (float(match[1]), True)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise RecipeError(f"max_loss: expected a fraction such as 0.01, or text such as '1%', got {value!r}")
