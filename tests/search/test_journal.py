@@ -6,7 +6,7 @@ import os
 import pytest
 
 from rarefy.common.atomic_io import remove_resume_state
-from rarefy.common.errors import ContainerError
+from rarefy.common.errors import ContainerError, shell_text
 from rarefy.search.journal import Journal
 
 SETTINGS = {"metric": "accuracy", "batches": (1, 16)}
@@ -53,8 +53,11 @@ def test_a_file_without_a_whole_line_is_begun_anew(tmp_path):
 
 def test_results_of_another_search_are_refused(tmp_path):
     Journal(tmp_path, SETTINGS).close()
-    with pytest.raises(ContainerError, match=r"belongs to another search \(metric differ\): pass another resume_dir"):
+    with pytest.raises(
+        ContainerError, match=r"belongs to another search \(metric differ\): pass another resume_dir"
+    ) as e:
         Journal(tmp_path, {**SETTINGS, "metric": "perplexity"})
+    assert shell_text(str(e.value)).endswith("give another --out, or --fresh to start again")
 
 
 @pytest.mark.parametrize("text", ["[]\n", "{}\nx\n", json.dumps({"settings": {}}) + "\n[1]\n", "\xff\n"])
