@@ -42,6 +42,9 @@ MaxLoss = Annotated[
         "to 1, so a percentage point is 0.01. any: no limit, with another one such as --speedup."
     ),
 ]
+LongestCall = Annotated[
+    float | None, typer.Option(help="Longest call, in milliseconds; of language models a token and a prompt.")
+]
 TrainMinutes = Annotated[
     float,
     typer.Option(min=0, help="Minutes of training after the search: the best models learn from the dense one."),
@@ -88,9 +91,7 @@ def optimize(
     eval_data: EvalData = None,
     max_loss: MaxLoss = "1%",
     speedup: Annotated[float | None, typer.Option(help="Times as fast as the dense model compiled in fp32.")] = None,
-    latency_ms: Annotated[
-        float | None, typer.Option(help="Longest call, in milliseconds; of language models a token and a prompt.")
-    ] = None,
+    latency_ms: LongestCall = None,
     size_mb: Annotated[float | None, typer.Option(help="Largest saved model, in megabytes.")] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Largest weights in memory, in megabytes.")] = None,
     target: Annotated[
