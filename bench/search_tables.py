@@ -92,7 +92,8 @@ def _other_seeds(rows: list[Row], row: Row) -> str:
             times = " and ".join(number(t["median"]) for t in found["milliseconds"].values())
             texts.append(
                 f"- seed {other['seed']}: {model_name(_name_of_best(other))}. "
-                f"Quality {_quality(other, 'found')} (uniform {_quality(other, 'uniform')}), distance {found['distance']:.2g} ({uniform['distance']:.2g}), "
+                f"Quality {_quality(other, 'found')} (uniform {_quality(other, 'uniform')}), "
+                f"distance {found['distance']:.2g} ({uniform['distance']:.2g}), "
                 f"{times} ms, up to {ratio:.2f}x as fast as uniform."
             )
     return "\n\n" + "\n".join(["Other seeds:", "", *texts]) if texts else ""
