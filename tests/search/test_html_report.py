@@ -332,6 +332,8 @@ def changed(path: str, value: object) -> dict:
         (changed("points.5.predicted", {"loss": "low"}), r"points\[5\]\.predicted: expected an object of loss"),
         (changed("dense.seconds", None), r"dense\.seconds: expected a number, got None"),
         (changed("metric", {"name": "R@1"}), "metric: expected an object with name and higher_is_better"),
+        (changed("peers", [{"name": "x"}]), "peers: expected a list of objects with name, quality and milliseconds"),
+        (changed("peers", [{"name": "x", "quality": 1.0, "speedup": [1]}]), "peers: expected a list of objects"),
         (changed("peers", [{"name": 3}]), "peers: expected a list of objects with name, quality and milliseconds"),
         (changed("limits", {"quality": "high"}), "limits: expected an object of quality and milliseconds"),
         (changed("notes", "text"), "notes: expected a list of texts"),

@@ -138,7 +138,7 @@ def optimize(
     machines of the same kind. Exit code 1: no model keeps all limits; the nearest one is saved.
     """
     from rarefy.common.atomic_io import UNFINISHED, check_output_folder, resume_folder
-    from rarefy.search.optimize import optimize, save_result
+    from rarefy.search.optimize import is_not_in_fp32, optimize, save_result, with_cast
     from rarefy.search.targets import objective_of, parse_targets
 
     limits: dict[str, Any] = {"speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb, "memory_mb": memory_mb}
@@ -148,16 +148,16 @@ def optimize(
         source = shared.source(model, checkpoint, random_weights, offline, quiet)
         with shared.threads(threads):
             net, tokenizer = shared.load(source, input_shape, max(batch) if batch else None, tokens)
-            net = shared.in_fp32(net).eval()
+            cast, net = is_not_in_fp32(net), shared.in_fp32(net).eval()
             inputs = _inputs(net, tokenizer, data, evaluate, eval_data, tokens, samples, eval_samples, seed, batch)
             training = _training(net, tokenizer, inputs, data, eval_data, train, train_data, train_samples)
             with nullcontext() if rank else resume_folder(out, fresh) as state:
-                frontier = replace(optimize(
+                frontier = with_cast(cast, replace(optimize(
                     net, inputs["example"], inputs["data"], evaluate, max_loss=_limit(max_loss), target=target,
                     batch=batch or inputs["batch"], minutes=minutes, eval_data=inputs["eval_data"], layers=layers,
                     ignore=ignore, seed=seed, resume_dir=state and state / "stage-search", progress=not quiet,
                     other_engines=other_engines, **training, **limits,
-                ), model=model)  # fmt: skip
+                ), model=model))  # fmt: skip
                 if frontier.best is not None:
                     save_result(frontier, out, overwrite=force, files=shared.files_beside_engine(source))
                 if state is not None and frontier.finished != "done":

@@ -103,7 +103,7 @@ def metric_of(
                 f"evaluate: expected a metric's name, a function of a model or None, got {type(evaluate).__name__}"
             )
         name = getattr(evaluate, "__name__", type(evaluate).__name__)
-        name = "the metric" if name == "<lambda>" else name
+        name = "the metric" if name == "<lambda>" else f"{name}()" if name in BEST_IS_ZERO else name
         return Metric(name, higher_is_better, _Checked(evaluate, name, dense))
     if data is None:
         raise DataError("evaluate: this metric needs batches of data, got none: pass data, or a function of a model")

@@ -53,6 +53,10 @@ class Callee:
     run: Callable[[Feed], Outputs]
     spec: Any
 
+    def eval(self) -> Callee:
+        """Return the engine: it is always in evaluation mode."""
+        return self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.run(feed_of(self.dense, kwargs or args))
         return pytree.tree_unflatten([torch.from_numpy(np.array(y)) for y in outputs], self.spec)

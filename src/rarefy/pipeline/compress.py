@@ -34,7 +34,7 @@ from rarefy.pipeline.stages import run_stage
 from rarefy.pipeline.train_stage import check_stage
 from rarefy.prune.prune import check_weights
 from rarefy.recipe.parser import load
-from rarefy.recipe.schema import FactorizeStage, PermuteOptions, Recipe, TrainStage
+from rarefy.recipe.schema import CastOptions, FactorizeStage, PermuteOptions, Recipe, TrainStage
 
 
 @renamed_parameters(work="resume_dir")
@@ -180,14 +180,17 @@ def run_stages(
     for stage in recipe.stages:
         keep_dense |= isinstance(stage, FactorizeStage) and stage.beside
         keep_dense |= isinstance(stage, TrainStage) and stage.distill is not None
-    # later comparisons need the dense model with its units in the permuted order
-    first = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, PermuteOptions)), 0)
+    # a model is cast first of all as if it had been loaded so; later comparisons need it in the permuted order
+    casts = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, CastOptions)), 0)
+    others = (i for i, s in enumerate(recipe.stages) if i >= casts and not isinstance(s, PermuteOptions))
+    first = next(others, casts)
     dense, reports = None, list[Report]()
     for index, stage in enumerate(recipe.stages):
         if index == first and keep_dense:
             dense = copy.deepcopy(model)
         folder = None if resume_dir is None else resume_dir / f"stage-{index + 1}"
-        reports += run_stage(model, stage, replace(context, seed=recipe.seed + index, before=dense, resume_dir=folder))
+        seed = recipe.seed + max(index - casts, 0)
+        reports += run_stage(model, stage, replace(context, seed=seed, before=dense, resume_dir=folder))
     return reports, dense
 
 

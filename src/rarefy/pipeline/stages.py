@@ -17,6 +17,7 @@ from rarefy.lowrank.svd import run_factorize
 from rarefy.model import hf
 from rarefy.model.image_config import image_config_of
 from rarefy.model.layers import select_layers
+from rarefy.model.signature import get_signature
 from rarefy.model.sparsity_pattern import check_sparsity, parse_pattern
 from rarefy.pipeline.cast import run_cast
 from rarefy.pipeline.run_data import RunContext, RunData, cut_needs, needs_calibration
@@ -133,7 +134,7 @@ def one_example(model: nn.Module, data: RunData, caller: str) -> Any:
             batch = next(iter(batches(0) if callable(batches) else batches), None)  # type: ignore[call-overload]
             if batch is not None:
                 return resize_batch(batch, 2)
-    if hf.is_model(model) or image_config_of(model) is not None:
+    if hf.is_model(model) or image_config_of(model) is not None or get_signature(model) is not None:
         return example_of(model, 32, 2)
     raise DataError(
         f"{caller} runs the model once: give calibrate or evaluate data, or call it from Python with an example"

@@ -31,8 +31,9 @@ def climb(
     loss: Loss,
     prefetch: Callable[[Sequence[Amounts]], None] = lambda allocations: None,
     count: int = 1,
-) -> list[Part]:
-    """Return the parts with losses whose best allocation at a saving has the least joint loss.
+) -> list[Part] | None:
+    """Return the parts with losses whose best allocation at a saving has the least joint loss; None where none of the
+    starts has one.
 
     Args:
         parts: all parts, with their measured losses.
@@ -68,7 +69,7 @@ def climb(
     best = min(starts, key=joint)
     lowest = joint(best)
     if lowest == float("inf"):
-        return list(best)
+        return None
     for sets, factor in product(sets_of_parts(parts), FACTORS):
         improved = True
         while improved:

@@ -223,6 +223,13 @@ class Variant:
 PLAIN = Variant("fp32", None)
 
 
+def variant_of(point: Point) -> Variant:
+    """Return the precisions that a point was measured in."""
+    name, cache = point.precision or "fp32", point.cache_precision
+    own = tuple(point.per_layer.items())
+    return Variant(name, point.precision, ignore=point.ignore, cache_precision=cache, per_layer=own)
+
+
 def runs_in(runs: Variant | Point) -> tuple[str | None, tuple[str, ...], PerLayer, str]:
     """Return the precision that a model runs in, the layers that do not, and the precision of its KV cache."""
     return runs.precision, runs.ignore, tuple(sorted(dict(runs.per_layer).items())), runs.cache_precision

@@ -98,8 +98,10 @@ def _is_peer(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("name"), str)
-        and _optional(_is_number)(value.get("quality"))
+        and "quality" in value
+        and _optional(_is_number)(value["quality"])
         and _each(_is_time)(value.get("milliseconds", {}))
+        and _each(_is_number)(value.get("speedup", {}))
     )
 
 

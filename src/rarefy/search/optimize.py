@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from rarefy.checkpoint.save import save
-from rarefy.common.atomic_io import check_output_folder, parse_path
+from rarefy.common.atomic_io import atomic_folder, check_output_folder, parse_path
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, RarefyError, RecipeError
 from rarefy.common.progress import say
@@ -32,7 +33,7 @@ from rarefy.runtime import bindings
 from rarefy.search.confirmation import INTERRUPTED, confirm, count_evaluated, hold_back, too_few_samples
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
-from rarefy.search.other_engines import measured_engines
+from rarefy.search.other_engines import MISSING, NO_TIME, measured_engines
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
 from rarefy.search.several_processes import ProcessError, open_journal
@@ -42,6 +43,7 @@ from rarefy.search.task import Task
 HELD_OUT = 4  # of so many batches or samples the last is for evaluation where no other data are given
 OTHER_ENGINES = 0.5  # of the time at most, for other engines
 FRONTIER, RECIPE = "frontier.json", "recipe.yaml"
+CAST = {"cast": {"dtype": "fp32"}}
 
 
 def optimize(
@@ -165,7 +167,7 @@ def optimize(
     _check_runs(inner, example, "example")
     calibration, held_out = _split(data, eval_data, evaluate, example)
     if data_options is not None:  # a recipe reads the samples that were calibrated on
-        data_options = data_options.model_copy(update={"samples": sum(map(count_samples, calibration))})
+        data_options = data_options.model_copy(update={"samples": sum(map(count_samples, calibration)) or None})
     if calibration:
         _check_runs(inner, calibration[0], "data: the model does not run on its first batch")
     recovery = _recovery(inner, train_minutes, train_data, calibration)
@@ -228,20 +230,23 @@ def _run(search: Search) -> Frontier:
     engines: dict[str, Any] = {"rows": [], "notes": []}
     try:
         if task.other_engines:
-            engines = search.journal.get("other engines", partial(_other_engines, search))
+            engines = search.journal.get("other engines", partial(_other_engines, search), _is_complete)
         finished = search.run()
         search.add_earlier_points()
         confirmed = confirm(search, search.run_again)
         finished = "interrupted" if INTERRUPTED in confirmed[2] else finished
     except KeyboardInterrupt:
         finished = "interrupted"
+        if search.best_models is not None and search.best_models[0] >= len(search.points):
+            search.best_models = None  # its point was not added any more
         search.add_earlier_points()
     index, met, more = confirmed or (*task.targets.best(search.points), [])
     notes += [*search.journal.notes, *engines["notes"], *more]
     if search.trouble:
         notes.append(search.trouble)
     if dense.disk_bytes == 0:
-        notes.append("models like this one run, but cannot be saved: sizes of files are unknown")
+        unknown = "sizes of files are unknown, and a folder gets the recipe without a model"
+        notes.append(f"models like this one run, but cannot be saved: {unknown}")
     if search.journal.trouble:
         notes.append(search.journal.trouble)
     best = None
@@ -289,6 +294,11 @@ def _other_engines(search: Search) -> dict[str, Any]:
 
     ours = search.dense_fast
     return measured_engines(task.dense, task.example, task.data, task.metric, search.names, ours, has_time)
+
+
+def _is_complete(engines: Mapping[str, Any]) -> bool:
+    """Return whether neither time nor packages were missing, which another call may have."""
+    return not any(NO_TIME in note or MISSING in note for note in engines["notes"])
 
 
 def _constant(points: Sequence[Point]) -> bool:
@@ -417,6 +427,26 @@ def _recovery(model: nn.Module, minutes: float, data: Any, calibration: list[Any
     return Recovery(60 * float(minutes), batches)
 
 
+def is_not_in_fp32(model: nn.Module) -> bool:
+    """Return whether a model has parameters in another floating-point type than fp32."""
+    return any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+
+
+def with_cast(needed: bool, frontier: Frontier) -> Frontier:
+    """Return a frontier whose recipes first cast the model to fp32, as it was searched, if that is needed."""
+
+    def cast(point: Point) -> Point:
+        stages = point.recipe["stages"]
+        if stages[:1] == [CAST]:
+            return point
+        return replace(point, recipe={**point.recipe, "stages": [CAST, *stages]})
+
+    if not needed:
+        return frontier
+    best = None if frontier.best is None else replace(frontier.best, point=cast(frontier.best.point))
+    return replace(frontier, dense=cast(frontier.dense), points=tuple(map(cast, frontier.points)), best=best)
+
+
 def save_result(
     frontier: Frontier, folder: str | os.PathLike[str], *, overwrite: bool = False, files: Any = None
 ) -> int:
@@ -440,4 +470,14 @@ def save_result(
         raise ModelError("no model could be made: there is nothing to save")
     recipe = write_yaml(dict(frontier.best.point.recipe)).encode()
     more = {FRONTIER: (frontier.to_json() + "\n").encode(), RECIPE: recipe, **(files or {})}
+    if not frontier.best.point.disk_bytes:
+        return _save_files(more, folder, overwrite)
     return save(frontier.best.model, Path(folder), files=more, overwrite=overwrite)
+
+
+def _save_files(files: Mapping[str, bytes], folder: str | os.PathLike[str], overwrite: bool) -> int:
+    """Write the files of a result whose model runs, but cannot be saved; return the bytes of its model: none."""
+    with atomic_folder(folder, overwrite=overwrite) as partial_folder:
+        for name, content in files.items():
+            (partial_folder / name).write_bytes(content)
+    return 0

@@ -31,6 +31,7 @@ from rarefy.search.deploy import SECONDS, times_in_turns
 
 SAMPLES = 128  # at most, for calibration
 NO_TIME = "their part of the time is over"
+MISSING = "other engines need packages that are not installed"
 
 
 def measured_engines(
@@ -60,7 +61,7 @@ def measured_engines(
     if hf.is_causal_lm(dense):
         return {"rows": [], "notes": ["other engines are not measured on language models"]}
     missing = [p for p in ("onnxscript", "onnxruntime", "openvino", "nncf") if not find_spec(p)]
-    notes = [f"other engines need packages that are not installed: {', '.join(missing)}"] if missing else []
+    notes = [f"{MISSING}: {', '.join(missing)}"] if missing else []
     example, rows, started, longest = without_targets(example), dict[str, Any](), dict[str, Started](), 0.0
     with TemporaryDirectory() as place:
         try:

@@ -24,6 +24,7 @@ from rarefy.search import space
 from rarefy.search.deploy import Deployed, Variant, deploy, outputs_of, times_of
 from rarefy.search.joint_loss import solver_gain
 from rarefy.search.journal import Journal
+from rarefy.search.points import short_hash
 from rarefy.search.solve import in_spread_order, line, mean_savings
 from rarefy.search.space import (
     BIT_LEVELS,
@@ -295,8 +296,9 @@ class PartMeasurer:
             savings = {n: tuple(share * saved[level][n] for level in BIT_LEVELS) for n in self.names}
             return Part(method, layer.full_name, layer.weight.numel(), BIT_LEVELS, predicted, savings)
         low, high = PROBE_LEVELS
-        power = math.log(max(losses[high], 1e-30) / max(losses[low], 1e-30)) / math.log(high / low)
-        predicted = tuple(losses[low] * (a / low) ** max(power, 1.0) for a in LEVELS)
+        lowest = max(losses[low], 1e-30)  # 0 where there are as many zeros already
+        power = math.log(max(losses[high], 1e-30) / lowest) / math.log(high / low)
+        predicted = tuple(lowest * (a / low) ** max(power, 1.0) for a in LEVELS)
         savings = {
             n: tuple(share * line([(v, saved[v][n]) for v in TIMED_LEVELS], a) for a in LEVELS) for n in saved[low]
         }
@@ -364,6 +366,8 @@ class PartMeasurer:
         """Return the part of a call's time that a smaller model saves: 0 for one that cannot be made, nothing where
         there is no time to measure it."""
         key = " ".join(map(str, ("time of", method, *([] if level is None else [level]), self.variant.name)))
+        own = (*self.variant.ignore, *self.variant.per_layer)
+        key += f" ({short_hash(repr(own))})" if own else ""
         if not self._fits(key, f"time of {method}", "time of", "point"):
             return {}
         saved = self.journal.get(key, partial(_unless_refused, lambda: self._saved_by(smaller())))

@@ -64,6 +64,9 @@ class Observed:
     base: Point
 
 
+POINTS = ("point ", "trained ")  # how keys of points begin: of the search, and of training after it
+
+
 class Measured:
     """The points of a search: what was measured so far, and the best model of them."""
 
@@ -101,7 +104,7 @@ class Measured:
     def left(self) -> float:
         """Return the seconds that are left for measurements."""
         index, _ = self.task.targets.best(self.points)
-        in_memory = self.best_models is not None and self.best_models[0] == index
+        in_memory = self.journal.processes == 1 and self.best_models is not None and self.best_models[0] == index
         make_again = 0.0 if index is None or in_memory else self.points[index].seconds
         if index is not None and self.journal.processes > 1 and trains(self.points[index].recipe):
             make_again = 0.0  # the first process has it
@@ -174,12 +177,13 @@ class Measured:
         """Return a point, from the journal or measured. `methods` are those of its parts, `sums` what is predicted of
         these: the journal keeps them for a search that goes on another way."""
         recipe = self._recipe(name, variant, stages)
-        kind = f"point {'+'.join(map(_work_of, stages))} {variant.precision}:"
+        kind = f"{POINTS[trains(recipe)]}{'+'.join(map(_work_of, stages))} {variant.precision}:"
         key = f"{kind} {digest_of(recipe, variant)}"
-        self._need_time(key, kind, methods)
+        if not trains(recipe):  # training is planned to fit
+            self._need_time(key, kind, methods)
         measured = self.journal.get(
             key,
-            lambda: {**self._measured(name, recipe, variant), "predicted": sums or {}},
+            lambda: {**self._measured(name, recipe, variant), "predicted": sums or {}, "layers": [*map(dict, rows)]},
             keep=lambda values: not values["error"],
         )
         more = {"predicted": predicted or {}, "layers": tuple(rows), "calibrated": self._is_calibrated(variant)}
@@ -271,9 +275,10 @@ class Measured:
     def add_earlier_points(self) -> None:
         """Add what a search with less time has measured, and this one has not reached again."""
         for key, value in self.journal.values.items():
-            if key.startswith("point ") and not value["error"]:
-                tuples = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"])}
-                point, choice = self.add(Point(**{**value, **tuples, "predicted": {}})), value["predicted"]
+            if key.startswith(POINTS) and not value["error"]:
+                more = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"]), "predicted": {}}
+                more["calibrated"] = has_static_scales(self.task.dense, value["precision"], self.task.data)
+                point, choice = self.add(Point(**{**value, **more})), value["predicted"]
                 bases = [base for variant, base in self.bases.items() if runs_in(variant) == runs_in(point)]
                 if choice and bases and not any(same_model(o.point, point) for o in self.observed):
                     self.observed.append(Observed({}, choice["loss"], choice["savings"], point, bases[0]))

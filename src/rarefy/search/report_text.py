@@ -52,7 +52,11 @@ def loss_unit(frontier: Any) -> str:
 
 
 def loss_is_relative(frontier: Any) -> bool:
-    """Return whether losses are fractions of the dense quality, which the points show; else they are differences."""
+    """Return whether losses are fractions of the dense quality, as the limit says or the points show; else they are
+    differences."""
+    limit = str(frontier.targets.get("max_loss", "")).split()
+    if limit and limit[-1] in ("%", "point", "points"):
+        return limit[-1] == "%"
     dense = frontier.dense.quality
     if not dense:
         return False

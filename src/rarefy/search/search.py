@@ -22,7 +22,7 @@ from rarefy.model import hf
 from rarefy.model.layers import ignored_modules
 from rarefy.search import solve
 from rarefy.search.allocation import calibrated, climb
-from rarefy.search.deploy import PLAIN, Variant, deploy, runs_in, variants_of
+from rarefy.search.deploy import PLAIN, Variant, deploy, runs_in, variant_of, variants_of
 from rarefy.search.describe import describe, rows_of
 from rarefy.search.eight_bits import eight_bit_parts, layers_in, layers_in_8_bits, more_exact, savings_of_layers
 from rarefy.search.frontier import Point
@@ -74,6 +74,7 @@ class Search(Measured):
                 pass
             except RarefyError as error:
                 self.trouble = f"training ended early: {error}"
+            self.seconds = max(self.seconds, self.task.seconds + self.task.recovery.seconds)
         return ended
 
     def run_again(self, factor: float) -> None:
@@ -258,7 +259,8 @@ class Search(Measured):
             say([f"{self.elapsed() / 60:5.1f} min  allocations that save as much, by what they lose together"])
         self.measures_joint = True
         lines = [self._calibrated(parts, line, saving, until) for line in lines]
-        return [climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())]
+        climbed = climb(parts, lines, saving, *self._joint_losses(parts, until), self._side_by_side())
+        return lines[1:] if climbed is None else [climbed]
 
     def _predicted_saving(self, point: Point) -> float | None:
         """Return the saving that was predicted of a measured choice, as lines have it; None for another point."""
@@ -274,7 +276,7 @@ class Search(Measured):
     def _deadline(self, what: str, parts: int) -> float:
         """Return until when a step may take one of so many parts of the time that is left now, in seconds since the
         start. It is the same after a kill."""
-        key = f"until when: {what}, of {self.task.seconds:g} s"
+        key = f"until when: {what}, of {self.task.seconds:g} s, limit {self.task.targets.max_loss}"
         return self.journal.get(key, lambda: self.elapsed() + self.left() / parts)
 
     def _joint_losses(
@@ -304,7 +306,7 @@ class Search(Measured):
         return self.journal.get(key, measured)
 
     def _joint(self, parts: Sequence[Part]) -> JointLoss:
-        if self.joint is None:
+        if self.joint is None or not {p.key for p in parts} <= {p.key for p in self.joint.parts}:
             task, gain = self.task, self.journal.values.get(GAIN) or 1.0
             self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data, gain)
         return self.joint
@@ -341,7 +343,7 @@ class Search(Measured):
             if train is None:
                 return self._untrained(share, "train_minutes is too short to make, train and measure a model")
             stages = with_training(point.recipe["stages"], train)
-            trained = self.add(self.point(f"{point.name}, trained", _variant(point), stages, rows=point.layers))
+            trained = self.add(self.point(f"{point.name}, trained", variant_of(point), stages, rows=point.layers))
             lost = bases[runs_in(point)].loss
             if trained.loss is not None and point.loss is not None and lost is not None and point.loss > lost:
                 remains = min(max((trained.loss - lost) / (point.loss - lost), 0.1), 0.9)
@@ -490,9 +492,3 @@ class Search(Measured):
             loss, losses = joint, [(self._joint_loss(parts, o.amounts), l) for o, (_, l) in zip(self.observed, losses)]  # type: ignore[misc]
         known = [(predicted, lost) for predicted, lost in losses if predicted is not None]
         return {"milliseconds": milliseconds, "loss": base.loss + correction(known, loss) * loss}  # type: ignore[operator]
-
-
-def _variant(point: Point) -> Variant:
-    name, cache = point.precision or "fp32", point.cache_precision
-    own = tuple(point.per_layer.items())
-    return Variant(name, point.precision, ignore=point.ignore, cache_precision=cache, per_layer=own)

@@ -64,7 +64,21 @@ def function_key(function: Any) -> Any:
     named = function if hasattr(function, "__qualname__") else type(function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     defaults = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
-    return [f"{named.__module__}.{named.__qualname__}", digest([_parts(code), repr(defaults)])]
+    return [f"{named.__module__}.{named.__qualname__}", digest([_parts(code), _plain(defaults)])]
+
+
+def _plain(value: Any) -> Any:
+    """Return default arguments as data that are the same in the next process: of other objects the type or name."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return [[_plain(k), _plain(v)] for k, v in value.items()]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _parts(code: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rarefy.calibration.statistics import LayerStats
-from rarefy.common.errors import RarefyError
+from rarefy.common.errors import ModelError, RarefyError
 from rarefy.dependency.graph import Graph, Group, trace
 from rarefy.dependency.symbolic_dims import Axis
 from rarefy.lowrank.svd import FactorizeOptions, run_factorize, truncated
@@ -120,12 +120,16 @@ def cuttable_groups(
     """Return the groups of a kind that can lose units.
 
     Units that a norm averages over, of which the group has a note, are left out: the width of a transformer. Each unit
-    that goes changes what the norm makes of all others, in every block, and only training wins that back.
+    that goes changes what the norm makes of all others, in every block, and only training wins that back. So are those
+    that an ignored layer reads: it would lose inputs.
     """
     try:
         groups = select_groups(model, graph, (method,), layers, ignore)
     except RarefyError:
         return ()
+    if ignore:
+        ignored = {id(m) for l in select_layers(model, ignore) for _, m, _ in l.owners}
+        groups = [g for g in groups if not any(id(m) in ignored for n in g.members for m, _ in graph.owners[n.name])]
     return tuple(g for g in groups if group_amounts(g.size, method) and not g.notes)
 
 
@@ -318,12 +322,15 @@ def quantize_(model: nn.Module, layers: Sequence[str], level: float, data: Seque
 
 
 def chosen_layers(model: nn.Module, method: str, layers: Selector, ignore: Selector) -> list[Layer]:
-    """Return the layers whose weights a method may change."""
+    """Return the layers whose weights a method may change; none where all of them stay."""
+    try:
+        every = select_layers(model, "*" if method == HEAD_BITS and layers is None else layers, ignore)
+    except ModelError:
+        return []
     if method == HEAD_BITS:
-        every = select_layers(model, "*" if layers is None else layers, ignore)
         return [l for l in every if l.is_output_head and any(isinstance(m, nn.Linear) for _, m, _ in l.owners)]
     kinds = (nn.Linear,) if method in (BITS, RANK) else (nn.Linear, nn.Conv2d)
-    chosen = [l for l in select_layers(model, layers, ignore) if isinstance(l.module, kinds) and len(l.owners) == 1]
+    chosen = [l for l in every if isinstance(l.module, kinds) and len(l.owners) == 1]
     return [l for l in chosen if method != BITS or not l.is_output_head]
 
 
