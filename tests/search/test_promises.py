@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ DATA = [*X.split(32)]
 
 def chain(widths=(32, 64, 64, 64, 4)):
     torch.manual_seed(1)
-    layers = [m for pair in zip(widths, widths[1:]) for m in (nn.Linear(*pair), nn.ReLU())]
+    layers = [m for pair in pairwise(widths) for m in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).eval()
 
 
