@@ -285,7 +285,7 @@ class PartMeasurer:
         if not (self.data and tried and self._fits(GAIN, GAIN, "point")):
             return 1.0
         measured = partial(solver_gain, self.dense, tried, BIT_LEVELS[-1], self.data)
-        return self.journal.get(GAIN, partial(_unless_refused, measured)) or 1.0
+        return self.journal.get(GAIN, partial(unless_refused, measured)) or 1.0
 
     def _weight_part(
         self, layer: Layer, method: str, losses: Mapping[float, float], saved: Mapping[float, Any], share: float
@@ -370,7 +370,7 @@ class PartMeasurer:
         key += f" ({short_hash(repr(own))})" if own else ""
         if not self._fits(key, f"time of {method}", "time of", "point"):
             return {}
-        saved = self.journal.get(key, partial(_unless_refused, lambda: self._saved_by(smaller())))
+        saved = self.journal.get(key, partial(unless_refused, lambda: self._saved_by(smaller())))
         return saved or dict.fromkeys(self.names, 0.0)
 
     def _stats(self, layers: Sequence[Layer], method: str, score: str) -> dict[str, LayerStats]:
@@ -428,7 +428,7 @@ def measured_losses(
     def measure(name: str) -> None:
         key = f"loss of {what} {name}"
         if key in journal.values or fits(f"loss of {what}"):
-            losses[name] = journal.get(key, partial(_unless_refused, measures[name]))
+            losses[name] = journal.get(key, partial(unless_refused, measures[name]))
 
     names = in_spread_order([*measures])
     journal.prefetch(partial(measure, name) for name in names)
@@ -468,7 +468,7 @@ def small_example(dense: nn.Module, example: Any) -> Any:
     return small
 
 
-def _unless_refused(measure: Callable[[], Any]) -> Any:
+def unless_refused(measure: Callable[[], Any]) -> Any:
     """Return what a measurement gives; None where the model cannot be made, or gives no numbers."""
     try:
         return measure()

@@ -28,7 +28,7 @@ from rarefy.search.eight_bits import eight_bit_parts, layers_in, layers_in_8_bit
 from rarefy.search.frontier import Point
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.line_search import NEAR, at_speed_of, correction, first_choice, next_choice, predicted_sums
-from rarefy.search.parts import GAIN, PartMeasurer, few_batches
+from rarefy.search.parts import GAIN, PartMeasurer, few_batches, unless_refused
 from rarefy.search.points import (
     MAX_POINTS,
     RESERVED,
@@ -173,7 +173,9 @@ class Search(Measured):
                 "savings": savings_of_layers(before, in_8_bits, task.example, whole),
             }
 
-        known = self.journal.get(key, measured)
+        known = self.journal.get(key, partial(unless_refused, measured))
+        if known is None:
+            return [], []
         parts = eight_bit_parts(
             task.dense, known["layers"], few, known["savings"], self.journal,
             lambda kind: self.fits(kind, "loss of", until=until), task.progress,
