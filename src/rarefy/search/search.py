@@ -146,8 +146,10 @@ class Search(Measured):
 
         def measure(choice: Choice) -> Point:
             mixed = variant.with_layers([p.name for p in parts if p.key not in choice.amounts], exact, in_16_bits)
-            point = self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed))
-            self.bases[mixed] = self.add(replace(point, layers=rows_of(choice, parts, mixed, base)))
+            rows = rows_of(choice, parts, mixed, base)
+            self.bases[mixed] = self.add(
+                self.point(f"dense, {mixed.name}", mixed, self.stages({}, (), mixed), rows=rows)
+            )
             return self.bases[mixed]
 
         if len(choices) > 2:
