@@ -189,7 +189,7 @@ def search_of(targets, **points):
     dense = search.measure_dense()
     made = {n: (loss, speed, size) for n, (loss, speed, size) in points.items()}
 
-    def point(name, variant, stages):
+    def point(name, variant, stages, **more):
         loss, speed, size = made.get(variant.name, (0.5, 0.1, 99))
         recipe = {"stages": [variant.name], "seed": 0}
         return dataclasses.replace(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 import rarefy
+from rarefy.common.errors import ContainerError
 from rarefy.onnx.engines import Callee
 from rarefy.recipe.schema import Data
 from rarefy.search.frontier import frontier_from_dict
 from rarefy.search.optimize import is_not_in_fp32, optimize, save_result, with_cast
-from rarefy.search.parts import LEVELS, PROBE_LEVELS, PartMeasurer
+from rarefy.search.parts import LEVELS, PROBE_LEVELS, TIMED_LEVELS, PartMeasurer
 from rarefy.search.report_text import loss_unit
 from rarefy.search.search import Search
 from rarefy.search.search_key import function_key
@@ -59,6 +61,7 @@ def test_the_recipe_of_a_model_in_bf16_gives_the_weights_that_were_found(cuts_sa
     assert is_not_in_fp32(stored) and not is_not_in_fp32(searched)
     frontier = optimize(searched, X[:4], DATA, "similarity", max_loss="60%", target="size", minutes=0.3)
     assert with_cast(False, frontier) is frontier
+    assert any("cut" in stage for stage in frontier.best.point.recipe["stages"])
     cast = with_cast(True, frontier)
     assert cast.best.point.recipe["stages"][1:] == frontier.best.point.recipe["stages"]
     assert all(p.recipe["stages"][0] == {"cast": {"dtype": "fp32"}} for p in (*cast.points, cast.dense))
@@ -90,11 +93,17 @@ def test_a_model_that_cannot_be_saved_leaves_its_recipe_and_all_points(tmp_path)
     assert not any("no layer is selected" in note for note in frontier.notes)
     assert save_result(frontier, tmp_path / "out") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frontier.json", "recipe.yaml"]
+    with pytest.raises(ContainerError, match="exists and is a Rarefy folder; pass overwrite=True"):
+        save_result(frontier, tmp_path / "out")
+    assert save_result(frontier, tmp_path / "out", overwrite=True) == 0
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(ContainerError, match="not only Rarefy's"):
+        save_result(frontier, tmp_path / "out", overwrite=True)
 
 
 def test_zeros_that_are_there_cost_nothing_and_more_cost_what_was_measured():
     low, high = PROBE_LEVELS
-    saved = {level: {"1": level / 2} for level in (0.5, 0.9)}
+    saved = {level: {"1": level / 2} for level in TIMED_LEVELS}
     measurer = SimpleNamespace(names=("1",))
     layer = SimpleNamespace(full_name="a", weight=torch.zeros(4, 4))
     part = PartMeasurer._weight_part(measurer, layer, PATTERNS[0], {low: 0.0, high: 0.3}, saved, 1.0)
@@ -130,7 +139,7 @@ def test_layers_of_points_are_stored():
     variant = next(iter(search.bases))
     point = search.point("narrower", variant, stages, rows=rows)
     stored = [v for k, v in search.journal.values.items() if k.startswith("point ") and v["name"] == "narrower"]
-    assert point.layers == tuple(rows) and stored[0]["layers"] == rows
+    assert not point.error and point.layers == tuple(rows) and stored[0]["layers"] == rows
 
 
 def test_training_that_was_planned_is_not_refused_by_what_training_took():
@@ -163,6 +172,8 @@ def test_objects_as_default_arguments_of_a_function_do_not_change_it():
     assert function_key(make(1)) != function_key(make(2)) and function_key(make([1])) != function_key(make([2]))
     assert function_key(make(torch.ones(2))) != function_key(make(torch.zeros(2)))
     assert function_key(make({"a": 1})) != function_key(make({"a": 2}))
+    assert function_key(make(Path("a"))) != function_key(make(Path("b")))
+    assert function_key(make(object())) == function_key(make(object()))
 
 
 def test_data_for_training_alone_leave_the_samples_of_the_recipe_open():

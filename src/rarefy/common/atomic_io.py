@@ -92,11 +92,14 @@ def _refuse_number(text: str) -> float:
     raise ValueError(f"{text} is not a number of JSON, or too large")
 
 
+WITHOUT_MODEL = {"frontier.json", "recipe.yaml"}  # of a search whose models cannot be saved
+
+
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
     """Raise ContainerError if an output folder cannot be created or replaced.
 
-    With `overwrite`, an existing folder may be replaced if it is empty, or if it contains the file `marker` and no
-    subfolders but those of modules of sentence-transformers.
+    With `overwrite`, an existing folder may be replaced if it is empty, if it contains the file `marker` and no
+    subfolders but those of modules of sentence-transformers, or is the result of a search without its model.
     """
     target = Path(os.path.realpath(path))
     if not target.exists():
@@ -106,7 +109,8 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     entries = sorted(target.iterdir())
     modules = _module_folders(target)
     foreign = [entry for entry in entries if entry.is_dir() and not _is_module_folder(entry, modules)]
-    ours = not entries or ((target / marker).is_file() and not foreign)
+    marked = (target / marker).is_file() or {entry.name for entry in entries} == WITHOUT_MODEL
+    ours = not entries or (marked and not foreign)
     if not overwrite or not ours:
         what = "a Rarefy folder" if entries else "an empty folder"
         what = what if ours else f"not only Rarefy's (it contains {(foreign or entries)[0].name})"

@@ -30,11 +30,11 @@ from rarefy.pipeline.measurements import EAGER, callable_batches, engine_name, l
 from rarefy.pipeline.run_data import RunContext, RunData, needs_calibration
 from rarefy.pipeline.runtimes import check_runtimes, measured_runtimes
 from rarefy.pipeline.speed import accelerated_copy, measure_speed
-from rarefy.pipeline.stages import run_stage
+from rarefy.pipeline.stages import first_casts, run_stage
 from rarefy.pipeline.train_stage import check_stage
 from rarefy.prune.prune import check_weights
 from rarefy.recipe.parser import load
-from rarefy.recipe.schema import CastOptions, FactorizeStage, PermuteOptions, Recipe, TrainStage
+from rarefy.recipe.schema import FactorizeStage, PermuteOptions, Recipe, TrainStage
 
 
 @renamed_parameters(work="resume_dir")
@@ -180,8 +180,8 @@ def run_stages(
     for stage in recipe.stages:
         keep_dense |= isinstance(stage, FactorizeStage) and stage.beside
         keep_dense |= isinstance(stage, TrainStage) and stage.distill is not None
-    # a model is cast first of all as if it had been loaded so; later comparisons need it in the permuted order
-    casts = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, CastOptions)), 0)
+    # a model that is cast to fp32 first is as if loaded so; later comparisons need it in the permuted order
+    casts = first_casts(recipe)
     others = (i for i, s in enumerate(recipe.stages) if i >= casts and not isinstance(s, PermuteOptions))
     first = next(others, casts)
     dense, reports = None, list[Report]()

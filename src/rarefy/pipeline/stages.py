@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,12 @@ def one_example(model: nn.Module, data: RunData, caller: str) -> Any:
     )
 
 
+def first_casts(recipe: Recipe) -> int:
+    """Return how many stages at the beginning cast a model to fp32; those after them are counted as without them."""
+    casts = (isinstance(s, CastOptions) and s.dtype == "fp32" for s in recipe.stages)
+    return sum(1 for _ in takewhile(bool, casts))
+
+
 def rehearse_cuts_(
     model: nn.Module, recipe: Recipe, *, tokenizer: Any = None, base: Path | None = None
 ) -> list[Report]:
@@ -155,7 +162,9 @@ def rehearse_cuts_(
         if needs_calibration(stage):
             data.batches("calibrate")  # a wrong path is found here
         options = stage.model_copy(update={"score": free if reads else stage.score, "repair": True})
-        report = run_cut(model, one_example(model, data, "a cut"), options, seed=recipe.seed + index)
+        report = run_cut(
+            model, one_example(model, data, "a cut"), options, seed=recipe.seed + index - first_casts(recipe)
+        )
         notes = (f"by {free}, {stage.score} needs data: other units may go",) if reads else ()
         reports.append(replace(report, title="cut, rehearsed", notes=(*notes, *report.notes)))
     return reports

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rarefy.checkpoint.save import save
-from rarefy.common.atomic_io import atomic_folder, check_output_folder, parse_path
+from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, parse_path
 from rarefy.common.checks import check_int
 from rarefy.common.errors import DataError, ModelError, RarefyError, RecipeError
 from rarefy.common.progress import say
@@ -33,7 +33,7 @@ from rarefy.runtime import bindings
 from rarefy.search.confirmation import INTERRUPTED, confirm, count_evaluated, hold_back, too_few_samples
 from rarefy.search.deploy import engine_in
 from rarefy.search.frontier import Best, Frontier, Point
-from rarefy.search.other_engines import MISSING, NO_TIME, measured_engines
+from rarefy.search.other_engines import measured_engines, missing_packages
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
 from rarefy.search.several_processes import ProcessError, open_journal
@@ -230,7 +230,7 @@ def _run(search: Search) -> Frontier:
     engines: dict[str, Any] = {"rows": [], "notes": []}
     try:
         if task.other_engines:
-            engines = search.journal.get("other engines", partial(_other_engines, search), _is_complete)
+            engines = _other_engines(search)
         finished = search.run()
         search.add_earlier_points()
         confirmed = confirm(search, search.run_again)
@@ -284,7 +284,14 @@ def _without_kernels(progress: bool) -> list[str]:
 
 
 def _other_engines(search: Search) -> dict[str, Any]:
-    """Return what the dense model is and takes in other engines."""
+    """Return what the dense model is and takes in other engines. More time or more packages may give more of them."""
+    journal, without = search.journal, "".join(f", without {name}" for name in missing_packages())
+    journal.get(f"other engines, of {search.task.seconds:g} s{without}", partial(_measured_engines, search))
+    known = [value for key, value in journal.values.items() if key.startswith("other engines, of")]
+    return max(reversed(known), key=lambda engines: len(engines["rows"]))
+
+
+def _measured_engines(search: Search) -> dict[str, Any]:
     task = search.task
     if task.progress:
         say([f"{search.elapsed() / 60:5.1f} min  other engines"])
@@ -294,11 +301,6 @@ def _other_engines(search: Search) -> dict[str, Any]:
 
     ours = search.dense_fast
     return measured_engines(task.dense, task.example, task.data, task.metric, search.names, ours, has_time)
-
-
-def _is_complete(engines: Mapping[str, Any]) -> bool:
-    """Return whether neither time nor packages were missing, which another call may have."""
-    return not any(NO_TIME in note or MISSING in note for note in engines["notes"])
 
 
 def _constant(points: Sequence[Point]) -> bool:
@@ -471,13 +473,14 @@ def save_result(
     recipe = write_yaml(dict(frontier.best.point.recipe)).encode()
     more = {FRONTIER: (frontier.to_json() + "\n").encode(), RECIPE: recipe, **(files or {})}
     if not frontier.best.point.disk_bytes:
-        return _save_files(more, folder, overwrite)
+        _save_files({FRONTIER: more[FRONTIER], RECIPE: recipe}, folder, overwrite)
+        return 0
     return save(frontier.best.model, Path(folder), files=more, overwrite=overwrite)
 
 
-def _save_files(files: Mapping[str, bytes], folder: str | os.PathLike[str], overwrite: bool) -> int:
-    """Write the files of a result whose model runs, but cannot be saved; return the bytes of its model: none."""
+def _save_files(files: Mapping[str, bytes], folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Write the files of a result whose model runs, but cannot be saved."""
     with atomic_folder(folder, overwrite=overwrite) as partial_folder:
         for name, content in files.items():
-            (partial_folder / name).write_bytes(content)
-    return 0
+            with container_errors(partial_folder / name):
+                (partial_folder / name).write_bytes(content)

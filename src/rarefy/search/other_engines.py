@@ -31,7 +31,7 @@ from rarefy.search.deploy import SECONDS, times_in_turns
 
 SAMPLES = 128  # at most, for calibration
 NO_TIME = "their part of the time is over"
-MISSING = "other engines need packages that are not installed"
+PACKAGES = ("onnxscript", "onnxruntime", "openvino", "nncf")
 
 
 def measured_engines(
@@ -60,8 +60,8 @@ def measured_engines(
     """
     if hf.is_causal_lm(dense):
         return {"rows": [], "notes": ["other engines are not measured on language models"]}
-    missing = [p for p in ("onnxscript", "onnxruntime", "openvino", "nncf") if not find_spec(p)]
-    notes = [f"{MISSING}: {', '.join(missing)}"] if missing else []
+    missing = missing_packages()
+    notes = [f"other engines need packages that are not installed: {', '.join(missing)}"] if missing else []
     example, rows, started, longest = without_targets(example), dict[str, Any](), dict[str, Started](), 0.0
     with TemporaryDirectory() as place:
         try:
@@ -89,6 +89,11 @@ def measured_engines(
                 continue
             _add_times(rows, notes, started, dense, resize_batch(example, int(batch)), batch, ours)
     return {"rows": list(rows.values()), "notes": notes}
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of other engines that are not installed."""
+    return [name for name in PACKAGES if not find_spec(name)]
 
 
 def _add_times(

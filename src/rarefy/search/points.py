@@ -88,6 +88,7 @@ class Measured:
         self.bases: dict[Variant, Point] = {}  # the dense model in each precision
         self.dense_in: tuple[Any, Deployed] | None = None  # the precision of the last models, and the dense one in it
         self.joint: JointLoss | None = None
+        self.joint_keys: set[tuple[str, str]] | None = None  # of the parts that it knows
         self.measures_joint = False  # whether losses of several parts together are measured
         self.observed: list[Observed] = []
         self.skipped = False  # whether a step did not fit into the time
@@ -276,7 +277,11 @@ class Measured:
         """Add what a search with less time has measured, and this one has not reached again."""
         for key, value in self.journal.values.items():
             if key.startswith(POINTS) and not value["error"]:
-                more = {"ignore": tuple(value["ignore"]), "layers": tuple(value["layers"]), "predicted": {}}
+                more: dict[str, Any] = {
+                    "ignore": tuple(value["ignore"]),
+                    "layers": tuple(value["layers"]),
+                    "predicted": {},
+                }
                 more["calibrated"] = has_static_scales(self.task.dense, value["precision"], self.task.data)
                 point, choice = self.add(Point(**{**value, **more})), value["predicted"]
                 bases = [base for variant, base in self.bases.items() if runs_in(variant) == runs_in(point)]

@@ -57,7 +57,7 @@ def train_stage(model: nn.Module, example: Any, metric: str, epochs: int) -> dic
         distill |= {"logits": 0.0, "embedding": 5.0, "similarity": 10.0}
         if block_lists(model):
             distill["hidden"] = "squarehead"
-    elif not metric.startswith(OF_CLASSES):
+    elif not metric.startswith(OF_CLASSES) or metric.endswith("()"):
         distill["by"] = "mse"
     train = {"epochs": epochs, "optimizer": {"lr": RATE}, "lr_schedule": "one-cycle", "clip": 1.0, "dropout": False}
     train["batch_norm"] = False  # statistics were learned from far more data

@@ -310,7 +310,9 @@ class Search(Measured):
         return self.journal.get(key, measured)
 
     def _joint(self, parts: Sequence[Part]) -> JointLoss:
-        if self.joint is None or not {p.key for p in parts} <= {p.key for p in self.joint.parts}:
+        keys = {p.key for p in parts if p.method != BLOCK}
+        if self.joint is None or (self.joint_keys is not None and not keys <= self.joint_keys):
+            self.joint_keys = keys
             task, gain = self.task, self.journal.values.get(GAIN) or 1.0
             self.joint = JointLoss(task.dense, task.example, parts, self.unit_scores(), task.data, gain)
         return self.joint
@@ -373,7 +375,7 @@ class Search(Measured):
             batches, epochs = fitting(left, each, known or len(recovery.data))
             return batches, epochs if known in (None, batches) else 0
 
-        key = f"epochs of {digest_of(point.recipe, point)}"
+        key = f"epochs of {digest_of(point.recipe, point)}, of {task.seconds:g} s"
         batches, count = self.journal.get(key, fitting_batches, keep=lambda result: result[1] > 0)
         if batches:
             self.journal.get("training batches", lambda: batches)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 
 from rarefy.calibration.resume import digest, run_key
 from rarefy.evaluation.profiling import machine
 from rarefy.runtime import bindings
 from rarefy.search.task import Task
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of an object: another one in each process
+STATE = 2  # of the form in which measurements are stored
 
 
 def search_key(task: Task, evaluate: Any, eval_data: Any) -> dict[str, Any]:
@@ -33,6 +38,7 @@ def search_key(task: Task, evaluate: Any, eval_data: Any) -> dict[str, Any]:
     return run_key(
         task.dense,
         task.data,
+        state=STATE,
         example=digest(task.example),
         eval_data=digest(eval_data),
         evaluate=function_key(evaluate),
@@ -71,12 +77,14 @@ def _plain(value: Any) -> Any:
     """Return default arguments as data that are the same in the next process: of other objects the type or name."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return value
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
         return [[_plain(k), _plain(v)] for k, v in value.items()]
+    if not ADDRESS.search(text := repr(value)):
+        return text
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
