@@ -281,8 +281,8 @@ class Measured:
                     "ignore": tuple(value["ignore"]),
                     "layers": tuple(value["layers"]),
                     "predicted": {},
+                    "calibrated": has_static_scales(self.task.dense, value["precision"], self.task.data),
                 }
-                more["calibrated"] = has_static_scales(self.task.dense, value["precision"], self.task.data)
                 point, choice = self.add(Point(**{**value, **more})), value["predicted"]
                 bases = [base for variant, base in self.bases.items() if runs_in(variant) == runs_in(point)]
                 if choice and bases and not any(same_model(o.point, point) for o in self.observed):
