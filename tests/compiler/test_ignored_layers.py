@@ -121,6 +121,15 @@ def test_a_linear_layer_on_a_flattened_image_stays_one(isa, precision):
         assert not any("per_layer" in note for note in made.exported.notes)
 
 
+@pytest.mark.parametrize(("options", "kind"), [({"ignore": "0"}, "fp32"), ({"per_layer": {"0": "int16"}}, "int16")])
+def test_a_module_that_is_registered_twice(options, kind):
+    twice = nn.Linear(64, 64)
+    net, x = nn.Sequential(twice, nn.ReLU(), twice, nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    made = rarefy.compile(net, x, precision="int8", tune=False, **options)
+    kinds = {made.exported.layers[n]: k.held[0].kind for n, k in made.kernels.items()}
+    assert kinds.pop("3") == "int8" and {*kinds.values()} == {kind}
+
+
 def test_layers_without_a_kernel_are_named():
     net, x = Mobile().eval(), torch.randn(1, 3, 45, 53)
     made = rarefy.compile(net, x, precision="int8", per_layer={"deep*": "int16", "head": "bf16"}, tune=False)

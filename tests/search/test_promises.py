@@ -145,7 +145,7 @@ def test_layers_of_points_are_stored():
 def test_training_that_was_planned_is_not_refused_by_what_training_took():
     search = search_of(NET, DATA, X[:4])
     search.journal.costs["trained cut fp32: earlier"] = 1e9
-    assert search.journal.seconds_of("point") < 1e9
+    assert (search.journal.seconds_of("point") or 0.0) < 1e9
     asked = []
     search._need_time = lambda *arguments: asked.append(arguments)
     search.journal.values["training batches"] = 1

@@ -30,7 +30,7 @@ def layer_precisions(model: nn.Module, ignore: Selector, per_layer: Any) -> dict
     ignored = ignored_modules(model, ignore)
     own: dict[str, str | None] = dict.fromkeys(ignored)
     if per_layer is None:
-        return own
+        return _by_all_names(model, own)
     if not isinstance(per_layer, Mapping):
         raise ModelError(f'per_layer: expected precisions by layer, such as {{"head": "bf16"}}, got {per_layer!r}')
     for selector, precision in per_layer.items():
@@ -42,7 +42,15 @@ def layer_precisions(model: nn.Module, ignore: Selector, per_layer: Any) -> dict
                     f"per_layer: {name!r} is also in ignore, which keeps it in fp32: remove it from one of the two"
                 )
             own[name] = None if precision == "fp32" else precision
-    return own
+    return _by_all_names(model, own)
+
+
+def _by_all_names(model: nn.Module, own: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return precisions by each name of their modules: torch.export may name another one of a module that is
+    registered twice."""
+    named = [*model.named_modules(remove_duplicate=False)]
+    chosen = {id(m): own[n] for n, m in named if n in own}
+    return {n: chosen[id(m)] for n, m in named if id(m) in chosen}
 
 
 def kinds_of_layers(exported: ExportedGraph, kernels: Mapping[Node, Any]) -> dict[str, str]:
