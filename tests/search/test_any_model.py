@@ -9,7 +9,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
-from rarefy.common.errors import DataError, RecipeError
+from rarefy.common.errors import ContainerError, DataError, RecipeError
 from rarefy.dependency.graph import trace
 from rarefy.evaluation.quality import metric_of
 from rarefy.model.batches import count_samples, first_samples
@@ -19,7 +19,7 @@ from rarefy.search import parts, space
 from rarefy.search.deploy import PLAIN, distance, outputs_of
 from rarefy.search.joint_loss import JointLoss
 from rarefy.search.journal import Journal
-from rarefy.search.optimize import optimize
+from rarefy.search.optimize import optimize, save_result
 from rarefy.search.parts import PartMeasurer
 from rarefy.search.search import Search
 from rarefy.search.search_key import function_key
@@ -79,6 +79,21 @@ def test_models_that_run_but_cannot_be_saved():
     assert any("cannot be saved" in note for note in frontier.notes)
     limited = optimize(Recurrent().eval(), x[:2], [*x.split(4)], "similarity", max_loss="20%", size_mb=9, minutes=0.1)
     assert not limited.met
+
+
+def test_a_model_that_cannot_be_saved_leaves_its_recipe_and_all_points(tmp_path):
+    x = torch.randn(16, 5, 8)
+    frontier = optimize(Recurrent().eval(), x[:2], [*x.split(4)], "similarity", max_loss="20%", minutes=0.1)
+    assert any("a folder gets the recipe without a model" in note for note in frontier.notes)
+    assert not any("no layer is selected" in note for note in frontier.notes)
+    assert save_result(frontier, tmp_path / "out") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frontier.json", "recipe.yaml"]
+    with pytest.raises(ContainerError, match="exists and is a Rarefy folder; pass overwrite=True"):
+        save_result(frontier, tmp_path / "out")
+    assert save_result(frontier, tmp_path / "out", overwrite=True) == 0
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(ContainerError, match="not only Rarefy's"):
+        save_result(frontier, tmp_path / "out", overwrite=True)
 
 
 class Masked(nn.Module):

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.common.errors import ContainerError
 from rarefy.onnx.engines import Callee
 from rarefy.recipe.schema import Data
 from rarefy.search.frontier import frontier_from_dict
-from rarefy.search.optimize import is_not_in_fp32, optimize, save_result, with_cast
+from rarefy.search.optimize import is_not_in_fp32, optimize, with_cast
 from rarefy.search.parts import LEVELS, PROBE_LEVELS, TIMED_LEVELS, PartMeasurer
 from rarefy.search.report_text import loss_unit
 from rarefy.search.search import Search
@@ -70,35 +69,18 @@ def test_the_recipe_of_a_model_in_bf16_gives_the_weights_that_were_found(cuts_sa
         assert torch.equal(got, want)
 
 
+def test_a_recipe_of_a_cast_alone_is_timed_against_the_model_before():
+    recipe = {"stages": [{"cast": {"dtype": "fp32"}}], "evaluate": {"metric": "similarity", "latency": {}}}
+    receipt = rarefy.compress_(copy.deepcopy(NET), recipe, {"evaluate": [X[:4]]})
+    assert receipt.speed
+
+
 def test_a_cast_at_the_beginning_changes_no_random_choice():
     random = {"prune": {"sparsity": 0.5, "score": "random"}}
     nets = [copy.deepcopy(NET) for _ in range(2)]
     rarefy.compress_(nets[0], {"stages": [random, random]})
     rarefy.compress_(nets[1], {"stages": [{"cast": {"dtype": "fp32"}}, random, random]})
     assert torch.equal(nets[0][0].weight, nets[1][0].weight)
-
-
-def test_a_model_that_cannot_be_saved_leaves_its_recipe_and_all_points(tmp_path):
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
-
-        def forward(self, x):
-            return self.head(self.lstm(x)[0][:, -1])
-
-    x = torch.randn(16, 5, 8)
-    frontier = optimize(Recurrent().eval(), x[:2], [*x.split(4)], "similarity", max_loss="20%", minutes=0.1)
-    assert any("a folder gets the recipe without a model" in note for note in frontier.notes)
-    assert not any("no layer is selected" in note for note in frontier.notes)
-    assert save_result(frontier, tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frontier.json", "recipe.yaml"]
-    with pytest.raises(ContainerError, match="exists and is a Rarefy folder; pass overwrite=True"):
-        save_result(frontier, tmp_path / "out")
-    assert save_result(frontier, tmp_path / "out", overwrite=True) == 0
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(ContainerError, match="not only Rarefy's"):
-        save_result(frontier, tmp_path / "out", overwrite=True)
 
 
 def test_zeros_that_are_there_cost_nothing_and_more_cost_what_was_measured():

@@ -183,7 +183,7 @@ def run_stages(
     # a model that is cast to fp32 first is as if loaded so; later comparisons need it in the permuted order
     casts = first_casts(recipe)
     others = (i for i, s in enumerate(recipe.stages) if i >= casts and not isinstance(s, PermuteOptions))
-    first = next(others, casts)
+    first = next(others, 0)
     dense, reports = None, list[Report]()
     for index, stage in enumerate(recipe.stages):
         if index == first and keep_dense:

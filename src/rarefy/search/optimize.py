@@ -37,13 +37,13 @@ from rarefy.search.other_engines import measured_engines, missing_packages
 from rarefy.search.recovery import Recovery
 from rarefy.search.search import Search
 from rarefy.search.several_processes import ProcessError, open_journal
+from rarefy.search.stages import CAST
 from rarefy.search.targets import DECODE, check_dense, check_points, objective_of, parse_targets
 from rarefy.search.task import Task
 
 HELD_OUT = 4  # of so many batches or samples the last is for evaluation where no other data are given
 OTHER_ENGINES = 0.5  # of the time at most, for other engines
 FRONTIER, RECIPE = "frontier.json", "recipe.yaml"
-CAST = {"cast": {"dtype": "fp32"}}
 
 
 def optimize(

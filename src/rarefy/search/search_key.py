@@ -75,7 +75,7 @@ def function_key(function: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Return default arguments as data that are the same in the next process: of other objects the type or name."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    if isinstance(value, str | bytes):
         return repr(value)
     if isinstance(value, torch.Tensor | np.ndarray):
         return value

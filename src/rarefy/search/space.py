@@ -36,7 +36,7 @@ from rarefy.quantization.quantize import run_quantize
 from rarefy.search.deploy import distance
 from rarefy.structured.compensation import REPAIRS
 from rarefy.structured.cut import remove_and_compensate, run_cut
-from rarefy.structured.group_selection import select_groups
+from rarefy.structured.group_selection import modules_of, select_groups
 from rarefy.structured.importance import unit_scores
 from rarefy.structured.layer_drop import Block, drop_layers_, droppable, skipping
 from rarefy.structured.options import CutOptions
@@ -128,7 +128,7 @@ def cuttable_groups(
     except RarefyError:
         return ()
     if ignore:
-        ignored = {id(m) for l in select_layers(model, ignore) for _, m, _ in l.owners}
+        ignored = modules_of(model, ignore)
         groups = [g for g in groups if not any(id(m) in ignored for n in g.members for m, _ in graph.owners[n.name])]
     return tuple(g for g in groups if group_amounts(g.size, method) and not g.notes)
 

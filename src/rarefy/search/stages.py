@@ -10,6 +10,7 @@ from rarefy.pipeline.sensitivity import GROUP
 from rarefy.search.deploy import Variant
 from rarefy.search.space import BITS, BLOCK, CUTS, RANK, SOLVER, Amounts, Part, bits_at
 
+CAST = {"cast": {"dtype": "fp32"}}  # of a model that is in fp32 it changes nothing
 NUMBER = re.compile(r"[0-9]+$")  # at the end of a block's name
 
 
@@ -41,7 +42,7 @@ def stages_of(
         else:
             stages += weight_stages(method, chosen, has_data)
     stages += variant.stages(list(by_method.get(BITS, ())))
-    return stages or [{"cast": {"dtype": "fp32"}}]
+    return stages or [CAST]
 
 
 def weight_stages(method: str, amounts: Mapping[str, float], has_data: bool) -> list[dict[str, Any]]:

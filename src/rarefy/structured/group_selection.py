@@ -100,6 +100,11 @@ def _named(graph: Graph, kinds: Sequence[str], counts: Mapping[str, int]) -> lis
     return [g for name, groups in known.items() if name in counts for g in groups]
 
 
+def modules_of(model: nn.Module, selector: Selector) -> set[int]:
+    """Return the ids of the modules that have the weights of the selected layers."""
+    return {id(m) for l in select_layers(model, selector) for _, m, _ in l.owners}
+
+
 def _produced_by(
     model: nn.Module, graph: Graph, groups: list[Group], layers: Selector, ignore: Selector
 ) -> list[Group]:
@@ -109,13 +114,10 @@ def _produced_by(
         g: {id(m) for n in g.members if n.role == "out" for m, _ in graph.owners[n.name]} & known for g in groups
     }
 
-    def modules_of(selector: Selector) -> set[int]:
-        return {id(m) for l in select_layers(model, selector) for _, m, _ in l.owners}
-
     if layers:
-        named = modules_of(layers)
+        named = modules_of(model, layers)
         groups = [g for g in groups if 2 * len(producers[g] & named) >= max(len(producers[g]), 1)]
     if ignore:
-        ignored = modules_of(ignore)
+        ignored = modules_of(model, ignore)
         groups = [g for g in groups if not producers[g] & ignored]
     return groups
