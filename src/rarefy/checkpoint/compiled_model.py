@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, FormatError
 from rarefy.compiler import ops, shape_checks
-from rarefy.compiler.executor import Compiled, InputSpec
+from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.graph_json import GraphDef, from_json, to_json
+from rarefy.compiler.input_checks import InputSpec
 from rarefy.compiler.kernel_selection import EmbeddingKernel, reads_static_codes, repack
 from rarefy.compiler.operators.attention import CACHED
 from rarefy.compiler.operators.spec import Call
@@ -235,7 +236,7 @@ def load(saved: container.Container, **unsupported: Any) -> Compiled | Decoder:
     for node in (n for n in g.grids if n in kernels):
         kernels[node].input_grid, kernels[node].residual_grid = g.grids[node]
     numbers = dict(parts.numbers)
-    exported = ExportedGraph(g.graph, constants, g.inputs, g.in_spec, g.out_spec, g.ranges, g.notes)
+    exported = ExportedGraph(g.graph, constants, g.inputs, g.in_spec, g.out_spec, g.ranges, g.guards, g.notes)
     exported.cache_features, exported.torch_nodes = numbers.pop("cache_features", 0), g.torch_nodes
     exported.input_names, exported.output_names = g.input_names, g.output_names
     compiled = Compiled(exported, kernels, g.input_specs, shape_checks.check)

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from rarefy.checkpoint.pt2_archive import DTYPES, Archive, read
 from rarefy.checkpoint.pt2_graph import MAX_NODES, Nodes, add_call, argument, fuse_rounding, plain_name
 from rarefy.checkpoint.pt2_layers import Layers
 from rarefy.common.errors import ContainerError, DataError, ModelError, RarefyError, first_line
+from rarefy.compiler.input_checks import InputSpec, readable_guards
+from rarefy.compiler.shape_guards import MAX_SIZE, parse
 from rarefy.model.forward import describe_batch
 from rarefy.model.signature import ModelInput, Signature, set_signature_
 from rarefy.onnx.signature import parameters_of
@@ -27,21 +30,34 @@ DAMAGES = (  # what reading a damaged program raises: of Python, of torch's laye
     AssertionError, SyntaxError,
 )  # fmt: skip
 OUTPUTS = ("as_int", "as_float", "as_bool", "as_string", "as_none")  # beside tensors
+GUARD_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[([0-9]{1,2})\]")  # the size of an input, as torch's guards write it
 CHECK = "rarefy_input_sizes"  # the name of the module that checks inputs
 
 
 class InputSizes(nn.Module):
-    """Raises DataError for inputs whose sizes are not those that the program was exported for."""
+    """Raises DataError for inputs whose sizes are not those that the program was exported for.
+
+    A model that is compiled from the module keeps these conditions: torch.export traces them, too.
+    """
 
     _is_impure = True  # stays in the graph, although nothing reads its output
 
-    def __init__(self, inputs: Sequence[ModelInput], largest: Mapping[str, int]):
+    def __init__(self, inputs: Sequence[ModelInput], ranges: Mapping[str, tuple[int, int]], guards: Sequence[str]):
+        """Keep the conditions.
+
+        Args:
+            inputs: the inputs, their open sizes by name.
+            ranges: the smallest and largest value of open sizes.
+            guards: conditions on open sizes, see `compiler/shape_guards.py`.
+        """
         super().__init__()
-        self.inputs, self.largest = tuple(inputs), dict(largest)  # of open sizes that have a limit, by name
+        self.inputs, self.ranges, self.guards = tuple(inputs), dict(ranges), [parse(g) for g in guards]
+        described = [(i.name, InputSpec(torch.float32, i.dims or ())) for i in inputs]
+        self.texts = readable_guards(guards, described)
 
     def forward(self, *tensors: Tensor) -> None:
         """Check the inputs."""
-        known: dict[str, int] = {}
+        known: dict[str, Any] = {}
         for described, t in zip(self.inputs, tensors):
             if not isinstance(t, Tensor):
                 raise DataError(f"expected the input {described}, got {type(t).__name__}: pass a torch tensor")
@@ -52,9 +68,17 @@ class InputSizes(nn.Module):
                     f"expected the input {described}, got {describe_batch(t)}: sizes with a name are open, the others "
                     "were fixed when the model was exported (torch.export's dynamic_shapes= leaves more open)"
                 )
-        for name, limit in self.largest.items():
-            if known.get(name, 0) > limit:
-                raise DataError(f"the program was exported for {name} up to {limit}, got {known[name]}")
+        for name, (least, largest) in self.ranges.items():
+            if name in known and not least <= known[name] <= largest:
+                limits = f"{least} or more" if largest == MAX_SIZE else f"{least} to {largest}"
+                raise DataError(f"the program was exported for {name} of {limits}, got {known[name]}")
+        for guard, text in zip(self.guards, self.texts):
+            if not guard.holds(known):
+                got = ", ".join(f"{n} = {known[n]}" for n in sorted(guard.names))
+                raise DataError(
+                    f"the program was exported for sizes with {text}, got {got}: at other sizes the model may take "
+                    "another branch; export it with an example of these sizes"
+                )
 
 
 def is_file(source: Any) -> bool:
@@ -67,7 +91,8 @@ def load_pt2(path: str | Path) -> nn.Module:
 
     The module takes the tensors of the program's inputs, in their order or by name, and returns what the program does;
     outputs that were of a class become a dict. Linear layers, convolutions, embeddings and norms become torch's, with
-    their names, so they can be pruned, quantized and trained. Example inputs and guards of the file are not read.
+    their names, so they can be pruned, quantized and trained. Example inputs of the file are not read. Sizes at
+    which the program may take another branch are refused.
 
     Args:
         path: the file.
@@ -103,7 +128,9 @@ def _module(archive: Archive) -> nn.Module:
         if placeholder is not None:
             nodes.add(placeholder, graph.placeholder(plain_name(name)))
     listed = [_input(p, n, described["tensor_values"][p]) for p, n in zip(inputs, names) if p is not None]
-    module.add_module(CHECK, InputSizes(listed, _largest(archive.program.get("range_constraints"))))
+    hints = {p: described["tensor_values"][p]["sizes"] for p in inputs if p is not None}
+    guards = _guards(archive.program.get("guards_code") or (), dict(zip(inputs, listed)), hints)
+    module.add_module(CHECK, InputSizes(listed, _ranges(archive.program.get("range_constraints")), guards))
     graph.call_module(CHECK, tuple(nodes.by_name.values()))
     layers = Layers(module, graph, weights)
     for placeholder, target in weights.items():
@@ -146,12 +173,67 @@ def _output(value: Mapping[str, Any], nodes: Nodes) -> Any:
     return argument(value, nodes)
 
 
-def _largest(constraints: Any) -> dict[str, int]:
-    """Return the largest values of open sizes by name, for those that have one; names that are expressions count as
-    none."""
+def _ranges(constraints: Any) -> dict[str, tuple[int, int]]:
+    """Return the smallest and largest values of open sizes by name; names that are expressions count as none.
+
+    torch writes 2 for the smallest where it knows nothing: it takes all open sizes to be 2 or more while it traces.
+    """
     items = constraints.items() if isinstance(constraints, Mapping) else ()
-    limits = {name: r.get("max_val") for name, r in items if isinstance(r, Mapping) and SYMBOL.fullmatch(name)}
-    return {name: limit for name, limit in limits.items() if type(limit) is int}
+    ranges: dict[str, tuple[int, int]] = {}
+    for name, r in items:
+        if isinstance(r, Mapping) and SYMBOL.fullmatch(name):
+            least, largest = r.get("min_val"), r.get("max_val")
+            least = least if type(least) is int and least > 2 else 1
+            ranges[name] = least, largest if type(largest) is int else MAX_SIZE
+    return ranges
+
+
+def _guards(codes: Any, inputs: Mapping[Any, ModelInput], sizes: Mapping[str, Any]) -> list[str]:
+    """Return the guards of a program in the grammar of `compiler/shape_guards.py`.
+
+    Sizes in a guard that the grammar cannot express are fixed to those that the program was exported with.
+
+    Args:
+        codes: torch's guards, as text: "L['x'].size()[1] % 4 == 0".
+        inputs: the inputs by the names of their placeholders.
+        sizes: what the file says of the sizes of each placeholder.
+
+    Raises:
+        ModelError: a guard reads something else than sizes of inputs.
+    """
+    if type(codes) is not list or len(codes) > MAX_NODES or not all(type(c) is str for c in codes):
+        raise ValueError("guards_code: expected a list of conditions")
+    guards: list[str] = []
+    for code in codes:
+        places = [(name, int(d)) for name, d in GUARD_SIZE.findall(code)]
+        if "L[" in GUARD_SIZE.sub("", code):
+            raise ModelError(f"the program has a condition on its inputs that cannot be checked: {code[:200]}")
+        dims = {(n, d): _dim(inputs.get(n), d) for n, d in places}
+        text = GUARD_SIZE.sub(lambda m: str(dims[m[1], int(m[2])]), code)  # noqa: B023 (called at once)
+        try:
+            names = parse(text).names
+        except ValueError:
+            guards += [f"{dims[n, d]} == {_traced_size(sizes[n][d], code)}" for n, d in places]
+            continue
+        if names:
+            guards.append(text)
+    return list(dict.fromkeys(guards))
+
+
+def _dim(described: ModelInput | None, d: int) -> int | str:
+    """Return the name or the number of a size; ValueError where the file has no such input or size."""
+    dims = () if described is None else described.dims or ()
+    if d >= len(dims) or dims[d] == "":
+        raise ValueError("guards_code: a condition names a size that no input has")
+    return dims[d]
+
+
+def _traced_size(size: Mapping[str, Any], code: str) -> int:
+    """Return the size with which a program was exported; ModelError where the file does not say it."""
+    n = size.get("as_int", (size.get("as_expr", {}).get("hint") or {}).get("as_int"))
+    if type(n) is not int:
+        raise ModelError(f"the program has a condition on sizes that cannot be checked: {code[:200]}")
+    return n
 
 
 def _split_inputs(specs: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str | None]]:

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import ModelError, RarefyError, first_line
 from rarefy.common.report import Report, three_digits
 from rarefy.compiler.compile import compile
-from rarefy.compiler.executor import Compiled, InputSpec
-from rarefy.compiler.export import MAX_SIZE
+from rarefy.compiler.executor import Compiled
+from rarefy.compiler.input_checks import InputSpec
+from rarefy.compiler.shape_guards import MAX_SIZE
 from rarefy.evaluation import profiling
 from rarefy.evaluation.example_inputs import example_of, generates
 from rarefy.generation.decoder import Decoder, decoder

@@ -43,6 +43,10 @@ class DataError(RarefyError):
     """Data is missing, too short, or has a shape that the model does not accept."""
 
 
+class OtherSizesError(DataError):
+    """A compiled model was called with sizes at which the model may take another branch of its code."""
+
+
 class FormatError(RarefyError):
     """A packed tensor is inconsistent, or a tensor does not fit the format."""
 

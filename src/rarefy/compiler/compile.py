@@ -14,11 +14,13 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import DataError, ModelError, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
+from rarefy.compiler.branches import Branches
 from rarefy.compiler.calibrate import calibration_batches, in_torch
-from rarefy.compiler.executor import Compiled, input_spec
+from rarefy.compiler.executor import Compiled
 from rarefy.compiler.export import Pass, export_graph, two_samples
 from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.half_precision import convert_ends, copy_in_fp32, dtypes_of, in_fp32, precision_to_run
+from rarefy.compiler.input_checks import input_spec
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.layer_precision import layer_precisions, without_kernels
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
@@ -45,7 +47,8 @@ from rarefy.compiler.passes import (
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.static_kernels import calibrated_kernels
 from rarefy.compiler.traced_graph import once_more
-from rarefy.compiler.verify import distance, verify
+from rarefy.compiler.unit_sizes import allow_ones
+from rarefy.compiler.verify import CheckedSizes, distance, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.activation_quant import get_activation_quant, suspended
 from rarefy.model.forward import calling, describe_batch, split_example
@@ -232,10 +235,32 @@ def compile(
     if solver not in SOLVERS:
         raise ModelError(unknown("solver", str(solver), SOLVERS))
     check_module(model)
+    calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
+    options = {"precision": precision, "ignore": ignore, "per_layer": per_layer, "calibrate": calibrate}
+    compile_call = partial(_compile_call, **options, solver=solver, tune=tune)
+    compiled = compile_call(model, *split_example(example), dynamic=dynamic)
+    if dynamic and calibrate is None:
+        compiled.branches = Branches(model, compile_call)
+    return compiled
+
+
+def _compile_call(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    precision: str | None,
+    ignore: Selector,
+    per_layer: Mapping[str, str] | None,
+    calibrate: Iterable[Any] | None,
+    solver: str,
+    tune: bool,
+    dynamic: bool = True,
+) -> Compiled:
+    """Return a model compiled for a call; see `compile`."""
     model, notes = fold_copy(model)
     dtype = check_ready(model)
     runs_in = precision_to_run(precision, dtype)
-    args, kwargs = split_example(example)
     check_example(pytree.tree_leaves((args, kwargs)))
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         outputs = dtypes_of(model(*args, **kwargs))
@@ -252,7 +277,6 @@ def compile(
         if precision in (None, "fp32"):
             in_8_bits = [n for n, own_precision in own.items() if own_precision == "int8"]
             notes += _idle_grids(model, in_8_bits, runs_in or "fp32")
-        calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
         options = own, calibrate, solver, tune, notes, dynamic
         if dtype == torch.float32:
             return _named(once_more(lambda: _compile(model, args, kwargs, runs_in, *options)), model)
@@ -312,10 +336,18 @@ def _compile(
     exported = export_graph(model, args, kwargs, passes, dynamic=dynamic)
     specs = [input_spec(n.meta.get("val")) for n in exported.inputs]
     more = two_samples(args, kwargs) if dynamic and not exported.notes else (args, kwargs)
+    if dynamic and not exported.notes:
+        leaves, spec = pytree.tree_flatten((more[0], dict(more[1])))
+
+        def guards_of(values: list[Any]) -> tuple[str, ...]:
+            arguments, keywords = pytree.tree_unflatten(values, spec)
+            return export_graph(model, arguments, keywords, (), two=False).guards
+
+        allow_ones(exported, specs, leaves, guards_of)
     exported.notes += notes
-    unit_sizes = None  # open sizes that may be 1
+    checked = None  # sizes at which outputs were compared
     if lowest or rounds_values(exported):  # kernels that round would hide a wrong graph
-        unit_sizes = verify(model, in_torch(exported, specs), *more, tolerance(exported))
+        checked = verify(model, in_torch(exported, specs), *more, tolerance(exported))
 
     def precision_of(node: Node) -> str | None:
         return precision if node.target is ops.attention else own.get(exported.layers.get(node, ""), precision)
@@ -339,13 +371,13 @@ def _compile(
         )
     compiled = Compiled(exported, kernels, specs)
     allowed = tolerance(exported, lowest) if calibrate is None else CALIBRATED_TOLERANCE
-    _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
+    checked = _verify_all_tokens(model, compiled, more, allowed, checked)
     if calibrate is not None:
         _warn_of_saturation(model, compiled, more)
     if tune and tuning.is_enabled():
         example = _runnable(compiled, (args, kwargs), more)
         if choose_formats_(compiled, *example):
-            _verify_all_tokens(model, compiled, more, allowed, unit_sizes)
+            _verify_all_tokens(model, compiled, more, allowed, checked)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
         if lowest in INTEGER_KINDS and not (has_kernels(compiled.kernels, lowest) or rounds_values(exported)):
             why = f"torch is faster in fp32 on the example; tune=False runs {lowest} all the same"
@@ -355,12 +387,14 @@ def _compile(
 
 
 def _verify_all_tokens(
-    model: nn.Module, compiled: Compiled, example: tuple[Any, Any], allowed: float, unit_sizes: Any
-) -> None:
+    model: nn.Module, compiled: Compiled, example: tuple[Any, Any], allowed: float, checked: CheckedSizes | None
+) -> CheckedSizes:
     """Compare a compiled model with the model at padding too; see `verify`."""
     compiled.skip_padding = False
-    verify(model, compiled, *example, allowed, unit_sizes)
-    compiled.skip_padding = True
+    try:
+        return verify(model, compiled, *example, allowed, checked)
+    finally:
+        compiled.skip_padding = True
 
 
 def has_kernels(kernels: Mapping[Node, Any], precision: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -13,45 +12,26 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, first_line
+from rarefy.common.errors import DataError, OtherSizesError, first_line
 from rarefy.compiler import io_names
-from rarefy.compiler.export import MAX_SIZE, layer_names
+from rarefy.compiler.branches import Branches
+from rarefy.compiler.export import layer_names
 from rarefy.compiler.flat_calls import count_flat_arguments, flat_tensors, rebuilder
 from rarefy.compiler.fx_utils import ExportedGraph, Node, is_node
 from rarefy.compiler.in_place import overwriting
+from rarefy.compiler.input_checks import InputSpec, check_inputs, readable_guards
 from rarefy.compiler.kernel_selection import compact
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
 from rarefy.compiler.scheduling import schedule
+from rarefy.compiler.shape_guards import parse
 from rarefy.compiler.subgraph import MAX_SHAPES, Check, FusedSubgraph, SingleOp
 from rarefy.model import nesting
 from rarefy.runtime.packed_formats import skips_zeros
 
 Native = FusedSubgraph | SingleOp
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What a tensor argument must be.
-
-    Attributes:
-        dtype: its type.
-        sizes: its sizes; a name stands for a size that may differ between calls.
-    """
-
-    dtype: torch.dtype
-    sizes: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        sizes = ["any" if isinstance(s, str) else str(s) for s in self.sizes]
-        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}] on the CPU"
-
-
-def input_spec(value: Any) -> Any:
-    """Return the `InputSpec` of what export recorded for an argument; an argument that is no tensor as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return InputSpec(value.dtype, tuple(int(s) if str(s).isdigit() else str(s) for s in value.shape))
+VALUE_DEPENDENT = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+SHOWN_GUARDS = 4  # conditions on sizes that `print` shows
 
 
 class Compiled:
@@ -72,6 +52,7 @@ class Compiled:
     """
 
     skip_padding = True
+    branches: Branches | None = None  # for other branches of the model's code, where the model is at hand
 
     def __init__(
         self,
@@ -129,17 +110,29 @@ class Compiled:
 
     def reschedule(self) -> None:
         """Schedule the calls, again after the graph or the kernels have changed."""
+        self.guards = [parse(text) for text in self.exported.guards]
         self.schedule = schedule(self.exported, self.kernels, self.check)
-        self.native_outputs = {n for call in self.schedule if isinstance(call, Native) for n in call.outputs}
         self.fixed_nodes = _size_only_nodes(self.exported)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         self.checked: dict[tuple[Any, ...], None] = {}  # sizes and types of calls that were checked
         self.output = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
+        fresh = {n for call in self.schedule if isinstance(call, Native) for n in call.outputs}
+        self.from_torch = [i for i, n in enumerate(self.output) if is_node(n) and n not in fresh]
+        self.constant_memory = frozenset(map(_memory, self.constants.values()))
         first, alone = self.schedule[0] if self.schedule else None, len(self.schedule) == 1
         whole = isinstance(first, FusedSubgraph) and list(self.output) == first.outputs
         self.only_call = first if alone and whole else None  # the native call that is all of the model
         self.last_uses = self._last_uses()
         self.in_place = overwriting(self.schedule, self.last_uses)
+
+    def add_guards(self, texts: Iterable[str]) -> None:
+        """Add conditions on open sizes; see `shape_guards.py`."""
+        self.exported.guards = tuple(dict.fromkeys([*self.exported.guards, *texts]))
+        self.guards, self.checked = [parse(text) for text in self.exported.guards], {}
+
+    def named_specs(self) -> list[tuple[str, Any]]:
+        """Return each input's name and what it must be."""
+        return list(zip(self._leaf_names(), self.input_specs))
 
     def _last_uses(self) -> list[list[Node]]:
         """Return for each call the values that no later call reads."""
@@ -159,8 +152,19 @@ class Compiled:
 
         Raises:
             DataError: if the arguments are not nested like the example, or have other types or sizes.
+            OtherSizesError: if the model may take another branch at these sizes, and cannot be compiled again for it.
         """
-        return self.rebuild(self.run_leaves(self.leaves(args, kwargs)))
+        try:
+            leaves = self.leaves(args, kwargs)
+        except OtherSizesError as error:
+            return self._other_branch(self._flat(args, kwargs), error)(*args, **kwargs)
+        return self.rebuild(self.run_leaves(leaves))
+
+    def _other_branch(self, leaves: Sequence[Any], error: OtherSizesError) -> Compiled:
+        """Return the model compiled for a branch that takes other sizes; the error where the model is not at hand."""
+        if self.branches is None:
+            raise error
+        return self.branches.find(pytree.tree_unflatten(leaves, self.exported.in_spec), error)
 
     def eval(self) -> Compiled:
         """Return the model: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
@@ -223,31 +227,22 @@ class Compiled:
         by_name = input_feed is None
         wanted = io_names.check_output_names(None if by_name else output_names, self.output_names)
         leaves = self._leaves_by_name(output_names if by_name else input_feed)
-        values = dict(zip(self._output_leaf_names(), zip(self.output, self.run_leaves(leaves))))
-        arrays = {n: self._own_array(*values[n], leaves) for n in wanted}
+        try:
+            self._check_sizes(leaves)
+        except OtherSizesError as error:
+            return self._other_branch(leaves, error).run(output_names, input_feed)
+        values = dict(zip(self._output_leaf_names(), self.run_leaves(leaves)))
+        arrays = {n: io_names.to_array(values[n]) for n in wanted}
         return arrays if by_name else [arrays[n] for n in wanted]
 
     def _leaves_by_name(self, feed: Any) -> list[Any]:
-        """Return the leaves of a call for numpy arrays by name; DataError unless they are as the graph expects."""
+        """Return the leaves of a call for numpy arrays by name, their sizes not checked."""
         arrays = iter(io_names.ordered_inputs(feed, self.input_names))
-        sizes: dict[str, int] = {}
         leaves: list[Any] = []
         for name, want in zip(self._leaf_names(), self.input_specs):
-            if isinstance(want, InputSpec):
-                tensor = io_names.to_tensor(name, next(arrays), want.dtype, str(want))
-                _check_input(name, want, tensor, sizes, self.exported.ranges)
-                leaves.append(tensor)
-            else:
-                leaves.append(want)
+            is_tensor = isinstance(want, InputSpec)
+            leaves.append(io_names.to_tensor(name, next(arrays), want.dtype, str(want)) if is_tensor else want)
         return leaves
-
-    def _own_array(self, node: Any, value: Any, leaves: list[Any]) -> np.ndarray:
-        """Return an output as an array that shares no memory with inputs, constants and later outputs."""
-        array = io_names.to_array(value)
-        shared = node not in self.native_outputs and (
-            node in self.fixed_nodes or io_names.shares_memory(value, [*leaves, *self.constants.values()])
-        )
-        return array.copy() if shared else array
 
     def run_leaves(self, leaves: list[Any], cache: Any = None, recorder: Recorder | None = None) -> list[Any]:
         """Return the output tensors for input tensors in the graph's order.
@@ -271,10 +266,19 @@ class Compiled:
             for _ in self.walk(values, lookup, recorder):
                 pass
             out = [lookup(n) if is_node(n) else n for n in self.output]
+            self._own_outputs(out, (*leaves, *(values[n] for n in self.fixed_nodes)) if self.from_torch else ())
         if fixed is None:
             all_fixed = {**self.fixed, shapes: {n: values[n] for n in self.fixed_nodes}}
             self.fixed = dict(list(all_fixed.items())[-MAX_SHAPES:])
         return out
+
+    def _own_outputs(self, out: list[Any], others: Sequence[Any]) -> None:
+        """Copy outputs in the memory of constants, inputs or values that calls share: callers may write to outputs."""
+        memory = {_memory(t) for t in others if isinstance(t, Tensor)}
+        for i in self.from_torch:
+            t = out[i]
+            if isinstance(t, Tensor) and t.numel() and (_memory(t) in memory or _memory(t) in self.constant_memory):
+                out[i] = t.clone()
 
     def walk(
         self, values: dict[Node, Any], lookup: Callable[[Node], Any], recorder: Recorder | None = None
@@ -356,6 +360,12 @@ class Compiled:
         return leaves
 
     def _check_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        leaves = self._flat(args, kwargs)
+        self._check_sizes(leaves)
+        return leaves
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return a call's tensors in the graph's order; DataError unless they are nested as the graph expects."""
         spec, names = self.exported.in_spec, self.keywords
         args, kwargs = io_names.by_position(args, kwargs, spec, self._leaf_names())
         absent = [n for n in names if n not in kwargs]
@@ -373,13 +383,10 @@ class Compiled:
         leaves, got = pytree.tree_flatten((args, {n: kwargs[n] for n in names}))
         if got != spec:
             raise DataError(self._other_structure(leaves, got))
-        sizes: dict[str, int] = {}
-        for node, want, value in zip(self.exported.inputs, self.input_specs, leaves):
-            if isinstance(want, InputSpec):
-                _check_input(node.name, want, value, sizes, self.exported.ranges)
-            elif value != want:
-                raise DataError(f"{node.name}: compiled for {want!r}, got {value!r}")
         return leaves
+
+    def _check_sizes(self, leaves: Sequence[Any]) -> None:
+        check_inputs(zip(self._leaf_names(), self.input_specs, leaves), self.exported.ranges, self.guards)
 
     def _other_structure(self, leaves: list[Any], got: Any) -> str:
         """Return the message for a call whose arguments are nested differently from the example's."""
@@ -415,6 +422,12 @@ class Compiled:
         sparse = Counter(_op_name(n) for n, k in self.kernels.items() if skips_zeros(k.held[0]))
         if sparse:
             lines.append(f"zeros skipped: {', '.join(f'{n} {op}' for op, n in sparse.most_common())}")
+        guards = readable_guards(self.exported.guards, self.named_specs())
+        if guards:
+            more = f", and {len(guards) - SHOWN_GUARDS} more" if len(guards) > SHOWN_GUARDS else ""
+            lines.append(f"only for sizes with {', '.join(guards[:SHOWN_GUARDS])}{more}")
+        if self.branches is not None and self.branches.compiled:
+            lines.append(str(self.branches))
         return "\n".join([*lines, *self.exported.notes])
 
 
@@ -442,6 +455,11 @@ def run_call(
         raise DataError(f"{name} failed on these inputs: {first_line(error)}") from error
 
 
+def _memory(t: Tensor) -> int:
+    """Return the address of a tensor's memory, which views of it share."""
+    return t.untyped_storage().data_ptr()
+
+
 def _inputs(call: Any) -> list[Node]:
     """Return the values that a call reads."""
     nodes = call.nodes if isinstance(call, Native) else [call]
@@ -452,39 +470,20 @@ def _op_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
 
 
-def _check_input(
-    name: str, want: InputSpec, value: Any, sizes: dict[str, int], ranges: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raise DataError unless a tensor has the type and the sizes that the graph takes.
-
-    sizes collects the open sizes of all inputs by name: those with one name must be equal.
-    """
-    if not isinstance(value, Tensor):
-        raise DataError(f"{name}: expected {want}, got {type(value).__name__}")
-    if value.dtype != want.dtype or value.device.type != "cpu" or value.dim() != len(want.sizes):
-        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        raise DataError(f"{name}: expected {want}, got {got}")
-    for n, size in zip(value.shape, want.sizes):
-        fixed = isinstance(size, int)
-        low, high = (size, size) if fixed else ranges.get(size, (0, MAX_SIZE))
-        if not low <= n <= high:
-            limits = f"{low} or more" if high == MAX_SIZE else f"{low}" if fixed else f"{low} to {high}"
-            raise DataError(f"{name}: expected {want}, got {list(value.shape)}: {n} is not {limits}")
-        if not fixed and sizes.setdefault(size, n) != n:
-            raise DataError(
-                f"{name}: expected a size of {sizes[size]}, as in another input, got {n}: {list(value.shape)}"
-            )
-
-
 def _size_only_nodes(exported: ExportedGraph) -> list[Node]:
-    """Return the nodes whose values follow from sizes and constants alone, so that calls of one shape share them."""
+    """Return the nodes whose values follow from the sizes of inputs and from constants alone, so that calls of one shape
+    share them."""
     nodes: dict[Node, None] = {}
+    other_sizes: set[Node] = set()  # nodes whose sizes depend on values
     for n in exported.graph.nodes:
+        tags = n.target.tags if isinstance(n.target, torch._ops.OpOverload) else ()
+        if any(t in tags for t in VALUE_DEPENDENT) or not other_sizes.isdisjoint(n.all_input_nodes):
+            other_sizes.add(n)
+            continue
         spec = BY_TARGET.get(n.target)
         if n.op != "call_function" or (spec is not None and spec.lower is not None):
             continue
-        random = isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
         fixed_inputs = all(a in nodes or a.name in exported.constants for a in n.all_input_nodes)
-        if n.target is torch.ops.aten.sym_size.int or (fixed_inputs and not random):
+        if n.target is torch.ops.aten.sym_size.int or (fixed_inputs and torch.Tag.nondeterministic_seeded not in tags):
             nodes[n] = None
     return list(nodes)

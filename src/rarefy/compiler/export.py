@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import _config as config
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
@@ -28,8 +29,6 @@ from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
 from rarefy.model.forward import named_arguments
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
-
-MAX_SIZE = 1 << 62  # of an open size about which nothing is known
 
 _exporting = RLock()  # torch's tracing, and the fake tensors of passes, are of one thread at a time
 
@@ -45,6 +44,7 @@ def export_graph(
     name: str | None = None,
     dynamic: bool = True,
     again: bool = True,
+    two: bool = True,
 ) -> ExportedGraph:
     """Return a model's graph after all passes, with every size open that can be. One thread at a time exports.
 
@@ -56,6 +56,7 @@ def export_graph(
         name: what messages call the model, by default its class.
         dynamic: False: all sizes are fixed to those of the arguments, which takes less time.
         again: whether the graph of an earlier model may be used again; see `traced_graph.py`. Compare the outputs.
+        two: export with two samples where there is one.
 
     Raises:
         ModelError: with torch.export's reason, in one line, if the model cannot be exported.
@@ -67,7 +68,7 @@ def export_graph(
         return run_passes(one, tensors_of(model), passes)
 
     with _exporting:
-        exported, reason = _with_open_sizes(model, args, kwargs, graph, name, dynamic)
+        exported, reason = _with_open_sizes(model, args, kwargs, graph, name, dynamic and two)
     if reason:
         exported.notes = (f"only for the example's batch size: {reason}",)
     return exported
@@ -143,7 +144,9 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, rounding: A
     args, kwargs = distinct_tensors((args, dict(kwargs)))
     arguments = named_arguments(model, args, kwargs)
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) and dynamic else None, arguments)
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding):
+    # branches of the model's code on sizes of 1 are guards, too
+    from_0: Any = config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding), from_0:
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
         program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
@@ -176,9 +179,10 @@ def _silence(record: logging.LogRecord) -> bool:
 
 
 def _open_sizes(t: Tensor) -> list[Any]:
-    """Return which sizes of an input stay open: all; only the first of images, whose sizes take export minutes."""
-    rest = Dim.STATIC if t.dim() > 3 and t.is_floating_point() else Dim.AUTO
-    return [Dim.AUTO, *[rest] * (t.dim() - 1)][: t.dim()]
+    """Return which sizes of an input stay open: all but those of 1; only the first of images, whose sizes take export
+    minutes."""
+    is_image = t.dim() > 3 and t.is_floating_point()
+    return [Dim.STATIC if n < 2 or (d and is_image) else Dim.AUTO for d, n in enumerate(t.shape)]
 
 
 def _is_mutable(target: Any) -> bool:
@@ -190,8 +194,9 @@ def run_passes(program: TracedGraph, tensors: Mapping[str, Tensor], passes: Sequ
     graph, every = copy_of(program.graph), {**tensors, **program.tensors}
     constants = {n: every[t] for n, t in program.names.items()}
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in constants]
-    ranges = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.ranges.items()}
-    exported = ExportedGraph(graph, constants, inputs, program.in_spec, program.out_spec, ranges, names=program.names)
+    specs = program.in_spec, program.out_spec
+    exported = ExportedGraph(graph, constants, inputs, *specs, dict(program.ranges), program.guards)
+    exported.names = program.names
     for run in passes:
         for node in list(graph.nodes):
             if node.op == "call_function" and not node._erased:

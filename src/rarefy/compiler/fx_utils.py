@@ -28,6 +28,7 @@ class ExportedGraph:
         in_spec: torch's pytree spec of the arguments.
         out_spec: torch's pytree spec of the outputs.
         ranges: smallest and largest value of each open size, by its symbol.
+        guards: conditions on open sizes under which the graph is right, see `shape_guards.py`.
         notes: sentences for `print(compiled)`.
         names: the model's own names of constants.
         layers: the layer of the model that each node belongs to, where it is known.
@@ -44,6 +45,7 @@ class ExportedGraph:
     in_spec: Any
     out_spec: Any
     ranges: dict[str, tuple[int, int]]
+    guards: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     layers: dict[Node, str] = field(default_factory=dict)

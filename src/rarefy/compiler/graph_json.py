@@ -1,6 +1,7 @@
 """A compiled graph as JSON, and back: what is read is checked, as the file may come from anybody.
 
-    {"schema": 4, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
+    {"schema": 5, "inputs": [[name, {"dtype", "sizes"} or {"value"}]], "ranges": {symbol: [smallest, largest]},
+     "guards": [condition on sizes, see `shape_guards.py`],
      "in": nesting, "out": nesting, "notes": [text], "constants": {name: order of dimensions or null},
      "kernels": {node: packed weight}, "packed": {name: fields}, "torch": [node that torch runs faster],
      "grids": {node: [scale, zero] of its input's 8-bit codes, and then perhaps of its residual's},
@@ -9,8 +10,8 @@
 
 Arguments are JSON's own values where it has them, else an object with one key: {"node": name}, {"tuple": [..]},
 {"float": "inf"}, {"slice": [..]}, {"dtype": "float32"}, {"device": "cpu"}, {"layout"}, {"memory_format"}.
-Schema 3 has no "names"; schema 2 no "torch" and "grids" either; schema 1 has other names of operators too, see
-`old_op_names.py`.
+Schema 4 has no "guards"; schema 3 no "names" either; schema 2 no "torch" and "grids" either; schema 1 has other names
+of operators too, see `old_op_names.py`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import op_registry
-from rarefy.compiler.executor import Compiled, InputSpec
-from rarefy.compiler.export import MAX_SIZE
+from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.input_checks import InputSpec
 from rarefy.compiler.old_op_names import OLD_OP_NAMES
 from rarefy.compiler.operators.linear import linear
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.pytree_json import from_nesting, to_nesting
+from rarefy.compiler.shape_guards import MAX_SIZE, parse
 from rarefy.formats.sparse_encodings import DTYPES
 from rarefy.model.activation_quant import MIN_SCALE, ActivationQuant
 
-SCHEMA, READABLE = 4, (1, 2, 3, 4)
+SCHEMA, READABLE = 5, (1, 2, 3, 4, 5)
+MAX_GUARDS = 10_000
 MAX_NODES = 50_000  # scheduling takes time in the square of them
 CACHE = "cache"  # name of the placeholder of a language model's KV cache
 MAX_DEPTH = 16  # levels of nested arguments
@@ -45,9 +48,9 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
 SYMBOL = re.compile(r"[ -~]{1,200}")
 KEYS = (
     "schema", "inputs", "ranges", "in", "out", "notes", "constants", "kernels", "packed", "torch", "grids", "names",
-    "nodes",
+    "guards", "nodes",
 )  # fmt: skip
-ADDED_IN = {"torch": 3, "grids": 3, "names": 4}  # the first schema with these keys
+ADDED_IN = {"torch": 3, "grids": 3, "names": 4, "guards": 5}  # the first schema with these keys
 MAX_NAME = 10_000  # characters of the name of an input or output
 NAMED_VALUES: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
@@ -74,6 +77,7 @@ class GraphDef:
         in_spec: torch's pytree spec of the arguments.
         out_spec: torch's pytree spec of the outputs.
         ranges: smallest and largest value of each open size.
+        guards: conditions on open sizes.
         notes: sentences for `print(compiled)`.
         constants: names of stored tensors, and the order of dimensions in memory of one that is not contiguous.
         kernels: the nodes with packed weights, and the names of these.
@@ -90,6 +94,7 @@ class GraphDef:
     in_spec: Any
     out_spec: Any
     ranges: dict[str, tuple[int, int]]
+    guards: tuple[str, ...]
     notes: tuple[str, ...]
     constants: dict[str, list[int] | None]
     kernels: dict[Node, str]
@@ -123,6 +128,7 @@ def to_json(
         "schema": SCHEMA,
         "inputs": [[n.name, _input_to_json(n, spec)] for n, spec in zip(e.inputs, compiled.input_specs)],
         "ranges": {s: list(r) for s, r in e.ranges.items()},
+        "guards": list(e.guards),
         "in": to_nesting(e.in_spec, arguments=True),
         "out": to_nesting(e.out_spec),
         "notes": list(e.notes),
@@ -226,6 +232,7 @@ def _graph_def(value: Any) -> GraphDef:
         in_spec=from_nesting(value["in"], len(inputs), arguments=True),
         out_spec=from_nesting(value["out"], outputs),
         ranges={s: _range(s, r) for s, r in value["ranges"].items()},
+        guards=_guards(value.get("guards", []), specs),
         notes=tuple(_expect(n, str, "notes") for n in value["notes"]),
         constants=value["constants"],
         kernels={nodes[n]: name for n, name in value["kernels"].items()},
@@ -278,7 +285,7 @@ def _check_keys(value: Any) -> None:
         raise ValueError(f"expected an object with {', '.join(keys)}, got {_short(sorted(value))}")
     for name in keys[1:]:
         if name not in ("in", "out"):
-            _expect(value[name], list if name in ("inputs", "notes", "torch", "nodes") else dict, name)
+            _expect(value[name], list if name in ("inputs", "notes", "torch", "nodes", "guards") else dict, name)
     for name, packed in value["kernels"].items():
         _expect(packed, str, f"kernels: {_short(name)}")
 
@@ -439,6 +446,19 @@ def _input_from_json(value: Any) -> tuple[str, Any]:
     if not valid:
         raise ValueError(f"input {name}: expected sizes as numbers and names of open sizes, got {_short(sizes)}")
     return name, InputSpec(NAMED_VALUES["dtype"][dtype], tuple(sizes))
+
+
+def _guards(texts: list[Any], specs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the conditions on sizes; ValueError unless each is one, and reads only sizes that inputs have."""
+    if len(texts) > MAX_GUARDS:
+        raise ValueError(f"guards: expected at most {MAX_GUARDS} conditions, got {len(texts)}")
+    sizes = [s for spec in specs.values() if isinstance(spec, InputSpec) for s in spec.sizes if type(s) is str]
+    known = {s for s in sizes if s.isidentifier()}
+    for text in (*texts, *(s for s in sizes if s not in known)):
+        unknown = parse(_expect(text, str, "guards")).names - known
+        if unknown:
+            raise ValueError(f"guards: {_short(text)} reads {min(unknown)}, which is no size of an input")
+    return tuple(texts)
 
 
 def _range(symbol: str, value: Any) -> tuple[int, int]:

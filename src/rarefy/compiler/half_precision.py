@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
-from rarefy.compiler.executor import Compiled, InputSpec
+from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import aten
+from rarefy.compiler.input_checks import InputSpec
 
 PRECISION_OF: dict[torch.dtype, str | None] = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: None}
 

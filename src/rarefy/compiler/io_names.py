@@ -88,11 +88,3 @@ def to_array(value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.asarray(value)
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
-
-
-def shares_memory(value: Any, others: Sequence[Any]) -> bool:
-    """Return whether a tensor lies in the memory of another one."""
-    if not isinstance(value, Tensor):
-        return False
-    memory = value.untyped_storage().data_ptr()
-    return any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory for t in others)

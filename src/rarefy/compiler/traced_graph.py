@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, OutputsDifferError
 from rarefy.compiler.fx_utils import MODULES
+from rarefy.compiler.torch_guards import conditions
 
 REMEMBERED = 4  # graphs
 MAX_DEPTH, MAX_VALUES = 12, 20_000  # of attributes: how deep they are nested, and how many
@@ -64,6 +65,7 @@ class TracedGraph:
         names: the model's own names of placeholders that are no inputs.
         tensors: constants that the model has not, by these names.
         ranges: smallest and largest value of each open size.
+        guards: conditions on open sizes under which the graph is right, see `shape_guards.py`.
         in_spec: torch's pytree spec of the arguments.
         out_spec: torch's pytree spec of the outputs.
     """
@@ -71,7 +73,8 @@ class TracedGraph:
     graph: fx.Graph
     names: Mapping[str, str]
     tensors: Mapping[str, Tensor]
-    ranges: Mapping[Any, Any]
+    ranges: Mapping[str, tuple[int, int]]
+    guards: tuple[str, ...]
     in_spec: Any
     out_spec: Any
 
@@ -95,7 +98,9 @@ def traced(program: Any, model: nn.Module) -> TracedGraph:
     own, every = tensors_of(model), {**program.state_dict, **program.constants}
     tensors = {t: every[t].detach() for t in names.values() if t not in own}
     specs = program.call_spec.in_spec, program.call_spec.out_spec
-    return TracedGraph(program.graph_module.graph, names, tensors, dict(program.range_constraints), *specs)
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in names]
+    ranges, guards = conditions(program, (n.meta.get("val") for n in inputs))
+    return TracedGraph(program.graph_module.graph, names, tensors, ranges, guards, *specs)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

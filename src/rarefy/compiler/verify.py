@@ -1,9 +1,10 @@
-"""Check that a compiled model returns what the model returns: on the example, and where open sizes are 1."""
+"""Check that a compiled model returns what the model returns: on the example, at other sizes, and where sizes are 1."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import OutputsDifferError, RarefyError
+from rarefy.compiler.input_checks import readable_guards
+from rarefy.compiler.other_sizes import MODEL_ERRORS, Sizes, connected_sizes, is_allowed, resized, second_sizes
 from rarefy.model.compare import relative_distance
 from rarefy.model.rounding_noise import is_excused, noise_of_sums
+
+GROSS = 0.5  # relative distance at other sizes than the example's, from which rounding to 8 bits explains no difference
+
+
+@dataclass(frozen=True)
+class CheckedSizes:
+    """Sizes at which outputs were compared with the model's.
+
+    Attributes:
+        ones: open sizes that may be 1, in groups that change together.
+        others: other sizes than the example's.
+    """
+
+    ones: tuple[Sizes, ...] = ()
+    others: tuple[Sizes, ...] = ()
 
 
 def verify(
@@ -21,12 +39,12 @@ def verify(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     tolerance: float,
-    unit_sizes: list[set[str]] | None = None,
-) -> list[set[str]]:
-    """Compare outputs on the example, and open the sizes that may be 1. One or two calls for each open size.
+    checked: CheckedSizes | None = None,
+) -> CheckedSizes:
+    """Compare outputs on the example, open the sizes that may be 1, and compare at another size of each open dimension.
 
     torch.export takes every open size to be 2 or more. Where model and compiled model agree on a size of 1 too, it is
-    allowed from then on.
+    allowed from then on. A size at whose other value they differ is fixed to the example's, with a note.
 
     Args:
         model: the model.
@@ -34,41 +52,112 @@ def verify(
         args: the example's arguments.
         kwargs: the example's keywords.
         tolerance: largest relative distance of each output.
-        unit_sizes: open sizes that an earlier call of this function allowed to be 1; they are only compared again.
+        checked: what an earlier call of this function returned: these sizes are only compared again.
 
     Returns:
-        The names of sizes that may be 1, in sets of those that change together.
+        The sizes at which outputs agree.
 
     Raises:
-        ModelError: if outputs differ by more than the tolerance and more than by rounding errors of the inputs.
+        ModelError: if outputs on the example differ by more than the tolerance and more than by rounding errors of the
+            inputs.
+
+    Cost: one to three calls for each open size.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    for names in [set[str](), *(unit_sizes or [])]:
-        values = _with_ones(compiled, leaves, names)
-        d = distance(model, compiled, values, spec)
-        if not d <= tolerance and _excused(model, values, spec, d):
-            note = f"outputs differ by {d:.0%}, as rounding errors of the inputs move the model's own: judge it on data"
-            known = [n for n in compiled.exported.notes if not n.startswith("outputs differ by")]
-            compiled.exported.notes = (*known, note)
-        elif not d <= tolerance:
-            where = " where a size is 1" if names else ""
-            raise OutputsDifferError(
-                f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
-                f"at most {tolerance:g} is allowed (a random model, outliers in 8 bits, or outputs at padding?)"
-            )
-    allowed: list[set[str]] = []
-    for names in _connected_sizes(compiled, leaves) if unit_sizes is None else []:
-        ranges = {n: compiled.exported.ranges[n] for n in names}
-        compiled.exported.ranges.update({n: (1, high) for n, (_, high) in ranges.items()})
-        try:
-            agrees = distance(model, compiled, _with_ones(compiled, leaves, names), spec) <= tolerance
-        except (RarefyError, RuntimeError, ValueError, LookupError, AssertionError):
-            agrees = False  # the model itself may not accept a size of 1
-        if agrees:
-            allowed.append(names)
+    first, ranges = checked is None, compiled.exported.ranges
+    candidates = _close_unit_sizes(compiled, leaves) if first else []
+    for sizes in [{}, *([] if checked is None else checked.ones)]:
+        values = resized(compiled.input_specs, leaves, sizes) if sizes else leaves
+        _compare_example(model, compiled, values, spec, tolerance, sizes)
+    ones: list[Sizes] = []
+    for group in candidates:
+        before = {n: ranges[n] for n in group}
+        ranges.update({n: (1, high) for n, (_, high) in before.items()})
+        sizes = dict.fromkeys(group, 1)
+        if _agrees(model, compiled, leaves, spec, sizes, tolerance):
+            ones.append(sizes)
         else:
-            compiled.exported.ranges.update(ranges)
-    return allowed
+            ranges.update(before)
+    others = _compare_elsewhere(model, compiled, leaves, spec, max(tolerance, 0 if first else GROSS), checked)
+    return CheckedSizes(tuple(ones), others) if checked is None else checked
+
+
+def _close_unit_sizes(compiled: Any, leaves: list[Any]) -> list[Sizes]:
+    """Let no open size be 1 before that is compared; return those that may be, in groups that change together."""
+    ranges = compiled.exported.ranges
+    groups = [g for g in connected_sizes(compiled.input_specs, leaves) if all(ranges[n][0] < 2 for n in g)]
+    ranges.update({n: (max(low, 2), high) for n, (low, high) in ranges.items()})
+    return groups
+
+
+def _compare_example(
+    model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, tolerance: float, sizes: Sizes
+) -> None:
+    """Raise OutputsDifferError where outputs differ by more than the tolerance, and more than rounding errors do."""
+    d = distance(model, compiled, leaves, spec)
+    if d <= tolerance:
+        return
+    if not _excused(model, leaves, spec, d):
+        where = " where a size is 1" if sizes else ""
+        raise OutputsDifferError(
+            f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
+            f"at most {tolerance:g} is allowed (a random model, outliers in 8 bits, or outputs at padding?)"
+        )
+    note = f"outputs differ by {d:.0%}, as rounding errors of the inputs move the model's own: judge it on data"
+    known = [n for n in compiled.exported.notes if not n.startswith("outputs differ by")]
+    compiled.exported.notes = (*known, note)
+
+
+def _agrees(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, sizes: Sizes, tolerance: float) -> bool:
+    """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too."""
+    inputs = resized(compiled.input_specs, leaves, sizes)
+    try:
+        if not distance(model, compiled, inputs, spec) <= tolerance:
+            return False
+        for elsewhere, _ in second_sizes(compiled, inputs, lambda _: True):
+            values = resized(compiled.input_specs, inputs, {**elsewhere, **sizes})
+            if _runs(model, values, spec) and is_allowed(compiled, values):
+                d = distance(model, compiled, values, spec)
+                if not d <= tolerance and not _excused(model, values, spec, d):
+                    return False
+    except (RarefyError, *MODEL_ERRORS):
+        return False  # the model itself may not accept a size of 1
+    return True
+
+
+def _compare_elsewhere(
+    model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, tolerance: float, checked: CheckedSizes | None
+) -> tuple[Sizes, ...]:
+    """Compare at other sizes, and fix those to the example's at which outputs differ; return the sizes that agree."""
+    if checked is None:
+        pairs = second_sizes(compiled, leaves, lambda values: _runs(model, values, spec))
+    else:
+        pairs = iter([(sizes, resized(compiled.input_specs, leaves, sizes)) for sizes in checked.others])
+    example = {n: s for group in connected_sizes(compiled.input_specs, leaves) for n, s in group.items()}
+    agree: list[Sizes] = []
+    for sizes, values in pairs:
+        if not is_allowed(compiled, values):
+            continue  # fixed by now
+        d = distance(model, compiled, values, spec)
+        if d <= tolerance or _excused(model, values, spec, d):
+            agree.append(sizes)
+            continue
+        fixed = [f"{n} == {example[n]}" for n in sizes]
+        compiled.add_guards(fixed)
+        where = ", ".join(readable_guards((f"{n} = {s}" for n, s in sizes.items()), compiled.named_specs()))
+        compiled.exported.notes += (f"sizes are fixed to the example's: outputs differ by {d:.0%} at {where}",)
+    return tuple(agree)
+
+
+def _runs(model: nn.Module, leaves: list[Any], spec: Any) -> bool:
+    """Return whether the model itself runs with inputs."""
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except MODEL_ERRORS:
+        return False
+    return True
 
 
 def _excused(model: nn.Module, leaves: list[Any], spec: Any, difference: float) -> bool:
@@ -80,29 +169,6 @@ def _excused(model: nn.Module, leaves: list[Any], spec: Any, difference: float) 
             return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
 
     return is_excused(difference, noise_of_sums(run, leaves, run(leaves)))
-
-
-def _connected_sizes(compiled: Any, leaves: list[Any]) -> list[set[str]]:
-    """Return the open sizes from 2 up; sizes of one dimension that are equal in the example belong together."""
-    groups: dict[tuple[int, int], set[str]] = {}
-    for want, t in zip(compiled.input_specs, leaves):
-        for d, s in enumerate(want.sizes if isinstance(t, Tensor) else ()):
-            if compiled.exported.ranges.get(s, (0, 0))[0] == 2:
-                groups.setdefault((d, t.shape[d]), set()).add(s)
-    return list(groups.values())
-
-
-def _with_ones(compiled: Any, leaves: list[Any], sizes: set[str]) -> list[Any]:
-    """Return the example with these sizes cut to 1."""
-    return [_narrowed(t, want, sizes) for want, t in zip(compiled.input_specs, leaves)]
-
-
-def _narrowed(t: Any, want: Any, sizes: set[str]) -> Any:
-    if not isinstance(t, Tensor):
-        return t
-    for d, s in enumerate(want.sizes):
-        t = t.narrow(d, 0, 1) if s in sizes else t
-    return t
 
 
 def distance(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any) -> float:

@@ -15,10 +15,11 @@ from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops
 from rarefy.compiler.calibrate import in_torch
 from rarefy.compiler.compile import PASSES, tolerance
-from rarefy.compiler.executor import Compiled, input_spec
+from rarefy.compiler.executor import Compiled
 from rarefy.compiler.export import export_graph
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.half_precision import copy_in_fp32, precision_to_run
+from rarefy.compiler.input_checks import input_spec
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.model_checks import check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.profile import Profile, Recorder

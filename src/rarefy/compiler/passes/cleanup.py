@@ -30,6 +30,7 @@ NOOPS = (  # where the type stays
     aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
     aten.type_as.default,
 )  # fmt: skip
+COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default)
 OVERWRITES = (aten.copy.default, aten.slice_scatter.default)  # of a tensor by a second one, maybe all of it
 FACTORS = (aten.mul.Tensor, aten.div.Tensor)
 FILLED = {  # calls that need only the type of their first argument
@@ -49,7 +50,8 @@ def remove_noop(exported: ExportedGraph, node: Node) -> None:
     if node.target in OVERWRITES:
         x, source, *rest = node.args
         backwards = len(rest) == 4 and rest[3] != 1
-        if same(shape(x), shape(source)) and dtype_of(x) == dtype_of(source) and not backwards and not node.kwargs:
+        alike = same(shape(x), shape(source)) and dtype_of(x) == dtype_of(source) and not backwards
+        if alike and not node.kwargs and not _would_share(node, source):
             replace_uses(exported, node, source)
         return
     x = node.args[0] if node.args else None
@@ -61,8 +63,30 @@ def remove_noop(exported: ExportedGraph, node: Node) -> None:
     whole = is_slice and len(node.args) == 4 and node.args[3] == SLICE_END
     times_one = node.target is aten.mul.Tensor and isinstance(node.args[1], int | float) and node.args[1] == 1
     same_view = node.target in (*VIEWS, aten.adaptive_avg_pool2d.default) and same(shape(node), shape(x))
+    if (times_one or node.target in COPIES) and _would_share(node, x):
+        return
     if whole or times_one or node.target in NOOPS or same_view:
         replace_uses(exported, node, x)
+
+
+def _would_share(copy: Node, x: Node) -> bool:
+    """Return whether the model returns both a copy and its source, or views of them, which share no memory."""
+    base = x
+    while _is_view(base) and is_node(base.args[0]):
+        base = base.args[0]
+    return _is_returned(copy, None) and _is_returned(base, copy)
+
+
+def _is_returned(node: Node, without: Node | None) -> bool:
+    """Return whether the model returns a value or a view of it; views of `without` do not count."""
+    users = [u for u in node.users if u is not without]
+    return any(u.op == "output" or (_is_view(u) and u.args[0] is node and _is_returned(u, without)) for u in users)
+
+
+def _is_view(node: Node) -> bool:
+    """Return whether an operator may return memory of its input."""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.target in NOOPS or any(r.alias_info is not None for r in returns)
 
 
 def _write_in_one_way(node: Node) -> None:

@@ -1,0 +1,228 @@
+"""Conditions on sizes that torch.export finds while it traces a model, in the grammar of `shape_guards.py`."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.utils._sympy import functions as torch_functions
+
+from rarefy.compiler.shape_guards import MAX_SIZE, parse
+
+TORCH = Path(torch.__file__).parent
+RELATIONS = {
+    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
+}  # fmt: skip
+MAX_FRACTION = 1 << 10  # denominator of a number with which sizes are multiplied or compared: float arithmetic is exact
+MAX_FACTOR = 1 << 20
+
+
+def conditions(program: Any, inputs: Iterable[Any]) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Return the ranges of open sizes, and the guards, of a program that torch has just exported. O(guards).
+
+    A size in a guard that the grammar cannot express is fixed to the example's: its guard is "s0 == 8".
+
+    Args:
+        program: torch's exported program, made with sizes that are open from 0 on.
+        inputs: what torch recorded for each input.
+
+    Raises:
+        ValueError: a size of an input is an expression of sizes that no input has.
+    """
+    dims = [s.node for t in inputs if isinstance(t, Tensor) for s in t.shape if isinstance(s, torch.SymInt)]
+    if not dims:
+        return {}, ()
+    hints = {str(d.expr): int(d.hint) for d in dims if d.expr.is_Symbol}
+    found = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.range_constraints.items()}
+    ranges = {n: (1 if found[n][0] <= 2 else found[n][0], found[n][1]) for n in hints}
+    env = dims[0].shape_env
+    texts: dict[str, None] = {}
+    for guard in env.guards:
+        expression = _replaced(guard.expr, env.replacements)
+        name = _not_1(expression)
+        if name is not None:  # whether the graph is right at a size of 1 is compared later, see `unit_sizes.py`
+            texts |= {} if _is_by_torch(guard) else {f"{name} != 1": None}
+            continue
+        text = _write_guard(expression, hints)
+        texts |= {t: None for t in text if not _is_implied(t, ranges)}
+    for size in (d.expr for d in dims if not d.expr.is_Symbol):
+        if from_torch(size) is None or not {str(s) for s in size.free_symbols} <= hints.keys():
+            texts |= dict.fromkeys(_write_guard(size, hints))
+    return ranges, tuple(texts)
+
+
+def _write_guard(expression: Any, hints: Mapping[str, int]) -> list[str]:
+    """Return a condition as text; of one that the grammar cannot express conditions that fix all sizes in it."""
+    text, names = from_torch(expression), sorted(map(str, expression.free_symbols))
+    if not hints.keys() >= set(names):
+        raise ValueError(f"a size of an input depends on {expression}, which is no size of an input")
+    if text is None:
+        return [f"{n} == {hints[n]}" for n in names]
+    return [text] if names else []
+
+
+def _not_1(expression: Any) -> str | None:
+    """Return the name of a size of which a condition says only that it is not 1."""
+    if not isinstance(expression, sympy.Ne | sympy.Gt | sympy.Ge) or not expression.lhs.is_Symbol:
+        return None
+    least = {sympy.Ne: 1, sympy.Gt: 1, sympy.Ge: 2}[type(expression)]
+    return str(expression.lhs) if expression.rhs == least else None
+
+
+def _is_by_torch(guard: Any) -> bool:
+    """Return whether torch itself asked, not the model's code: for strides, which a size of 1 leaves open."""
+    path = Path(getattr(guard.sloc.framework_loc, "filename", ""))
+    return path.is_relative_to(TORCH) and not path.is_relative_to(TORCH / "nn")
+
+
+def _replaced(expression: Any, replacements: Mapping[Any, Any]) -> Any:
+    """Return an expression of the sizes that torch kept, where it found some to be equal."""
+    for _ in range(len(replacements)):
+        new = expression.xreplace(replacements)
+        if new == expression:
+            break
+        expression = new
+    return expression
+
+
+def _is_implied(text: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
+    """Return whether a comparison of one size with a number is true in all of its range."""
+    parts = text.split(" ")
+    if len(parts) != 3 or parts[0] not in ranges or not parts[2].isdigit() or parts[1] not in ("<", "<=", ">", ">="):
+        return False
+    return all(parse(text).holds({parts[0]: n}) for n in ranges[parts[0]])
+
+
+def from_torch(expression: Any) -> str | None:
+    """Return torch's symbolic expression of sizes in the grammar, None if it cannot be written there.
+
+    >>> s = sympy.Symbol("s0", integer=True, positive=True)
+    >>> from_torch(sympy.Eq(torch_functions.Mod(s, 4), 0)), from_torch(s**2 > 9), from_torch(sympy.sqrt(s) > 2)
+    ('s0 % 4 == 0', 's0 * s0 > 9', None)
+    """
+    try:
+        return ast.unparse(ast.parse(_write(sympy.sympify(expression)), mode="eval"))
+    except _Inexpressible:
+        return None
+
+
+class _Inexpressible(Exception):
+    """An expression that the grammar does not have."""
+
+
+def _write(e: Any) -> str:
+    """Return an expression in parentheses, if it is not a name, a number or a call."""
+    if e.is_Symbol:
+        return str(e)
+    if e is sympy.true or e is sympy.false:
+        return str(int(e is sympy.true))
+    if e.is_Integer:
+        return str(int(e))
+    if isinstance(e, sympy.Eq | sympy.Ne) and (simpler := _without_minimum(e)) is not None:
+        return _write(simpler)
+    if type(e) in RELATIONS:
+        left, right = _whole_sides(e.lhs, e.rhs)
+        return f"({left} {RELATIONS[type(e)]} {right})"
+    if isinstance(e, sympy.And | sympy.Or):
+        return _joined(f" {'and' if isinstance(e, sympy.And) else 'or'} ", e.args)
+    if isinstance(e, sympy.Not):
+        return f"(not {_write(e.args[0])})"
+    if e.is_Add or e.is_Mul:
+        return _joined(" + " if e.is_Add else " * ", e.args)
+    if isinstance(e, torch_functions.Max | torch_functions.Min | sympy.Max | sympy.Min):
+        name = "max" if "Max" in type(e).__name__ else "min"
+        return f"{name}({', '.join(map(_write, e.args))})"
+    if isinstance(e, torch_functions.FloorDiv):
+        return f"({_write(e.args[0])} // {_write(e.args[1])})"
+    if isinstance(e, torch_functions.Mod | torch_functions.PythonMod | sympy.Mod):
+        return f"({_write(e.args[0])} % {_write(e.args[1])})"
+    if isinstance(e, sympy.Pow | torch_functions.PowByNatural) and 0 < _number(e.args[1]) <= 8:
+        return _joined(" * ", [e.args[0]] * _number(e.args[1]))
+    if isinstance(e, sympy.Abs):
+        return f"max({_write(e.args[0])}, -{_write(e.args[0])})"
+    if isinstance(e, torch_functions.CeilDiv):
+        return f"(-(-{_write(e.args[0])} // {_write(e.args[1])}))"
+    return _rounded(e)
+
+
+def _without_minimum(e: Any) -> Any:
+    """Return `a == min(a, b)` as `a <= b`, None for other comparisons."""
+    for a, m in ((e.lhs, e.rhs), (e.rhs, e.lhs)):
+        if isinstance(m, torch_functions.Min) and len(m.args) == 2 and a in m.args:
+            b = next(x for x in m.args if x != a)
+            return a <= b if isinstance(e, sympy.Eq) else a > b
+    return None
+
+
+def _number(e: Any) -> int:
+    """Return a positive whole number, 0 for what is none."""
+    return max(int(e), 0) if e.is_Integer else 0
+
+
+def _joined(sign: str, parts: Sequence[Any]) -> str:
+    return f"({sign.join(map(_write, parts))})"
+
+
+def _rounded(e: Any) -> str:
+    """Return the integer that a fraction of sizes is rounded to."""
+    kinds = (torch_functions.FloorToInt, torch_functions.TruncToInt, torch_functions.CeilToInt)
+    if not isinstance(e, kinds):
+        raise _Inexpressible
+    numerator, denominator = _ratio(e.args[0])
+    if isinstance(e, torch_functions.CeilToInt):
+        return f"(-(-{numerator} // {denominator}))"
+    if isinstance(e, torch_functions.TruncToInt):  # towards 0
+        return f"(max({numerator}, 0) // {denominator} - max(-{numerator}, 0) // {denominator})"
+    return f"({numerator} // {denominator})"
+
+
+def _ratio(e: Any) -> tuple[str, str]:
+    """Return numerator and denominator of a number that is rounded, or compared with a small fraction.
+
+    A quotient of sizes is rounded by less than its distance from other such numbers, so that the result is exact.
+    """
+    if isinstance(e, torch_functions.IntTrueDiv):
+        divisor = e.args[1]
+        if divisor.is_Symbol or 0 < _number(divisor) <= MAX_FACTOR:
+            return _write(e.args[0]), _write(divisor)
+    numerator, denominator = _fraction(torch_functions.ToFloat(e) if e.is_integer else e)
+    return numerator, str(denominator)
+
+
+def _fraction(e: Any) -> tuple[str, int]:
+    """Return numerator and denominator of a number whose float arithmetic is exact: sizes times small fractions."""
+    if isinstance(e, torch_functions.ToFloat):
+        return _write(e.args[0]), 1
+    if isinstance(e, torch_functions.IntTrueDiv) and 0 < _number(e.args[1]) <= MAX_FRACTION:
+        divisor = _number(e.args[1])
+        if divisor & (divisor - 1) == 0:  # other quotients are rounded
+            return _write(e.args[0]), divisor
+    if e.is_Float or e.is_Rational:
+        numerator, denominator = float(e).as_integer_ratio()
+        if denominator <= MAX_FRACTION and abs(numerator) <= MAX_FACTOR * denominator:
+            return str(numerator), denominator
+    if e.is_Mul or e.is_Add:
+        parts = [_fraction(a) for a in e.args]
+        common = reduce(operator.mul, (d for _, d in parts))
+        if common <= MAX_FRACTION and e.is_Mul:
+            return f"({' * '.join(n for n, _ in parts)})", common
+        if common <= MAX_FRACTION:
+            return f"({' + '.join(f'{n} * {common // d}' for n, d in parts)})", common
+    raise _Inexpressible
+
+
+def _whole_sides(left: Any, right: Any) -> tuple[str, str]:
+    """Return both sides of a comparison as whole numbers: each is multiplied by the other side's denominator."""
+    if all(side.is_integer or isinstance(side, sympy.logic.boolalg.BooleanAtom) for side in (left, right)):
+        return _write(left), _write(right)
+    (a, b), (c, d) = _ratio(left), _ratio(right)
+    if "1" not in (b, d) and any(isinstance(side, torch_functions.IntTrueDiv) for side in (left, right)):
+        raise _Inexpressible  # two quotients may be rounded to the same number
+    return f"({a} * {d})", f"({c} * {b})"
