@@ -347,7 +347,11 @@ def swap_first_two_calls(told):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t.update(schema=5), "schema 5 is written by a newer version of Rarefy; this version reads schemas 1 and 2 and 3 and 4"),
+        (lambda t: t.update(schema=6), "schema 6 is written by a newer version of Rarefy; this version reads schemas 1 and 2 and 3 and 4 and 5"),
+        (lambda t: t.update(guards=["s77.__class__ == 0"]), "expected names of sizes, whole numbers"),
+        (lambda t: t.update(guards=["x % 2 == 0"]), "guards: 'x % 2 == 0' reads x, which is no size of an input"),
+        (lambda t: t.update(guards=[7]), "guards: expected str, got 7"),
+        (lambda t: t.update(guards=["1"] * 10_001), "guards: expected at most 10000 conditions, got 10001"),
         (lambda t: t["names"].update(inputs=["a", "b"]), r"names: expected 1 names of inputs or none, got \['a', 'b'\]"),
         (lambda t: t["names"].update(outputs=[7]), r"names: expected 1 names of outputs or none, got \[7\]"),
         (lambda t: t["names"].update(inputs=["a" * 10_001]), "names: expected 1 names of inputs or none"),

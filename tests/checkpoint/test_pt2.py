@@ -271,10 +271,55 @@ def test_control_flow_is_refused_by_name(tmp_path):
 def test_limits_of_open_sizes(tmp_path):
     model = loaded(lambda x, s: x + s if x.shape[0] <= 4 else x - s, tmp_path, ({0: D("batch", max=4)},))
     assert model(torch.ones(4, 4)).shape == (4, 4)
-    with pytest.raises(DataError, match=r"was exported for s\d+ up to 4, got 5"):
+    with pytest.raises(DataError, match=r"was exported for s\d+ of 1 to 4, got 5"):
         model(torch.ones(5, 4))
     with pytest.raises(DataError, match="expected the input x .*, got ndarray: pass a torch tensor"):
         model(torch.ones(4, 4).numpy())
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        (lambda x, y: x.shape[1] % 4 == 0, r"\(x.shape\[1\] % 4\) == 0, got float32 2x9 and float32 3x6"),
+        (lambda x, y: x.shape[1] - y.shape[1] == 2, "exported"),
+        (lambda x, y: x.shape[1] * 0.3 < 2.5, r"x.shape\[1\] == 8, got"),  # the grammar has no 0.3
+    ],
+)
+def test_sizes_of_other_branches_are_refused_also_when_compiled(condition, says, tmp_path):
+    class Branch(nn.Module):
+        def forward(self, x, y):
+            return x * 2 + y.sum() if condition(x, y) else x - y.sum()
+
+    auto = [torch.export.Dim.AUTO] * 2
+    model, example = Branch().eval(), (torch.randn(2, 8), torch.randn(3, 6))
+    torch.export.save(torch.export.export(model, example, dynamic_shapes=(auto, auto)), tmp_path / "b.pt2")
+    module = rarefy.load(tmp_path / "b.pt2")
+    for run in (module, rarefy.compile(module, example)):
+        for batch in (2, 5):
+            x, y = torch.randn(batch, 8), torch.randn(batch, 6)
+            torch.testing.assert_close(run(x, y), model(x, y))
+        with pytest.raises(DataError, match=says):
+            run(torch.randn(2, 9), torch.randn(3, 6))
+
+
+def test_a_condition_that_cannot_be_checked_is_refused(tmp_path):
+    auto = [torch.export.Dim.AUTO] * 2
+    program = torch.export.export(Residual().eval(), (torch.randn(2, 8),), dynamic_shapes=(auto,))
+    for code, error in (
+        (["L['y'].size()[0] == 3"], ModelError),
+        (["L['x'].device == 3"], ModelError),
+        ("1", ContainerError),
+    ):
+        torch.export.save(program, tmp_path / "g.pt2")
+        with zipfile.ZipFile(tmp_path / "g.pt2") as archive:
+            records = {n: archive.read(n) for n in archive.namelist()}
+        (name,) = (n for n in records if n.endswith("models/model.json"))
+        records[name] = json.dumps({**json.loads(records[name]), "guards_code": code}).encode()
+        with zipfile.ZipFile(tmp_path / "g.pt2", "w") as archive:
+            for record, data in records.items():
+                archive.writestr(record, data)
+        with pytest.raises(error, match="condition"):
+            rarefy.load(tmp_path / "g.pt2")
 
 
 # ---- files that are refused -----------------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def test_folders_of_earlier_versions_have_names(tmp_path):
     def older(graph):
         graph["schema"] = 3
         graph.pop("names")
+        graph.pop("guards")
 
     edit(tmp_path / "fast", older)
     fast = rarefy.load(tmp_path / "fast")

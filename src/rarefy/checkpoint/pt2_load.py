@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from rarefy.checkpoint.pt2_archive import DTYPES, Archive, read
@@ -48,12 +47,12 @@ class InputSizes(nn.Module):
         Args:
             inputs: the inputs, their open sizes by name.
             ranges: the smallest and largest value of open sizes.
-            guards: conditions on open sizes, see `compiler/shape_guards.py`.
+            guards: conditions on sizes, see `compiler/shape_guards.py`: i0_1 is dimension 1 of the first input.
         """
         super().__init__()
         self.inputs, self.ranges, self.guards = tuple(inputs), dict(ranges), [parse(g) for g in guards]
-        described = [(i.name, InputSpec(torch.float32, i.dims or ())) for i in inputs]
-        self.texts = readable_guards(guards, described)
+        places = [tuple(f"i{i}_{d}" for d in range(len(each.dims or ()))) for i, each in enumerate(inputs)]
+        self.texts = readable_guards(guards, [(i.name, InputSpec(i.dtype, p)) for i, p in zip(inputs, places)])
 
     def forward(self, *tensors: Tensor) -> None:
         """Check the inputs."""
@@ -72,12 +71,12 @@ class InputSizes(nn.Module):
             if name in known and not least <= known[name] <= largest:
                 limits = f"{least} or more" if largest == MAX_SIZE else f"{least} to {largest}"
                 raise DataError(f"the program was exported for {name} of {limits}, got {known[name]}")
+        places = {f"i{i}_{d}": n for i, t in enumerate(tensors) for d, n in enumerate(t.shape)}
         for guard, text in zip(self.guards, self.texts):
-            if not guard.holds(known):
-                got = ", ".join(f"{n} = {known[n]}" for n in sorted(guard.names))
+            if not guard.holds(places):
                 raise DataError(
-                    f"the program was exported for sizes with {text}, got {got}: at other sizes the model may take "
-                    "another branch; export it with an example of these sizes"
+                    f"the program was exported for sizes with {text}, got {describe_batch(tensors)}: at other sizes "
+                    "the model may take another branch; export it with an example of these sizes"
                 )
 
 
@@ -129,7 +128,7 @@ def _module(archive: Archive) -> nn.Module:
             nodes.add(placeholder, graph.placeholder(plain_name(name)))
     listed = [_input(p, n, described["tensor_values"][p]) for p, n in zip(inputs, names) if p is not None]
     hints = {p: described["tensor_values"][p]["sizes"] for p in inputs if p is not None}
-    guards = _guards(archive.program.get("guards_code") or (), dict(zip(inputs, listed)), hints)
+    guards = _guards(archive.program.get("guards_code") or [], hints)
     module.add_module(CHECK, InputSizes(listed, _ranges(archive.program.get("range_constraints")), guards))
     graph.call_module(CHECK, tuple(nodes.by_name.values()))
     layers = Layers(module, graph, weights)
@@ -188,44 +187,32 @@ def _ranges(constraints: Any) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def _guards(codes: Any, inputs: Mapping[Any, ModelInput], sizes: Mapping[str, Any]) -> list[str]:
+def _guards(codes: Any, sizes: Mapping[str, Sequence[Any]]) -> list[str]:
     """Return the guards of a program in the grammar of `compiler/shape_guards.py`.
 
     Sizes in a guard that the grammar cannot express are fixed to those that the program was exported with.
 
     Args:
         codes: torch's guards, as text: "L['x'].size()[1] % 4 == 0".
-        inputs: the inputs by the names of their placeholders.
-        sizes: what the file says of the sizes of each placeholder.
+        sizes: what the file says of the sizes of each input, by its placeholder.
 
     Raises:
         ModelError: a guard reads something else than sizes of inputs.
     """
     if type(codes) is not list or len(codes) > MAX_NODES or not all(type(c) is str for c in codes):
         raise ValueError("guards_code: expected a list of conditions")
+    index = {name: i for i, name in enumerate(sizes)}
     guards: list[str] = []
     for code in codes:
         places = [(name, int(d)) for name, d in GUARD_SIZE.findall(code)]
-        if "L[" in GUARD_SIZE.sub("", code):
+        if "L[" in GUARD_SIZE.sub("", code) or any(n not in index or d >= len(sizes[n]) for n, d in places):
             raise ModelError(f"the program has a condition on its inputs that cannot be checked: {code[:200]}")
-        dims = {(n, d): _dim(inputs.get(n), d) for n, d in places}
-        text = GUARD_SIZE.sub(lambda m: str(dims[m[1], int(m[2])]), code)  # noqa: B023 (called at once)
         try:
-            names = parse(text).names
+            text = GUARD_SIZE.sub(lambda m: f"i{index[m[1]]}_{m[2]}", code)
+            guards += [text] if parse(text).names else []
         except ValueError:
-            guards += [f"{dims[n, d]} == {_traced_size(sizes[n][d], code)}" for n, d in places]
-            continue
-        if names:
-            guards.append(text)
+            guards += [f"i{index[n]}_{d} == {_traced_size(sizes[n][d], code)}" for n, d in places]
     return list(dict.fromkeys(guards))
-
-
-def _dim(described: ModelInput | None, d: int) -> int | str:
-    """Return the name or the number of a size; ValueError where the file has no such input or size."""
-    dims = () if described is None else described.dims or ()
-    if d >= len(dims) or dims[d] == "":
-        raise ValueError("guards_code: a condition names a size that no input has")
-    return dims[d]
 
 
 def _traced_size(size: Mapping[str, Any], code: str) -> int:

@@ -339,11 +339,11 @@ def _compile(
     if dynamic and not exported.notes:
         leaves, spec = pytree.tree_flatten((more[0], dict(more[1])))
 
-        def guards_of(values: list[Any]) -> tuple[str, ...]:
+        def trace(values: list[Any]) -> ExportedGraph:
             arguments, keywords = pytree.tree_unflatten(values, spec)
-            return export_graph(model, arguments, keywords, (), two=False).guards
+            return export_graph(model, arguments, keywords, (), two=False)
 
-        allow_ones(exported, specs, leaves, guards_of)
+        allow_ones(exported, specs, leaves, trace)
     exported.notes += notes
     checked = None  # sizes at which outputs were compared
     if lowest or rounds_values(exported):  # kernels that round would hide a wrong graph

@@ -471,7 +471,7 @@ def _op_name(node: Node) -> str:
 
 
 def _size_only_nodes(exported: ExportedGraph) -> list[Node]:
-    """Return the nodes whose values follow from the sizes of inputs and from constants alone, so that calls of one shape
+    """Return the nodes whose values follow from sizes of inputs and constants alone, so that calls of one shape
     share them."""
     nodes: dict[Node, None] = {}
     other_sizes: set[Node] = set()  # nodes whose sizes depend on values

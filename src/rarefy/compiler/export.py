@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.fx.experimental import _config as config
 from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import ModelError, first_line
@@ -24,6 +23,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
+from rarefy.compiler.torch_guards import recorded_decisions
 from rarefy.compiler.traced_graph import TracedGraph, copy_of, key_of, remembered, tensors_of, traced
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
@@ -63,8 +63,12 @@ def export_graph(
     """
 
     def graph(a: Any, k: Any) -> ExportedGraph:
+        def new() -> TracedGraph:
+            with recorded_decisions() as decisions:
+                return traced(_export(model, a, k, dynamic), model, decisions)
+
         key = key_of(model, (a, dict(k)), dynamic) if again else None
-        one = remembered(key, lambda: traced(_export(model, a, k, dynamic), model))
+        one = remembered(key, new)
         return run_passes(one, tensors_of(model), passes)
 
     with _exporting:
@@ -144,9 +148,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, rounding: A
     args, kwargs = distinct_tensors((args, dict(kwargs)))
     arguments = named_arguments(model, args, kwargs)
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) and dynamic else None, arguments)
-    # branches of the model's code on sizes of 1 are guards, too
-    from_0: Any = config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding), from_0:
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
         program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)

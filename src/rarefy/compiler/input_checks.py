@@ -67,7 +67,7 @@ def check_inputs(
     places: dict[str, str] = {}
     for name, want, value in inputs:
         if not isinstance(want, InputSpec):
-            if type(value) is not type(want) or (value != want and value == value):
+            if not _is_constant(value, want):
                 raise DataError(f"{name}: compiled for {want!r}, got {value!r}")
             continue
         _check_type(name, want, value)
@@ -75,7 +75,8 @@ def check_inputs(
             place = f"{name}.shape[{d}]"
             if isinstance(size, int):
                 if n != size:
-                    raise DataError(f"{name}: expected {want}, got {list(value.shape)}: {n} is not {size}")
+                    got = f"{name}: expected {want}, got {list(value.shape)}: {n} is not {size}"
+                    raise OtherSizesError(f"{got}: {WHAT_TO_DO}")
             elif not size.isidentifier():
                 dependent.append((place, size, n))
             elif sizes.setdefault(size, n) != n:
@@ -97,6 +98,12 @@ def check_inputs(
         if not guard.holds(sizes):
             got = _values(guard.text, sizes, places).removeprefix(", ")
             raise OtherSizesError(f"compiled for sizes with {_readable(guard.text, places)}, got {got}: {WHAT_TO_DO}")
+
+
+def _is_constant(value: Any, want: Any) -> bool:
+    """Return whether a value is the constant that a graph was traced with: 2 is neither True nor 2.0."""
+    kind = type(value.item()) if isinstance(value, Tensor) and value.dim() == 0 else type(value)
+    return kind is type(want) and bool(value == want or (value != value and want != want))
 
 
 def _check_type(name: str, want: InputSpec, value: Any) -> None:

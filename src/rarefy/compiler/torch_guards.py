@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as torch_functions
 
 from rarefy.compiler.shape_guards import MAX_SIZE, parse
 
-TORCH = Path(torch.__file__).parent
+TORCH = os.path.dirname(torch.__file__) + os.sep
+LAYERS = os.path.join(TORCH, "nn", "")
+SYMBOLIC = (os.path.join(TORCH, "__init__.py"), os.path.join(TORCH, "fx", "experimental", ""), __file__)
 RELATIONS = {
     sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
 }  # fmt: skip
@@ -24,17 +30,50 @@ MAX_FRACTION = 1 << 10  # denominator of a number with which sizes are multiplie
 MAX_FACTOR = 1 << 20
 
 
-def conditions(program: Any, inputs: Iterable[Any]) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+@contextmanager
+def recorded_decisions() -> Iterator[list[Any]]:
+    """Collect the conditions on sizes that a model's code asks for while torch.export traces it.
+
+    torch takes open sizes to be 2 or more, and keeps no guard of what follows from that: `x.shape[0] == 1` is false for
+    it. A compiled model takes sizes of 1 too, so these conditions count. torch's own questions, of strides and
+    broadcasting, do not: whether the graph is right at 1 is compared later, see `verify.py`.
+    """
+    decisions: list[Any] = []
+    original = ShapeEnv.evaluate_expr
+
+    def evaluate_expr(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        value = original(self, expression, *args, **kwargs)
+        if isinstance(expression, sympy.logic.boolalg.Boolean) and expression.free_symbols and _is_asked_by_model():
+            decisions.append(expression if value else sympy.Not(expression))
+        return value
+
+    with patch.object(ShapeEnv, "evaluate_expr", evaluate_expr):
+        yield decisions
+
+
+def _is_asked_by_model() -> bool:
+    """Return whether a condition on sizes is evaluated by a model's code, or that of torch's layers."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(SYMBOLIC):
+        frame = frame.f_back
+    path = frame.f_code.co_filename
+    return not path.startswith(TORCH) or path.startswith(LAYERS)
+
+
+def conditions(
+    program: Any, inputs: Iterable[Any], decisions: Iterable[Any]
+) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
     """Return the ranges of open sizes, and the guards, of a program that torch has just exported. O(guards).
 
     A size in a guard that the grammar cannot express is fixed to the example's: its guard is "s0 == 8".
 
     Args:
-        program: torch's exported program, made with sizes that are open from 0 on.
+        program: torch's exported program.
         inputs: what torch recorded for each input.
+        decisions: what the model's code asked of sizes, see `recorded_decisions`.
 
     Raises:
-        ValueError: a size of an input is an expression of sizes that no input has.
+        ValueError: a guard reads a size that no input has.
     """
     dims = [s.node for t in inputs if isinstance(t, Tensor) for s in t.shape if isinstance(s, torch.SymInt)]
     if not dims:
@@ -45,17 +84,17 @@ def conditions(program: Any, inputs: Iterable[Any]) -> tuple[dict[str, tuple[int
     env = dims[0].shape_env
     texts: dict[str, None] = {}
     for guard in env.guards:
-        expression = _replaced(guard.expr, env.replacements)
-        name = _not_1(expression)
-        if name is not None:  # whether the graph is right at a size of 1 is compared later, see `unit_sizes.py`
-            texts |= {} if _is_by_torch(guard) else {f"{name} != 1": None}
-            continue
-        text = _write_guard(expression, hints)
-        texts |= {t: None for t in text if not _is_implied(t, ranges)}
+        texts |= dict.fromkeys(_write_guard(_replaced(guard.expr, env.replacements), hints))
     for size in (d.expr for d in dims if not d.expr.is_Symbol):
-        if from_torch(size) is None or not {str(s) for s in size.free_symbols} <= hints.keys():
+        if from_torch(size) is None:
             texts |= dict.fromkeys(_write_guard(size, hints))
-    return ranges, tuple(texts)
+    for decision in decisions:
+        decision = _replaced(decision, env.replacements)
+        if {str(s) for s in decision.free_symbols} <= hints.keys():
+            text = from_torch(decision)
+            names = [] if text else [f"{n} != 1" for n in sorted(map(str, decision.free_symbols))]
+            texts |= dict.fromkeys([text] if text else names)
+    return ranges, tuple(t for t in texts if parse(t).names and not _is_implied(t, ranges))
 
 
 def _write_guard(expression: Any, hints: Mapping[str, int]) -> list[str]:
@@ -65,21 +104,7 @@ def _write_guard(expression: Any, hints: Mapping[str, int]) -> list[str]:
         raise ValueError(f"a size of an input depends on {expression}, which is no size of an input")
     if text is None:
         return [f"{n} == {hints[n]}" for n in names]
-    return [text] if names else []
-
-
-def _not_1(expression: Any) -> str | None:
-    """Return the name of a size of which a condition says only that it is not 1."""
-    if not isinstance(expression, sympy.Ne | sympy.Gt | sympy.Ge) or not expression.lhs.is_Symbol:
-        return None
-    least = {sympy.Ne: 1, sympy.Gt: 1, sympy.Ge: 2}[type(expression)]
-    return str(expression.lhs) if expression.rhs == least else None
-
-
-def _is_by_torch(guard: Any) -> bool:
-    """Return whether torch itself asked, not the model's code: for strides, which a size of 1 leaves open."""
-    path = Path(getattr(guard.sloc.framework_loc, "filename", ""))
-    return path.is_relative_to(TORCH) and not path.is_relative_to(TORCH / "nn")
+    return [text]
 
 
 def _replaced(expression: Any, replacements: Mapping[Any, Any]) -> Any:
@@ -223,6 +248,6 @@ def _whole_sides(left: Any, right: Any) -> tuple[str, str]:
     if all(side.is_integer or isinstance(side, sympy.logic.boolalg.BooleanAtom) for side in (left, right)):
         return _write(left), _write(right)
     (a, b), (c, d) = _ratio(left), _ratio(right)
-    if "1" not in (b, d) and any(isinstance(side, torch_functions.IntTrueDiv) for side in (left, right)):
+    if all(isinstance(side, torch_functions.IntTrueDiv) for side in (left, right)):
         raise _Inexpressible  # two quotients may be rounded to the same number
     return f"({a} * {d})", f"({c} * {b})"

@@ -10,7 +10,7 @@ all the same.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -88,8 +88,11 @@ def copy_of(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def traced(program: Any, model: nn.Module) -> TracedGraph:
-    """Return the graph of a model that torch exported; ModelError for one that changes its buffers or its inputs."""
+def traced(program: Any, model: nn.Module, decisions: Iterable[Any]) -> TracedGraph:
+    """Return the graph of a model that torch exported; ModelError for one that changes its buffers or its inputs.
+
+    decisions are those of `torch_guards.py`.
+    """
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise ModelError("the model changes its buffers or its inputs when it is called, so it cannot be compiled")
@@ -99,7 +102,7 @@ def traced(program: Any, model: nn.Module) -> TracedGraph:
     tensors = {t: every[t].detach() for t in names.values() if t not in own}
     specs = program.call_spec.in_spec, program.call_spec.out_spec
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in names]
-    ranges, guards = conditions(program, (n.meta.get("val") for n in inputs))
+    ranges, guards = conditions(program, (n.meta.get("val") for n in inputs), decisions)
     return TracedGraph(program.graph_module.graph, names, tensors, ranges, guards, *specs)
 
 

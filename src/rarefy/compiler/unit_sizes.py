@@ -8,10 +8,11 @@ from typing import Any
 from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.other_sizes import connected_sizes, resized
+from rarefy.compiler.shape_guards import MAX_SIZE, parse
 
 
 def allow_ones(
-    exported: ExportedGraph, specs: Sequence[Any], leaves: list[Any], guards_of: Callable[[list[Any]], tuple[str, ...]]
+    exported: ExportedGraph, specs: Sequence[Any], leaves: list[Any], trace: Callable[[list[Any]], ExportedGraph]
 ) -> None:
     """Let sizes be 1 although the model's code asks for it, under the conditions of its branch for 1.
 
@@ -22,17 +23,23 @@ def allow_ones(
         exported: the graph, whose guards may say that a size is not 1.
         specs: what each input must be.
         leaves: the example's inputs.
-        guards_of: returns the guards of the model traced with inputs; ModelError where it cannot be traced.
+        trace: returns the model's graph for inputs; ModelError where it cannot be traced.
 
     Cost: an export for each such size.
     """
-    for group in connected_sizes(specs, leaves):
-        not_1 = {f"{n} != 1" for n in group} & {*exported.guards}
-        if not not_1:
+    groups = connected_sizes(specs, leaves)
+    example = {n: size for group in groups for n, size in group.items()}
+    for group in groups:
+        ones = dict.fromkeys(group, 1)
+        broken = {g for g in exported.guards if not parse(g).holds({**example, **ones})}
+        if not broken or any(exported.ranges[n][0] > 1 for n in group):
             continue
         try:
-            conditions = guards_of(resized(specs, leaves, dict.fromkeys(group, 1)))
+            branch = trace(resized(specs, leaves, ones))
         except ModelError:
             continue
-        relaxed = {g: f"{g} or ({' and '.join(f'({c})' for c in conditions) or '1'})" for g in not_1}
-        exported.guards = tuple(relaxed.get(g, g) for g in exported.guards)
+        name = min(group)
+        least = [f"{n} >= {low}" for n, (low, _) in branch.ranges.items() if low > 1]
+        largest = [f"{n} <= {high}" for n, (_, high) in branch.ranges.items() if high < MAX_SIZE]
+        allowed = " and ".join(f"({c})" for c in (f"{name} == 1", *least, *largest, *branch.guards))
+        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in exported.guards)
