@@ -38,8 +38,11 @@ def allow_ones(
             branch = trace(resized(specs, leaves, ones))
         except ModelError:
             continue
-        name = min(group)
+        at_1 = [f"{n} == 1" for n in sorted(group)]
         least = [f"{n} >= {low}" for n, (low, _) in branch.ranges.items() if low > 1]
         largest = [f"{n} <= {high}" for n, (_, high) in branch.ranges.items() if high < MAX_SIZE]
-        allowed = " and ".join(f"({c})" for c in (f"{name} == 1", *least, *largest, *branch.guards))
-        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in exported.guards)
+        limits = [*least, *largest, *branch.guards]
+        allowed = " and ".join(f"({c})" for c in (*at_1, *limits))
+        always = {g for g in broken if not limits and {*parse(g).names} == {*group}}  # n != 1, where 1 is as good
+        kept = [g for g in exported.guards if g not in always]
+        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in kept)
