@@ -2,8 +2,9 @@
 
 import pytest
 
-from rarefy.common.atomic_io import lock_file, parse_json, read_json_file
+from rarefy.common.atomic_io import lock_file
 from rarefy.common.errors import ContainerError
+from rarefy.common.json_text import parse_json, read_json_file
 
 
 @pytest.mark.parametrize(
