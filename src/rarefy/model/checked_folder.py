@@ -28,8 +28,9 @@ MAX_DATA_BYTES = 1 << 28  # of vocabularies and of the files of a tokenizer
 TEXT_SUFFIXES = (".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".md")  # of tokenizers, and the model card
 # JSON that a library needs if it is there; other files that are no JSON are left out, such as logs of a training
 NEEDED = re.compile(
-    r".*config\.json|config_sentence_transformers\.json|.*\.safetensors\.index\.json"
-    r"|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"((tokenizer|(video_)?preprocessor|processor|router|cnn|lstm|\w*embedding|\w*tokenizer|quantize|sentence_.*)_)?"
+    r"config\.json|config_sentence_transformers\.json|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template)"
+    r"\.json|.*\.safetensors\.index\.json"
 )
 DATA = ("tokenizer.json", "vocab.json", "added_tokens.json")  # JSON without names of classes or functions
 ADAPTER = "adapter_config.json"
@@ -75,15 +76,15 @@ def load_error(error: BaseException, shown: Path) -> str:
     return line[:300]
 
 
-def name_source_(made: Any, shown: Path) -> None:
-    """Replace the path of a temporary folder in a model, config, tokenizer or processor that was made from it.
+def name_source_(loaded: Any, shown: Path) -> None:
+    """Replace the path of a temporary folder in a model, config, tokenizer or processor that was loaded from it.
 
     Libraries remember the path to show it, and to copy vocabularies when they save.
     """
     source = str(source_of(shown))
-    for part in (made, *(getattr(made, name, None) for name in ("config", "generation_config", "tokenizer"))):
-        for values in (getattr(part, "__dict__", None), getattr(part, "init_kwargs", None)):
-            for name, value in list(values.items()) if isinstance(values, dict) else ():
+    for part in (loaded, *(getattr(loaded, name, None) for name in ("config", "generation_config", "tokenizer"))):
+        for values in (getattr(part, "__dict__", None) or {}, getattr(part, "init_kwargs", None) or {}):
+            for name, value in list(values.items()):
                 if isinstance(value, str | Path) and str(value).startswith(str(shown)):
                     values[name] = type(value)(str(value).replace(str(shown), source, 1))
 

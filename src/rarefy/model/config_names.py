@@ -127,8 +127,8 @@ def _is_processor(name: str) -> bool:
         transformers.PreTrainedTokenizerBase, ProcessorMixin, ImageProcessingMixin, FeatureExtractionMixin,
         BaseVideoProcessor,
     )  # fmt: skip
-    found = getattr(transformers, name, None)
-    return found is None or bool(getattr(found, "is_dummy", False)) or issubclass(found, kinds)
+    kind = getattr(transformers, name, None)
+    return kind is None or bool(getattr(kind, "is_dummy", False)) or issubclass(kind, kinds)
 
 
 def _quantization(key: str, value: Any, where: str) -> None:
