@@ -3,6 +3,7 @@ tell when they are called."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,17 @@ def told(monkeypatch):
 
     replace.calls = []
     return replace
+
+
+def refused(load, message, told):
+    """Check that a call is refused by name, and that no function that is watched was called before."""
+    problem = "nothing was refused"
+    try:
+        load()
+    except Exception as error:  # on the way to a refusal, what a replaced function returned may fail
+        problem = f"{'' if isinstance(error, RarefyError) else type(error).__name__} {error}"
+    assert told.calls == []
+    assert re.search(message, problem), problem
 
 
 def change(file, **values):
@@ -132,30 +144,26 @@ def twice(folder):
     [
         (with_nan, "config.json: not JSON: NaN is not a number of JSON"),
         (too_long, "activation_fn: expected a class of torch.nn, got 'torch.seed', no activation"),
-        (with_deep_lists, "nested deeper than 100 levels|activation_fn|sbert_ce"),
+        (with_deep_lists, "config.json: not JSON: lists and objects are nested deeper than 100 levels"),
         (twice, "config.json: not JSON: the key 'sentence_transformers' is written twice: remove one of the two"),
     ],
 )
 def test_no_function_of_torch_is_called(prepare, message, copy, told):
     told(torch, "seed", torch.nn.Identity())
     prepare(copy)
-    with pytest.raises(RarefyError, match=message):
-        reranker(copy)
-    assert told.calls == []
+    refused(lambda: reranker(copy), message, told)
 
 
 @pytest.mark.parametrize("file", ["reranker/config.json", "embeddings/2_Dense/config.json"])
 def test_classes_of_torch_are_activations_of_the_list(file, copy, told):
-    told(torch.nn, "Flatten", torch.nn.Identity())
-    key = "activation_function" if "Dense" in file else "sentence_transformers"
-    told.calls.clear()
-    change(copy / file, **{key: "torch.nn.Flatten" if "Dense" in file else {"activation_fn": "torch.nn.Flatten"}})
-    with pytest.raises(ModelError, match="expected a class of torch.nn, got 'torch.nn.Flatten', no activation"):
-        (embeddings if "Dense" in file else reranker)(copy)
-    if "Dense" in file:
-        with pytest.raises(ModelError, match="no activation"):
-            head_of(copy / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2))
-    assert told.calls == []
+    told(torch.nn.Flatten, "__init__")
+    message = "expected a class of torch.nn, got 'torch.nn.Flatten', no activation"
+    if "reranker" in file:
+        change(copy / file, sentence_transformers={"activation_fn": "torch.nn.Flatten"})
+        return refused(lambda: reranker(copy), message, told)
+    change(copy / file, activation_function="torch.nn.Flatten")
+    refused(lambda: embeddings(copy), message, told)
+    refused(lambda: head_of(copy / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2)), message, told)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +175,7 @@ def test_no_kernel_is_fetched(load, copy, told, monkeypatch):
     told(modeling_utils, "lazy_import_flash_attention")
     monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *_, **__: True)
     change(copy / "reranker" / "config.json", **FLASH)
-    with pytest.raises(
-        ModelError, match="custom attention code .flash_attention_2.; remove attn_implementation, or use"
-    ):
-        load(copy)
-    assert told.calls == []
+    refused(lambda: load(copy), "custom attention code .flash_attention_2.; remove attn_implementation, or use", told)
 
 
 @pytest.mark.parametrize("load", [tokenizer_of, reranker])
@@ -181,20 +185,14 @@ def test_tokenizers_are_of_a_class_of_tokenizers(load, file, copy, told):
     if file == "config.json":
         change(copy / "reranker" / "tokenizer_config.json", tokenizer_class=None)
     change(copy / "reranker" / file, tokenizer_class="AutoModel")
-    with pytest.raises(
-        ModelError, match="tokenizer_class: expected the class of a tokenizer or processor .* 'AutoModel'"
-    ):
-        load(copy)
-    assert told.calls == []
+    refused(lambda: load(copy), "tokenizer_class: expected the class of a tokenizer or processor .* 'AutoModel'", told)
 
 
 def test_tokenizers_of_other_places_are_not_read(copy, told):
     told(transformers.AutoModel, "from_pretrained")
     change(copy / "bert" / "tokenizer_config.json", tokenizer_class="AutoModel")
     change(copy / "embeddings" / "sentence_bert_config.json", tokenizer_name_or_path=str(copy / "bert"))
-    with pytest.raises(ModelError, match="tokenizer_name_or_path: files of another place are not read .*: remove it"):
-        embeddings(copy)
-    assert told.calls == []
+    refused(lambda: embeddings(copy), "tokenizer_name_or_path: files of another place are not read .*: remove it", told)
 
 
 @pytest.mark.parametrize("shard", ["part.bin", "../other.safetensors"])
@@ -204,9 +202,7 @@ def test_weights_are_those_of_the_folder_in_safetensors(shard, copy, told):
     told(torch, "load", {})
     names = dict.fromkeys(["classifier.weight", "classifier.bias"], shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    with pytest.raises(ContainerError, match="expected weight_map: names of .safetensors files in this folder"):
-        model_of(copy)
-    assert told.calls == []
+    refused(lambda: model_of(copy), "expected weight_map: names of .safetensors files in this folder", told)
 
 
 def test_a_checkpoint_of_timm_is_no_argument(tmp_path, told):
@@ -216,9 +212,11 @@ def test_a_checkpoint_of_timm_is_no_argument(tmp_path, told):
     config = {"model_type": "timm_wrapper", "architecture": "resnet10t", "num_labels": 2}
     arguments = {"checkpoint_path": str(tmp_path / "x.pth")}
     saved = {"class": "TimmWrapperForImageClassification", "dtype": "float32"}
-    with pytest.raises(ModelError, match="model_args: the argument 'checkpoint_path' is not accepted from a file"):
-        hf.build({**saved, "config": {**config, "model_args": arguments}})
-    assert told.calls == []
+    refused(
+        lambda: hf.build({**saved, "config": {**config, "model_args": arguments}}),
+        "model_args: the argument 'checkpoint_path' is not accepted from a file",
+        told,
+    )
     with pytest.raises(
         ModelError, match="architecture: expected the name of an architecture of timm, got 'hf-hub:a/b'"
     ):
@@ -244,9 +242,7 @@ def test_links_are_followed_before_the_check(copy, told):
     change(folder / "config.json", sentence_transformers=SEED)
     (folder / "config.json").rename(copy / "elsewhere")
     (folder / "config.json").symlink_to(copy / "elsewhere")
-    with pytest.raises(ModelError, match="expected a class of torch.nn"):
-        reranker(copy)
-    assert told.calls == []
+    refused(lambda: reranker(copy), "expected a class of torch.nn", told)
 
 
 @pytest.mark.parametrize(
