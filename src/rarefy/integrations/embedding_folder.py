@@ -22,7 +22,7 @@ from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.integrations.compiled_transformer import DENSE_FILES
 from rarefy.model import hub
-from rarefy.model.checked_folder import MAX_CONFIG_BYTES, MAX_DATA_BYTES, check_modules
+from rarefy.model.checked_folder import MAX_CONFIG_BYTES, check_modules
 from rarefy.model.embedding_modules import refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
@@ -101,19 +101,14 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{first} has no tokenizer, such as tokenizer.json: copy the files of the original there")
 
 
-def damaged_file(folder: Path) -> str | None:
-    """Return which file of a folder is missing or is no JSON; None where all are there."""
+def missing_file(folder: Path) -> str | None:
+    """Return which file or folder of a model's modules is missing; None where all are there."""
     for entry in check_modules(folder):
         part = folder / entry["path"]
         if not part.is_dir() and not entry["type"].endswith(".Normalize"):
             return f"{part} is missing"
         if entry["type"].endswith((".Pooling", ".Dense")) and not (part / "config.json").is_file():
             return f"{part / 'config.json'} is missing"
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            read_json_file(file, MAX_DATA_BYTES)
-        except ContainerError:
-            return f"{file} is damaged"
     return None
 
 

@@ -35,9 +35,9 @@ from rarefy.integrations.embedding_folder import (
     check_folder,
     config_labels,
     copy_missing,
-    damaged_file,
     dense_hashes,
     dense_stamps,
+    missing_file,
     note_bytes,
     read_note,
     resolve,
@@ -136,7 +136,7 @@ class _OnEngine:
             except Exception as error:  # a damaged folder makes it raise anything
                 if isinstance(error, TypeError) and "unexpected keyword" in str(error):
                     raise
-                damage = damaged_file(folder)
+                damage = missing_file(folder)
                 hint = "" if damage is None else f"; {damage}: copy it again"
                 raise ModelError(f"{folder}: the model does not load: {load_error(error, shown)}{hint}") from error
             for module in self.modules():  # type: ignore[attr-defined]

@@ -148,10 +148,12 @@ def _show_file(file: Path, copy: Path) -> Mapping[str, Any]:
     elif file.suffix == ".json":
         try:
             data, values = _read_json(file)
-        except (ContainerError, ModelError):
-            if NEEDED.fullmatch(file.name) and file.name != GENERATION:
+        except (ContainerError, ModelError) as error:
+            if not NEEDED.fullmatch(file.name) or file.name == GENERATION:
+                return {}
+            if isinstance(error, ModelError):
                 raise
-            return {}
+            raise ContainerError(f"{error}; {file.name} is damaged: copy it again") from None
         if file.name == GENERATION:
             _check_object(file, values)
         copy.write_bytes(data)
