@@ -2,8 +2,9 @@
 
 import pytest
 
-from rarefy.common.atomic_io import lock_file, parse_json, read_json_file
+from rarefy.common.atomic_io import lock_file
 from rarefy.common.errors import ContainerError
+from rarefy.common.json_text import MAX_DEPTH, parse_json, read_json_file
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,10 @@ from rarefy.common.errors import ContainerError
         (b'{"a": 1, "b": [2, 3, 4, 5, 6]}', "30 bytes, at most 20 are read"),
         (b'{"a": "\xff"}', "not JSON: expected text in UTF-8"),
         (b'{"a": NaN}', "NaN is not a number of JSON"),
+        (b"[1e999]", "1e999 is not a number of JSON, or too large"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is written twice: remove one"),
+        (b'\xef\xbb\xbf{"a": 1}', "not JSON: Unexpected UTF-8 BOM"),
+        ('{"a": 1}'.encode("utf-16-le"), "not JSON"),
         (None, "cannot be read: "),
     ],
 )
@@ -27,6 +32,19 @@ def test_what_is_no_small_json_is_refused(data, message, tmp_path):
 def test_data_are_returned(tmp_path):
     (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8")
     assert read_json_file(tmp_path / "a.json", 20) == {"a": "é"}
+
+
+def test_depth_is_bounded():
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    for depth in (MAX_DEPTH + 1, 100_000):
+        with pytest.raises(ContainerError, match="not JSON: lists and objects are nested deeper than 100 levels"):
+            parse_json('{"a":' * depth + "1" + "}" * depth)
+
+
+def test_a_key_that_is_written_twice_is_found_in_linear_time():
+    keys = ", ".join(f'"{i}": 0' for i in [*range(200_000), 199_999])
+    with pytest.raises(ContainerError, match="the key '199999' is written twice"):
+        parse_json("{" + keys + "}")
 
 
 def test_locks_of_folders(tmp_path):

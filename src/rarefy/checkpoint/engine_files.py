@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rarefy.checkpoint import export, gguf_tokenizer
 from rarefy.checkpoint.origin import origin_files
 from rarefy.checkpoint.save import name_rarefy
-from rarefy.common.errors import ContainerError, first_line
+from rarefy.common.errors import ContainerError
+from rarefy.common.json_text import read_json_file
 from rarefy.formats import gguf_file
+from rarefy.model.checked_folder import MAX_CONFIG_BYTES
 from rarefy.model.hub import check_link
 
 
@@ -33,11 +34,7 @@ def engine_files(source: Path) -> dict[str, bytes]:
     config = source / "config.json"  # transformers needs it to find the tokenizer class
     if not config.is_file():
         return model_files(source)
-    text = check_link(config, source).read_bytes()
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{config}: not JSON: {first_line(error)}") from None
+    values = read_json_file(check_link(config, source), MAX_CONFIG_BYTES)
     if not isinstance(values, dict):
         raise ContainerError(f"{config}: expected a JSON object, got a {type(values).__name__}")
     return model_files(source) | {config.name: name_rarefy(values)}

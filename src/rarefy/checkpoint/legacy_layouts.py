@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats.bitpacking import unpack_bits
 from rarefy.model import hf
+from rarefy.model.checked_folder import read_config
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, record_grid_
 
@@ -34,7 +35,6 @@ KEYS = ("quantization_config", "compression_config", "sparsity_config")
 SPARSE = ("compressed", "bitmask", "row_offsets", "shape")
 PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 DROPPED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
-MAX_CONFIG_BYTES = 16 << 20
 
 
 def is_compressed(folder: str | Path) -> bool:
@@ -226,15 +226,10 @@ def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, int]:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelError(f"{file}: expected a config of at most {MAX_CONFIG_BYTES:,} bytes")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file.parent}: the config is not usable: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file.parent}: the config is not usable: expected a JSON object")
-    return config
+        return read_config(file)
+    except ContainerError as error:
+        raise ModelError(f"{file.parent}: the config is not usable: {error}") from None
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

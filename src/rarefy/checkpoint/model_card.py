@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 from rarefy.checkpoint import compiled_model
 from rarefy.checkpoint.load import MAX_RECEIPT_BYTES
 from rarefy.checkpoint.origin import FROM_CARD, read_origin
-from rarefy.common.atomic_io import read_json_file
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.common.extras import install
+from rarefy.common.json_text import read_json_file
 from rarefy.evaluation.receipt import Receipt, receipt_from_dict
 from rarefy.formats import container
 from rarefy.model import hub

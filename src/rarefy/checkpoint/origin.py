@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import read_json_file
 from rarefy.common.errors import ContainerError, RecipeError
+from rarefy.common.json_text import read_json_file
 from rarefy.common.yaml_text import read_yaml
 from rarefy.data import builtin
 from rarefy.model import hub

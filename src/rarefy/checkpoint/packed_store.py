@@ -14,8 +14,9 @@ from typing import Any
 from safetensors import safe_open
 
 from rarefy.checkpoint.compiled_model import checked_form
-from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, parse_json, sync
+from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, sync
 from rarefy.common.errors import ContainerError, FormatError, first_line
+from rarefy.common.json_text import parse_json
 from rarefy.common.progress import say
 from rarefy.formats.aligned_file import write_aligned
 from rarefy.runtime.huge_pages import HugePageBuffer

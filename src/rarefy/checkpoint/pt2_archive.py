@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.atomic_io import parse_json
 from rarefy.common.errors import ContainerError, RarefyError, first_line
+from rarefy.common.json_text import parse_json
 
 MODEL = "models/model.json"
 WEIGHTS, CONSTANTS = ("data/weights/", "model_weights_config.json"), ("data/constants/", "model_constants_config.json")

@@ -16,8 +16,9 @@ from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_bui
 from rarefy.checkpoint.gguf_load import GgufModel
 from rarefy.checkpoint.load import attach_receipt_
 from rarefy.checkpoint.tensor_slots import aliases
-from rarefy.common.atomic_io import INDEX, read_json_file
+from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.json_text import read_json_file
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
 from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS

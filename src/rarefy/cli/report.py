@@ -59,7 +59,7 @@ def report(
 
 def read_result(path: Path) -> tuple[Any, Callable[[Any], str]]:
     """Return the frontier, receipt or benchmark in a folder or file, and the function that makes its page."""
-    from rarefy.common.atomic_io import parse_json
+    from rarefy.common.json_text import parse_json
     from rarefy.evaluation.receipt import receipt_from_dict
     from rarefy.evaluation.receipt_page import receipt_page
     from rarefy.search.bench_report import bench_from_lines, bench_page

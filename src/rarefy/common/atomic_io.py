@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
-import math
 import os
 import re
 import secrets
@@ -18,7 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rarefy.common.errors import ContainerError, RecipeError, first_line
+from rarefy.common.errors import ContainerError, RecipeError
+from rarefy.common.json_text import read_json_file
 from rarefy.common.progress import say
 
 INDEX = "rarefy.json"
@@ -31,6 +30,7 @@ SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
 MODULES = "modules.json"  # of a sentence-transformers model: names the folders of its modules, such as 1_Pooling
+MAX_MODULES_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -59,37 +59,6 @@ def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = Fa
     with container_errors(file):
         write_text_atomic(file, text)
     return file
-
-
-def parse_json(text: str, where: str = "") -> Any:
-    """Return JSON text as plain data, with finite numbers alone; ContainerError, naming `where`, for anything else."""
-    try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{where}: not JSON: {error}".removeprefix(": ")) from None
-
-
-def read_json_file(file: Path, max_bytes: int) -> Any:
-    """Return the data of a JSON file as `parse_json` does; ContainerError if it is larger or cannot be read."""
-    try:
-        size = file.stat().st_size
-        if size > max_bytes:
-            raise ContainerError(f"{file}: {size:,} bytes, at most {max_bytes:,} are read")
-        text = file.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ContainerError(f"{file}: not JSON: expected text in UTF-8") from None
-    except OSError as error:
-        raise ContainerError(f"{file} cannot be read: {first_line(error)}") from None
-    return parse_json(text, str(file))
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_number(text)
-
-
-def _refuse_number(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON, or too large")
 
 
 WITHOUT_MODEL = {"frontier.json", "recipe.yaml"}  # of a search whose models cannot be saved
@@ -121,8 +90,8 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
 def _module_folders(target: Path) -> set[str]:
     """Return the names of folders in an output folder that modules.json names; none if it is damaged."""
     try:
-        value = json.loads((target / MODULES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json_file(target / MODULES, MAX_MODULES_BYTES)
+    except ContainerError:
         return set()
     entries = value if isinstance(value, list) else []
     return {e["path"] for e in entries if isinstance(e, dict) and isinstance(e.get("path"), str)}

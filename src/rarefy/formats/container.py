@@ -39,6 +39,7 @@ from rarefy.common.atomic_io import (
     sha256_of,
 )
 from rarefy.common.errors import ContainerError, FormatError, nearest
+from rarefy.common.json_text import parse_json
 from rarefy.formats.aligned_file import NAMES, write_aligned
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
@@ -210,7 +211,7 @@ def read_json(saved: Container, name: str, entry: Any) -> Any:
     if entry["bytes"] > INDEX_BYTES:
         raise ContainerError(f"{saved.path / name}: {entry['bytes']:,} bytes, at most {INDEX_BYTES:,} are read")
     _check_file(saved.path / name, entry, True)
-    return _parse(saved.path / name, (saved.path / name).read_bytes())
+    return parse_json((saved.path / name).read_bytes(), str(saved.path / name))
 
 
 # writing
@@ -359,7 +360,7 @@ def _read_index(folder: Path) -> Any:
         raise ContainerError(f"{folder} is not a Rarefy folder: {_what_is(folder)}")
     if file.stat().st_size > INDEX_BYTES:
         raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {INDEX_BYTES:,} are read")
-    index = _parse(file, file.read_bytes())
+    index = parse_json(file.read_bytes(), str(file))
     if type(index) is not dict or "index" not in index or index.get("schema") not in range(1, SCHEMA + 1):
         return index
     check_fields(index, str(file), format=str, schema=int, index=dict)
@@ -368,22 +369,7 @@ def _read_index(folder: Path) -> Any:
         raise ContainerError(f"{file}: the index is in {short(entry['file'])}, must be {INDEX_XZ}")
     inner = folder / INDEX_XZ
     _check_file(inner, entry, True)
-    return _parse(inner, decompress(inner, entry["raw"], INDEX_BYTES))
-
-
-def _parse(file: Path, text: bytes) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{file}: not valid JSON: {error}") from error
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(number: str) -> float:
-    return float(number) if math.isfinite(float(number)) else _refuse(number)
+    return parse_json(decompress(inner, entry["raw"], INDEX_BYTES), str(inner))
 
 
 def _what_is(folder: Path) -> str:

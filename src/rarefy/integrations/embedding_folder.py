@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, PICKLE_SUFFIXES, read_json_file, sha256_of
+from rarefy.common.atomic_io import INDEX, MODULES, PICKLE_SUFFIXES, sha256_of
 from rarefy.common.errors import ContainerError, ModelError, nearest
+from rarefy.common.json_text import read_json_file
 from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.integrations.compiled_transformer import DENSE_FILES
 from rarefy.model import hub
-from rarefy.model.embedding_modules import MAX_BYTES, MODULES, check_config, check_modules, refuse_pickles
+from rarefy.model.checked_folder import MAX_CONFIG_BYTES, check_modules
+from rarefy.model.embedding_modules import refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
 NOTE = "embedding.json"
@@ -29,7 +31,6 @@ MARKER = f"{ENGINE}/{INDEX}"  # a folder with this file may be overwritten
 SCHEMA = 1
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 OF_RAREFY = (INDEX, "rarefy-index.json.xz", "rarefy-export.json")  # in folders of `compress` and `export`
-CONFIGS = ("config*.json", "*/config.json", "*/*/config.json")  # those of modules in a router are two folders deep
 NOT_COPIED = (*PICKLE_SUFFIXES, ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")  # other forms of the weights
 
 
@@ -94,28 +95,20 @@ def check_folder(folder: Path) -> None:
     entries = check_modules(folder)
     for part in {"", *(entry["path"] for entry in entries)}:
         refuse_pickles(folder / part)
-    for pattern in CONFIGS:
-        for file in folder.glob(pattern):
-            check_config(file)
     first = folder / entries[0]["path"] if entries else folder
     tokenizes = not entries or entries[0]["type"].endswith(".Transformer")
     if tokenizes and not any(file for pattern in TOKENIZERS for file in first.glob(pattern)):
         raise ModelError(f"{first} has no tokenizer, such as tokenizer.json: copy the files of the original there")
 
 
-def damaged_file(folder: Path) -> str | None:
-    """Return which file of a folder is missing or is no JSON; None where all are there."""
+def missing_file(folder: Path) -> str | None:
+    """Return which file or folder of a model's modules is missing; None where all are there."""
     for entry in check_modules(folder):
         part = folder / entry["path"]
         if not part.is_dir() and not entry["type"].endswith(".Normalize"):
             return f"{part} is missing"
         if entry["type"].endswith((".Pooling", ".Dense")) and not (part / "config.json").is_file():
             return f"{part / 'config.json'} is missing"
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
-            return f"{file} is damaged"
     return None
 
 
@@ -129,9 +122,9 @@ def read_note(folder: Path) -> Note | None:
     if not file.is_file():
         return None
     hint = f"delete {folder / ENGINE} to compile the model again"
-    if file.is_symlink() or file.stat().st_size > MAX_BYTES:
+    if file.is_symlink() or file.stat().st_size > MAX_CONFIG_BYTES:
         raise ContainerError(f"{file}: expected a small file, no link; {hint}")
-    value = read_json_file(file, MAX_BYTES)
+    value = read_json_file(file, MAX_CONFIG_BYTES)
     value = value if isinstance(value, dict) else {}
     dense = value.get("dense")
     valid = value.get("schema") == SCHEMA and value.get("precision") in ("fp32", "bf16", "int16", "int8")
@@ -160,7 +153,7 @@ def dense_stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def config_labels(folder: Path) -> int | None:
     """Return the number of labels in a folder's config.json, None if it does not say."""
     file = folder / "config.json"
-    values = read_json_file(file, MAX_BYTES) if file.is_file() else None
+    values = read_json_file(file, MAX_CONFIG_BYTES) if file.is_file() else None
     labels = values.get("id2label") if isinstance(values, dict) else None
     return len(labels) if isinstance(labels, dict) else None
 

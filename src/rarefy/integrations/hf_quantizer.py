@@ -26,6 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rarefy.model.checked_folder import source_of
+from rarefy.model.config_names import IMPLEMENTATIONS
+
 METHOD = "rarefy"
 OLDEST = "5.18"  # of transformers: the first whose quantizers see the config before files are looked for
 FIRST_FILE = "weights-00001.safetensors"  # transformers looks for a file; this one tells where the folder is
@@ -82,7 +85,8 @@ class RarefyQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Return the config, with the file that transformers looks for."""
         parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
-        kernel = next((k for k in (str(getattr(p, "_attn_implementation", None)) for p in parts) if "/" in k), None)
+        names = (getattr(p, "_attn_implementation", None) for p in parts)
+        kernel = next((n for n in names if n is not None and n not in IMPLEMENTATIONS), None)
         if kernel is not None:  # transformers would fetch and run it
             raise ValueError(f"the config requests attention code of the hub, {kernel}: remove attn_implementation")
         config.transformers_weights = FIRST_FILE
@@ -98,7 +102,7 @@ class RarefyQuantizer(HfQuantizer):
         from rarefy.formats import container
 
         del model.config.transformers_weights
-        folder = Path(checkpoint_files[0]).parent
+        folder = source_of(Path(checkpoint_files[0]).parent)
         saved = container.read(folder)
         if compiled_model.is_compiled(saved):
             with torch.device("cpu"):

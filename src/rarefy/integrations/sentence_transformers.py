@@ -35,14 +35,15 @@ from rarefy.integrations.embedding_folder import (
     check_folder,
     config_labels,
     copy_missing,
-    damaged_file,
     dense_hashes,
     dense_stamps,
+    missing_file,
     note_bytes,
     read_note,
     resolve,
 )
-from rarefy.model.embedding_modules import HEAD, apply_modules, check_modules
+from rarefy.model.checked_folder import check_modules, checked_folder, load_error, name_source_
+from rarefy.model.embedding_modules import HEAD, apply_modules
 from rarefy.pipeline.compress import compress_
 
 try:
@@ -127,16 +128,20 @@ class _OnEngine:
     def _load_dense(self, folder: Path, options: dict[str, Any]) -> None:
         """Let the base class load the folder; what it raises becomes a ModelError of one line."""
         options["model_kwargs"] = {**(options.get("model_kwargs") or {}), "use_safetensors": True}
-        try:
-            super().__init__(str(folder), device="cpu", local_files_only=True, **options)  # type: ignore[call-arg]
-        except RarefyError:
-            raise
-        except Exception as error:  # a damaged folder makes it raise anything
-            if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        with checked_folder(folder) as shown:
+            try:
+                super().__init__(str(shown), device="cpu", local_files_only=True, **options)  # type: ignore[call-arg]
+            except RarefyError:
                 raise
-            damage = damaged_file(folder)
-            hint = "" if damage is None else f"; {damage}: copy it again"
-            raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}{hint}") from error
+            except Exception as error:  # a damaged folder makes it raise anything
+                if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+                    raise
+                damage = missing_file(folder)
+                hint = "" if damage is None else f"; {damage}: copy it again"
+                raise ModelError(f"{folder}: the model does not load: {load_error(error, shown)}{hint}") from error
+            for module in self.modules():  # type: ignore[attr-defined]
+                name_source_(module, shown)
+                name_source_(getattr(module, "processor", None), shown)
         self.eval()  # type: ignore[attr-defined]
 
     def _compile_(self, module: Transformer, recipe: Any, data: Any, tune: bool) -> None:

@@ -22,6 +22,7 @@ from rarefy.compiler.compile import compile as compile_graph
 from rarefy.data import builtin
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf, hub
+from rarefy.model.checked_folder import checked_folder, load_error, name_source_
 from rarefy.model.embedding_modules import refuse_pickles
 
 try:
@@ -224,12 +225,14 @@ def _load(folder: Path, classes: tuple[Any, ...], task: str) -> Any:
         raise ModelError(f"{task}: transformers has no such model for a {config.model_type} config")
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     refuse_pickles(folder)
-    try:
-        model, info = auto.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except RarefyError:
-        raise
-    except Exception as error:  # a damaged folder makes transformers raise anything
-        raise ModelError(f"{folder}: the model does not load: {first_line(error, 300)}") from None
+    with checked_folder(folder) as shown:
+        try:
+            model, info = auto.from_pretrained(shown, config=config, output_loading_info=True, **options)
+        except RarefyError:
+            raise
+        except Exception as error:  # a damaged folder makes transformers raise anything
+            raise ModelError(f"{folder}: the model does not load: {load_error(error, shown)}") from None
+        name_source_(model, shown)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:2])
         raise ModelError(f"{folder} has no weights for {task}: {missing} are missing; give a folder of such a model")
@@ -240,11 +243,7 @@ def _load_image_processor(folder: Path) -> Any:
     """Return the image processor of a folder, None where there is none."""
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(folder, **options)
-    except Exception as error:
-        raise ModelError(f"{folder}: the image processor does not load: {first_line(error, 300)}") from None
+    return hf.load_part("AutoImageProcessor", folder, "image processor")
 
 
 @contextmanager

@@ -5,94 +5,25 @@ Metrics of embeddings use them, so that a model that is read by its first token 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.atomic_io import PICKLE_SUFFIXES, read_json_file
-from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.atomic_io import MODULES, PICKLE_SUFFIXES
+from rarefy.common.errors import ModelError
 from rarefy.common.extras import install
+from rarefy.model.checked_folder import check_modules, checked_folder, load_error, read_config
 from rarefy.model.hub import check_link
 
-MODULES = "modules.json"
 ROOT_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 HEADS = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")  # classes of modules that follow a transformer
-CLASS = re.compile(r"sentence_transformers(\.[a-z]\w*)*\.[A-Z]\w*")  # of a module; others would be code of the folder
-ACTIVATIONS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")  # keys of configs
-ACTIVATION = re.compile(r"torch\.nn(\.[a-z]\w*)*\.[A-Z]\w*")
-FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 HEAD = "rarefy_head"  # attribute of a model: the modules that follow it
-MAX_BYTES = 1 << 20  # of modules.json and of configs
 NEEDS = f"these modules need sentence-transformers: {install('embeddings')}"
 
 Head = Callable[[Tensor, Tensor], Tensor]
-
-
-def check_modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of a folder's modules.json, [] where there is none.
-
-    Raises:
-        ContainerError: if it is no list of modules.
-        ModelError: for a module whose class is not one of sentence-transformers.
-    """
-    file = folder / MODULES
-    if not file.is_file():
-        return []
-    entries = read_json_file(file, MAX_BYTES)
-    fields = ("path", "type", "name")
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and all(isinstance(e.get(f), str) for f in fields) for e in entries
-    ):
-        raise ContainerError(f"{file}: expected a list of modules with name, path and type")
-    for entry in entries:
-        if entry["path"] and not FOLDER.fullmatch(entry["path"]):
-            raise ContainerError(f"{file}: expected the name of a folder as path, got {entry['path'][:80]!r}")
-        if not CLASS.fullmatch(entry["type"]):
-            raise ModelError(
-                f"{file}: {entry['type'][:80]!r} is no module of sentence-transformers; code of a folder is never run"
-            )
-    return entries
-
-
-def check_config(file: Path) -> None:
-    """Raise ModelError for a config.json by which a library would import or fetch code; a missing one is none.
-
-    transformers fetches attention kernels of a name with a slash. sentence-transformers imports and calls any name in
-    torch as an activation; only classes of torch.nn are activations.
-    """
-    if not file.is_file() or file.stat().st_size > MAX_BYTES:
-        return
-    try:
-        values = read_json_file(file, MAX_BYTES)
-    except ContainerError:  # the library that reads it says so
-        return
-    for key, value in _pairs(values):
-        if key.endswith("_implementation") and any("/" in text for text in _texts(value)):
-            raise ModelError(
-                f"{file}: the config requests custom attention code ({str(value)[:80]}); remove {key.lstrip('_')}"
-            )
-        if key in ACTIVATIONS and str(value).startswith("torch.") and not ACTIVATION.fullmatch(str(value)):
-            raise ModelError(f"{file}: {key}: expected a class of torch.nn, got {str(value)[:80]!r}")
-
-
-def _pairs(values: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of all objects in plain data."""
-    items = enumerate(values) if isinstance(values, list) else values.items() if isinstance(values, dict) else ()
-    for key, value in items:
-        yield str(key), value
-        if isinstance(value, dict | list):
-            yield from _pairs(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        yield from (str(text) for _, text in _pairs(value))
-    else:
-        yield str(value)
 
 
 def module_files(folder: Path) -> dict[str, bytes]:
@@ -153,9 +84,7 @@ def _is_mean(folder: Path, entries: list[dict[str, Any]]) -> bool:
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         return False
     file = folder / entries[1]["path"] / "config.json"
-    config = read_json_file(file, MAX_BYTES) if file.is_file() else {}
-    if not isinstance(config, dict):
-        raise ContainerError(f"{file}: expected an object, {{...}}")
+    config = read_config(file) if file.is_file() else {}
     if "pooling_mode" in config:
         return config["pooling_mode"] in ("mean", ["mean"])
     modes = {n for n, value in config.items() if n.startswith("pooling_mode_") and value}
@@ -203,13 +132,14 @@ def _load_modules(folder: Path) -> nn.Module:
     except ImportError:
         raise ModelError(f"{folder / MODULES}: {NEEDS}") from None
     parts = []
-    for entry in check_modules(folder)[1:]:
-        name = entry["type"].rpartition(".")[2]
-        if name not in HEADS:
-            raise ModelError(f"{folder / MODULES}: metrics cannot use {name!r}; they can use {', '.join(HEADS)}")
-        check_config(folder / entry["path"] / "config.json")
-        try:
-            parts.append(getattr(known, name).load(str(folder), subfolder=entry["path"], local_files_only=True))
-        except Exception as error:  # a damaged folder makes it raise anything
-            raise ModelError(f"{folder / entry['path']}: {name} does not load: {first_line(error, 300)}") from None
+    with checked_folder(folder) as shown:
+        for entry in check_modules(shown)[1:]:
+            name = entry["type"].rpartition(".")[2]
+            if name not in HEADS:
+                raise ModelError(f"{folder / MODULES}: metrics cannot use {name!r}; they can use {', '.join(HEADS)}")
+            try:
+                parts.append(getattr(known, name).load(str(shown), subfolder=entry["path"], local_files_only=True))
+            except Exception as error:  # a damaged folder makes it raise anything
+                where = folder / entry["path"]
+                raise ModelError(f"{where}: {name} does not load: {load_error(error, shown)}") from None
     return nn.Sequential(*parts).eval()

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.common.atomic_io import read_json_file
-from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.errors import ModelError, first_line
 from rarefy.common.extras import install
 from rarefy.model import embedding_modules, own_attention
+from rarefy.model.checked_folder import GENERATION, checked_folder, load_error, name_source_, source_of
+from rarefy.model.config_names import check_names
 
 # in order of preference where an architecture is in several
 AUTO = (
@@ -120,23 +121,24 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     In a folder of sentence-transformers its attribute `rarefy_head` makes embeddings of hidden states, unless that is
     their mean.
     """
-    config = load_config(path)
-    auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
-    _check_generation_config(Path(path) / "generation_config.json")
-    try:
-        if meta:
-            with torch.device("meta"):
-                return auto.from_config(config).eval()
-        model, info = auto.from_pretrained(
-            path,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelError(f"{path}: the model does not load: {first_line(error, 300)}") from None
+    with checked_folder(path) as shown:
+        config = _config(shown)
+        auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
+        try:
+            if meta:
+                with torch.device("meta"):
+                    return auto.from_config(config).eval()
+            model, info = auto.from_pretrained(
+                shown,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise ModelError(f"{path}: the model does not load: {load_error(error, shown)}") from None
+        name_source_(model, shown)
     lost = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
     if lost:
         example = f"such as {lost[0]}: the copy is incomplete, or config.json is of another model"
@@ -147,42 +149,49 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
     return model.eval()
 
 
-def _check_generation_config(file: Path) -> None:
-    """Raise ModelError for JSON that is no object, on which transformers fails; what is no JSON it leaves out."""
-    with suppress(ContainerError):
-        values = read_json_file(file, embedding_modules.MAX_BYTES)
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise ModelError(f"{file}: expected a JSON object, got {kind}: correct the file, or delete it")
-
-
 def load_generation_config_(model: Any, path: str | Path) -> None:
     """Set the generation settings of a model from the folder's file, where there is one that can be read."""
-    if not (Path(path) / "generation_config.json").is_file():
+    if not (Path(path) / GENERATION).is_file():
         return
-    with suppress(Exception):  # settings only: a damaged file makes transformers raise anything
-        model.generation_config = _transformers().GenerationConfig.from_pretrained(path, local_files_only=True)
+    with suppress(Exception), checked_folder(path) as shown:  # settings only: a damaged file makes it raise anything
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(shown, local_files_only=True)
+        name_source_(model, shown)
 
 
 def load_config(path: str | Path) -> Any:
     """Return the config of a local folder; ModelError where there is none, or it requests code that is not here."""
-    embedding_modules.check_config(Path(path) / "config.json")
+    with checked_folder(path) as shown:
+        config = _config(shown)
+        name_source_(config, shown)
+        return config
+
+
+def _config(shown: Path) -> Any:
+    """Return the config of a folder that `checked_folder` made."""
     try:
-        return _transformers().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return _transformers().AutoConfig.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
     except ModelError:
         raise
     except Exception as error:  # a damaged folder makes transformers raise anything
-        raise ModelError(f"{path}: the config is not usable: {first_line(error, 300)}") from None
+        raise ModelError(f"{source_of(shown)}: the config is not usable: {load_error(error, shown)}") from None
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """Return the tokenizer of a local folder, or None where there is none."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{path}: the tokenizer does not load: {first_line(error, 300)}") from None
+    return load_part("AutoTokenizer", path, "tokenizer")
+
+
+def load_part(auto: str, path: str | Path, what: str) -> Any:
+    """Return what an Auto class of transformers makes of a local folder; ModelError, naming `what`, if it fails."""
+    with checked_folder(path) as shown:
+        try:
+            part = getattr(_transformers(), auto).from_pretrained(shown, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a damaged folder makes transformers raise anything
+            raise ModelError(f"{path}: the {what} does not load: {load_error(error, shown)}") from None
+        name_source_(part, shown)
+        return part
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -206,6 +215,7 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     if dtype is None:
         raise ModelError(f"saved dtype: expected one of {', '.join(dtypes)}, got {saved.get('dtype')!r}")
     options = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
+    check_names(options, "the saved config")
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **options)
         auto = _auto_class(config, str(saved.get("class")))

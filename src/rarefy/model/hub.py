@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import INDEX, MODULES, read_json_file
+from rarefy.common.atomic_io import INDEX, MODULES
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.extras import install
+from rarefy.common.json_text import read_json_file
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 TEXTS = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "merges.txt", "vocab.txt", "README.md")
@@ -24,6 +25,7 @@ SHARDS, MAX_INDEX_BYTES = "model.safetensors.index.json", 1 << 26  # the files o
 MARKERS = (INDEX, f"rarefy/{INDEX}")  # of folders that Rarefy saved, the second with dense weights beside the engine
 LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
 FOREIGN = ("onnx/", "openvino/", "original/", "coreml/", ".")  # the same model for other programs, hidden files
+COMMIT = re.compile("[0-9a-f]{40}")
 SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 OWN = re.compile(r"(?P<org>[^/]+?)--(?P<name>[^/]+)@(?P<revision>[^/]+)$")
 
@@ -93,24 +95,29 @@ def download(
     if named is None:
         raise ModelError(f"{str(name)!r}: expected ORG/NAME or ORG/NAME@REVISION")
     hub = library(f"{named}: no such folder here, and models of the hub need huggingface_hub")
-    own = _own_folder(named, cache_folder)
     if offline or is_offline():
-        return own if any((own / n).is_file() for n in MARKERS) else _cached(named, cache_folder)
+        return _cached(named, cache_folder)
     with _errors(named), bars(progress):
         info = hub.HfApi(token=token).model_info(named.repo, revision=named.revision)
+        commit = str(info.sha)
+        if not COMMIT.fullmatch(commit):
+            raise ModelError(f"{named}: {address()} names no commit for it: try again, or give a local folder")
         names = [f.rfilename for f in info.siblings or ()]
         chosen = choose_files(names, str(named))
-        ours = any(n in names for n in MARKERS)
-        folder = hub.snapshot_download(
-            named.repo,
-            revision=named.revision if ours else info.sha,  # the cache remembers the name of a revision
-            allow_patterns=chosen,
-            token=token,
-            **({"local_dir": own} if ours else {"cache_dir": cache_folder}),
+        own = _own_folder(named, commit, cache_folder) if any(n in names for n in MARKERS) else None
+        folder = Path(
+            hub.snapshot_download(  # the commit whose files were listed: the revision may be another one by now
+                named.repo,
+                revision=commit,
+                allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in chosen],
+                token=token,
+                **({"cache_dir": cache_folder} if own is None else {"local_dir": own}),
+            )
         )
-        if not ours:
-            _remember(named, info.sha, cache_folder)
-    return Path(folder)
+        if own is not None:
+            _remove_others(own, chosen)
+        _remember(named, commit, cache_folder)
+    return folder
 
 
 def choose_files(names: Sequence[str], what: str) -> list[str]:
@@ -177,23 +184,39 @@ def _own_cache() -> Path:
     return Path(os.environ.get("RAREFY_CACHE") or Path.home() / ".cache" / "rarefy") / "hub"
 
 
-def _own_folder(named: HubName, cache_folder: Any = None) -> Path:
-    """Return the folder of a model that Rarefy saved: in plain files, because it follows no links."""
+def _own_folder(named: HubName, commit: str, cache_folder: Any = None) -> Path:
+    """Return the folder of a model that Rarefy saved: in plain files, because it follows no links.
+
+    Each commit has a folder of its own, so that files of two commits never meet in one.
+    """
     cache = _own_cache() if cache_folder is None else Path(cache_folder)
-    return cache / f"{named.repo}@{named.revision or 'main'}".replace("/", "--")
+    return cache / f"{named.repo}@{commit}".replace("/", "--")
+
+
+def _remove_others(folder: Path, chosen: Sequence[str]) -> None:
+    """Remove the files of a folder in Rarefy's own cache that are not those of its commit."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if name not in chosen and not name.startswith(".cache/") and (file.is_file() or file.is_symlink()):
+            file.unlink()
 
 
 def _cached(named: HubName, cache_folder: Any = None) -> Path:
-    """Return the folder of a model in the cache of huggingface_hub; ModelError where it is not there as a whole."""
+    """Return the folder of a model in one of the caches; ModelError where it is not there as a whole."""
     repository, revision = _repository(named, cache_folder), named.revision or "main"
     ref = repository / "refs" / revision
-    folder = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-    if not _is_whole(folder):
-        raise ModelError(
-            f"{named} is not in the cache, and the run is offline: download it once with the network, or give a "
-            "local folder"
-        )
-    return folder
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    if COMMIT.fullmatch(commit):
+        own = _own_folder(named, commit, cache_folder)
+        if any((own / n).is_file() for n in MARKERS):
+            return own
+        folder = repository / "snapshots" / commit
+        if _is_whole(folder):
+            return folder
+    raise ModelError(
+        f"{named} is not in the cache, and the run is offline: download it once with the network, or give a "
+        "local folder"
+    )
 
 
 def _is_whole(folder: Path) -> bool:
@@ -218,7 +241,7 @@ def _repository(named: HubName, cache_folder: Any = None) -> Path:
 def _remember(named: HubName, commit: str, cache_folder: Any = None) -> None:
     """Note which commit a branch or tag stands for, as huggingface_hub does, so that it is found offline."""
     revision = named.revision or "main"
-    if re.fullmatch("[0-9a-f]{40}", revision):
+    if COMMIT.fullmatch(revision):
         return
     file = _repository(named, cache_folder) / "refs" / revision
     file.parent.mkdir(parents=True, exist_ok=True)

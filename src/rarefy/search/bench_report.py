@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rarefy.common.atomic_io import parse_json
 from rarefy.common.errors import ContainerError
+from rarefy.common.json_text import parse_json
 from rarefy.common.report import table as text_table
 from rarefy.common.report import three_digits
 from rarefy.evaluation.html_page import Column, Html, document, element, join, section, table

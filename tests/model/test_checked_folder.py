@@ -1,0 +1,364 @@
+"""No file of a model's folder decides what a library calls, imports or fetches: real libraries, with functions that
+tell when they are called."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers.hub_server import serving
+from rarefy.checkpoint.engine_files import engine_files
+from rarefy.common.errors import ContainerError, ModelError, RarefyError
+from rarefy.model import hf
+from rarefy.model.embedding_modules import head_of
+
+st = pytest.importorskip("sentence_transformers")
+transformers = pytest.importorskip("transformers")
+
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+from rarefy.integrations.sentence_transformers import CrossEncoder, SentenceTransformer
+from rarefy.integrations.transformers import load as load_for_task
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "ship", "sails", "at", "noon"]
+SEED = {"activation_fn": "torch.seed"}
+FLASH = {"_attn_implementation": "flash_attention_2"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small reranker, and an embedding model with a dense layer."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizer(vocab={w: i for i, w in enumerate(WORDS)})
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(WORDS), num_labels=1, architectures=["x"], **sizes)
+    torch.manual_seed(0)
+    for name, kind in (("reranker", "BertForSequenceClassification"), ("bert", "BertModel")):
+        getattr(transformers, kind)(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    modules = [Transformer(str(root / "bert")), Pooling(16, "cls"), Dense(16, 8)]
+    st.SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(root / "embeddings"))
+    return root
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "models")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return a function that replaces a function of a library by one that notes its calls; the notes are `calls`."""
+
+    def replace(owner, name, result=None):
+        def note(*args, **kwargs):
+            replace.calls.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, note)
+
+    replace.calls = []
+    return replace
+
+
+def refused(load, message, told):
+    """Check that a call is refused by name, and that no function that is watched was called before."""
+    problem = "nothing was refused"
+    try:
+        load()
+    except Exception as error:  # on the way to a refusal, what a replaced function returned may fail
+        problem = f"{'' if isinstance(error, RarefyError) else type(error).__name__} {error}"
+    assert told.calls == []
+    assert re.search(message, problem), problem
+
+
+def change(file, **values):
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, **values}))
+
+
+def reranker(folder):
+    return CrossEncoder(folder / "reranker", "fp32", tune=False)
+
+
+def embeddings(folder):
+    return SentenceTransformer(folder / "embeddings", "fp32", tune=False)
+
+
+def tokenizer_of(folder):
+    return hf.load_tokenizer(folder / "reranker")
+
+
+def model_of(folder):
+    return hf.load_folder(folder / "reranker")
+
+
+def test_honest_models_load(copy):
+    change(
+        copy / "reranker" / "config.json", sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"}
+    )
+    fast = reranker(copy)
+    want = st.CrossEncoder(str(copy / "reranker"), device="cpu").predict([("a ship", "noon")])
+    assert abs(fast.predict([("a ship", "noon")]) - want).max() < 1e-5
+    assert embeddings(copy).encode(["a ship"]).shape == (1, 8)
+    model, tokenizer = model_of(copy), tokenizer_of(copy)
+    assert model.config._name_or_path == model.name_or_path == tokenizer.name_or_path == str(copy / "reranker")
+    assert "/rarefy-" not in repr(vars(tokenizer)) + repr(tokenizer.init_kwargs) + repr(fast.tokenizer.init_kwargs)
+    (copy / "reranker" / "trainer_state.json").write_text(
+        '{"loss": NaN}'
+    )  # of no use to a library, and not shown to it
+    assert model_of(copy) is not None
+
+
+def with_nan(folder):
+    file = folder / "reranker" / "config.json"
+    change(file, sentence_transformers=SEED)
+    file.write_text(file.read_text().replace("{", '{"x": NaN, ', 1))
+
+
+def too_long(folder):
+    change(folder / "reranker" / "config.json", sentence_transformers=SEED, x="a" * (1 << 20))
+
+
+def with_deep_lists(folder):
+    file = folder / "reranker" / "config.json"
+    change(file, sbert_ce_default_activation_function="torch.seed")
+    file.write_text(file.read_text().replace("{", '{"x": ' + "[" * 300 + "]" * 300 + ", ", 1))
+
+
+def twice(folder):
+    file = folder / "reranker" / "config.json"
+    change(file, sentence_transformers=SEED)
+    file.write_text(file.read_text().replace("{", '{"sentence_transformers": {}, ', 1) + " " * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (with_nan, "config.json: not JSON: NaN is not a number of JSON"),
+        (too_long, "activation_fn: expected a class of torch.nn, got 'torch.seed', no activation"),
+        (with_deep_lists, "config.json: not JSON: lists and objects are nested deeper than 100 levels"),
+        (twice, "config.json: not JSON: the key 'sentence_transformers' is written twice: remove one of the two"),
+    ],
+)
+def test_no_function_of_torch_is_called(prepare, message, copy, told):
+    told(torch, "seed", torch.nn.Identity())
+    prepare(copy)
+    refused(lambda: reranker(copy), message, told)
+
+
+@pytest.mark.parametrize("file", ["reranker/config.json", "embeddings/2_Dense/config.json"])
+def test_classes_of_torch_are_activations_of_the_list(file, copy, told):
+    told(torch.nn.Flatten, "__init__")
+    message = "expected a class of torch.nn, got 'torch.nn.Flatten', no activation"
+    if "reranker" in file:
+        change(copy / file, sentence_transformers={"activation_fn": "torch.nn.Flatten"})
+        return refused(lambda: reranker(copy), message, told)
+    change(copy / file, activation_function="torch.nn.Flatten")
+    refused(lambda: embeddings(copy), message, told)
+    refused(lambda: head_of(copy / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2)), message, told)
+
+
+@pytest.mark.parametrize(
+    "load", [model_of, reranker, lambda f: load_for_task(f / "reranker", task="text-classification")]
+)
+def test_no_kernel_is_fetched(load, copy, told, monkeypatch):
+    from transformers import modeling_utils
+
+    told(modeling_utils, "lazy_import_flash_attention")
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *_, **__: True)
+    change(copy / "reranker" / "config.json", **FLASH)
+    refused(lambda: load(copy), "custom attention code .flash_attention_2.; remove attn_implementation, or use", told)
+
+
+@pytest.mark.parametrize("load", [tokenizer_of, reranker])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_tokenizers_are_of_a_class_of_tokenizers(load, file, copy, told):
+    told(transformers.AutoModel, "from_pretrained")
+    if file == "config.json":
+        change(copy / "reranker" / "tokenizer_config.json", tokenizer_class=None)
+    change(copy / "reranker" / file, tokenizer_class="AutoModel")
+    refused(lambda: load(copy), "tokenizer_class: expected the class of a tokenizer or processor .* 'AutoModel'", told)
+
+
+def test_tokenizers_of_other_places_are_not_read(copy, told):
+    told(transformers.AutoModel, "from_pretrained")
+    change(copy / "bert" / "tokenizer_config.json", tokenizer_class="AutoModel")
+    change(copy / "embeddings" / "sentence_bert_config.json", tokenizer_name_or_path=str(copy / "bert"))
+    refused(lambda: embeddings(copy), "tokenizer_name_or_path: files of another place are not read .*: remove it", told)
+
+
+@pytest.mark.parametrize("shard", ["part.bin", "../other.safetensors"])
+def test_weights_are_those_of_the_folder_in_safetensors(shard, copy, told):
+    folder = copy / "reranker"
+    (folder / "model.safetensors").rename(folder / shard)
+    told(torch, "load", {})
+    names = dict.fromkeys(["classifier.weight", "classifier.bias"], shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    refused(lambda: model_of(copy), "expected weight_map: names of .safetensors files in this folder", told)
+
+
+def test_a_checkpoint_of_timm_is_no_argument(tmp_path, told):
+    pytest.importorskip("timm")
+    (tmp_path / "x.pth").write_bytes(b"")
+    told(torch, "load", {})
+    config = {"model_type": "timm_wrapper", "architecture": "resnet10t", "num_labels": 2}
+    arguments = {"checkpoint_path": str(tmp_path / "x.pth")}
+    saved = {"class": "TimmWrapperForImageClassification", "dtype": "float32"}
+    refused(
+        lambda: hf.build({**saved, "config": {**config, "model_args": arguments}}),
+        "model_args: the argument 'checkpoint_path' is not accepted from a file",
+        told,
+    )
+    with pytest.raises(
+        ModelError, match="architecture: expected the name of an architecture of timm, got 'hf-hub:a/b'"
+    ):
+        hf.build({**saved, "config": {**config, "architecture": "hf-hub:a/b"}})
+
+
+def test_a_file_that_is_replaced_after_its_check(copy, told, monkeypatch):
+    told(torch, "seed", torch.nn.Identity())
+    read = transformers.AutoConfig.from_pretrained
+
+    def replaced(*args, **kwargs):
+        change(copy / "reranker" / "config.json", sentence_transformers=SEED)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", replaced)
+    assert reranker(copy).predict([("a ship", "noon")]).shape == (1,)
+    assert told.calls == []
+
+
+def test_links_are_followed_before_the_check(copy, told):
+    told(torch, "seed", torch.nn.Identity())
+    folder = copy / "reranker"
+    change(folder / "config.json", sentence_transformers=SEED)
+    (folder / "config.json").rename(copy / "elsewhere")
+    (folder / "config.json").symlink_to(copy / "elsewhere")
+    refused(lambda: reranker(copy), "expected a class of torch.nn", told)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("config.json", {"dtype": "seed"}, "dtype: expected a type such as float32 or bfloat16, got 'seed'"),
+        ("config.json", {"experts_implementation": "sonicmoe"}, "custom attention code .sonicmoe.; remove experts_im"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "torchao"}},
+            "expected quant_method to be one of rarefy,",
+        ),
+        ("sentence_bert_config.json", {"model_args": {"use_kernels": True}}, "argument 'use_kernels' is not accepted"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"gguf_file": "x"}}, "argument 'gguf_file' is not accepted"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"image": {"method": "push_to_hub"}}},
+            "expected a method out of",
+        ),
+        ("1_Pooling/router_config.json", {"types": {"a": "os.system"}}, "'os.system' is no module of sentence-tr"),
+        ("1_Pooling/router_config.json", {"types": {"../a": ""}}, "expected the name of a folder as path, got '../a'"),
+        ("adapter_config.json", {}, "adapters are not read: merge it into the model, and save that"),
+        (
+            "tokenizer_config.json",
+            {"processor_class": "pipeline"},
+            "processor_class: expected the class of a tokenizer",
+        ),
+    ],
+)
+def test_names_that_are_refused(file, values, message, copy):
+    path = copy / "embeddings" / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    with pytest.raises(RarefyError, match=message):
+        embeddings(copy)
+
+
+def test_modules_are_of_the_list(copy):
+    file = copy / "embeddings" / "modules.json"
+    text = file.read_text()
+    for name in ("sentence_transformers.util.misc.Module", "sentence_transformers.models.SentenceTransformer"):
+        entries = json.loads(text)
+        entries[1]["type"] = name
+        file.write_text(json.dumps(entries))
+        with pytest.raises(ModelError, match=f"'{name}' is no module of sentence-transformers"):
+            embeddings(copy)
+    router = {"types": {"a": "sentence_transformers.models.Router"}}
+    file.write_text(text)
+    (copy / "embeddings" / "1_Pooling" / "router_config.json").write_text(json.dumps(router))
+    (copy / "embeddings" / "1_Pooling" / "a").symlink_to(copy / "embeddings" / "1_Pooling")
+    with pytest.raises(ContainerError, match="modules are nested deeper than 4 folders"):
+        embeddings(copy)
+
+
+def test_code_pickles_and_other_files_are_not_shown(copy):
+    from rarefy.model.checked_folder import checked_folder
+
+    folder = copy / "embeddings"
+    for name in ("modeling.py", "pytorch_model.bin", "vocab.pkl", "model.onnx", ".hidden.json", "2_Dense/x.pt"):
+        (folder / name).write_bytes(b"{}")
+    with checked_folder(folder) as shown:
+        names = {p.relative_to(shown).as_posix() for p in shown.rglob("*") if p.is_file()}
+        assert {"modules.json", "model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= names
+        assert not names & {
+            "modeling.py",
+            "pytorch_model.bin",
+            "vocab.pkl",
+            "model.onnx",
+            ".hidden.json",
+            "2_Dense/x.pt",
+        }
+        kept = shown
+    assert not kept.exists()
+
+
+def test_text_in_another_encoding_is_refused(copy):
+    folder = copy / "reranker"
+    text = (folder / "config.json").read_text()
+    for data, message in ((text.encode("utf-16"), "expected text in UTF-8"), (text.encode("utf-8-sig"), "BOM")):
+        (folder / "config.json").write_bytes(data)
+        for read in (engine_files, hf.load_config):
+            with pytest.raises(RarefyError, match=message):
+                read(folder)
+
+
+DOWNLOADS = """
+import sys
+from rarefy.model.hub import download
+for offline in (False, True, False, True):
+    folder = download("org/saved", offline=offline, progress=False)
+    print(folder.name, sorted((f.name, f.read_text()) for f in folder.iterdir() if f.is_file()))
+    (folder / "stale.json").write_text("{}")
+"""
+
+
+def test_the_commit_that_was_listed_is_downloaded(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    first = {"rarefy.json": b"1", "weights-00001.safetensors": b"1", "old[1].json": b"1"}
+    second = {"rarefy.json": b"2", "weights-00001.safetensors": b"2", "new.json": b"2"}
+
+    class Requests(list):
+        def append(self, item):
+            if len(self.commits) == 1 and "GET /api/models/org/saved" in self:  # files are listed; now somebody pushes
+                self.commits.append(hub.add("org/saved", second))
+            super().append(item)
+
+    with serving() as hub:
+        hub.requests = Requests()
+        hub.requests.commits = [hub.add("org/saved", first)]
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        env |= {"RAREFY_CACHE": str(tmp_path / "rarefy"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+        ran = subprocess.run([sys.executable, "-c", DOWNLOADS], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    want = [
+        f"org--saved@{commit} {sorted((n, c.decode()) for n, c in files.items())}"
+        for commit, files in zip(hub.requests.commits, (first, second))
+    ]
+    lines = ran.stdout.splitlines()
+    assert [lines[0], lines[2]] == want
+    assert [line.split()[0] for line in lines[1::2]] == [line.split()[0] for line in lines[::2]]
