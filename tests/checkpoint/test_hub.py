@@ -74,6 +74,7 @@ def source(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_from_the_hub_and_back(source, tmp_path):
     (tmp_path / "half.yaml").write_text(RECIPE)
     out, recipe = tmp_path / "out", tmp_path / "half.yaml"

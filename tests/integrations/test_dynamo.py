@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rarefy
 import zoo
 from conftest import Net, tiny_bert, tiny_llama
+from helpers.marks import slow_except
 from rarefy.integrations.dynamo import backend, subgraph
 from rarefy.model.compare import relative_distance
 
@@ -831,7 +832,7 @@ def test_outputs_of_transformers():
 QUICK = ("distilbert with graph breaks", "resnet18")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in zoo.DYNAMO])
+@pytest.mark.parametrize("name", slow_except(zoo.DYNAMO, "resnet18"))
 def test_models_of_the_zoo(name, places):
     for library in ("torchvision", "transformers", "timm"):
         pytest.importorskip(library)

@@ -181,6 +181,7 @@ def test_pooling_by_the_first_token(tmp_path):
     assert again.prompts["query"] == "search: " and again.similarity_fn_name == "dot"
 
 
+@pytest.mark.slow
 def test_dense_and_normalize_after_several_poolings(tmp_path):
     dense = Dense(128, 48, activation_function=torch.nn.Tanh())
     folder = model_of(tmp_path, Pooling(64, ["mean", "max"]), dense, Normalize())
@@ -197,6 +198,7 @@ def test_matryoshka_and_a_model_that_cannot_leave_out_padding(tmp_path):
     assert fast.get_embedding_dimension() == dense.get_embedding_dimension()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_reads_the_last_token(tmp_path):
     config = {"num_key_value_heads": 2, "head_dim": 16}
     folder = model_of(tmp_path, Pooling(64, "lasttoken"), Normalize(), kind="Qwen3Model", config=config)

@@ -103,6 +103,7 @@ def test_two_processes_do_what_one_does(names, tmp_path):
             assert near.float().mean() > 0.995, f"{name}/{key}: {1 - near.float().mean():.4f} differ"
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
     text_model(tmp_path)
     (tmp_path / "r.yaml").write_text(
