@@ -209,6 +209,7 @@ def test_without_a_network(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_no_request_without_a_name_of_the_hub(tmp_path):
     (tmp_path / "here").mkdir()
     with serving() as hub:

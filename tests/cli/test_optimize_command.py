@@ -15,7 +15,6 @@ from torch import nn
 
 import rarefy
 from conftest import shell, text_model
-from helpers.marks import slow_case
 
 TIMES = ["--minutes", "0.2", "--tokens", "16", "--samples", "8"]
 
@@ -63,7 +62,8 @@ def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 
-@pytest.mark.parametrize("metric", [[], slow_case(["--evaluate", "retrieval", "--eval-data", "pairs.txt"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", [[], ["--evaluate", "retrieval", "--eval-data", "pairs.txt"]])
 def test_encoders_get_the_masks_that_their_example_has(metric, place, tmp_path, monkeypatch):
     """Texts are batches of ids, pairs of texts have attention masks as well; an encoder's example has token types."""
     transformers = pytest.importorskip("transformers")

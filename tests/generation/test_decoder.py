@@ -198,7 +198,7 @@ def test_prompts_and_many_sequences_read_inputs_with_a_scale_for_each_32(isa, we
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("weights", slow_except(["int8", "int7", "int6", "int4"], "int8", "int4"))
-@pytest.mark.parametrize("sizes", [(128, 192, 1), slow_case(64, 320, 4)], ids=["few keys", "wide"])
+@pytest.mark.parametrize("sizes", [(128, 192, 1), slow_case((64, 320, 4))], ids=["few keys", "wide"])
 def test_grouped_weights_of_few_outputs(isa, sizes, weights):
     """Weights that read inputs exactly where they have a scale for each row, and by blocks where they have groups."""
     hidden, wide, heads = sizes

@@ -222,6 +222,7 @@ def test_a_language_model_becomes_a_decoder(run, given):
     }
 
 
+@pytest.mark.slow
 def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
     ran = run("compile", given / "bert", "-o", tmp_path / "out", "--json", "--tokens", 9, "--threads", 1)
     told = json.loads(ran.out)["summary"]

@@ -102,6 +102,7 @@ def _ddp_worker(rank: int, out: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_masks_under_ddp(tmp_path):
     mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))

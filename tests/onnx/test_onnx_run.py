@@ -103,6 +103,7 @@ def test_a_pruned_model_keeps_the_names(tmp_path):
         assert fast.input_names == ["in/x:0", "class", "unread"] and fast.output_names == ["Best:0", "2nd out"]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "shape"), [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))]
