@@ -12,7 +12,6 @@ from torch import nn
 import rarefy
 import zoo
 from conftest import shell, text_model
-from helpers.marks import slow_case
 from helpers.onnx_files import bert, export
 from rarefy.cli import onnx_files
 from rarefy.common.errors import DataError, RecipeError
@@ -296,10 +295,11 @@ def test_options_of_files_on_folders(run, tmp_path):
 # optimize
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     ("file", "words"),
-    [slow_case("net.onnx", ("--data", "images.npz", "--samples", "16")), ("fixed.onnx", ()), slow_case("bert.onnx", ("--data", "words.npz", "--samples", "16", "--tokens", "9"))],
+    [("net.onnx", ("--data", "images.npz", "--samples", "16")), ("fixed.onnx", ()), ("bert.onnx", ("--data", "words.npz", "--samples", "16", "--tokens", "9"))],
 )  # fmt: skip
 def test_a_search_with_inputs_alone(place, tmp_path, file, words):
     words = [place / w if w.endswith(".npz") else w for w in words]
@@ -319,13 +319,14 @@ def test_a_search_with_inputs_alone(place, tmp_path, file, words):
     assert (tmp_path / "fast" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     ("samples", "calibrated", "words"),
     [
-        slow_case(96, 64, ()),
+        (96, 64, ()),
         (20, 15, ()),
-        slow_case(96, 64, ("--train", "0.1")),
+        (96, 64, ("--train", "0.1")),
     ],  # of several batches, of one, and with training
 )
 def test_the_recipe_of_a_search_gives_the_model_that_was_measured(tmp_path, samples, calibrated, words):

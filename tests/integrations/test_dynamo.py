@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rarefy
 import zoo
 from conftest import Net, tiny_bert, tiny_llama
-from helpers.marks import slow_except
 from rarefy.integrations.dynamo import backend, subgraph
 from rarefy.model.compare import relative_distance
 
@@ -829,10 +828,8 @@ def test_outputs_of_transformers():
         same(got[name], want[name])  # at padding too
 
 
-QUICK = ("distilbert with graph breaks", "resnet18")
-
-
-@pytest.mark.parametrize("name", slow_except(zoo.DYNAMO, "resnet18"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.DYNAMO)
 def test_models_of_the_zoo(name, places):
     for library in ("torchvision", "transformers", "timm"):
         pytest.importorskip(library)

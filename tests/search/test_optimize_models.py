@@ -196,7 +196,8 @@ def test_outputs_with_infinities_are_searched(monkeypatch):
     assert torch.equal(found.best.model(X)[:, 2], torch.full((64,), -math.inf))
 
 
-@pytest.mark.parametrize("metric", ["kl", slow_case("distance")])
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["kl", "distance"])
 def test_losses_of_metrics_whose_best_is_0_are_points(metric, monkeypatch):
     monkeypatch.setattr(search, "MAX_POINTS", 4)  # ends the search on any machine before its minutes do
     net = Net().eval()
