@@ -4,17 +4,20 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
+SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most of the slow tests
 
-.PHONY: demo test test-all lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-slow test-all lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
 
-test: $(VENV)/dev.done lint  ## the whole test suite
+test: $(VENV)/dev.done lint  ## lint, types and all quick tests, 12 minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
-test-all: test  ## with the slow tests
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/slow.done  ## the slow tests; with SIXTH=0 to SIXTH=5 a sixth of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(SIXTH),--sixth $(SIXTH),-m slow) $(SLOW_WORKERS)
+
+test-all: test test-slow  ## every test
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench
@@ -56,6 +59,11 @@ $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml requirements-demo.txt CMake
 
 $(VENV)/dev.done: $(VENV)/demo.done pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+$(VENV)/slow.done: $(VENV)/dev.done pyproject.toml requirements-slow.txt
+	$(BIN)/python -m pip install --quiet -e ".[slow]"
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-slow.txt
 	touch $@
 
 clean:

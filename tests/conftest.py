@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +21,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.marks import slow_case
 from rarefy.cli.main import main
 from rarefy.common.errors import DataError, FormatError
 from rarefy.data import builtin
 from rarefy.runtime import bindings
-from slow_cases import EVERY, SLOW
 
 collect_ignore = ["fixtures"]  # scripts of earlier versions
 
 
-TESTS = Path(__file__).parent
 FIRST = (
     "test_docs.py",
     "test_decoder.py",
@@ -39,27 +38,62 @@ FIRST = (
     "test_cli.py",
     "test_hub.py",
 )
+SIXTHS = 6
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sixth",
+        type=int,
+        choices=range(SIXTHS),
+        metavar="K",
+        help="run only sixth K of the slow tests, 0 to 5; each slow test is in exactly one of them",
+    )
+
+
+def sixth_of(node_id: str) -> int:
+    """Return the sixth of the slow tests that a test belongs to; other tests do not change it."""
+    return zlib.crc32(node_id.encode()) % SIXTHS
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-    """Mark what only `make test-all` runs: slow cases, all but every n-th case of large grids, and compiled models on
-    the portable kernels where the CPU has better ones, since each kernel is tested by itself. The longest files begin
-    first, so that no core waits for one."""
-    better = bindings.isa() not in (None, "portable")
-    number: Counter[tuple[Path, str]] = Counter()
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        slow = better and item.path.parent.name == "compiler" and params.get("isa") == "portable"
-        if item.path.is_relative_to(TESTS):
-            names = SLOW.get(item.path.relative_to(TESTS).as_posix(), ())
-            name = getattr(item, "originalname", "")
-            each = EVERY.get(item.path.relative_to(TESTS).as_posix(), {}).get(name, 1)
-            slow = slow or item.name in names or name in names or number[item.path, name] % each != 0
-            number[item.path, name] += 1
-        if slow:
-            item.add_marker(pytest.mark.slow)
+def pytest_collection_modifyitems(config, items):
+    """Select a sixth of the slow tests. The longest files begin first, so that no core waits for one."""
+    sixth = config.getoption("sixth")
+    if sixth is not None:
+        selected = [i for i in items if i.get_closest_marker("slow") and sixth_of(i.nodeid) == sixth]
+        kept = set(selected)
+        config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+        items[:] = selected
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+def has_isa(name: str, *conditions: Callable[[], bool]) -> bool:
+    """Return whether this CPU runs the kernels of an instruction set, and conditions hold while they are in use."""
+    before = bindings.isa()
+    try:
+        bindings.use(name)
+    except FormatError:
+        return False
+    holds = all(condition() for condition in conditions)
+    bindings.use(str(before))
+    return holds
+
+
+def pytest_generate_tests(metafunc):
+    """Run what takes `isa` with each instruction set of this CPU; runtime/test_kernels.py names those that it lacks.
+
+    AMX has no kernels of single layers. Compiled models and decoders on the portable kernels are slow tests where the CPU has better
+    ones, since each kernel is tested by itself.
+    """
+    if "isa" not in metafunc.fixturenames:
+        return
+    folder = metafunc.definition.path.parent.name
+    marks = [mark.args[0] for mark in metafunc.definition.iter_markers("isa_if")]
+    isas = [name for name in bindings.ISAS if has_isa(name, *marks) and (name, folder) != ("amx", "runtime")]
+    portable_is_slow = folder in ("compiler", "generation") and len(isas) > 1
+    values = [slow_case(name) if name == "portable" and portable_is_slow else name for name in isas]
+    metafunc.parametrize("isa", values, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -67,16 +101,11 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=bindings.ISAS)
+@pytest.fixture
 def isa(request):
-    """Run with the kernels of each instruction set that this CPU has."""
+    """Run with the kernels of one instruction set; see `pytest_generate_tests`."""
     before = bindings.isa()
-    if request.param == "amx" and request.path.parent.name == "runtime":
-        pytest.skip("AMX has products of its own in programs alone")
-    try:
-        bindings.use(request.param)
-    except FormatError as error:
-        pytest.skip(str(error))
+    bindings.use(request.param)
     yield request.param
     bindings.use(str(before))
 
@@ -229,9 +258,12 @@ def run(monkeypatch, capsys) -> Run:
 
 
 @pytest.fixture(autouse=True)
-def decoders_leave_zeros_out(monkeypatch):
-    """Let decoders leave zeros out wherever they can, whatever is faster on this machine."""
-    monkeypatch.setattr("rarefy.generation.weight_format.skipping_zeros_is_faster", lambda *_: True)
+def _choices(request, monkeypatch):
+    """Fix what runs where: nothing is timed, decoders leave zeros out wherever they can. `tuned` tests run as users do."""
+    if request.node.get_closest_marker("tuned"):
+        monkeypatch.delenv("RAREFY_TUNE")
+    else:
+        monkeypatch.setattr("rarefy.generation.weight_format.skipping_zeros_is_faster", lambda *_: True)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from conftest import sample
+from helpers.marks import slow_case
 from rarefy.recipe import parser
 
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "log.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SLOW = ("embeddings", "generate", "gguf", "large-models", "migrate-deepsparse", "onnx", "transformers")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -50,7 +52,12 @@ def test_outputs_are_compared():
     assert not same_output("2 layers\n", "3 layers\n") and not same_output("2 layers\n", "2 blocks\n")
 
 
-@pytest.mark.parametrize("page", of_kind("python"), ids=name_of)
+def pages_to_run() -> list:
+    """Return the pages with Python blocks; those whose blocks take more than a few seconds are slow."""
+    return [slow_case(page) if page.stem in SLOW else page for page in of_kind("python")]
+
+
+@pytest.mark.parametrize("page", pages_to_run(), ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """Run the blocks of a page in one namespace and an empty folder; a `text` block after one is what it prints."""
     monkeypatch.chdir(tmp_path)

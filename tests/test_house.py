@@ -3,12 +3,13 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from slow_cases import EVERY, SLOW
+from conftest import SIXTHS, sixth_of
 from source_files import files_by_folder
 
 SRC = Path(__file__).parents[1] / "src" / "rarefy"
@@ -172,8 +173,48 @@ print(",".join(sorted({"transformers", "torchvision", "matplotlib", "typer", "ri
     assert int(ours) <= 8 and others == "" and int(count) < 100 and heavy == ""
 
 
-@pytest.mark.parametrize("file", {**SLOW, **EVERY})
-def test_slow_cases_exist(file):
-    source = (Path(__file__).parent / file).read_text(encoding="utf-8")
-    names = (*SLOW.get(file, ()), *EVERY.get(file, ()))
-    assert [name for name in names if f"def {name.partition('[')[0]}(" not in source] == []
+# gigabytes whatever the case, and packages that only the slow tests install
+SLOW_ALONE = {
+    "tests/calibration/test_offload_memory.py",
+    "tests/integrations/test_lm_eval.py",
+    "tests/onnx/test_detector.py",
+}
+
+
+class Collector:
+    """A plugin that keeps what an inner run of pytest selects: node ids, and which of them are slow."""
+
+    def __init__(self, *words: str):
+        self.slow: dict[str, bool] = {}
+        options = ["--collect-only", "-qq", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+        code = pytest.main([*options, *words], plugins=[self])
+        assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+    def pytest_collection_finish(self, session):
+        self.slow = {item.nodeid: item.get_closest_marker("slow") is not None for item in session.items}
+
+
+def test_each_slow_test_is_in_one_sixth_and_each_file_has_a_quick_test(request):
+    """Quick tests and six sixths are all tests; no file, and so no subject, waits for the slow tests alone."""
+    root = str(request.config.rootpath / "tests")
+    slow = Collector(root).slow
+    assert len(slow) > 8000
+    files = {node.partition("::")[0] for node in slow}
+    quick = {node.partition("::")[0] for node, is_slow in slow.items() if not is_slow}
+    assert files - quick <= SLOW_ALONE
+    sizes = Counter(sixth_of(node) for node, is_slow in slow.items() if is_slow)
+    assert set(sizes) == set(range(SIXTHS)) and max(sizes.values()) < 1.2 * min(sizes.values())
+
+
+def test_sixths_are_selected(request):
+    file = str(request.config.rootpath / "tests" / "runtime" / "test_native_headers.py")
+    every = Collector(file).slow
+    sixths = [Collector(file, "--sixth", str(k)).slow for k in range(SIXTHS)]
+    assert all(sixths) and all(all(part.values()) for part in sixths)
+    assert sorted(node for part in sixths for node in part) == sorted(n for n, is_slow in every.items() if is_slow)
+    assert not any(Collector(file, "-m", "not slow").slow.values())
+
+
+def test_sixths_do_not_move():
+    """A test stays in its sixth on every machine and beside any other tests."""
+    assert [sixth_of(f"tests/test_{name}.py::test_it[0.5]") for name in "abcdef"] == [0, 2, 5, 5, 0, 0]

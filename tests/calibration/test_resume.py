@@ -15,6 +15,7 @@ from torch import nn
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
 from helpers.interrupt import stopping
+from helpers.marks import slow_case
 from helpers.small_blocks import Decoder, lin, rows
 from rarefy.calibration import offload, resume
 from rarefy.cli import main
@@ -76,7 +77,7 @@ def counting(monkeypatch):
     return solved
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
+@pytest.mark.parametrize(("name", "how"), [slow_case(*c) if i % 2 else c for i, c in enumerate(CASES)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, how, tmp_path, monkeypatch):
     data, what = MODELS[name][1](), {"sparsity": 0.5, "solver": HOWS[how]}
     want = fresh(name)

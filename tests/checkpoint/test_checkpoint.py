@@ -282,6 +282,7 @@ else:
     assert sparse == 56 and peak < 0.8 * dense, peak / dense
 
 
+@pytest.mark.slow
 def test_peak_memory_of_load(tmp_path):
     """Building and filling a model takes less than 1.2 of its bytes."""
     code = """

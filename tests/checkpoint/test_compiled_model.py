@@ -97,6 +97,7 @@ def minilm():
     return model, hf.load_tokenizer(builtin.model_folder("minilm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_minilm(tmp_path, minilm, precision):
     model, tokenizer = minilm

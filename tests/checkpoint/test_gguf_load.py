@@ -72,6 +72,7 @@ def test_a_gemma_2_file_decodes_with_its_caps(tmp_path):
     assert far(step(torch.tensor([IDS]))[0].numpy(), eager(model)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, precision, limit", [("bf16", None, 2e-2), ("q8_0", None, 1e-3), ("q4_0", "int8", 5e-2)])
 def test_decoders_of_files(kind, precision, limit, tmp_path):
     file = write(tmp_path, build("Llama"), kind)
@@ -244,6 +245,7 @@ def test_tokenizers_that_do_not_fit(key, value, message, tmp_path):
         gguf_tokenizer.load(rewrite(file, f"tokenizer.ggml.{key}", value))
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, run):
     tokenizer = byte_tokenizer(splits()["qwen2"])
     file = write(tmp_path, build("Llama", vocab_size=512), "q8_0", tokenizer=tokenizer)

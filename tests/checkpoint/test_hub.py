@@ -74,6 +74,7 @@ def source(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_from_the_hub_and_back(source, tmp_path):
     (tmp_path / "half.yaml").write_text(RECIPE)
     out, recipe = tmp_path / "out", tmp_path / "half.yaml"
@@ -208,6 +209,7 @@ def test_without_a_network(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_no_request_without_a_name_of_the_hub(tmp_path):
     (tmp_path / "here").mkdir()
     with serving() as hub:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import rarefy
 from conftest import tiny_llama
+from helpers.marks import slow_except
 from rarefy.checkpoint import legacy_layouts
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.model.layers import all_layers, select_layers
@@ -156,7 +157,7 @@ def test_weights_are_what_they_mean(way, tmp_path):
     assert torch.isfinite(model(ids).logits).all()
 
 
-@pytest.mark.parametrize("way", ["sparse-bitmask", "4 bits", "zeros and int8"])
+@pytest.mark.parametrize("way", slow_except(["sparse-bitmask", "4 bits", "zeros and int8"], "sparse-bitmask"))
 def test_inspect_and_the_shell(way, tmp_path, run):
     folder(tmp_path / "in", way)
     label = {"4 bits": "pack-quantized", "zeros and int8": "sparse-bitmask, int-quantized"}.get(way, way)

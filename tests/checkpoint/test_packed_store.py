@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import rarefy
 from conftest import tree
 from helpers.language_models import small
+from helpers.marks import slow_except
 from rarefy.checkpoint import packed_store
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import aligned_file, container
@@ -186,7 +187,7 @@ def begun(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", slow_except(DAMAGE, "no JSON", "truncated"))
 def test_damaged_state_is_refused(begun, damage):
     file = begun / ".out.packing" / "packed-00000.safetensors"
     content = file.read_bytes()

@@ -162,6 +162,7 @@ def test_export_writes_what_torch_reads(files, tmp_path):
     assert repr(rarefy.compile(ours, x, tune=False)) == repr(rarefy.compile(net, x, tune=False)).rpartition("\n")[0]
 
 
+@pytest.mark.slow
 def test_export_of_folders_and_transformers(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

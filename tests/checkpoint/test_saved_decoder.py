@@ -13,6 +13,7 @@ import rarefy
 from helpers.compiled_folders import call, edit, needs_kernels, set_arg, shard
 from helpers.folders import SHARD, read_index, seal, write_index
 from helpers.language_models import V, eager, far, in_pieces, pruned_to, small
+from helpers.marks import slow_case, slow_except
 from rarefy.checkpoint import compiled_model
 from rarefy.cli import shared
 from rarefy.common.errors import ContainerError, FormatError, ModelError
@@ -58,10 +59,7 @@ def same_logits(a, b):
     assert torch.equal(a(ids[:1, :3], last=True), b(ids[:1, :3], last=True))
 
 
-USUAL = ("fp32", "int8 tied", "int4 asymmetric", "int6 and int8")  # the others run with the slow tests
-
-
-@pytest.mark.parametrize("how", [pytest.param(h, marks=() if h in USUAL else pytest.mark.slow) for h in HOW])
+@pytest.mark.parametrize("how", slow_except(HOW, "int4 asymmetric", "int6 and int8"))
 def test_the_same_bits_of_all_numbers(tmp_path, how):
     made = made_of(how)
     size = rarefy.save(made, tmp_path / "out", files={"tokenizer.json": b"{}"})
@@ -115,7 +113,7 @@ save_file({{"logits": logits, "text": text}}, {str(tmp_path / "got")!r})
     assert torch.equal(got["text"], rarefy.generate(made, ids, max_new_tokens=5))
 
 
-@pytest.mark.parametrize("how", ["fp32", "int8 tied", "int4 asymmetric"])
+@pytest.mark.parametrize("how", [slow_case("fp32"), "int8 tied", "int4 asymmetric"])
 def test_without_kernels_torch_runs_the_words(tmp_path, monkeypatch, how):
     made = made_of(how)
     rarefy.save(made, tmp_path / "out")
@@ -149,6 +147,7 @@ def test_numbers_of_configs_that_no_logit_is_for():
     assert far(eager(model, torch.tensor([[3, 4]])), made(torch.tensor([[3, 4]]))) < 1e-5
 
 
+@pytest.mark.slow
 def test_options_without_effect_and_where_modules_are_asked_for(tmp_path):
     made = made_of("int8")
     with pytest.raises(FormatError, match="has no effect on a compiled model"):

@@ -9,6 +9,7 @@ import torch
 
 import rarefy
 from checkpoint.test_gguf_export import IDS, build, eager, far
+from helpers.marks import slow_case
 from rarefy.checkpoint.streamed_decoder import streamed_weights
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
@@ -26,7 +27,7 @@ def logits(step):
     return step(TEXT)[0].float().numpy()
 
 
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tie", [slow_case(False), True])
 def test_fp32_and_a_folder_of_shards(tie, tmp_path):
     model = build("Llama", tie_word_embeddings=tie)
     path = folder(tmp_path, model, max_shard_size="100KB")
@@ -34,6 +35,7 @@ def test_fp32_and_a_folder_of_shards(tie, tmp_path):
     assert far(logits(rarefy.decoder_from_files(path)), eager(model)) < 1e-5
 
 
+@pytest.mark.slow
 def test_fused_weights_in_8_bits(tmp_path):
     model = build("Phi3")
     streamed = rarefy.decoder_from_files(folder(tmp_path, model), precision="int8")
@@ -42,12 +44,13 @@ def test_fused_weights_in_8_bits(tmp_path):
     assert torch.equal(rarefy.load(tmp_path / "saved")(TEXT), streamed(TEXT))
 
 
+@pytest.mark.slow
 def test_bf16_is_that_of_the_files(tmp_path):
     path = folder(tmp_path, build("Qwen2").bfloat16())
     assert torch.equal(rarefy.decoder_from_files(path)(TEXT), rarefy.decoder(hf.load_folder(path))(TEXT))
 
 
-@pytest.mark.parametrize("kind", ["int4", "int5", "int6"])
+@pytest.mark.parametrize("kind", [slow_case("int4"), "int5", slow_case("int6")])
 def test_few_bits_are_those_of_quantize(kind, tmp_path):
     model = build("Llama")
     streamed = rarefy.decoder_from_files(folder(tmp_path, model), precision=kind)
@@ -57,7 +60,7 @@ def test_few_bits_are_those_of_quantize(kind, tmp_path):
     assert kind in {k.held[0].kind for k in streamed.compiled.kernels.values()}
 
 
-@pytest.mark.parametrize("kind", ["int5", "int6"])
+@pytest.mark.parametrize("kind", ["int5", slow_case("int6")])
 def test_quantized_folders_keep_5_and_6_bits(kind, tmp_path):
     model = build("Llama")
     rarefy.quantize_(model, kind, group=32, layers="model.layers.*")
@@ -69,6 +72,7 @@ def test_quantized_folders_keep_5_and_6_bits(kind, tmp_path):
     assert torch.equal(rarefy.load(tmp_path / "out")(TEXT), streamed(TEXT))
 
 
+@pytest.mark.slow
 def test_quantized_and_cut_folders_of_rarefy(tmp_path):
     model = build("Llama")
     example = {"input_ids": TEXT, "use_cache": False}
@@ -85,6 +89,7 @@ def test_gguf_files(tmp_path):
     assert far(logits(rarefy.decoder_from_files(file)), eager(rarefy.from_gguf(file))) < 5e-2
 
 
+@pytest.mark.slow
 def test_pieces_of_rows(tmp_path, monkeypatch):
     from rarefy.checkpoint import streamed_decoder
 

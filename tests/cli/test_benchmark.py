@@ -16,6 +16,7 @@ from rarefy.generation.decoder import Decoder
 from rarefy.pipeline.engine_evaluation import decode_step
 
 
+@pytest.mark.slow
 def test_language_models_beside_their_decoders():
     model = tiny_llama(torch.bfloat16)
     made, why = engine_of(model, 8, 1, "int8")
@@ -38,6 +39,7 @@ def test_a_model_is_timed_beside_what_it_was_compiled_to():
     assert [r["of"] for r in report.rows] == ["model", "fast"] and report.rows[0]["what"] == "forward, 1 x 8 tokens"
 
 
+@pytest.mark.slow
 def test_both_write_the_same_tokens(monkeypatch):
     model, tokens = tiny_llama(), {"model": [], "engine": []}
     made, _ = engine_of(model, 8, 1)
@@ -98,6 +100,7 @@ def test_why_the_engine_has_nothing():
     assert made is None and why == "Own is an encoder-decoder model, which the engine does not support"
 
 
+@pytest.mark.slow
 def test_a_compiled_model_by_itself(tmp_path):
     x = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
     rarefy.save(rarefy.compile(tiny_bert(), x), tmp_path / "out")
@@ -115,6 +118,7 @@ def test_a_compiled_model_by_itself(tmp_path):
         bench_models({"model": net, "against": engine_of(tiny_llama(), 8, 1)[0]}, 8, 2, 1, 2, False)
 
 
+@pytest.mark.slow
 def test_bytes_of_what_is_compiled():
     net = nn.Linear(64, 64).eval()
     dense = rarefy.compile(net, torch.randn(2, 64))

@@ -501,6 +501,7 @@ def test_bench_two_models_in_turns(run, packed, given):
     assert report["summary"]["bytes in memory, against"] < report["summary"]["bytes in memory, model"]
 
 
+@pytest.mark.slow
 def test_bench_with_layers_that_skip_zeros(run, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
     words = ("bench", packed, "--accelerate", "--tokens", 8, "--new", 2, "--repeats", 2)

@@ -295,6 +295,7 @@ def test_options_of_files_on_folders(run, tmp_path):
 # optimize
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     ("file", "words"),
@@ -318,10 +319,15 @@ def test_a_search_with_inputs_alone(place, tmp_path, file, words):
     assert (tmp_path / "fast" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     ("samples", "calibrated", "words"),
-    [(96, 64, ()), (20, 15, ()), (96, 64, ("--train", "0.1"))],  # of several batches, of one, and with training
+    [
+        (96, 64, ()),
+        (20, 15, ()),
+        (96, 64, ("--train", "0.1")),
+    ],  # of several batches, of one, and with training
 )
 def test_the_recipe_of_a_search_gives_the_model_that_was_measured(tmp_path, samples, calibrated, words):
     torch.manual_seed(0)

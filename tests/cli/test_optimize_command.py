@@ -51,6 +51,7 @@ def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_path):
     result = shell(
         "optimize", place / "model", "--data", place / "text.txt", "-o", tmp_path / "out", "--max-loss", "any",
@@ -61,6 +62,7 @@ def test_text_goes_to_standard_output_and_progress_to_standard_error(place, tmp_
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [[], ["--evaluate", "retrieval", "--eval-data", "pairs.txt"]])
 def test_encoders_get_the_masks_that_their_example_has(metric, place, tmp_path, monkeypatch):
     """Texts are batches of ids, pairs of texts have attention masks as well; an encoder's example has token types."""
@@ -116,6 +118,7 @@ def test_an_output_that_exists_is_refused(run, ran, place):
     assert result.code == 2 and "--force" in result.err
 
 
+@pytest.mark.slow
 def test_a_search_whose_time_was_over_goes_on_with_more(place, tmp_path):
     options = [
         place / "model",
@@ -136,6 +139,7 @@ def test_a_search_whose_time_was_over_goes_on_with_more(place, tmp_path):
     assert after["points"][0]["seconds"] == before["points"][0]["seconds"]  # it was not measured again
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_best_so_far(place, tmp_path):
     out = tmp_path / "out"
     arguments = [

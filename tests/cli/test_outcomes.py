@@ -90,6 +90,7 @@ def test_paths_on_the_command_line_start_from_the_current_folder(tmp_path, monke
         _load_recipe("sub/r.yaml", ["data.train"], None, None, None)
 
 
+@pytest.mark.slow
 def test_hints_name_what_the_command_takes(place, tmp_path):
     (tmp_path / "r.yaml").write_text("stages:\n- prune: {sparsity: 0.5, score: wanda}\n")
     told = shell("compress", place / "model", "-r", tmp_path / "r.yaml", "--data", place / "text.txt", "-o", tmp_path / "o",

@@ -28,6 +28,7 @@ def rows_of(profile, operator):
     return [r for r in profile["rows"] if r["operator"] == operator]
 
 
+@pytest.mark.slow
 def test_an_encoder(encoder, run):
     ran = run("profile", encoder, "--batch", 3, "--tokens", 20, "--precision", "int8", "--repeats", 2, "--json")
     assert ran.code == 0, ran.err
@@ -39,6 +40,7 @@ def test_an_encoder(encoder, run):
     assert profile["ceilings"]["fp32"] > 0
 
 
+@pytest.mark.slow
 def test_the_printed_tables(encoder, run):
     ran = run("profile", encoder, "--rows", 2, "--tokens", 20, "--repeats", 2)
     assert ran.code == 0 and "ms a call" in ran.out and "of ceiling %" in ran.out and "measured ceilings" in ran.out
@@ -56,6 +58,7 @@ def test_a_compiled_folder(compiled, run):
     assert rows_of(profile, "linear")[0]["sizes"] == "24 x 32 -> 32"
 
 
+@pytest.mark.slow
 def test_a_language_model_and_its_decoder(tmp_path, run):
     text_model(tmp_path)
     rarefy.save(rarefy.decoder(tiny_llama()), tmp_path / "decoder")

@@ -32,6 +32,7 @@ def no_whole_models(monkeypatch):
     monkeypatch.setattr(shared, "load_any", refuse)
 
 
+@pytest.mark.slow
 def test_gguf_file_becomes_a_folder_that_generates(gguf, tmp_path, run, monkeypatch):
     no_whole_models(monkeypatch)
     ran = run("compile", gguf, "--out", tmp_path / "out")
@@ -56,6 +57,7 @@ def test_compress_writes_the_tokenizer_of_a_gguf_file(gguf, tmp_path, run):
     assert hf.load_tokenizer(tmp_path / "out")("Hello")["input_ids"]
 
 
+@pytest.mark.slow
 def test_folder_in_4_bits(tmp_path, run, monkeypatch):
     small().save_pretrained(tmp_path / "model")
     no_whole_models(monkeypatch)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import prune as theirs
 
 import rarefy
+from helpers.marks import slow_except
 from rarefy.common.errors import ModelError, PatternError
 from rarefy.compat import torch_prune as ours
 
@@ -61,7 +62,7 @@ def outcome(call, lib, module, name, amount):
 
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("way", CALLS)
-@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("amount", slow_except(AMOUNTS, 0.3, 3))
 def test_every_function_chooses_what_torch_chooses(kind, way, amount):
     for name in NAMES.get(kind, ("weight", "bias")):
         mine, torchs = both(MODULES[kind])

@@ -427,12 +427,8 @@ def test_what_images_and_rows_share_stays_in_torch():
     assert subgraph.image_nodes(nodes[:1]) == {nodes[0], nodes[0].args[0]}
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18", *(pytest.param(n, marks=SLOW) for n in ("mobilenet_v2", "vgg11", "resnext50_32x4d"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11", "resnext50_32x4d"])
 def test_real_networks(name):
     models = pytest.importorskip("torchvision.models")
     net = getattr(models, name)(weights=None).eval()

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 import rarefy
+from helpers.marks import slow_case, slow_except
 from rarefy.compiler.program import Program
 from rarefy.runtime import bindings
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", slow_except([1, 2, 3, 4, 5, 8], 1, 3))
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 7), (16, 64), (37, 130), (513, 300)])
 def test_few_rows(isa, rows, inputs, outputs):
     torch.manual_seed(rows)
@@ -32,7 +33,7 @@ def test_nan_of_one_row_stays_there(isa):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int16", "bf16"])
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, slow_case(2), 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 7), (16, 64), (37, 130), (513, 300)])
 def test_few_rows_of_codes(isa, rows, inputs, outputs, precision):
     """Rows are the same alone and among many, which other kernels multiply."""

@@ -6,6 +6,7 @@ from torch import nn
 
 import rarefy
 from helpers.compile_models import far
+from helpers.marks import slow_case
 from rarefy.compiler import ops
 from rarefy.runtime import bindings
 
@@ -37,7 +38,7 @@ def targets(compiled):
     return [n.target for n in compiled.exported.graph.nodes if n.op == "call_function"]
 
 
-@pytest.mark.parametrize("channels", [8, 5, 17])
+@pytest.mark.parametrize("channels", [slow_case(8), 5, slow_case(17)])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("flatten", [lambda x: x.flatten(1), lambda x: x.view(x.shape[0], -1)])

@@ -9,6 +9,7 @@ from torch import nn
 
 import rarefy
 from helpers.compile_models import Attends
+from helpers.marks import slow_case
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops
 from rarefy.model.compare import relative_distance
@@ -170,7 +171,9 @@ def test_a_model_that_cannot_be_copied():
 
 
 @pytest.mark.parametrize(
-    "dtype, precision", [(torch.bfloat16, None), (torch.bfloat16, "fp32"), (torch.float16, None)], ids=str
+    "dtype, precision",
+    [(torch.bfloat16, None), slow_case(torch.bfloat16, "fp32"), slow_case(torch.float16, None)],
+    ids=str,
 )
 def test_language_models(dtype, precision):
     from helpers.language_models import V, small

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from helpers.marks import slow_case
 from rarefy.common.errors import FormatError, ModelError
 from rarefy.compiler import kernel_selection, ops
 from rarefy.compiler.executor import Compiled
@@ -44,7 +45,7 @@ def exact(layer: nn.Module, compiled: Compiled, x: torch.Tensor) -> torch.Tensor
     return sums.double() * step * scales + (0 if layer.bias is None else layer.bias.detach())
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [slow_case(1), 3, slow_case(70)])
 @pytest.mark.parametrize("zeros", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 5), (384, 130), (1537, 66)])
 def test_products_equal_sums_of_integers(isa, inputs, outputs, zeros, tokens):
@@ -147,8 +148,8 @@ def test_convolutions_that_stay_in_fp32():
 
 
 @pytest.mark.parametrize("inputs", [2, 512, INT16_COLUMNS, INT16_COLUMNS + 1, 2 * INT16_COLUMNS, 5000])
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("rows", [2, 65])
+@pytest.mark.parametrize("sign", [1, slow_case(-1)])
+@pytest.mark.parametrize("rows", [2, slow_case(65)])
 def test_the_largest_sums_do_not_overflow(isa, inputs, sign, rows):
     """Equal weights and inputs have the largest sum for their sizes, which random numbers never show."""
     layer = nn.Linear(inputs, 20, bias=False).eval()

@@ -11,11 +11,7 @@ from rarefy.compiler.operators.attention import product_type
 from rarefy.model.compare import relative_distance
 from rarefy.runtime import bindings
 
-
-@pytest.fixture(autouse=True)
-def _in_int8(isa):
-    if product_type("int8") != "int8":
-        pytest.skip("attention is in another precision here")
+pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.isa_if(lambda: product_type("int8") == "int8")]
 
 
 class Shows(nn.Module):

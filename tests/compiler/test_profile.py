@@ -11,6 +11,7 @@ from torch import nn
 import rarefy
 from conftest import tiny_bert, tiny_llama
 from helpers.compile_models import Attends, Gated, Residual, pruned
+from helpers.marks import slow_case
 from rarefy.common.errors import DataError
 from rarefy.compiler import executor, subgraph
 from rarefy.compiler import profile as profile_module
@@ -79,7 +80,7 @@ def test_rows_add_up_to_the_calls(kind, threads, monkeypatch):
     assert {r.operator for r in profile.rows} > REST
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, slow_case("int8")])
 def test_operations_are_those_that_torch_counts(precision):
     ids = {"input_ids": torch.ones(2, 16, dtype=torch.int64)}
     cases = [(tiny_bert(), ids), (Residual().eval(), torch.randn(3, 8, 20, 20)), (Gated().eval(), torch.randn(40, 24))]

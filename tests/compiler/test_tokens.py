@@ -8,6 +8,7 @@ from torch import nn
 import rarefy
 from helpers.compile_models import equal
 from helpers.compiled_folders import edit, set_arg
+from helpers.marks import slow_case
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import ops
 from rarefy.compiler.operators.spec import Call
@@ -73,7 +74,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("features", [5, 24])
+@pytest.mark.parametrize("features", [5, slow_case(24)])
 @pytest.mark.parametrize("name", MOVES)
 def test_moves_between_layers(isa, name, features):
     function, groups, from_image, to_image, operator = MOVES[name]

@@ -207,6 +207,7 @@ def test_an_encoder_and_its_copy(exports):
     assert len(exports) == 1
 
 
+@pytest.mark.slow
 def test_decoders(exports):
     pytest.importorskip("transformers")
     ids, model = torch.randint(1, 50, (1, 5)), tiny_llama()

@@ -9,6 +9,7 @@ from torch import nn
 
 import rarefy
 from helpers.compile_models import Residual, far
+from helpers.marks import slow_case
 from rarefy.checkpoint import compiled_model
 from rarefy.compiler import tuning
 from rarefy.compiler.compile import split_example
@@ -84,7 +85,7 @@ def test_slow_native_calls_run_in_torch(clock, tmp_path):
     assert torch.equal(rarefy.load(tmp_path / "again")(x), compiled(x))
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, slow_case("int8")])
 def test_convolutions_in_torch(clock, precision):
     clock.slow = staticmethod(lambda call: True)
     net, x = Residual().eval(), torch.randn(2, 8, 12, 12)

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import rarefy
 import zoo
+from helpers.marks import slow_except
 from rarefy.common.errors import ModelError
 from rarefy.compiler import compile, verify
 from rarefy.compiler.subgraph import FusedSubgraph, SingleOp
@@ -21,16 +22,11 @@ pytest.importorskip("timm")
 
 CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases() | zoo.held_out_cases()
 ELSEWHERE = ("roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2")  # in test_engine.py
-USUAL = ("bert", "gpt2", "qwen3", "opt")  # the others run with the slow tests
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
 REFUSED: dict[str, str] = {}  # what does not compile, and what the message says
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [] if name in USUAL else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES if n not in ELSEWHERE])
+@pytest.mark.parametrize("name", slow_except((n for n in CASES if n not in ELSEWHERE), "bert", "opt"))
 def test_compiled_equals_eager(name):
     make, x = CASES[name]
     model = zoo.half(make())
@@ -45,7 +41,7 @@ def test_compiled_equals_eager(name):
     assert verify.distance(model, made, *pytree.tree_flatten(compile.split_example(x))) < 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in DECODERS if n not in ("gpt2", "qwen3")])
+@pytest.mark.parametrize("name", slow_except((n for n in DECODERS if n not in ("gpt2", "qwen3")), "opt"))
 def test_decoder_equals_eager(name):
     make, x = CASES[name]
     model = zoo.half(make())
@@ -67,6 +63,7 @@ def test_biases_that_depend_on_inputs():
     torch.testing.assert_close(rarefy.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_cannot_be_made_is_named():
     from transformers import MambaConfig, MambaForCausalLM
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
+from helpers.marks import slow_case
 from rarefy.dependency.graph import trace
 from rarefy.dependency.symbolic_dims import unit_of_index
 from rarefy.model.batches import tensors_in
@@ -20,55 +21,10 @@ pytest.importorskip("timm")
 
 CASES = zoo.torchvision_cases() | zoo.transformers_cases() | zoo.timm_cases()
 KEEPS = (0.25, 0.5, 0.75)
-FAST = [
-    "alexnet",
-    "densenet121",
-    "efficientnet_v2_s",
-    "googlenet",
-    "inception_v3",
-    "mnasnet0_5",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "regnet_y_400mf",
-    "resnet18",
-    "resnext50_32x4d",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "swin_t",
-    "swin_v2_t",
-    "vit_b_16",
-    "convnext_tiny",
-    "lraspp_mobilenet_v3_large",
-    "deeplabv3_mobilenet_v3_large",
-    "fasterrcnn_mobilenet_v3_large_fpn.backbone",
-    "raft_small",
-    "ssdlite320_mobilenet_v3_large.backbone",
-    "timm.convnext_atto",
-    "timm.vit_tiny_patch16_224",
-    "timm.mobilenetv3_small_050",
-    "timm.poolformer_s12",
-    "timm.ghostnet_050",
-    "timm.levit_128s",
-    "timm.eva02_tiny_patch14_224",
-    "timm.mixer_s32_224",
-    "timm.twins_svt_small",
-    "bert",
-    "roberta",
-    "distilbert",
-    "vit",
-    "deit",
-    "swin",
-    "clip",
-    "gpt2",
-    "opt",
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "t5",
-    "whisper",
-]
+QUICK = {  # the one share of units that `make test` keeps of these models
+    "mnasnet0_5": 0.5, "shufflenet_v2_x0_5": 0.5, "squeezenet1_1": 0.5, "bert": 0.25, "roberta": 0.75, "vit": 0.5,
+    "clip": 0.75, "opt": 0.5, "qwen2": 0.25, "qwen3": 0.75, "gemma": 0.5, "whisper": 0.25, "timm.mixer_s32_224": 0.5,
+}  # fmt: skip
 # how much smaller the cut leaves it at least, where a class lets only some of its groups go
 STUBBORN = {"raft_small", "raft_large", "clip", "t5", "opt", "timm.nfnet_l0", "timm.coat_lite_tiny",
             "timm.eva02_tiny_patch14_224", "timm.res2net50_14w_8s", "timm.edgenext_xx_small",
@@ -84,13 +40,8 @@ def call(model: nn.Module, x: object) -> list[Tensor]:
     return [t for t in tensors_in(out) if t.is_floating_point()]
 
 
-def marks(name: str, keep: float) -> list[pytest.MarkDecorator]:
-    fast = name in FAST and (keep == 0.5 or name in zoo.transformers_cases())
-    return [] if fast else [pytest.mark.slow]
-
-
 @pytest.mark.parametrize(
-    ("name", "keep"), [pytest.param(n, k, marks=marks(n, k), id=f"{n}-{k}") for n in CASES for k in KEEPS]
+    ("name", "keep"), [(n, k) if QUICK.get(n) == k else slow_case(n, k) for n in CASES for k in KEEPS]
 )
 def test_a_cut_is_exact_and_the_model_lives_on(name, keep, tmp_path):
     make, x = CASES[name]
@@ -176,7 +127,7 @@ def _half(name: str, shape: torch.Size, model: str) -> int:
     return out
 
 
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "vit_b_16", "swin_t", "llama"])
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", slow_case("vit_b_16"), "swin_t", "llama"])
 def test_where_a_unit_can_go_it_goes(name):
     make, x = CASES[name]
     model = make()
@@ -186,4 +137,4 @@ def test_where_a_unit_can_go_it_goes(name):
 
 
 def test_every_model_is_on_the_list():
-    assert len(CASES) > 140 and set(FAST) <= set(CASES) and set(CASES) >= STUBBORN | MIXING
+    assert len(CASES) > 140 and set(QUICK) <= set(CASES) and set(CASES) >= STUBBORN | MIXING

@@ -27,6 +27,7 @@ def smollm2(tmp_path_factory):
     return builtin.model_folder("smollm2-135m")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "dtype", "most"),
     [("unstructured", 0.5, "fp32", 0.54), ("2:4", None, "bf16", 0.57), ("unstructured", 0.9, "fp32", 0.14)],
@@ -95,6 +96,7 @@ def fashion():
 ASYMMETRIC = {name: rarefy.Solver(name=name, asymmetric=0.5) for name in ("obs", "admm")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -115,6 +117,7 @@ def test_a_convolutional_network_in_one_shot(fashion, how):
     assert accuracy(net, test) > accuracy(model, test) - 0.05
 
 
+@pytest.mark.slow
 def test_fashion_mnist_trains_and_prunes_iteratively(fashion):
     """The vision recipe end to end: learns, reaches 90 %, and stays near its dense twin."""
     model, train, test = fashion
@@ -126,6 +129,7 @@ def test_fashion_mnist_trains_and_prunes_iteratively(fashion):
     assert abs(receipt.sparsity["achieved"] - 0.9) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_network_cut_to_a_quarter_learns_from_its_readers(fashion):
     """Half of all channels, without any training: repair is worth more than 20 points."""
     model, train, test = fashion
@@ -137,6 +141,7 @@ def test_a_network_cut_to_a_quarter_learns_from_its_readers(fashion):
     assert accuracy(repaired, test) > accuracy(plain, test) + 0.2
 
 
+@pytest.mark.slow
 def test_refit_reaches_least_squares_on_real_layers(smollm2):
     """Within 1 % of the exact minimum of each row after 20 steps, on inputs as the real model makes them."""
     model, tokenizer = hf.load_folder(smollm2), hf.load_tokenizer(smollm2)

@@ -75,6 +75,7 @@ def embeddings_by_loop(model, batches):
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_retrieval_on_a_real_encoder_eager_and_compiled():
     sample("minilm")
@@ -219,6 +220,7 @@ def test_infinite_logits_of_both_models_count_as_no_probability():
     assert torch.allclose(kl_divergence(keep_probabilities(a), b), want)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_divergence_of_a_real_language_model():
     sample("smollm2-135m")

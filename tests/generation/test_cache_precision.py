@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import rarefy
 from helpers.folders import read_index, write_index
 from helpers.language_models import V, eager, far, in_pieces, small
+from helpers.marks import slow_except
 from rarefy.cli.main import app
 from rarefy.common.errors import ContainerError, DataError
 from rarefy.generation.request import generate_ids
@@ -49,11 +50,9 @@ def rounding(model):
     return lambda *args: (eager(model, *args), model.set_attn_implementation(before))[0]
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3", "GPT2"])
+@pytest.mark.parametrize("family", slow_except(["Llama", "Mistral", "Qwen3", "GPT2"], "Llama", "GPT2"))
 def test_logits_are_those_of_rounded_keys_and_values(isa, family):
     """Prompts, single tokens and a few tokens at once; Mistral has a window, Qwen 3 normalizes keys."""
-    if bindings.isa() == "portable" and family != "Llama":
-        pytest.skip("the generic kernels run as portable")
     model, made = pair(family)
     ids = torch.randint(3, V, (2, sum(PIECES)))
     exact, want = eager(model, ids), rounding(model)(ids)
@@ -161,6 +160,7 @@ def test_one_option_everywhere(tmp_path):
     assert run.exit_code == 0, run.output
 
 
+@pytest.mark.slow
 def test_compiled_models_and_decoders_of_files(tmp_path):
     model, made = pair()
     model.save_pretrained(tmp_path / "model")
@@ -177,6 +177,7 @@ def test_compiled_models_and_decoders_of_files(tmp_path):
         rarefy.compile(model, ids, cache_precision="int8")
 
 
+@pytest.mark.slow
 def test_the_command_compile(tmp_path):
     pair()[0].save_pretrained(tmp_path / "model")
     small("GPT2").save_pretrained(tmp_path / "gpt2")  # is loaded as a whole

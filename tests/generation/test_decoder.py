@@ -10,6 +10,7 @@ from torch import nn
 
 import rarefy
 from helpers.language_models import FAMILIES, GATED, V, eager, far, in_pieces, pruned_to, small
+from helpers.marks import slow_case, slow_except
 from rarefy.common.errors import DataError, ModelError
 from rarefy.compiler import ops, program
 from rarefy.compiler.subgraph import FusedSubgraph
@@ -25,14 +26,7 @@ from rarefy.runtime import bindings
 from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 
 transformers = pytest.importorskip("transformers")
-SLOW = pytest.mark.slow
-USUAL = ("Llama", "Mistral", "Qwen3", "GPT2")  # the others run with the slow tests
 SIX_BITS = {"weights": "int6", "group": 32}
-ALL_ISAS = [
-    (0.6, None, None),
-    (0.6, None, "int8"),
-    (0.0, SIX_BITS, "int8"),
-]  # of the others one instruction set is enough
 OWN_POSITIONS = ("OPT",)  # learned positions that left padding shifts in a way of its own
 WHOLE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2")  # all their layers run as one native call
 
@@ -43,11 +37,7 @@ def llama():
     return model, rarefy.decoder(model)
 
 
-def families(names):
-    return [pytest.param(n, marks=() if n in USUAL else SLOW) for n in names]
-
-
-@pytest.mark.parametrize("family", families(FAMILIES))
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "Llama", "GPT2"))
 def test_families_read_as_eager_does(family):
     model = small(family)
     made = rarefy.decoder(model)
@@ -60,7 +50,9 @@ def test_families_read_as_eager_does(family):
         assert sum(n.target is ops.cached_attention for n in first.nodes) == 2
 
 
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPTNeoX", "OPT", "GPT2", "Gemma3Text"])
+@pytest.mark.parametrize(
+    "family", slow_except(["Llama", "Phi3", "GPTNeoX", "OPT", "GPT2", "Gemma3Text"], "Llama", "GPT2")
+)
 def test_single_tokens_of_several_texts(family):
     """Positions enter in many ways: rotated heads or parts of them, learned, with an offset, two tables at once."""
     model = small(family)
@@ -69,7 +61,9 @@ def test_single_tokens_of_several_texts(family):
     assert far(eager(model, ids[:1]), in_pieces(made, ids[:1], [1] * 70)) < 1e-5
 
 
-@pytest.mark.parametrize("family", families(f for f in FAMILIES if f not in (*OWN_POSITIONS, "Qwen3", "GPT2")))
+@pytest.mark.parametrize(
+    "family", slow_except((f for f in FAMILIES if f not in (*OWN_POSITIONS, "Qwen3", "GPT2")), "Llama")
+)
 def test_prompts_filled_up_on_the_left(family):
     model = small(family)
     made = rarefy.decoder(model)
@@ -118,21 +112,19 @@ def formats(made):
     ("sparsity", "quantize", "precision", "found", "most"),
     [
         (0.6, None, None, {(Bitmask, "fp32")}, 1e-5),
-        (0.0, None, "int8", {(QuantizedPanels, "int8")}, 0.05),
+        slow_case(0.0, None, "int8", {(QuantizedPanels, "int8")}, 0.05),
         (0.6, None, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
-        (0.0, {"weights": "int8"}, None, {(QuantizedPanels, "int8"), (Bitmask, "fp32")}, 1e-5),
-        (0.0, {"weights": "int4", "group": 32}, None, {(QuantizedPanels, "int4"), (Bitmask, "fp32")}, 1e-4),
+        slow_case(0.0, {"weights": "int8"}, None, {(QuantizedPanels, "int8"), (Bitmask, "fp32")}, 1e-5),
+        slow_case(0.0, {"weights": "int4", "group": 32}, None, {(QuantizedPanels, "int4"), (Bitmask, "fp32")}, 1e-4),
         (0.0, {"weights": "int4", "group": 32}, "int8", {(QuantizedPanels, "int4"), (QuantizedPanels, "int8")}, 0.05),
-        (0.0, SIX_BITS, "int8", {(QuantizedPanels, "int6"), (QuantizedPanels, "int8")}, 0.05),
+        slow_case(0.0, SIX_BITS, "int8", {(QuantizedPanels, "int6"), (QuantizedPanels, "int8")}, 0.05),
         (0.0, {"weights": "int6"}, "int8", {(QuantizedPanels, "int6"), (QuantizedPanels, "int8")}, 0.05),
-        (0.0, {"weights": "int5", "group": 32}, None, {(QuantizedPanels, "int5"), (Bitmask, "fp32")}, 1e-4),
-        (0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
+        slow_case(0.0, {"weights": "int5", "group": 32}, None, {(QuantizedPanels, "int5"), (Bitmask, "fp32")}, 1e-4),
+        slow_case(0.6, {"weights": "int8"}, "int8", {(Bitmask, "int8"), (QuantizedPanels, "int8")}, 0.05),
     ],
 )
 def test_formats(isa, sparsity, quantize, precision, found, most):
     """One packed copy serves one token and many: both against eager, and the same bits of rounding in both."""
-    if bindings.isa() == "avx2" and (sparsity, quantize, precision) not in ALL_ISAS:
-        pytest.skip("the generic kernels run as portable")
     model = pruned_to(small(hidden_size=128, intermediate_size=200), sparsity) if sparsity else small(hidden_size=128)
     if quantize:
         rarefy.quantize_(model, layers="model.layers.*", **quantize)
@@ -148,7 +140,7 @@ def test_formats(isa, sparsity, quantize, precision, found, most):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-@pytest.mark.parametrize("width", [200, 4200])
+@pytest.mark.parametrize("width", [200, slow_case(4200)])
 def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, width, tmp_path):
     """On weights that 8 bits hold exactly, what the decoder loses is what it rounds inputs by."""
     model = small(hidden_size=128, intermediate_size=width)
@@ -166,11 +158,10 @@ def test_rounding_inputs_to_8_bits_loses_hardly_anything(isa, width, tmp_path):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.isa_if(lambda: bindings.scales_blocks(rows=False))  # elsewhere inputs have two terms
 @pytest.mark.parametrize("weights", ["int8", "int4", "int4, one scale for 64"])
 def test_prompts_and_many_sequences_read_inputs_with_a_scale_for_each_32(isa, weights):
     """The oracle rounds inputs of layers in eager torch; zeros of values take attention in bf16 out of it."""
-    if not bindings.scales_blocks(rows=False):
-        pytest.skip("inputs have two terms")
     hidden, wide = (96, 200) if weights == "int8" else (128, 192)
     model = small(hidden_size=hidden, intermediate_size=wide)
     for layer in model.model.layers:
@@ -206,8 +197,8 @@ def test_prompts_and_many_sequences_read_inputs_with_a_scale_for_each_32(isa, we
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-@pytest.mark.parametrize("weights", ["int8", "int7", "int6", "int4"])
-@pytest.mark.parametrize("sizes", [(128, 192, 1), (64, 320, 4)], ids=["few keys", "wide"])
+@pytest.mark.parametrize("weights", slow_except(["int8", "int7", "int6", "int4"], "int8", "int4"))
+@pytest.mark.parametrize("sizes", [(128, 192, 1), slow_case((64, 320, 4))], ids=["few keys", "wide"])
 def test_grouped_weights_of_few_outputs(isa, sizes, weights):
     """Weights that read inputs exactly where they have a scale for each row, and by blocks where they have groups."""
     hidden, wide, heads = sizes
@@ -224,7 +215,11 @@ def test_grouped_weights_of_few_outputs(isa, sizes, weights):
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize(
     "how",
-    [None, ("int8", 64, True), ("int6", 32, False), ("int5", None, True), ("int4", 32, False), ("int4", 64, True)],
+    slow_except(
+        [None, ("int8", 64, True), ("int6", 32, False), ("int5", None, True), ("int4", 32, False), ("int4", 64, True)],
+        ("int8", 64, True),
+        ("int4", 32, False),
+    ),
     ids=str,
 )
 def test_any_number_of_sequences(isa, how):
@@ -260,7 +255,7 @@ def test_another_instruction_set_on_the_way(weights):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-@pytest.mark.parametrize("activations", ["int8", "int8-static"])
+@pytest.mark.parametrize("activations", ["int8", slow_case("int8-static")])
 def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
     """Dynamic rounding is done by the kernels; static rounding is an operator of its own, before kernels in fp32."""
     model, ids = small(), torch.randint(3, V, (2, 40))
@@ -282,7 +277,7 @@ def test_layers_whose_inputs_are_rounded_run_in_8_bits(activations):
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("shape", [(37, 70), (128, 256)])
+@pytest.mark.parametrize("shape", [(37, 70), slow_case((128, 256))])
 def test_unfolded_weights(isa, monkeypatch, kind, shape):
     """Bitmasks of all numbers, odd sizes, bias, residual and activation: many tokens against the weight unpacked."""
     from rarefy.runtime.packing import pack_bitmask, unpack
@@ -365,7 +360,7 @@ def test_text_as_transformers_writes_it(llama, how, same_draws):
     assert torch.equal(rarefy.generate(made, ids, attention_mask=mask, max_new_tokens=30, **how), want)
 
 
-@SLOW
+@pytest.mark.slow
 def test_real_text():
     model = hf.load_folder(str(builtin.model_folder("smollm2-135m"))).float().eval()
     made = rarefy.decoder(model)
@@ -377,6 +372,7 @@ def test_real_text():
     assert "Paris" in tokenizer.decode(got[0])
 
 
+@pytest.mark.slow
 def test_seeds_streams_and_ends(llama):
     model, made = llama
     ids = torch.randint(3, V, (1, 5))
@@ -538,7 +534,7 @@ def test_what_are_no_ids():
 
 
 @pytest.mark.parametrize("cache_precision", ["fp32", "int8"])
-@pytest.mark.parametrize("family", ["Bloom", "Mpt"])
+@pytest.mark.parametrize("family", ["Bloom", slow_case("Mpt")])
 def test_position_biases(isa, family, cache_precision, tmp_path):
     """Linear position biases (ALiBi) in prompts, few and single tokens, for a number of heads that is no power of two."""
     sizes = {"n_head": 6, "hidden_size": 96} if family == "Bloom" else {"n_heads": 6, "d_model": 96}
@@ -649,7 +645,7 @@ def test_caps_of_logits_change_what_gemma_2_says(tmp_path):
     assert all(far(want, eager(small("Gemma2", **caps | {name: None}), ids)) > 1e-4 for name in list(caps)[:2])
 
 
-@pytest.mark.parametrize(("family", "tokens"), [("GPT2", 2), ("Llama", 20), ("Mpt", 16)])
+@pytest.mark.parametrize(("family", "tokens"), [("GPT2", 2), slow_case("Llama", 20), ("Mpt", 16)])
 def test_models_of_few_positions(family, tokens):
     name = {"GPT2": "n_positions", "Mpt": "max_seq_len"}.get(family, "max_position_embeddings")
     model = small(family, **{name: tokens})
@@ -663,6 +659,7 @@ def test_models_of_few_positions(family, tokens):
         rarefy.generate(step, ids)
 
 
+@pytest.mark.slow
 def test_recurrent_layers_are_refused_by_name():
     sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
     with pytest.raises(ModelError, match="MambaForCausalLM has recurrent layers in place of attention"):
@@ -675,10 +672,10 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
-        pytest.param("Mixtral", {"num_local_experts": 4}, marks=SLOW),
-        pytest.param("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 32}, marks=SLOW),
-        pytest.param("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, marks=SLOW),
+        slow_case("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
+        ("Mixtral", {"num_local_experts": 4}),
+        slow_case("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
+        slow_case("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     ],
 )
 def test_mixtures_of_experts(family, sizes):
@@ -703,6 +700,7 @@ def test_many_sequences_of_one_token(llama):
         assert any(p.decode for programs in first.programs.values() for p in programs)
 
 
+@pytest.mark.slow
 def test_attention_is_given_back():
     model = small()
     before = model.config._attn_implementation
@@ -732,7 +730,9 @@ def test_padding_needs_no_positions_of_its_own(positions):
         torch.testing.assert_close(rarefy.decoder(model)(ids), model(ids).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4", "group": 32}, {"activations": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{"weights": "int8"}, {"weights": "int4", "group": 32}, slow_case({"activations": "int8"})]
+)
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_grids_of_weights_that_are_stored_the_other_way_round(options, precision):
     model, ids = tiny_gpt2(), torch.randint(2, 64, (2, 24))
@@ -743,7 +743,7 @@ def test_grids_of_weights_that_are_stored_the_other_way_round(options, precision
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-@pytest.mark.parametrize("width", [576, 1024, 4160])
+@pytest.mark.parametrize("width", [576, 1024, slow_case(4160)])
 def test_sums_of_the_largest_codes_and_inputs(isa, width):
     """All inputs of the head are equal, and so are its weights: no product cancels another."""
     model = small(

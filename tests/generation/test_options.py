@@ -442,6 +442,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_constraints(smollm):
     """Texts follow a JSON schema, a regular expression, a grammar, drawn or not, guessed or not."""
@@ -501,6 +502,7 @@ def test_a_tokenizer_that_the_library_cannot_read_is_not_the_fault_of_the_patter
         rarefy.generate(llama[1], PROMPTS[:1], regex="a", tokenizer=words)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_text(smollm):
     """A real model in 8 bits: guesses change nothing, transformers' own stop strings and processors agree."""

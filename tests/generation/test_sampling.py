@@ -11,6 +11,7 @@ import torch
 
 import rarefy
 from conftest import Net, text_model, tiny_bert
+from helpers.marks import slow_case
 from rarefy.cli import inference_commands
 from rarefy.common.errors import DataError, ModelError
 from rarefy.generation.decoder import Decoder
@@ -51,7 +52,7 @@ def written(made, prompt=PROMPT, new=12, **how):
     return ids[: ids.index(1) + 1] if 1 in ids else ids
 
 
-@pytest.mark.parametrize("name", ["model", "saved", "decoder"])
+@pytest.mark.parametrize("name", [slow_case("model"), slow_case("saved"), "decoder"])
 def test_text_of_every_kind_of_folder(run, given, name):
     made = rarefy.load(given / name) if name == "decoder" else hf.load_folder(given / "model").float()
     if name == "saved":
@@ -221,6 +222,7 @@ def test_a_language_model_becomes_a_decoder(run, given):
     }
 
 
+@pytest.mark.slow
 def test_an_encoder_is_compiled_for_other_batches(run, given, tmp_path):
     ran = run("compile", given / "bert", "-o", tmp_path / "out", "--json", "--tokens", 9, "--threads", 1)
     told = json.loads(ran.out)["summary"]

@@ -828,10 +828,8 @@ def test_outputs_of_transformers():
         same(got[name], want[name])  # at padding too
 
 
-QUICK = ("distilbert with graph breaks", "resnet18")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in zoo.DYNAMO])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.DYNAMO)
 def test_models_of_the_zoo(name, places):
     for library in ("torchvision", "transformers", "timm"):
         pytest.importorskip(library)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rarefy
+from helpers.marks import slow_case, slow_except
 from rarefy.common.errors import DataError, ModelError
 
 transformers = pytest.importorskip("transformers")
@@ -71,7 +72,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", CASES)
+@pytest.mark.parametrize("task", slow_except(CASES, "fill-mask", "ner"))
 def test_texts(task):
     kind, config, options = CASES[task]
     model, tokenizer = make(kind, config), tokenizer_of()
@@ -109,7 +110,7 @@ def test_images(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["BertForQuestionAnswering", "BertForMultipleChoice", "LlamaForSequenceClassification"]
+    "kind", [slow_case("BertForQuestionAnswering"), "BertForMultipleChoice", "LlamaForSequenceClassification"]
 )
 def test_heads_without_a_pipeline(kind):
     config = transformers.LlamaConfig(**LLAMA) if kind.startswith("Llama") else transformers.BertConfig(**SIZES)

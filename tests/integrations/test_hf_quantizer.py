@@ -10,6 +10,7 @@ import torch
 import rarefy
 from conftest import tiny_llama
 from helpers.folders import SHARD, edit_index, seal
+from helpers.marks import slow_case
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.model.quant_grid import recorded_grids
 
@@ -52,7 +53,7 @@ CHANGES = {
 OWN_STRUCTURE = ("low rank", "shared layers", "rounded inputs", "cut unevenly")
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [c if c != "codebook" else slow_case(c) for c in CHANGES])
 def test_auto_model_loads_what_save_wrote(change, tmp_path):
     model = bert()
     CHANGES[change](model)
@@ -217,6 +218,7 @@ def test_compiled_and_foreign_folders(tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path / "plain", quantization_config=RarefyConfig())
 
 
+@pytest.mark.slow
 def test_importing_rarefy_is_enough(tmp_path):
     rarefy.save(bert(), tmp_path / "out")
     script = f"""

@@ -107,6 +107,7 @@ def test_the_loss_of_a_step_is_the_teachers_and_the_models(tmp_path):
     assert trainer.args.gradient_accumulation_steps == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
     from rarefy.integrations.hf_trainer import FILE, SparsifyCallback
 
@@ -294,6 +295,7 @@ def _alone(plan) -> list[torch.Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))

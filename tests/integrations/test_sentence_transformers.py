@@ -181,6 +181,7 @@ def test_pooling_by_the_first_token(tmp_path):
     assert again.prompts["query"] == "search: " and again.similarity_fn_name == "dot"
 
 
+@pytest.mark.slow
 def test_dense_and_normalize_after_several_poolings(tmp_path):
     dense = Dense(128, 48, activation_function=torch.nn.Tanh())
     folder = model_of(tmp_path, Pooling(64, ["mean", "max"]), dense, Normalize())
@@ -188,6 +189,7 @@ def test_dense_and_normalize_after_several_poolings(tmp_path):
     assert np.allclose(np.linalg.norm(fast.encode(TEXTS), axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_matryoshka_and_a_model_that_cannot_leave_out_padding(tmp_path):
     folder = model_of(tmp_path, Pooling(64, "mean"), kind="MPNetModel", truncate_dim=16)
     dense, fast = round_trip(folder, tmp_path)
@@ -197,6 +199,7 @@ def test_matryoshka_and_a_model_that_cannot_leave_out_padding(tmp_path):
     assert fast.get_embedding_dimension() == dense.get_embedding_dimension()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_reads_the_last_token(tmp_path):
     config = {"num_key_value_heads": 2, "head_dim": 16}
     folder = model_of(tmp_path, Pooling(64, "lasttoken"), Normalize(), kind="Qwen3Model", config=config)
@@ -256,6 +259,7 @@ def test_evaluators_run_unchanged(minilm, tmp_path):
         assert want.keys() == got.keys() and all(got[n] == pytest.approx(want[n], abs=1e-4) for n in want)
 
 
+@pytest.mark.slow
 def test_changed_weights_are_compiled_again(tmp_path):
     folder = model_of(tmp_path, Pooling(64, "mean"))
     ours.SentenceTransformer(folder, "fp32", **TUNE).save_pretrained(tmp_path / "out")

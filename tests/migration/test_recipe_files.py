@@ -383,6 +383,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_within_two_seconds_and_a_gigabyte(tmp_path):
     names = {}
     for name, (text, _) in HOSTILE.items():

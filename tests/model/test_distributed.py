@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
+from helpers.marks import slow_case
 from rarefy.common.errors import RecipeError
 from rarefy.model import distributed
 from rarefy.train.fit import Steps
@@ -86,8 +87,9 @@ def _worker(rank: int, out: str, names: tuple[str, ...]) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
-def test_two_processes_do_what_one_does(names, tmp_path):
+@pytest.mark.parametrize("part", ["some", slow_case("others")])
+def test_two_processes_do_what_one_does(part, tmp_path):
+    names = PARTS[part]
     mp.spawn(_worker, args=(str(tmp_path), names), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     assert first.pop("share").tolist() == [1, pytest.approx(2 / 3)] and second.pop("share")[0] == 2
@@ -103,6 +105,7 @@ def test_two_processes_do_what_one_does(names, tmp_path):
             assert near.float().mean() > 0.995, f"{name}/{key}: {1 - near.float().mean():.4f} differ"
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
     text_model(tmp_path)
     (tmp_path / "r.yaml").write_text(

@@ -52,6 +52,7 @@ def theirs(folder):
     return st.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
 
+@pytest.mark.slow
 def test_compress_and_export_keep_the_modules(folders, tmp_path, run):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     out = tmp_path / "out"

@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 import rarefy
 from conftest import Net, Tied, image_batches
+from helpers.marks import slow_case
 from rarefy.common.errors import ModelError
 from rarefy.model.layers import all_layers, original, select_layers
 from rarefy.model.masks import folded_state, get_mask, masks, set_mask_
@@ -75,7 +76,7 @@ def test_deepcopy_and_state_dict_round_trip():
     assert not torch.equal(twin.hidden.weight, model.hidden.weight)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", slow_case("inductor")])
 def test_masks_under_compile(backend):
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
@@ -101,6 +102,7 @@ def _ddp_worker(rank: int, out: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_masks_under_ddp(tmp_path):
     mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))

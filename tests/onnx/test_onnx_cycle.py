@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
+from helpers.marks import slow_case
 from helpers.onnx_files import export, ocr_file, run
 
 
@@ -44,8 +45,8 @@ def input_names(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)),
-        ("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)),
+        slow_case("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)),
+        slow_case("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)),
         ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192)),
     ],
 )
@@ -70,8 +71,8 @@ def from_timm(name: str, **options: int) -> Callable[[], nn.Module]:
 @pytest.mark.parametrize(
     ("name", "opset"),
     [
-        ("resnet18", 17), ("mobilenet_v3_small", 13), ("mobilenet_v3_small", "dynamo"), ("mnasnet0_5", "dynamo"),
-        ("timm.convnext_atto", 17), ("timm.vit_tiny_patch16_224", 17),
+        ("resnet18", 17), slow_case("mobilenet_v3_small", 13), slow_case("mobilenet_v3_small", "dynamo"),
+        slow_case("mnasnet0_5", "dynamo"), slow_case("timm.convnext_atto", 17), slow_case("timm.vit_tiny_patch16_224", 17),
     ],
 )  # fmt: skip
 def test_image_models(name, opset, tmp_path):
@@ -84,6 +85,7 @@ def test_image_models(name, opset, tmp_path):
     check_cycle(rarefy.from_onnx(export(make(), x, tmp_path / "net.onnx", opset), example=x), x, tmp_path / "cut.onnx")
 
 
+@pytest.mark.slow
 def test_a_language_model_keeps_an_open_batch(tmp_path):
     """Constants of its file are named as torch's exporter names what it computes."""
     make, inputs = zoo.transformers_cases()["llama"]

@@ -18,6 +18,7 @@ from torch import nn
 import rarefy
 import zoo
 from conftest import tiny_bert
+from helpers.marks import slow_case
 from helpers.onnx_files import apart, run, run_all
 from rarefy.common.errors import ContainerError, DataError, ModelError
 from rarefy.onnx import export
@@ -114,10 +115,10 @@ def in_steps(x: torch.Tensor) -> torch.Tensor:
     ("layer", "shape"),
     [
         (nn.Conv2d(4, 6, 3, stride=2, padding=(1, 2), dilation=(1, 2), groups=2), (2, 4, 12, 13)),
-        (nn.Conv2d(4, 6, (3, 5), padding="same", bias=False), (2, 4, 9, 8)),
-        (nn.Conv2d(4, 6, 3, padding="valid"), (4, 9, 8)),
-        (nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
-        (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+        slow_case(nn.Conv2d(4, 6, (3, 5), padding="same", bias=False), (2, 4, 9, 8)),
+        slow_case(nn.Conv2d(4, 6, 3, padding="valid"), (4, 9, 8)),
+        slow_case(nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
+        slow_case(nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
         (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5)),
         (nn.Linear(8, 5, bias=False), (2, 3, 8)),
     ],
@@ -153,7 +154,7 @@ def test_codebooks_and_low_rank_layers(tmp_path):
     torch.testing.assert_close(run(path, {"input": x}), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, slow_case(False)])
 def test_embeddings_keep_their_codes(symmetric, tmp_path):
     net, ids = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 8)).eval(), torch.randint(0, 50, (2, 5))
     rarefy.quantize_(net, "int8", symmetric=symmetric, layers=["Embedding", "Linear"])
@@ -162,6 +163,7 @@ def test_embeddings_keep_their_codes(symmetric, tmp_path):
     assert apart(run(path, {"input": ids}), net(ids).detach()) < 1e-5
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_without_a_call_of_their_layer(tmp_path):
     net, x = nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 5, 16)
     rarefy.quantize_(net, "int8")
@@ -171,6 +173,7 @@ def test_weights_that_are_read_without_a_call_of_their_layer(tmp_path):
     assert apart(got[0], net(x, x, x)[0].detach()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_that_is_read_and_written_again(tmp_path):
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     x = torch.randn(3, 8)
@@ -228,7 +231,7 @@ def test_operators_are_for_exports_alone():
 # Transformers
 
 
-@pytest.mark.parametrize("options", [{}, DYNAMIC, STATIC], ids=str)
+@pytest.mark.parametrize("options", [slow_case({}), DYNAMIC, slow_case(STATIC)], ids=str)
 def test_an_encoder_with_open_batch_and_length(options, tmp_path):
     model = zoo.lively(tiny_bert())
     words = {"input_ids": torch.randint(5, 60, (1, 7)), "attention_mask": torch.ones(1, 7, dtype=torch.int64)}
@@ -250,6 +253,7 @@ def test_an_encoder_with_open_batch_and_length(options, tmp_path):
     assert options is not DYNAMIC or kinds["DynamicQuantizeMatMul"] + kinds["MatMulIntegerToFloat"] == 12
 
 
+@pytest.mark.slow
 def test_transposed_and_tied_weights(tmp_path):
     make, x = zoo.transformers_cases()["gpt2"]
     model = make()
@@ -269,6 +273,7 @@ class Flat(nn.Module):
         return x.reshape(2, 3) + 1
 
 
+@pytest.mark.slow
 def test_sizes_of_images_by_name(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     axes = {"input": {0: "batch", 2: "height", 3: "width"}}
@@ -332,7 +337,7 @@ def test_one_tensor_as_two_inputs(tmp_path):
 # Opsets
 
 
-@pytest.mark.parametrize("opset", [13, 17, 21])
+@pytest.mark.parametrize("opset", [slow_case(13), 17, slow_case(21)])
 def test_opsets(opset, tmp_path):
     net, x = picture_net(), torch.randn(4, 3, 8, 8)
     rarefy.quantize_(net, "int8", layers=["Conv2d", "Linear"], data=[x], **STATIC)
@@ -486,6 +491,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_outputs_of_residual_blocks_are_rounded_on_request(tmp_path):
     torch.manual_seed(0)
     net, data = Residual().eval(), [torch.randn(8, 3, 12, 12) for _ in range(2)]
@@ -500,6 +506,7 @@ def test_outputs_of_residual_blocks_are_rounded_on_request(tmp_path):
     onnx.checker.check_model(str(report.path), full_check=True)
 
 
+@pytest.mark.slow
 def test_calibration_that_cannot_be(tmp_path):
     net, x, path = Residual().eval(), torch.randn(2, 3, 12, 12), tmp_path / "net.onnx"
     with pytest.raises(ModelError, match="calibrate= has no effect: no layer has static activations"):

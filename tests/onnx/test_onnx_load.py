@@ -22,6 +22,7 @@ import rarefy
 import zoo
 from conftest import Net, Tied
 from helpers.compile_models import Attends
+from helpers.marks import slow_case, slow_except
 from helpers.onnx_files import apart, bert, export, run, run_all
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import ops
@@ -57,8 +58,8 @@ def test_a_convolutional_network(opset, tmp_path):
     assert {l.name for l in all_layers(made)} == {"conv", "deep", "up", "hidden", "fc"}
 
 
-@pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", "regnet_y_400mf"])
+@pytest.mark.parametrize("opset", slow_except(OPSETS, 17))
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", slow_case("regnet_y_400mf")])
 def test_networks_of_torchvision(name, opset, tmp_path):
     from torchvision import models
 
@@ -71,7 +72,7 @@ def test_networks_of_torchvision(name, opset, tmp_path):
     assert [l.name for l in all_layers(made)] == names
 
 
-@pytest.mark.parametrize("opset", [14, 17, "dynamo"])
+@pytest.mark.parametrize("opset", [14, 17, slow_case("dynamo")])
 def test_an_encoder(opset, tmp_path):
     model, path, words = bert(tmp_path, opset)
     made = rarefy.from_onnx(path)
@@ -287,6 +288,7 @@ def test_dynamic_quantization_by_onnx_runtime(tmp_path):
     assert tables and all(get_grid(l) is not None for l in tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [{"weights": "int8"}, {"weights": "int8", "activations": "int8-static"}], ids=str)
 def test_back_from_our_own_export(weights, tmp_path):
     model, x = zoo.lively(Net()), torch.randn(2, 3, 8, 8)
@@ -649,7 +651,7 @@ def test_images_that_are_too_small_are_not_the_last_that_are_tried(tmp_path):
     assert rarefy.from_onnx(path, example=torch.ones(1, 3, 300, 400))(torch.ones(1, 3, 301, 600)).shape[2:] == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["input", "type", "id", "format"])
+@pytest.mark.parametrize("name", slow_except(["input", "type", "id", "format"], "input", "id"))
 def test_inputs_may_have_names_of_functions_of_python(name, tmp_path):
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
     export(net, x, tmp_path / "net.onnx", 17, (name,))

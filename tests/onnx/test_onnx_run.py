@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import rarefy
+from helpers.marks import slow_case
 from helpers.onnx_files import bert
 from rarefy.common.errors import DataError
 from rarefy.model.signature import get_signature
@@ -80,7 +81,7 @@ def test_names_that_are_no_identifiers(tmp_path, by_keyword):
         fast.run(None, {**strange_feed(2), "class": np.zeros((2, 1), np.int64)})
 
 
-@pytest.mark.parametrize("opset", [14, "dynamo"])
+@pytest.mark.parametrize("opset", [14, slow_case("dynamo")])
 def test_an_encoder(tmp_path, opset):
     _, path, words = bert(tmp_path, opset)
     net = rarefy.from_onnx(path)
@@ -102,6 +103,7 @@ def test_a_pruned_model_keeps_the_names(tmp_path):
         assert fast.input_names == ["in/x:0", "class", "unread"] and fast.output_names == ["Best:0", "2nd out"]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "shape"), [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
+from helpers.marks import slow_except
 from helpers.onnx_files import apart, bert, export, run
 from rarefy.onnx.read import MAX_INFERRED
 
@@ -60,7 +61,7 @@ class First(nn.Module):
         return self.model(x)[0]
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt2", "llama", "gemma"])
+@pytest.mark.parametrize("name", slow_except(["vit", "gpt2", "llama", "gemma"], "gpt2"))
 def test_models_of_torch_s_exporter(tmp_path, name):
     make, inputs = zoo.transformers_cases()[name]
     x = next(iter(inputs.values()))

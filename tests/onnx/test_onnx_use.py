@@ -15,6 +15,7 @@ from torch import nn
 
 import rarefy
 import zoo
+from helpers.marks import slow_case
 from helpers.onnx_files import apart, bert, export, ocr_file, run
 from rarefy.runtime import bindings
 
@@ -40,7 +41,7 @@ class Stem(nn.Module):
 
 
 @needs_kernels
-@pytest.mark.parametrize("opset", [12, 17, "dynamo"])
+@pytest.mark.parametrize("opset", [12, 17, slow_case("dynamo")])
 def test_an_image_network_is_compiled_cut_trained_and_exported(opset, tmp_path):
     model, x = zoo.lively(Stem()), torch.randn(2, 3, 16, 16)
     net = rarefy.from_onnx(export(model, x, tmp_path / "net.onnx", opset))
@@ -61,7 +62,7 @@ def test_an_image_network_is_compiled_cut_trained_and_exported(opset, tmp_path):
 
 
 @needs_kernels
-@pytest.mark.parametrize("opset", [14, 17])
+@pytest.mark.parametrize("opset", [14, slow_case(17)])
 def test_an_encoder_keeps_batch_and_length_open(opset, tmp_path):
     model, path, words = bert(tmp_path, opset, open_length=True)
     net = rarefy.from_onnx(path)
@@ -79,7 +80,7 @@ def test_an_encoder_keeps_batch_and_length_open(opset, tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), ("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))],
+    [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), slow_case("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))],
 )  # fmt: skip
 def test_trained_files_of_an_ocr_system(name, shape):
     path, x = ocr_file(name), torch.rand(shape)
@@ -137,7 +138,7 @@ class Gates(nn.Module):
         return self.c(u * torch.sigmoid(w))
 
 
-@pytest.mark.parametrize("opset", [11, 17, "dynamo"])
+@pytest.mark.parametrize("opset", [11, 17, slow_case("dynamo")])
 def test_parts_of_a_layer_are_cut_alike(opset, tmp_path, capfd):
     """TorchScript writes a chunk as slices with fixed ends."""
     x = torch.randn(3, 8)
@@ -179,7 +180,7 @@ def vision_transformer():
 
 
 @needs_kernels
-@pytest.mark.parametrize("opset", [17, "dynamo"])
+@pytest.mark.parametrize("opset", [17, slow_case("dynamo")])
 @pytest.mark.parametrize("make", [encoder, vision_transformer])
 def test_attention_of_torchs_own_layers_is_native(make, opset, tmp_path, monkeypatch):
     """nn.MultiheadAttention, which splits its inputs, scales queries and keys, and computes tokens first."""

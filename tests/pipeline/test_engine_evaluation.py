@@ -7,6 +7,7 @@ import torch
 
 import rarefy
 from conftest import Net, image_batches, text_model, tiny_llama
+from helpers.marks import slow_case
 from rarefy.common.errors import DataError, RecipeError
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.metrics import accuracy, perplexity
@@ -26,7 +27,7 @@ def run(model, data, stages, tokenizer=None, **evaluate):
     return rarefy.compress_(model, plan, {"evaluate": data}, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, slow_case("int8")])
 def test_a_language_model_is_evaluated_by_its_decoder(precision):
     model, data = tiny_llama(), [{"input_ids": ids(3, 12)}]
     before = perplexity(model, data)
@@ -100,6 +101,7 @@ def test_labels_are_not_given_to_a_compiled_model():
     assert torch.equal(compiled(x, labels=torch.zeros(2)), compiled(x))
 
 
+@pytest.mark.slow
 def test_sample_text_of_both_models(tmp_path):
     text_model(tmp_path)
     model, tokenizer = hf.load_folder(tmp_path / "model"), hf.load_tokenizer(tmp_path / "model")
@@ -142,6 +144,7 @@ def test_the_first_sentence(text, first):
     assert first_sentence(text) == first
 
 
+@pytest.mark.slow
 def test_few_zeros_are_not_said_to_make_the_engine_faster():
     model, data = tiny_llama(), [{"input_ids": ids(2, 12)}]
     quantize = {"quantize": {"layers": ["model.layers.*", "model.embed_tokens"]}}

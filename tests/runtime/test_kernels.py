@@ -21,6 +21,8 @@ import torch
 from torch import nn
 
 import rarefy
+from conftest import has_isa
+from helpers.marks import slow_case, slow_except
 from rarefy.common.errors import FormatError
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
@@ -58,7 +60,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("kind", ROW_KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", slow_except(SHAPES, *SHAPES[1:6]), ids=str)
 def test_products(shape, kind, how, isa):
     O, C, N, sparsity = shape
     W, bias, x = random(O, C, sparsity), torch.randn(O), torch.randn(N, C)
@@ -129,7 +131,7 @@ CONVOLUTIONS = [  # images, groups, outputs, inputs of a group, kernel, stride, 
 ]
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("sparsity", [slow_case(0.0), 0.7, slow_case(1.0)])
 @pytest.mark.parametrize(
     ("case", "sell"), [(c, s) for c in CONVOLUTIONS for s in ((False, True) if c[1] == 1 else (False,))], ids=str
 )
@@ -160,7 +162,7 @@ def test_nothing_is_read_past_the_end_of_an_image():
 
 
 @pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("N", [1, 4, 64, 100])
+@pytest.mark.parametrize("N", slow_except([1, 4, 64, 100], 4, 100))
 def test_integers_are_summed_exactly(N, how, isa):
     W = torch.randint(-127, 128, (50, 515)).float() * (torch.rand(50, 515) > 0.5)
     x = torch.randint(-127, 128, (N, 515)).float()
@@ -460,6 +462,17 @@ def test_memory_was_not_used_before():
     assert not huge_pages.allocate(20 << 20).any()
 
 
+@pytest.mark.parametrize("name", bindings.ISAS)
+def test_this_cpu_has(name):
+    """What is skipped here is an instruction set with which no test ran."""
+    if not has_isa(name):
+        pytest.skip(f"this CPU has no {name}: no test ran with it")
+    before = bindings.isa()
+    bindings.use(name)
+    assert bindings.isa() == name
+    bindings.use(str(before))
+
+
 def test_errors():
     with pytest.raises(FormatError, match="unknown kind 'int9'.*did you mean 'int8'"):
         packing.pack_tiles(torch.ones(2, 2), "int9")
@@ -546,7 +559,9 @@ def test_rows_of_panels(way):
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("way", GRIDS, ids=str)
-@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 128), (66, 192), (100, 1536)], ids=str)
+@pytest.mark.parametrize(
+    "size", slow_except([(1, 96), (7, 384), (33, 128), (66, 192), (100, 1536)], (7, 384), (33, 128)), ids=str
+)
 def test_products_of_panels(size, way, exact, isa):
     (O, C), (_, group, _) = size, way
     if isinstance(group, int) and C % group:
@@ -590,7 +605,7 @@ def test_products_of_panels(size, way, exact, isa):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("size", [(1, 96), (7, 384), (33, 192), (100, 1536)], ids=str)
+@pytest.mark.parametrize("size", slow_except([(1, 96), (7, 384), (33, 192), (100, 1536)], (1, 96), (33, 192)), ids=str)
 def test_products_of_inputs_in_two_terms(size, way, isa):
     O, C = size
     W, grid = on_grid(O, C, *way)
@@ -757,8 +772,8 @@ def test_under_sanitizers(tmp_path):
 @pytest.mark.skipif(not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev")
 def test_avx512_in_software(tmp_path):
     """What this CPU may not have."""
-    told = run_with_kernels(tmp_path, "RAREFY_EMULATE", "-rs", "-k", "not expansion_waits", RAREFY_ISA="avx512")
-    assert "no avx512" not in told
+    output = run_with_kernels(tmp_path, "RAREFY_EMULATE", "-rs", "-k", "not expansion_waits", RAREFY_ISA="avx512")
+    assert "no avx512" not in output
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.marks import slow_except
 from rarefy.compiler import input_steps, step_structs
 from rarefy.runtime import bindings
 
@@ -21,7 +22,7 @@ AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16", 
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name", slow_except(HEADERS, *HEADERS[::5]))
 def test_header_compiles_alone(name, tmp_path):
     if name in X86 and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs an x86 compiler")

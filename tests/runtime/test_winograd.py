@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from helpers.compile_models import equal
+from helpers.marks import slow_case
 from rarefy.cli.benchmark import resident_bytes
 from rarefy.compiler.step_structs import OPS
 from rarefy.runtime import bindings, winograd
@@ -43,7 +44,7 @@ SQUARES = {  # images, inputs, outputs, padding, rows, columns
 }
 
 
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("more", [False, slow_case(True)])
 @pytest.mark.parametrize("name", SQUARES)
 def test_squares_of_outputs(isa, monkeypatch, name, more):
     monkeypatch.setattr(winograd, "MIN_TILES", 1)

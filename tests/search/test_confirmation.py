@@ -43,6 +43,7 @@ def searched(held_back: torch.Tensor, **options):
     )
 
 
+@pytest.mark.slow
 def test_the_best_model_is_measured_on_data_held_back_and_says_what_it_loses_there():
     frontier = searched(CLEAR[:150])
     point = frontier.best_point
@@ -56,6 +57,7 @@ def test_the_best_model_is_measured_on_data_held_back_and_says_what_it_loses_the
     assert "loss on data held back" in frontier_page(frontier)
 
 
+@pytest.mark.slow
 def test_models_that_lose_more_on_data_held_back_are_not_the_result():
     hard = searched(CLOSE, max_loss="0.5%")
     losses = [p.checked_loss for p in hard.points if p.checked_loss is not None]

@@ -6,6 +6,7 @@ import torch
 import rarefy
 from conftest import tiny_llama
 from helpers.language_models import small
+from helpers.marks import slow_case
 from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
@@ -63,7 +64,7 @@ def test_all_numbers_of_bits_are_one_stage_of_the_recipe():
     assert weight_stages(BITS, dict.fromkeys(LAYERS, 0.25), has_data=True) == [{"quantize": few}]
 
 
-@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("smooth", [slow_case(False), True])
 def test_the_recipe_runs_in_these_bits(data, smooth):
     made = small()
     variant = Variant("int8", "int8", smooth)

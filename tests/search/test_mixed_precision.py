@@ -64,6 +64,7 @@ def steady_times(monkeypatch):
     monkeypatch.setattr(points, "times_of", of_models)
 
 
+@pytest.mark.slow
 def test_the_layer_that_loses_most_stays(net, data, steady_times):
     frontier = rarefy.optimize(
         net, data[0], data, "similarity", max_loss="0.0000001 points", minutes=9, layers="out", batch=(1, 8)
@@ -80,6 +81,7 @@ def test_the_layer_that_loses_most_stays(net, data, steady_times):
     assert [p.ignore for p in again.points] == [p.ignore for p in frontier.points]
 
 
+@pytest.mark.slow
 def test_the_best_model_is_compiled_so_again(net, data, steady_times):
     frontier = rarefy.optimize(
         net, data[0], data, lambda m: -float((m(data[0]) - net(data[0])).square().sum()), eval_data=None,

@@ -80,6 +80,7 @@ def test_more_than_precisions_is_tried(found):
     assert {r["layer"] for r in cut[0].layers} >= {"first.weight:0", "second.weight:0"}
 
 
+@pytest.mark.slow
 def test_bf16_is_tried_where_bytes_are_limited():
     assert "dense, bf16" in [p.name for p in run(max_loss=0.0, size_mb=0.05).points]
 
@@ -162,6 +163,7 @@ def test_targets_of_another_number_of_samples_are_refused():
         rarefy.optimize(NET, X[:4], [(X[:4], torch.zeros(n).long()) for n in (4, 3)], "accuracy", max_loss=0.5)
 
 
+@pytest.mark.slow
 def test_a_limit_that_the_dense_model_keeps_is_met_at_once():
     frontier = run(speedup=0.5, max_loss=0.0)
     assert frontier.met and frontier.points[frontier.best_index].loss <= 0
@@ -200,12 +202,14 @@ def test_a_part_that_cannot_be_used_is_left_out(monkeypatch):
     assert "second" not in changed | factorized and changed | factorized
 
 
+@pytest.mark.slow
 def test_the_least_loss_at_a_speed():
     frontier = run(max_loss=None, speedup=1.2)
     others = [p for p in frontier.points if p.loss is not None and p.slowest >= 1.2]
     assert frontier.met and frontier.best_point.loss == min(p.loss for p in others)
 
 
+@pytest.mark.slow
 def test_a_lower_number_can_be_better():
     want = NET(X)
     frontier = run(lambda m: float((m(X) - want).square().mean()) + 1.0, max_loss=0.05, higher_is_better=False)
@@ -282,6 +286,7 @@ def test_a_model_in_training_mode_is_refused():
         run(net=Classifier())
 
 
+@pytest.mark.slow
 def test_a_network_of_convolutions_gets_narrower():
     torch.manual_seed(3)
     net = nn.Sequential(

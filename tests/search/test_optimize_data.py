@@ -56,6 +56,7 @@ def test_the_recipe_gives_the_same_weights_from_the_data_of_the_result(data):
     assert set(found.best.data) == {"calibrate"} and sum(len(x) for x, _ in found.best.data["calibrate"]) < len(X)
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_made_again_from_the_data_of_the_result():
     found = optimize(NET, X[:4], BATCHES, "agreement", train_minutes=0.3, **FAST)
     index = next(i for i, p in enumerate(found.points) if "trained" in p.name)

@@ -13,6 +13,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.marks import slow_case
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.quality import Metric
@@ -79,7 +80,7 @@ def test_a_language_model_is_judged_by_its_perplexity(language_model, searched):
     assert searched.met and searched.batches == ("decode", "prompt")
 
 
-@pytest.mark.parametrize("target", ["decode", "prompt"])
+@pytest.mark.parametrize("target", [slow_case("decode"), "prompt"])
 def test_one_time_of_a_language_model_alone(language_model, target):
     layers = "model.layers.0.self_attn.q_proj"
     frontier = optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers=layers, target=target)
@@ -165,6 +166,7 @@ def test_a_prompt_and_what_follows_fit_the_positions(limit):
     assert (prompt, new) == (256, 48) or limit in (1, 2, 5, 128, 303)
 
 
+@pytest.mark.slow
 def test_a_model_with_few_positions_is_timed():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -194,6 +196,7 @@ def test_outputs_with_infinities_are_searched(monkeypatch):
     assert torch.equal(found.best.model(X)[:, 2], torch.full((64,), -math.inf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["kl", "distance"])
 def test_losses_of_metrics_whose_best_is_0_are_points(metric, monkeypatch):
     monkeypatch.setattr(search, "MAX_POINTS", 4)  # ends the search on any machine before its minutes do
@@ -210,6 +213,7 @@ def test_losses_of_metrics_whose_best_is_0_are_points(metric, monkeypatch):
     assert "points of" in free.verdict and all(abs(p.loss) < 10 for p in free.points)
 
 
+@pytest.mark.slow
 def test_a_function_whose_number_is_0_but_for_rounding_is_a_number_of_0():
     net = Net().eval()
     want = net(X).detach()

@@ -8,6 +8,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_bert, tiny_llama
+from helpers.marks import slow_except
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.search import other_engines
 from rarefy.search.frontier import frontier_from_dict
@@ -56,7 +57,7 @@ def pairs():
     return Pair().eval(), data[0], data
 
 
-@pytest.mark.parametrize("case", [images, texts, pairs])
+@pytest.mark.parametrize("case", slow_except([images, texts, pairs], pairs))
 def test_quality_and_times_of_each_engine(case):
     rows, notes = rows_of(*case())
     assert set(ENGINES) <= set(rows), notes

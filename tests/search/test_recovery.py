@@ -127,6 +127,7 @@ def test_a_removed_block_undoes_what_was_done_inside_and_one_of_each_list_stays(
     assert kept["layer", "layers.0"] == (1.0,) and kept["layer", "layers.1"] == (5.0,)
 
 
+@pytest.mark.slow
 def test_the_search_removes_the_block_that_does_nothing():
     deep = Deep(width=256).eval()
     labels = deep(X).argmax(1)
@@ -226,6 +227,7 @@ def test_a_trained_point_loses_less_than_before(trained):
         assert p.loss < before.loss and [s for s in p.recipe["stages"] if "train" not in s] == before.recipe["stages"]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_trained_point_gives_the_same_weights(trained):
     wide, train, frontier, _, _ = trained
     index, p = next((i, p) for i, p in enumerate(frontier.points) if "trained" in p.name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.marks import slow_case
 from rarefy.evaluation.quality import metric_of
 from rarefy.search import deploy as deploying
 from rarefy.search import parts, search
@@ -61,7 +62,7 @@ def steps(monkeypatch):
     return clock, listed, make
 
 
-@pytest.mark.parametrize("seconds", [1.0, 8.0, 12.0, 30.0, 60.0])
+@pytest.mark.parametrize("seconds", [1.0, 8.0, *map(slow_case, (12.0, 30.0, 60.0))])
 def test_nothing_begins_that_does_not_fit(steps, seconds):
     clock, listed, make = steps
     found = make(seconds)
@@ -80,6 +81,7 @@ def test_nothing_begins_that_does_not_fit(steps, seconds):
         assert len(listed) == 1 and ended == "time"  # the dense model's measurement always ends
 
 
+@pytest.mark.slow
 def test_more_time_measures_more(steps):
     _, listed, make = steps
     counts = []

@@ -139,6 +139,7 @@ def simulated(processes, lost, max_loss=0.01):
     return search
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0.02, 0.05])  # of the quality, where all parts are gone
 def test_two_machines_find_as_fast_a_model_in_less_time(lost):
     pytest.importorskip("transformers")
@@ -323,6 +324,7 @@ def check_errors(first, second):
     assert one == (f"ProcessError: process 1 of the search failed: {said}", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_one_process_resumes(tmp_path, quick, victim):
     codes = run_two(tmp_path, victim)
@@ -336,6 +338,7 @@ def test_a_killed_process_ends_the_other_and_one_process_resumes(tmp_path, quick
     assert len(after) > len(before) and after.startswith(before[: before.rindex(b"\n") + 1])
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
     pytest.importorskip("transformers")
     text_model(tmp_path)

@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from helpers.marks import slow_case
 from helpers.structured_models import CASES, IDS, Attention, language, outputs
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.structured import unit_selection
 from rarefy.structured.masked_reference import MaskedReference
 from rarefy.structured.structure_record import restore
 
-SLOW = {("swin_t", 0.25), ("swin_t", 0.75), ("regnet_y_400mf", 0.25), ("regnet_y_400mf", 0.75)}
-EACH = [(n, k) for n in CASES for k in (0.25, 0.5, 0.75)]
+SLOW = ("regnet_y_400mf", "swin_t")
 
 
 @pytest.mark.parametrize(
-    ("name", "keep"), [pytest.param(*e, marks=[pytest.mark.slow] if e in SLOW else []) for e in EACH]
+    ("name", "keep"),
+    [(n, k) if k == 0.5 and n not in SLOW else slow_case(n, k) for n in CASES for k in (0.25, 0.5, 0.75)],
 )
 def test_a_cut_model_returns_what_the_masked_one_returns(name, keep, tmp_path):
     make, x = CASES[name]
@@ -49,7 +50,7 @@ def test_a_cut_model_returns_what_the_masked_one_returns(name, keep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("resnet18", 0.25), ("swin_t", 0.25), ("llama", 0.3), ("regnet_y_400mf", 0.26)]
+    ("name", "width"), [("resnet18", 0.25), slow_case("swin_t", 0.25), ("llama", 0.3), ("regnet_y_400mf", 0.26)]
 )
 def test_removable_units_are_removed(name, width):
     make, x = CASES[name]

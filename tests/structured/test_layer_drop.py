@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rarefy
+from helpers.marks import slow_case
 from helpers.structured_models import CASES, IDS, IMAGE, language, outputs, vision
 from rarefy.common.errors import ContainerError, DataError, ModelError, SelectorError
 from rarefy.structured.layer_drop import droppable, layer_scores, skipping
@@ -74,8 +75,8 @@ def test_images_are_compared_pixel_by_pixel():
         (lambda: tall("Bert", "ForSequenceClassification"), IDS),
         (lambda: tall("GPT2", "LMHeadModel"), IDS),
         (lambda: vision("resnet18").eval(), IMAGE),
-        (lambda: vision("swin_t").eval(), IMAGE),
-        (lambda: vision("mobilenet_v2").eval(), IMAGE),
+        slow_case(lambda: vision("swin_t").eval(), IMAGE),
+        slow_case(lambda: vision("mobilenet_v2").eval(), IMAGE),
     ],
     ids=["llama", "qwen3", "bert", "gpt2", "resnet18", "swin_t", "mobilenet_v2"],
 )

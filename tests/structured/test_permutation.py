@@ -9,6 +9,7 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
+from helpers.marks import slow_case
 from helpers.structured_models import Attends
 from helpers.vision_models import Everything, spread_
 from rarefy.common.errors import ModelError, PatternError, RecipeError
@@ -71,7 +72,7 @@ def test_the_search_beats_nvidias_and_keeps_its_time():
     assert not none.converged and none.swaps == 0 and torch.equal(none.order, torch.arange(128))
 
 
-@pytest.mark.parametrize("width", [132, 1024, 1100])
+@pytest.mark.parametrize("width", [132, slow_case(1024), 1100])
 def test_wide_matrices_are_searched_in_subsets(width):
     """Wider than a subset, as wide as the full search allows, and wider; with and without time."""
     S = torch.randn(24, width).abs() * torch.randn(width).exp()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy
 from conftest import Net, image_batches
+from helpers.marks import slow_except
 from rarefy import fit_
 from rarefy.common.errors import ContainerError, DataError, ModelError, RecipeError
 from rarefy.train import checkpoint
@@ -95,7 +96,7 @@ def run(how, data, resume_dir=None):
     return model, report
 
 
-@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("how", slow_except(RUNS, "plain", "rigl", "best, on a grid"))
 def test_a_stopped_run_resumes_bit_for_bit(how, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     want, told = run(how, lambda epoch: loader())
@@ -113,6 +114,7 @@ def test_a_stopped_run_resumes_bit_for_bit(how, tmp_path, monkeypatch):
     assert torch.equal(once_more.out.weight, want.out.weight)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path):
     code = f"""
 import sys, time, torch
