@@ -234,7 +234,7 @@ def test_calibrated_models_are_not_compiled_again():
 
     x = torch.randn(2, 3, 8, 8)
     compiled = rarefy.compile(Conv().eval(), x, precision="int8", calibrate=[x], tune=False)
-    with pytest.raises(OtherSizesError, match=r"x.shape\[0\] % 2 == 0"):
+    with pytest.raises(OtherSizesError, match="compiled for sizes with x"):
         compiled(torch.randn(3, 3, 8, 8))
 
 

@@ -43,6 +43,8 @@ def allow_ones(
         largest = [f"{n} <= {high}" for n, (_, high) in branch.ranges.items() if high < MAX_SIZE]
         limits = [*least, *largest, *branch.guards]
         allowed = " and ".join(f"({c})" for c in (*at_1, *limits))
-        always = {g for g in broken if not limits and {*parse(g).names} == {*group}}  # n != 1, where 1 is as good
+        always = set()  # what is true of all sizes now
+        if not limits and len(group) == 1:
+            always = {f"{n} {excludes_1}" for n in group for excludes_1 in ("!= 1", "> 1", ">= 2")}
         kept = [g for g in exported.guards if g not in always]
         exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in kept)
