@@ -704,8 +704,8 @@ class Generator:
             f"if {x}.is_contiguous():\n    h = h * 2",
             "if h.sum() > 0:\n    h = h * 2",
             f"h = h + {x}.stride(0) * 0.01",
-            "h = h + torch.nonzero(h > 0).shape[0] * 0.01",
-            "h = h + h[h > 0].sum()",
+            f"h = h + torch.nonzero({x} > 0).shape[0] * 0.01",
+            f"h = h + {x}[{x} > 0].sum()",
         ]
         if self.first in ("tokens", "rows", "features"):
             cases += [f"{x}.add_(1)", f"{x}[..., 0] = 7.0"]
