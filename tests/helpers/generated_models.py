@@ -705,7 +705,7 @@ class Generator:
             "if h.sum() > 0:\n    h = h * 2",
             f"h = h + {x}.stride(0) * 0.01",
             f"h = h + torch.nonzero({x} > 0).shape[0] * 0.01",
-            f"h = h + {x}[{x} > 0].sum()",
+            f"h = h + {x}[{x} > 0].sum() + {x}[{x} > 0].numel()",
         ]
         if self.first in ("tokens", "rows", "features"):
             cases += [f"{x}.add_(1)", f"{x}[..., 0] = 7.0"]
