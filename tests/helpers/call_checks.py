@@ -81,7 +81,7 @@ def check_description(
         warnings.simplefilter("ignore")
         check = _Check(description, options, counts)
         try:
-            if check.compile(example):
+            if check.compile([example, *calls]):
                 for i, sizes in enumerate(calls):
                     check.call(sizes, i)
                 check.weights()
@@ -120,15 +120,19 @@ class _Check:
         by_position = 0 if names[0] == "input_ids" else 1
         return tuple(inputs[:by_position]), dict(list(zip(names, inputs))[by_position:])
 
-    def compile(self, sizes: Sizes) -> bool:
-        """Compile the model; return whether it was not refused."""
-        self.where = f"compile with {sizes}"
-        inputs = self.inputs(sizes, 999)
-        try:
-            self.eager_call(inputs)
-        except Exception:
-            self.counts["examples that eager refuses"] += 1
+    def compile(self, candidates: list[Sizes]) -> bool:
+        """Compile the model at the first sizes that eager takes; return whether it was not refused."""
+        for sizes in candidates:
+            inputs = self.inputs(sizes, 999)
+            try:
+                self.eager_call(inputs)
+            except Exception:
+                continue
+            break
+        else:
+            self.counts["models that eager refuses"] += 1
             return False
+        self.where = f"compile with {sizes}"
         self.eager = copy.deepcopy(self.model)
         args, kwargs = self.arguments([copy_of(t) for t in inputs])
         example = args if not kwargs else kwargs if not args else (args, kwargs)
@@ -140,7 +144,7 @@ class _Check:
         except (ModelError, DataError) as error:
             if "has no effect" in str(error):
                 self.options = Options(None, self.options.tune, self.options.saved)
-                return self.compile(sizes)
+                return self.compile([sizes])
             differ = isinstance(error, OutputsDifferError)
             self.counts["models refused because outputs differ" if differ else "models refused by compile"] += 1
             return False

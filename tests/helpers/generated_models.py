@@ -618,7 +618,9 @@ class Generator:
                 f"h = {self.layer('nn.LSTM(8, 8, batch_first=True)', 'lstm')}(h)[0]"
                 if self.chance(0.2)
                 else "h = F.gelu(h)",
-                f"h = {self.layer('nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)', 'block')}(h)",
+                f"h = {self.layer('nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)', 'block')}(h)"
+                if self.d.seed >= LIGHT
+                else "h = F.silu(h)",
             )
         )
 
