@@ -517,7 +517,7 @@ class Generator:
         if kind == 0:
             self.add(f"h = h + F.scaled_dot_product_attention({q}(h), {k}(h), {v}(h), is_causal={self.chance(0.5)})")
             return
-        if kind == 1:
+        if kind == 1 and self.d.seed >= LIGHT:
             name = self.layer("nn.MultiheadAttention(8, 2, batch_first=True)", "mha")
             self.add(f"h = h + {name}(h, h, h, need_weights=False)[0]")
             return
