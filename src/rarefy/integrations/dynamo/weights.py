@@ -32,8 +32,9 @@ STEPS = (61, 59, 53, 47)  # between samples: less than 64 entries, and no diviso
 MAX_CLEARED = 16  # times that flags were cleared without a change, after which a guard reports a change
 
 _version = attrgetter("_version")
-_address: Callable[[Tensor], int] = torch._C._data_address  # unlike data_ptr(), it leaves the flag
-_is_flagged: Callable[[Tensor], bool] = torch._C._is_cow_tensor
+_C: Any = torch._C
+_address: Callable[[Tensor], int] = _C._data_address  # unlike data_ptr(), it leaves the flag
+_is_flagged: Callable[[Tensor], bool] = _C._is_cow_tensor
 _lock = RLock()
 _guards: weakref.WeakSet[WeightGuard] = weakref.WeakSet()  # those that watch
 
@@ -189,7 +190,7 @@ def _flags_work() -> bool:
         with torch.inference_mode(False), torch.no_grad():
             t = torch.zeros(4)
             view, address, owners = t[1:], t.data_ptr(), _num_owners([t])
-            torch._lazy_clone(t)
+            Tensor._lazy_clone(t)
             read = t.sum() == 0 and _is_flagged(t) and _is_flagged(view) and _address(t) == address
             view.data.add_(1)
             written = not _is_flagged(t) and t.data_ptr() == address and float(t.sum()) == 3
@@ -208,7 +209,7 @@ def _set_flags(tensors: dict[int, Tensor]) -> set[int]:
     for t in tensors.values():
         if not _is_flagged(t):
             with suppress(RuntimeError):  # memory of numpy, of other processes, of files has none
-                torch._lazy_clone(t.detach())
+                Tensor._lazy_clone(t.detach())
     return {i for i, t in tensors.items() if _is_flagged(t)}
 
 
@@ -218,7 +219,7 @@ def _storage(t: Tensor) -> int:
 
 def _num_owners(tensors: Sequence[Tensor]) -> dict[int, int]:
     """Return how many tensors use each storage of these, and one more for its Python object."""
-    return {(storage := _storage(t)): torch._C._storage_Use_Count(storage) for t in tensors}
+    return {(storage := _storage(t)): _C._storage_Use_Count(storage) for t in tensors}
 
 
 def _shared(tensors: Sequence[Tensor]) -> set[int]:
