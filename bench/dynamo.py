@@ -7,9 +7,9 @@
 
 The models of tests/zoo.py with random weights: only equality and speed count here. Eager and compiled calls alternate,
 each under torch.no_grad(), and the fastest of each counts, which other processes disturbed least. Appends one JSON line
-per model to results/dynamo.jsonl: the milliseconds, the distance of the outputs, the seconds of the first calls, and
-for each graph what ran it and why, and the share of a call that the check of weights takes. Models with graph breaks are also timed with Dynamo's own backend "eager": its
-checks between graphs take time that no backend can give back.
+per model to results/dynamo.jsonl: the milliseconds, the distance of the outputs, the seconds of the first calls, the
+share of a call that the check of weights takes, and for each graph what ran it and why. Models with graph breaks are
+also timed with Dynamo's own backend "eager": its checks between graphs take time that no backend can give back.
 """
 
 from __future__ import annotations

@@ -55,9 +55,7 @@ def repairs(run: Run, wanted: Sequence[Any], read: Sequence[Tensor], weights: Se
         elif not from_caller and _address(ours) == _address(again[i]):
             result[i] = torch.clone  # a value that all calls share
         if i in result and (place is not None or num_others + i in owners):  # copies would no longer share memory
-            raise ModelError(
-                f"output {i} shares memory with others, and differs from eager torch in its layout or owner"
-            )
+            raise ModelError(f"output {i} shares memory with another output, and would have to be copied")
     return result
 
 
