@@ -130,7 +130,7 @@ def table(result: list[dict[str, Any]]) -> str:
     """Return one row per model from its last record, and the models that are slower than eager torch."""
     last = {(l["model"], l["precision"]): l for l in result}.values()
     out = [
-        "| model | precision | eager, ms | compiled, ms | over eager | distance | on the engine | warm-up, s | check of weights |"
+        "| model | precision | eager, ms | compiled, ms | over eager | distance | on the engine | warm-up, s | check |"
     ]
     out.append("|---" * 9 + "|")
     for l in last:

@@ -319,7 +319,7 @@ def new_parameter(net, a):
 
 
 def new_layer(net, a):
-    net.up = nn.Linear(8, 16)
+    net.up = nn.Linear(8, net.up.out_features)
 
 
 def prune(net, a):
@@ -407,7 +407,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_changed_weights_count_at_once(change, places):
-    net, a = mlp(), x()
+    net, a = Mlp(64).eval(), x()
     fast = compiled(net)
     with torch.no_grad():
         before = net(a)
@@ -419,7 +419,7 @@ def test_changed_weights_count_at_once(change, places):
 
 
 def from_numpy(net):
-    array = torch.randn(16, 8).numpy()
+    array = torch.randn(64, 8).numpy()
     net.up.weight = nn.Parameter(torch.from_numpy(array))
     return array
 
@@ -433,7 +433,7 @@ def from_a_file(net, folder):
 
 ALIASES = {  # made before a model is compiled
     "data": lambda net, folder: net.up.weight.data,
-    "detach": lambda net, folder: net.up.weight.detach().T,
+    "detach": lambda net, folder: net.up.weight.detach()[:],
     "a view": lambda net, folder: net.up.weight[:12],
     "numpy": lambda net, folder: net.up.weight.detach().numpy(),
     "numpy of frozen weights": lambda net, folder: net.requires_grad_(False).up.weight.numpy(),
@@ -447,7 +447,7 @@ ALIASES = {  # made before a model is compiled
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_writes_through_what_was_made_before(alias, places, tmp_path):
-    net, a = mlp(), x()
+    net, a = Mlp(64).eval(), x()
     with torch.no_grad():
         other = ALIASES[alias](net, tmp_path)
         fast = compiled(net)
@@ -465,7 +465,7 @@ def test_writes_through_what_was_made_before(alias, places, tmp_path):
 
 
 def test_a_numpy_array_made_between_calls(places):
-    net, a = mlp(), x()
+    net, a = Mlp(64).eval(), x()
     fast = compiled(net)
     with torch.no_grad():
         fast(a)
@@ -477,7 +477,7 @@ def test_a_numpy_array_made_between_calls(places):
 
 
 def test_reading_weights_keeps_the_engine(places, tmp_path):
-    net, a = mlp(), x()
+    net, a = Mlp(64).eval(), x()
     fast = compiled(net)
     with torch.no_grad():
         fast(a)
