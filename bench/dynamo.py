@@ -7,22 +7,25 @@
 
 The models of tests/zoo.py with random weights: only equality and speed count here. Eager and compiled calls alternate,
 each under torch.no_grad(), and the fastest of each counts, which other processes disturbed least. Appends one JSON line
-per model to results/dynamo.jsonl: the milliseconds, the distance of the outputs, the seconds of the first calls, and
-for each graph what ran it and why. Models with graph breaks are also timed with Dynamo's own backend "eager": its
-checks between graphs take time that no backend can give back.
+per model to results/dynamo.jsonl: the milliseconds, the distance of the outputs, the seconds of the first calls, the
+share of a call that the check of weights takes, and for each graph what ran it and why. Models with graph breaks are
+also timed with Dynamo's own backend "eager": its checks between graphs take time that no backend can give back.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import os
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from torch.utils import _pytree as pytree
 from rarefy.compiler import tuning
 from rarefy.compiler.compile import split_example
 from rarefy.integrations import dynamo
+from rarefy.integrations.dynamo import weights
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
 from records import MIN_SPEEDUP
@@ -77,6 +81,7 @@ def measure(make: Any, example: Any, precision: str | None, log: Lines) -> dict[
         eager, compiled = tuning.alternate(
             lambda: model(*args, **kwargs), lambda: fast(*args, **kwargs), TIMED_SECONDS, MIN_REPEATS, MAX_REPEATS
         )
+        check = _seconds_of_checks()
         alone = _dynamo_alone(model, args, kwargs) if len(log.lines) > 1 else {}
     return {
         "speedup": eager / compiled,
@@ -84,8 +89,17 @@ def measure(make: Any, example: Any, precision: str | None, log: Lines) -> dict[
         "distance": max(map(relative_distance, got, want)),
         "seconds": seconds,
         "graphs": list(log.lines),
+        "check_share": check / compiled,
         **alone,
     }
+
+
+def _seconds_of_checks() -> float:
+    """Return the time that the checks of all engines' weights take, the shortest of some."""
+    gc.collect()  # engines of earlier models
+    guards = [g for g in list(weights._guards) if g.alive]
+    watched = [(g, [t for r in g._references if (t := r()) is not None]) for g in guards]
+    return sum(min(timeit.repeat(partial(g.is_unchanged, t), number=100, repeat=20)) / 100 for g, t in watched)
 
 
 def _dynamo_alone(model: Any, args: Any, kwargs: Any) -> dict[str, float]:
@@ -115,8 +129,10 @@ def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def table(result: list[dict[str, Any]]) -> str:
     """Return one row per model from its last record, and the models that are slower than eager torch."""
     last = {(l["model"], l["precision"]): l for l in result}.values()
-    out = ["| model | precision | eager, ms | compiled, ms | over eager | distance | on the engine | warm-up, s |"]
-    out.append("|---" * 8 + "|")
+    out = [
+        "| model | precision | eager, ms | compiled, ms | over eager | distance | on the engine | warm-up, s | check |"
+    ]
+    out.append("|---" * 9 + "|")
     for l in last:
         on_engine = sum("): engine" in g for g in l["graphs"])
         row = [l["model"], l["precision"] or "fp32", f"{l['ms']['eager']:.3g}", f"{l['ms']['compiled']:.3g}"]
@@ -125,6 +141,7 @@ def table(result: list[dict[str, Any]]) -> str:
             f"{l['distance']:.0e}",
             f"{on_engine} of {len(l['graphs'])}",
             f"{l['seconds']:.0f}",
+            f"{l['check_share']:.2%}" if "check_share" in l else "",
         ]
         out.append(f"| {' | '.join(row)} |")
     slower = [f"{l['model']} {l['speedup']:.2f}x" for l in last if l["speedup"] < MIN_SPEEDUP]

@@ -1,13 +1,16 @@
 """`torch.compile(backend="rarefy")`: every call returns what eager torch returns, whatever happens between calls."""
 
+import copy
 import gc
 import logging
 import os
+import random
 import subprocess
 import sys
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ import rarefy
 import zoo
 from conftest import Net, tiny_bert, tiny_llama
 from rarefy.integrations.dynamo import backend, subgraph
+from rarefy.integrations.dynamo import weights as weight_guard
 from rarefy.model.compare import relative_distance
 
 LOGGER = "rarefy.integrations.dynamo"
@@ -315,7 +319,7 @@ def new_parameter(net, a):
 
 
 def new_layer(net, a):
-    net.up = nn.Linear(8, 16)
+    net.up = nn.Linear(8, net.up.out_features)
 
 
 def prune(net, a):
@@ -339,7 +343,52 @@ def through_a_view(net, a):
     net.up.weight[0].mul_(3)
 
 
+def first_rows_through_data(net, a):
+    net.up.weight.data[:8].mul_(3)  # 64 entries
+
+
+def last_rows_through_detach(net, a):
+    net.down.weight.detach()[-4:].zero_()
+
+
+def through_numpy(net, a):
+    net.up.weight.detach().numpy()[:8] = 2
+
+
+def through_storage(net, a):
+    net.up.weight.untyped_storage()[3] = 64  # one byte of the first entry
+
+
+def no_grad_add(net, a):
+    for p in net.parameters():
+        p.add_(0.5)
+
+
+def fused_adam(net, a):
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.5, fused=True)
+    with torch.enable_grad():
+        net(a).square().sum().backward()
+    optimizer.step()
+
+
+def from_a_vector(net, a):
+    nn.utils.vector_to_parameters(torch.cat([p.reshape(-1) + 1 for p in net.parameters()]), net.parameters())
+
+
+def cast_and_back(net, a):
+    net.up.weight.data[:8].mul_(3)
+    net.double().float()
+
+
 CHANGES = [
+    first_rows_through_data,
+    last_rows_through_detach,
+    through_numpy,
+    through_storage,
+    no_grad_add,
+    fused_adam,
+    from_a_vector,
+    cast_and_back,
     sgd,
     adam,
     load,
@@ -358,7 +407,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_changed_weights_count_at_once(change, places):
-    net, a = mlp(), x()
+    net, a = Mlp(64).eval(), x()
     fast = compiled(net)
     with torch.no_grad():
         before = net(a)
@@ -367,6 +416,210 @@ def test_changed_weights_count_at_once(change, places):
         change(net, a)
         assert relative_distance(net(a), before) > 1e-3
         same(fast(a), net(a))
+
+
+def from_numpy(net):
+    array = torch.randn(64, 8).numpy()
+    net.up.weight = nn.Parameter(torch.from_numpy(array))
+    return array
+
+
+def from_a_file(net, folder):
+    torch.save(net.state_dict(), folder / "weights.pt")
+    state = torch.load(folder / "weights.pt", mmap=True)
+    net.load_state_dict(state, assign=True)
+    return state["up.weight"]
+
+
+ALIASES = {  # made before a model is compiled
+    "data": lambda net, folder: net.up.weight.data,
+    "detach": lambda net, folder: net.up.weight.detach()[:],
+    "a view": lambda net, folder: net.up.weight[:12],
+    "numpy": lambda net, folder: net.up.weight.detach().numpy(),
+    "numpy of frozen weights": lambda net, folder: net.requires_grad_(False).up.weight.numpy(),
+    "from numpy": lambda net, folder: from_numpy(net),
+    "shared by processes": lambda net, folder: net.share_memory().up.weight.data,
+    "a file": from_a_file,
+    "state_dict": lambda net, folder: net.state_dict()["up.weight"],
+    "dlpack": lambda net, folder: np.from_dlpack(net.up.weight.data),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_writes_through_what_was_made_before(alias, places, tmp_path):
+    net, a = Mlp(64).eval(), x()
+    with torch.no_grad():
+        other = ALIASES[alias](net, tmp_path)
+        fast = compiled(net)
+        for _ in range(2):
+            same(fast(a), net(a))
+        assert on_engine(places())
+        before = net(a)
+        if isinstance(other, torch.Tensor):
+            other[:8] = 2.0
+        else:
+            other[:8] = 2
+        assert relative_distance(net(a), before) > 1e-3
+        same(fast(a), net(a))
+        assert "the weights have changed" in places()[0]
+
+
+def test_a_numpy_array_made_between_calls(places):
+    net, a = Mlp(64).eval(), x()
+    fast = compiled(net)
+    with torch.no_grad():
+        fast(a)
+        array = net.up.weight.detach().numpy()
+        same(fast(a), net(a))
+        array[:8] = 2
+        same(fast(a), net(a))
+        assert "the weights have changed" in places()[-1]
+
+
+def test_reading_weights_keeps_the_engine(places, tmp_path):
+    net, a = Mlp(64).eval(), x()
+    fast = compiled(net)
+    with torch.no_grad():
+        fast(a)
+        assert on_engine(places())
+        torch.save(net.state_dict(), tmp_path / "weights.pt")
+        same(fast(a), net(a))
+        assert net.up.weight.data_ptr() and float(net.up.weight.detach().numpy().sum()) < 1e3
+        copy.deepcopy(net)
+        same(fast(a), net(a))
+        assert not places()
+        net.up.weight.data[:8].mul_(3)
+        same(fast(a), net(a))
+        assert places()
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_64_neighbouring_values_at_random_places(seed, places, monkeypatch):
+    monkeypatch.setattr(subgraph, "CALLS_BEFORE_REBUILD", 1)
+    monkeypatch.setattr(subgraph, "MAX_REBUILDS", 1000)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    net, a = nn.Sequential(nn.Linear(8, 96), nn.GELU(), nn.Linear(96, 72)).eval(), x()
+    fast = compiled(net)
+    with torch.no_grad():
+        fast(a)
+        for _ in range(8):
+            places()
+            p = draw.choice([p for p in net.parameters() if p.numel() >= 64])
+            start = draw.randrange(p.numel() - 63)
+            p.data.view(-1)[start : start + 64] += 1.0
+            same(fast(a), net(a))
+            assert "the weights have changed" in places()[0]
+            for _ in range(3):
+                same(fast(a), net(a))
+            assert on_engine(places())
+
+
+def watched(*weights, sampled=frozenset()):
+    guard = weight_guard.WeightGuard(weights)
+    assert guard.watch(weights, [w.detach().clone() for w in weights], sampled) and guard.is_unchanged(weights)
+    return guard
+
+
+@pytest.mark.parametrize("flags", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_guard_sees_64_neighbours_along_any_dimension(flags, dtype, monkeypatch):
+    monkeypatch.setattr(weight_guard, "_flags_work", lambda: flags)
+    draw, seen = random.Random(3), 0
+    for sizes in [(64,), (300,), (80, 61), (64, 64), (128, 384), (7, 122, 64), (1, 64), (59 * 61, 3)]:
+        for _ in range(12):
+            w = nn.Parameter(torch.randn(sizes).to(dtype))
+            w = nn.Parameter(w.data.transpose(0, -1)) if draw.random() < 0.5 else w
+            guard = watched(w)
+            assert (guard.num_samples == 0) == flags
+            dim = draw.choice([d for d, n in enumerate(w.shape) if n >= 64])
+            place = [draw.randrange(n) for n in w.shape]
+            start = draw.randrange(w.shape[dim] - 63)
+            place[dim] = slice(start, start + 64)
+            w.data[tuple(place)] += 1
+            assert not guard.is_unchanged([w])
+            seen += 1
+    assert seen == 96
+
+
+def test_a_flag_that_is_set_again_for_another_guard():
+    w = nn.Parameter(torch.randn(8, 8))
+    first = watched(w)
+    w.data[0, 0] = 5
+    second = watched(w)
+    assert not first.is_unchanged([w]) and second.is_unchanged([w])
+    w.untyped_storage().data_ptr()  # clears both
+    third = watched(w)
+    assert second.is_unchanged([w]) and third.is_unchanged([w])
+    old = w.data
+    w.data = torch.randn(8, 8)
+    fourth = watched(w)
+    w.data = old
+    old[0] = 1
+    assert not any(g.is_unchanged([w]) for g in (first, second, third, fourth))
+
+
+def test_a_flag_that_is_cleared_too_often():
+    w = nn.Parameter(torch.randn(8, 8))
+    guard = watched(w)
+    for _ in range(weight_guard.MAX_CLEARED):
+        w.data_ptr()
+        assert guard.is_unchanged([w])
+    w.data_ptr()
+    assert not guard.is_unchanged([w])
+
+
+def test_flags_copy_nothing():
+    w = nn.Parameter(torch.randn(8, 8))
+    array, address = w.detach().numpy(), w.data_ptr()
+    guard = watched(w)
+    w.data[0] = 5
+    assert not guard.is_unchanged([w]) and w.data_ptr() == address and array[0, 0] == 5
+    array[1] = 6
+    assert w[1, 0] == 6
+
+
+def test_weights_that_a_model_takes_for_writing():
+    a, b = torch.zeros(3), torch.zeros(3)
+    assert weight_guard.find_unsafe(lambda: a + b, [a, b]) == set()
+    assert weight_guard.find_unsafe(lambda: (a + b, b.numpy()), [a, b]) == {1}
+    assert weight_guard.find_unsafe(lambda: 1 // 0, [a, b]) == {0, 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="private mappings are found on Linux")
+def test_weights_in_a_mapped_file_get_memory_of_their_own(tmp_path):
+    torch.save(mlp().state_dict(), tmp_path / "weights.pt")
+    net = mlp()
+    net.load_state_dict(torch.load(tmp_path / "weights.pt", mmap=True), assign=True)
+    gc.collect()
+    weights = list(net.parameters())
+    values, addresses = [w.detach().clone() for w in weights], [w.data_ptr() for w in weights]
+    assert weight_guard.find_sampled(weights) == set()
+    assert all(map(torch.equal, weights, values)) and watched(*weights).num_samples == 0
+    assert not set(addresses) & {w.data_ptr() for w in weights}
+    state = torch.load(tmp_path / "weights.pt", mmap=True)  # other tensors keep them where they are
+    net.load_state_dict(state, assign=True)
+    weights = list(net.parameters())
+    addresses = [w.data_ptr() for w in weights]
+    assert weight_guard.find_sampled(weights) == set(range(len(weights)))
+    assert addresses == [w.data_ptr() for w in weights]
+
+
+def test_weights_that_change_while_they_are_compiled(places, monkeypatch):
+    net, a = mlp(), x()
+    build = subgraph.Subgraph._build
+
+    def build_and_change(self, *args):
+        engine = build(self, *args)
+        net.up.weight.data[:8].mul_(3)
+        return engine
+
+    monkeypatch.setattr(subgraph.Subgraph, "_build", build_and_change)
+    fast = compiled(net)
+    with torch.no_grad():
+        for _ in range(2):
+            same(fast(a), net(a))
+    assert not on_engine(places())
 
 
 def test_weights_that_stay_are_compiled_again(places, monkeypatch):
@@ -508,6 +761,30 @@ def test_constants_that_are_changed_do_not_leak():
             same(got, net(a))
             for t in got:
                 t.fill_(5)
+
+
+SHARED = {
+    "a constant and a view of it": lambda x, y: (y, c := torch.arange(6) * 2, c[1:]),
+    "a constant twice": lambda x, y: (y, c := torch.ones(2) * 3, c),
+    "a transposed output": lambda x, y: (y, y.T, y[1:]),
+    "a reshaped transposed output": lambda x, y: (t := y.T.contiguous().T, t[0]),
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_outputs_that_share_memory(what, places):
+    net, a = Then(SHARED[what]), x()
+    fast = compiled(net)
+    with torch.no_grad():
+        for _ in range(3):
+            got, want = fast(a), net(a)
+            same(got, want)
+            for t in (got, want):
+                t[0].fill_(3)
+                t[1].fill_(5)
+            same(got, want)
+    if "a view" in what:
+        assert "output 1 shares memory with another output, and would have to be copied" in places()[0]
 
 
 def test_weights_as_outputs():
@@ -694,6 +971,28 @@ def test_numbers_as_inputs():
         for n, factor in ((1, 0.5), (2, 0.5), (3, 1.5), (4, 2.5), (3, -1.0)):
             a = x()
             same(fast(a, n, factor), net(a, n, factor))
+
+
+BRANCHES = {
+    "remainder": lambda x, y: y * 2 if x.shape[0] % 4 == 0 else y - 1,
+    "unequal": lambda x, y: y * 2 if x.shape[0] != 7 else y - 1,
+    "product": lambda x, y: y * 2 if x.shape[0] * x.shape[1] > 60 else y - 1,
+    "two sizes": lambda x, y: y * 2 if x.shape[0] > y.shape[1] else y - 1,
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True, "marked"])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_branches_on_sizes(branch, dynamic, places):
+    net = Then(BRANCHES[branch])
+    fast = compiled(net, dynamic=True if dynamic is True else None)
+    with torch.no_grad():
+        for n in (5, 8, 4, 9, 7, 12, 3, 20, 1, 6, 2, 16):
+            a = x(n, 8)
+            if dynamic == "marked":
+                torch._dynamo.maybe_mark_dynamic(a, 0)
+            same(fast(a), net(a))
+    assert on_engine(places()) or dynamic is True  # which makes the eps of LayerNorm an input
 
 
 def test_two_inputs_of_one_size():

@@ -46,7 +46,7 @@ class InputSizes(nn.Module):
 
         Args:
             inputs: the inputs, their open sizes by name.
-            ranges: the smallest and largest value of open sizes.
+            ranges: the smallest and highest value of open sizes.
             guards: conditions on sizes, see `compiler/shape_guards.py`: i0_1 is dimension 1 of the first input.
         """
         super().__init__()
@@ -67,9 +67,9 @@ class InputSizes(nn.Module):
                     f"expected the input {described}, got {describe_batch(t)}: sizes with a name are open, the others "
                     "were fixed when the model was exported (torch.export's dynamic_shapes= leaves more open)"
                 )
-        for name, (least, largest) in self.ranges.items():
-            if name in known and not least <= known[name] <= largest:
-                limits = f"{least} or more" if largest == MAX_SIZE else f"{least} to {largest}"
+        for name, (lowest, highest) in self.ranges.items():
+            if name in known and not lowest <= known[name] <= highest:
+                limits = f"{lowest} or more" if highest == MAX_SIZE else f"{lowest} to {highest}"
                 raise DataError(f"the program was exported for {name} of {limits}, got {known[name]}")
         places = {f"i{i}_{d}": n for i, t in enumerate(tensors) for d, n in enumerate(t.shape)}
         for guard, text in zip(self.guards, self.texts):
@@ -173,7 +173,7 @@ def _output(value: Mapping[str, Any], nodes: Nodes) -> Any:
 
 
 def _ranges(constraints: Any) -> dict[str, tuple[int, int]]:
-    """Return the smallest and largest values of open sizes by name; names that are expressions count as none.
+    """Return the smallest and highest values of open sizes by name; names that are expressions count as none.
 
     torch writes 2 for the smallest where it knows nothing: it takes all open sizes to be 2 or more while it traces.
     """
@@ -181,9 +181,9 @@ def _ranges(constraints: Any) -> dict[str, tuple[int, int]]:
     ranges: dict[str, tuple[int, int]] = {}
     for name, r in items:
         if isinstance(r, Mapping) and SYMBOL.fullmatch(name):
-            least, largest = r.get("min_val"), r.get("max_val")
-            least = least if type(least) is int and least > 2 else 1
-            ranges[name] = least, largest if type(largest) is int else MAX_SIZE
+            lowest, highest = r.get("min_val"), r.get("max_val")
+            lowest = lowest if type(lowest) is int and lowest > 2 else 1
+            ranges[name] = lowest, highest if type(highest) is int else MAX_SIZE
     return ranges
 
 

@@ -6,17 +6,15 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.common.errors import DataError, ModelError, OtherSizesError, first_line
+from rarefy.common.errors import DataError, OtherSizesError, first_line
+from rarefy.compiler.other_sizes import MODEL_ERRORS
 
-if TYPE_CHECKING:
-    from rarefy.compiler.executor import Compiled
-
-MAX_BRANCHES = 8  # compiled models beside the first
+MAX_BRANCHES = 8  # compiled models beside the first, and attempts that failed
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -31,7 +29,7 @@ class Branches:
         compiled: the models so far; they have packed weights of their own.
     """
 
-    def __init__(self, model: nn.Module, compile_call: Callable[..., Compiled]):
+    def __init__(self, model: nn.Module, compile_call: Callable[..., Any]):
         """Note the state of the weights. O(their bytes).
 
         Args:
@@ -40,13 +38,14 @@ class Branches:
         """
         self.model, self.compile_call = weakref.ref(model), compile_call
         self.weights = _checksums(model)
-        self.compiled: list[Compiled] = []
+        self.compiled: list[Any] = []
+        self.failures = 0
         self.lock = Lock()
 
     def __str__(self) -> str:
         return f"compiled again for other branches of its code: {len(self.compiled)} of at most {MAX_BRANCHES}"
 
-    def find(self, call: Call, error: OtherSizesError) -> Compiled:
+    def find(self, call: Call, error: OtherSizesError) -> Any:
         """Return a compiled model that takes a call's arguments and keywords, made now if there is none.
 
         Raises:
@@ -60,24 +59,26 @@ class Branches:
             model = self.model()
             if model is None or self.weights is None:
                 raise error
-            if len(self.compiled) == MAX_BRANCHES:
-                raise OtherSizesError(f"{error} (it was compiled again for {MAX_BRANCHES} other branches already)")
+            for count, done in ((len(self.compiled), "it was compiled"), (self.failures, "compiling it failed")):
+                if count == MAX_BRANCHES:
+                    raise OtherSizesError(f"{error} ({done} again for {count} other branches already)")
             if _checksums(model) != self.weights:
                 raise OtherSizesError(f"{error} (the model's weights have changed, so it is not compiled again)")
             self.compiled.append(self._compile(model, args, kwargs, error))
             return self.compiled[-1]
 
-    def _compile(self, model: nn.Module, args: Any, kwargs: Any, error: OtherSizesError) -> Compiled:
+    def _compile(self, model: nn.Module, args: Any, kwargs: Any, error: OtherSizesError) -> Any:
         try:
             compiled = self.compile_call(model, args, kwargs)
             if not takes(compiled, args, kwargs):  # sizes of 1, which open sizes do not include
                 compiled = self.compile_call(model, args, kwargs, dynamic=False)
-        except (ModelError, DataError) as reason:
+        except MODEL_ERRORS as reason:
+            self.failures += 1
             raise OtherSizesError(f"{error} (compiling it again failed: {first_line(reason)})") from reason
         return compiled
 
 
-def takes(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def takes(compiled: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether a compiled model takes these arguments."""
     try:
         compiled.leaves(args, dict(kwargs))

@@ -145,7 +145,8 @@ def two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, rounding: Any = FAKE_QUANTIZE) -> Any:
     """Return torch's exported program without operators that change their inputs."""
-    args, kwargs = distinct_tensors((args, dict(kwargs)))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, dict(kwargs)))  # strides follow from sizes
+    args, kwargs = distinct_tensors((args, kwargs))
     arguments = named_arguments(model, args, kwargs)
     shapes = pytree.tree_map(lambda t: _open_sizes(t) if isinstance(t, Tensor) and dynamic else None, arguments)
     with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding):

@@ -132,5 +132,5 @@ def _readable(text: str, places: Mapping[str, str]) -> str:
 
 
 def _values(text: str, sizes: Mapping[str, int], places: Mapping[str, str]) -> str:
-    names = sorted(parse(text).names)
+    names = sorted(parse(text).names & places.keys())
     return "".join(f", {places[n]} = {sizes[n]}" for n in names)

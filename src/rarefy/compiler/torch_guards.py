@@ -79,8 +79,8 @@ def conditions(
     if not dims:
         return {}, ()
     hints = {str(d.expr): int(d.hint) for d in dims if d.expr.is_Symbol}
-    found = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.range_constraints.items()}
-    ranges = {n: (1 if found[n][0] <= 2 else found[n][0], found[n][1]) for n in hints}
+    torch_ranges = {str(k): (int(v.lower), int(min(v.upper, MAX_SIZE))) for k, v in program.range_constraints.items()}
+    ranges = {n: (1 if torch_ranges[n][0] <= 2 else torch_ranges[n][0], torch_ranges[n][1]) for n in hints}
     env = dims[0].shape_env
     texts: dict[str, None] = {}
     for guard in env.guards:

@@ -39,12 +39,14 @@ def allow_ones(
         except ModelError:
             continue
         at_1 = [f"{n} == 1" for n in sorted(group)]
-        least = [f"{n} >= {low}" for n, (low, _) in branch.ranges.items() if low > 1]
-        largest = [f"{n} <= {high}" for n, (_, high) in branch.ranges.items() if high < MAX_SIZE]
-        limits = [*least, *largest, *branch.guards]
+        lowest = [f"{n} >= {low}" for n, (low, _) in branch.ranges.items() if low > 1]
+        highest = [f"{n} <= {high}" for n, (_, high) in branch.ranges.items() if high < MAX_SIZE]
+        limits = [*lowest, *highest, *branch.guards]
+        if not all(parse(g).names <= exported.ranges.keys() for g in limits):
+            continue  # of sizes that are fixed in this graph
         allowed = " and ".join(f"({c})" for c in (*at_1, *limits))
         always = set()  # what is true of all sizes now
         if not limits and len(group) == 1:
             always = {f"{n} {excludes_1}" for n in group for excludes_1 in ("!= 1", "> 1", ">= 2")}
-        kept = [g for g in exported.guards if g not in always]
-        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in kept)
+        others = [g for g in exported.guards if g not in always]
+        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in others)

@@ -38,17 +38,24 @@ def repairs(run: Run, wanted: Sequence[Any], read: Sequence[Tensor], weights: Se
     shared = shared_memory(outputs, [*first, *weights])
     if shared != shared_memory(wanted, [*read, *weights]):
         raise ModelError("its outputs share memory with inputs or with each other")
+    num_others = len(first) + len(weights)
+    owners = {place[0] for place in shared if place is not None}
     result: dict[int, Repair] = {}
     for i, (ours, theirs) in enumerate(zip(outputs, wanted)):
         if not isinstance(theirs, Tensor):
             if type(ours) is not type(theirs) or ours != theirs:
                 raise ModelError(f"output {i}: expected {theirs!r}, got {ours!r}")
-        elif ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+            continue
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             raise ModelError(f"output {i} has another type or shape than in eager torch")
-        elif not same_strides(ours, theirs):
+        place = shared[i]
+        from_caller = place is not None and place[0] < num_others
+        if not same_strides(ours, theirs):
             result[i] = _restore(ours, theirs, i)
-        elif shared[i] is None and _address(ours) == _address(again[i]):
+        elif not from_caller and _address(ours) == _address(again[i]):
             result[i] = torch.clone  # a value that all calls share
+        if i in result and (place is not None or num_others + i in owners):  # copies would no longer share memory
+            raise ModelError(f"output {i} shares memory with another output, and would have to be copied")
     return result
 
 

@@ -17,7 +17,7 @@ from rarefy.compiler.compile import TOLERANCE, compile, tolerance
 from rarefy.compiler.executor import Compiled
 from rarefy.integrations.dynamo.graph import GraphInputs, freeze
 from rarefy.integrations.dynamo.outputs import Repair, clones, repairs
-from rarefy.integrations.dynamo.weights import WeightGuard
+from rarefy.integrations.dynamo.weights import WeightGuard, find_sampled, find_unsafe
 from rarefy.model.compare import relative_distance
 
 MAX_WEIGHT_SETS = 64  # modules of the same code, such as equal blocks, that each have an engine
@@ -197,15 +197,16 @@ class Subgraph:
 
     def _try_to_build(self, key: tuple[int, ...], weights: list[Tensor], args: tuple[Any, ...]) -> Engine | None:
         """Return an engine, None where there cannot be one."""
+        sampled = find_sampled(weights)
         guard = self._guard(key, weights)
         read, random_state = clones(args), torch.get_rng_state()
+        copies = [read[i] for i in self.inputs.weights]
         versions = [t._version for t in read if isinstance(t, Tensor)]
         try:
             wanted = self.eager(*read)
         except Exception:  # of the model on these inputs: eager torch raises it again
             return None
         try:
-            copies = [read[i] for i in self.inputs.weights]
             same_weights = all(map(torch.equal, copies, weights))  # torch does not count changes of running means
             if not same_weights or versions != [t._version for t in read if isinstance(t, Tensor)]:
                 raise ModelError("it changes its inputs, parameters or buffers")
@@ -221,6 +222,10 @@ class Subgraph:
             return None
         current = self.engines.get(key)
         engine.rebuilds = 0 if current is None else current.rebuilds + 1
+        sampled |= find_unsafe(lambda: self.eager(*read), copies)
+        if not guard.watch(weights, copies, sampled):  # another thread has changed them
+            self.engines[key] = Changed(self._guard(key, weights), engine.rebuilds)
+            return None
         self.engines[key] = engine
         if not self.tune:
             self.report(f"engine: {_summary(engine.compiled)}")
