@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted")
     finally:
         runner.close()
-    print(runner.statistics())
+        print(runner.statistics())
     for key, finding in runner.findings.items():
         print(f"{runner.repeats[key]:>6}x {finding.kind:24} {finding.target} --seed {finding.seed}  {finding.where}  {finding.text[:120]}")
     return 1 if runner.findings else 0

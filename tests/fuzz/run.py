@@ -179,7 +179,7 @@ def _chain(error: BaseException | None) -> Iterable[BaseException]:
 def _where(error: BaseException) -> str:
     """Return the innermost line of Rarefy in a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "rarefy" in f.filename and "fuzz" not in Path(f.filename).name]
+    ours = [f for f in frames if "/rarefy/" in f.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}" if ours else ""
 
 
@@ -314,8 +314,8 @@ class Runner:
             self.add(Finding(**json.loads(line)))
         if death:
             stack = Path(f"{log}.stack").read_text()
-            frames = re.findall(r'File "([^"]*rarefy[^"]*)", line (\d+) in (\S+)', stack)
-            ours = [f"{Path(f).name}:{n} {name}" for f, n, name in frames if "fuzz" not in Path(f).parts]
+            frames = re.findall(r'File "([^"]*/rarefy/[^"]*)", line (\d+) in (\S+)', stack)
+            ours = [f"{Path(f).name}:{n} {name}" for f, n, name in frames]
             seed = progress.get()[0]
             self.add(Finding(target.name, seed, death, ours[0] if ours else "", "", stack[-6000:]))
             change = sample.change(seed)

@@ -272,7 +272,7 @@ def mutate_zip(data: bytes, rng: random.Random) -> bytes:
     if action < 0.05:
         del members[at]
     elif action < 0.1:
-        members[at] = (rng.choice((name + "x", "../" + name, name.upper(), "")), content)
+        members[at] = (rng.choice((name + "x", "../" + name, name.upper(), "-")), content)
     elif action < 0.12:
         packing, members[at] = zipfile.ZIP_DEFLATED, (name, bytes(1 << 20))
     elif name.endswith(".json"):
