@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "RAREFY_TUNE": "0"}
 
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="mutations of each target")
     parser.add_argument("--target", action="append", help="its name, or the beginning of several; default: all")
     parser.add_argument("--seed", type=int, help="repeat this mutation of the target")
+    parser.add_argument("--out", type=Path, help="write the statistics and findings to this file as JSON")
     parser.add_argument("--first-seed", type=int, default=0, help="begin at this one: other mutations than before")
     options = parser.parse_args(arguments)
     targets = [t for t in available() if not options.target or any(t.name.startswith(n) for n in options.target)]
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         runner.close()
         print(runner.statistics())
+        if options.out is not None:
+            options.out.write_text(json.dumps(runner.to_dict(), indent=1))
     for key, finding in runner.findings.items():
         print(f"{runner.repeats[key]:>6}x {finding.kind:24} {finding.target} --seed {finding.seed}  {finding.where}  {finding.text[:120]}")
     return 1 if runner.findings else 0

@@ -371,6 +371,12 @@ class Runner:
             f"  repeat: --target {finding.target} --seed {finding.seed}; its files are in {folder}"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the statistics of all targets by name, and the findings, as plain data."""
+        counts = {name: {**c.__dict__, "total": c.total} for name, c in self.counts.items()}
+        found = [{**finding.__dict__, "count": self.repeats[key]} for key, finding in self.findings.items()]
+        return {"targets": counts, "findings": found}
+
     def statistics(self) -> str:
         """Return a table of all targets."""
         lines = [f"{'target':24}{'mutations':>11}{'accepted':>10}{'refused':>10}{'findings':>10}{'per second':>12}"]

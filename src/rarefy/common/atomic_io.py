@@ -31,6 +31,7 @@ SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
 MODULES = "modules.json"  # of a sentence-transformers model: names the folders of its modules, such as 1_Pooling
+MAX_DEPTH = 100  # of lists and objects of JSON in each other
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,9 +65,21 @@ def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = Fa
 def parse_json(text: str, where: str = "") -> Any:
     """Return JSON text as plain data, with finite numbers alone; ContainerError, naming `where`, for anything else."""
     try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{where}: not JSON: {error}".removeprefix(": ")) from None
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for lists and objects nested deeper than those who walk through them can follow."""
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH} levels")
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
 
 
 def read_json_file(file: Path, max_bytes: int) -> Any:

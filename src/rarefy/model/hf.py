@@ -43,6 +43,7 @@ CODE_KEYS = (
     "use_pretrained_backbone",
     "use_timm_backbone",
 )
+MAX_TOKENS = 1 << 24  # of a tokenizer
 STAMPS = ("model_type", "transformers_version", "dtype", "torch_dtype")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -180,9 +181,29 @@ def load_tokenizer(path: str | Path) -> Any:
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
     try:
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        _check_tokenizer(tokenizer)
+        return tokenizer
+    except BaseException as error:  # a damaged file makes transformers and tokenizers raise anything
+        if not is_raised_by_a_library(error):
+            raise
         raise ModelError(f"{path}: the tokenizer does not load: {first_line(error, 300)}") from None
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Try a tokenizer on a text, and raise ValueError for a token so large that a table of all would fill the memory.
+
+    The library tokenizers writes a tokenizer with a line for each number up to the largest.
+    """
+    tokenizer("a")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MAX_TOKENS:
+        raise ValueError(f"expected tokens below {MAX_TOKENS:,}, got {largest:,}: tokenizer.json is damaged")
+
+
+def is_raised_by_a_library(error: BaseException) -> bool:
+    """Return whether an error is an exception or a panic of a library in Rust, rather than Ctrl-C."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
