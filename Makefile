@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 
-.PHONY: demo test test-all lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-all fuzz lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -15,6 +15,10 @@ test: $(VENV)/dev.done lint  ## the whole test suite
 
 test-all: test  ## with the slow tests
 	$(BIN)/python -m pytest -m slow
+
+MINUTES ?= 30
+fuzz: $(VENV)/dev.done  ## change files at random and read them, MINUTES=30 in all; findings are kept in build/fuzz
+	cd tests && ../$(BIN)/python -m fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench

@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "RAREFY_TUNE": "0"}
 
-from fuzz.run import Finding, Runner, Target
+from fuzz.run import Finding, Runner, Target, Usage
 
 
 def repeat(target: Target, seed: int) -> int:
@@ -19,11 +19,10 @@ def repeat(target: Target, seed: int) -> int:
     runner = Runner([target])
     try:
         sample = runner.sample(target)
-        sample.read_all()
         change = sample.change(seed)
         for name, content in change.files.items():
             print(f"{name}: {len(content):,} bytes, {'under a hash' if change.is_covered else 'hashes agree'}")
-        outcome = sample.try_seed(seed)
+        outcome, _ = sample.try_seed(seed, Usage.now())
     finally:
         runner.close()
     if isinstance(outcome, Finding):
@@ -64,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             options.out.write_text(json.dumps(runner.to_dict(), indent=1))
     for key, finding in runner.findings.items():
-        print(f"{runner.repeats[key]:>6}x {finding.kind:24} {finding.target} --seed {finding.seed}  {finding.where}  {finding.text[:120]}")
+        print(
+            f"{runner.repeats[key]:>6}x {finding.kind:24} {finding.target} --seed {finding.seed}  {finding.where}  {finding.text[:120]}"
+        )
     return 1 if runner.findings else 0
 
 

@@ -36,7 +36,6 @@ MAX_BYTES = 1 << 30
 ROUND_SECONDS = 20.0  # of one target before the next one's turn
 PER_PROCESS = 20_000  # mutations, after which a worker is replaced, so that its memory stays small
 NO_MEMORY = re.compile("allocate memory|bad_alloc|out of memory|unable to mmap|alloc_cpu", re.IGNORECASE)
-NOT_VALID = 4  # exit status of a worker whose sample cannot be read
 SAVED = Path(__file__).parents[2] / "build" / "fuzz"
 
 Files = dict[str, bytes]
@@ -104,6 +103,20 @@ class Finding:
         return self.target, self.kind, self.where
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a process has used since it began: one call of the system for both."""
+
+    cpu_seconds: float
+    peak_bytes: int
+
+    @staticmethod
+    def now() -> Usage:
+        """Return the usage of this process."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return Usage(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+
+
 class Sample:
     """The files of a target in a folder, which mutations replace and `restore` brings back."""
 
@@ -141,12 +154,10 @@ class Sample:
         """Read all parts unchanged: they are valid, and what is imported late is imported now."""
         self.expected = {part: self.read(part) for part in self.parts}
 
-    def try_seed(self, seed: int) -> Finding | bool:
-        """Return whether a mutation was accepted, or what it shows."""
+    def try_seed(self, seed: int, before: Usage) -> tuple[Finding | bool, Usage]:
+        """Return whether a mutation was accepted, or what it shows, and what the process has used by then."""
         change = self.change(seed)
         self.write(change.files)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        began = time.process_time()
         try:
             result = self.read(change.part)
         except KeyboardInterrupt:
@@ -160,14 +171,14 @@ class Sample:
             if change.is_covered and result != self.expected[change.part]:
                 outcome = Finding(self.target.name, seed, "not noticed", "", "a change under a hash was accepted")
         finally:
-            seconds = time.process_time() - began
             self.restore(change)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        after = Usage.now()
+        grown, seconds = after.peak_bytes - before.peak_bytes, after.cpu_seconds - before.cpu_seconds
         if not isinstance(outcome, Finding) and grown > MAX_BYTES:
-            return Finding(self.target.name, seed, "memory", "", f"{grown >> 20:,} MiB")
+            outcome = Finding(self.target.name, seed, "memory", "", f"{grown >> 20:,} MiB")
         if not isinstance(outcome, Finding) and seconds > MAX_SECONDS:
-            return Finding(self.target.name, seed, "slow", "", f"{seconds:.1f} s of CPU time")
-        return outcome
+            outcome = Finding(self.target.name, seed, "slow", "", f"{seconds:.1f} s of CPU time")
+        return outcome, after
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
@@ -204,10 +215,10 @@ class Progress:
     def __init__(self) -> None:
         self.memory = mmap(-1, 64)
 
-    def set(self, seed: int, accepted: int, refused: int) -> None:
+    def set(self, seed: int, used: Usage, accepted: int, refused: int) -> None:
         """Note that a mutation begins."""
         self.memory[: struct.calcsize(self.FORMAT)] = struct.pack(
-            self.FORMAT, seed, time.monotonic(), time.process_time(), accepted, refused
+            self.FORMAT, seed, time.monotonic(), used.cpu_seconds, accepted, refused
         )
 
     def get(self) -> tuple[int, float, float, int, int]:
@@ -223,24 +234,19 @@ def _work(sample: Sample, seeds: range, until: float, progress: Progress, log: P
     faulthandler.register(signal.SIGUSR1, stacks)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
-    try:
-        sample.read_all()
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(NOT_VALID)
     size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
     resource.setrlimit(resource.RLIMIT_AS, (size + MAX_BYTES, resource.RLIM_INFINITY))
     accepted = refused = 0
+    used = Usage.now()
+    progress.set(seeds.start, used, accepted, refused)
     for seed in seeds:
-        progress.set(seed, accepted, refused)
-        outcome = sample.try_seed(seed)
+        outcome, used = sample.try_seed(seed, used)
         if isinstance(outcome, Finding):
             with log.open("a") as file:
                 file.write(json.dumps(outcome.__dict__) + "\n")
         accepted += outcome is True
         refused += outcome is not True
-        progress.set(seed + 1, accepted, refused)
+        progress.set(seed + 1, used, accepted, refused)
         if time.monotonic() > until or (isinstance(outcome, Finding) and outcome.kind == "memory"):
             break
 
@@ -277,12 +283,15 @@ class Runner:
             if os.waitpid(pid, 0)[1]:
                 raise RuntimeError(f"the sample of {target.name} could not be made")
             self.samples[target.name] = Sample(target, folder)
+            self.samples[target.name].read_all()  # here, so that workers find all code imported
         return self.samples[target.name]
 
     def run(self, minutes: float | None, count: int | None) -> None:
         """Run all targets in turns until the time is over, or each has had `count` mutations."""
         end = None if minutes is None else time.monotonic() + 60 * minutes
-        while (end is None or time.monotonic() < end) and any(count is None or c.total < count for c in self.counts.values()):
+        while (end is None or time.monotonic() < end) and any(
+            count is None or c.total < count for c in self.counts.values()
+        ):
             for target in self.targets:
                 left = None if count is None else count - self.counts[target.name].total
                 if left is not None and left <= 0:
@@ -332,25 +341,23 @@ class Runner:
 
     def _wait(self, pid: int, progress: Progress) -> str:
         """Return how a worker ended: "" when it was done, else "crash (SIGSEGV)" or "hang"."""
-        started, hang = time.monotonic(), False
+        hang = False
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 break
             time.sleep(0.05)
             _, began, cpu_began, _, _ = progress.get()
-            if not began or time.monotonic() - started < MAX_WALL_SECONDS and not progress.get()[3] + progress.get()[4]:
-                continue  # the first call loads code
+            if not began:  # the unchanged files are read, and code with them
+                continue
             wall, cpu = time.monotonic() - began, _cpu_seconds(pid) - cpu_began
-            if not hang and (wall > MAX_SECONDS and cpu > MAX_SECONDS + 0.3 or wall > MAX_WALL_SECONDS):
+            if not hang and ((wall > MAX_SECONDS and cpu > MAX_SECONDS + 0.3) or wall > MAX_WALL_SECONDS):
                 hang = True
                 os.kill(pid, signal.SIGUSR1)
                 time.sleep(0.2)
                 os.kill(pid, signal.SIGKILL)
         if hang:
             return "hang"
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_VALID:
-            raise RuntimeError("the sample of this target cannot be read: see above")
         if os.WIFSIGNALED(status):
             return f"crash ({signal.Signals(os.WTERMSIG(status)).name})"
         return f"crash (exit status {os.WEXITSTATUS(status)})" if status else ""

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,14 @@ from rarefy.search.journal import Journal
 from rarefy.train.teacher_cache import TeacherCache
 
 SHARD = "weights-00001.safetensors"
-CALLED = (DataError, ModelError, FormatError, RuntimeError, IndexError, TypeError)  # of a changed graph: torch's or ours
+CALLED = (
+    DataError,
+    ModelError,
+    FormatError,
+    RuntimeError,
+    IndexError,
+    TypeError,
+)  # of a changed graph: torch's or ours
 CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": mutate_json_file,
     ".jsonl": mutate_lines,
@@ -128,7 +136,11 @@ def with_hashes(part: Files) -> Files:
     try:
         index = json.loads(part[INDEX])
         known = index.get("shards", {})
-        for table in (known, index["meta"].get("compiled", {}), {index["index"]["file"]: index["index"]} if "index" in index else {}):
+        for table in (
+            known,
+            index["meta"].get("compiled", {}),
+            {index["index"]["file"]: index["index"]} if "index" in index else {},
+        ):
             for name, entry in table.items():
                 if name in part and isinstance(entry, dict):
                     entry |= {"sha256": hashlib.sha256(part[name]).hexdigest(), "bytes": len(part[name])}
@@ -264,7 +276,9 @@ def convert_onnx(path: Path) -> None:
 def read_pt2(path: Path) -> None:
     """Read an exported program, and call it: a changed graph may raise what torch raises."""
     model = pt2_load.load_pt2(path)
-    inputs = samples.small_inputs() if path.name == "net.pt2" else (torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6))
+    inputs = (
+        samples.small_inputs() if path.name == "net.pt2" else (torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6))
+    )
     try:
         with torch.no_grad():
             model(*inputs)
@@ -288,13 +302,17 @@ def read_embedding_folder(path: Path) -> None:
         embedding_folder.damaged_file,
         embedding_folder.read_note,
         embedding_folder.config_labels,
-        read_origin,
-        card_fields,
     ):
         try:
             read(path)
         except RarefyError:
             continue
+
+
+def read_card(path: Path) -> None:
+    """Read where a model came from."""
+    read_origin(path)
+    card_fields(path)
 
 
 # ---- recipes and data ---------------------------------------------------------------------------------------------
@@ -325,11 +343,9 @@ def read_recipe(path: Path) -> None:
 
 def migrate(path: Path) -> None:
     """Translate a recipe of another tool, whole and with parts left out."""
-    for skip in (False, True):
-        try:
-            rarefy.migrate(path, skip=skip)
-        except RarefyError:
-            continue
+    with suppress(RarefyError):
+        rarefy.migrate(path)
+    rarefy.migrate(path, skip=True)
 
 
 def read_data(path: Path) -> None:
@@ -361,7 +377,9 @@ def make_state(folder: Path) -> None:
     journal.close()
     state = resume.open_state(folder / "stage", KEY)
     tensors = {"fc.weight": torch.arange(12.0).view(3, 4)}
-    state.write(0, resume.StepState(tensors, {"fc": torch.zeros(2, dtype=torch.uint8)}, [{"layer": "fc", "sparsity": 0.5}]))
+    state.write(
+        0, resume.StepState(tensors, {"fc": torch.zeros(2, dtype=torch.uint8)}, [{"layer": "fc", "sparsity": 0.5}])
+    )
     state.write_tensors("training.safetensors", tensors, "numbers", {"epoch": 3, "lr": 0.1})
     state.compute_once("each", lambda: {"a": [1, 2]})
     state.close()
@@ -376,25 +394,18 @@ def _packed() -> Any:
     return pack_bitmask(torch.randn(8, 16))
 
 
-def read_state(path: Path) -> None:
-    """Read all files of state; each is written anew by its owner, so it may not be lost silently."""
-    tuning_cache.read(path / "tuning_cache.json")
-    for read in (_read_search, _read_stage, _read_packed, _read_teacher):
-        try:
-            read(path)
-        except RarefyError:
-            continue
-
-
-def _read_search(path: Path) -> None:
-    journal = Journal(path / "search", {"model": "x", "seed": 0})
+def read_search(path: Path) -> None:
+    """Read the results of a search."""
+    journal = Journal(path, {"model": "x", "seed": 0})
     _ = journal.seconds, journal.seconds_of("point", "time")
     journal.close()
 
 
-def _read_stage(path: Path) -> None:
-    state = resume.open_state(path / "stage", KEY)
+def read_stage(path: Path) -> None:
+    """Read the state of a calibration or training."""
+    state = resume.open_state(path, KEY)
     try:
+        state.compute_once("each", dict)
         for stop in range(state.num_done):
             state.read(stop)
         state.read_tensors("training.safetensors", "numbers")
@@ -402,12 +413,28 @@ def _read_stage(path: Path) -> None:
         state.close()
 
 
-def _read_packed(path: Path) -> None:
-    PackedStore(path / "packed").hold("fc", lambda: None)
+def read_packed(path: Path) -> None:
+    """Read packed weights of a decoder that is being made."""
+    PackedStore(path).hold("fc", _packed)
 
 
-def _read_teacher(path: Path) -> None:
-    TeacherCache(path / "teacher", "0").outputs({"x": torch.ones(2, 3)}, lambda batch: {"logits": torch.ones(2, 5)})
+def read_teacher(path: Path) -> None:
+    """Read a cached output."""
+    TeacherCache(path, "0").outputs({"x": torch.ones(2, 3)}, lambda batch: {"logits": torch.ones(2, 5)})
+
+
+STATE = {
+    "tuning_cache.json": tuning_cache.read,
+    "search": read_search,
+    "stage": read_stage,
+    "packed": read_packed,
+    "teacher": read_teacher,
+}
+
+
+def read_state(path: Path) -> None:
+    """Read what the name says."""
+    STATE[path.name](path)
 
 
 def read_report(path: Path) -> None:
@@ -417,10 +444,22 @@ def read_report(path: Path) -> None:
     _ = str(result), result.to_json()
 
 
-DENSE = ("sparse-bitmask", "sparse-csr", "sparse-csc", "sparse-bsr", "sparse-dense-mask", "nm", "blocks", "masked", "tied")
+DENSE = (
+    "sparse-bitmask",
+    "sparse-csr",
+    "sparse-csc",
+    "sparse-bsr",
+    "sparse-dense-mask",
+    "nm",
+    "blocks",
+    "masked",
+    "tied",
+)
 QUANTIZED = ("int8", "int8-conv", "int4-groups", "int4-asymmetric", "sparse-int8", "int8-static", "codebook")
 STRUCTURED = ("lowrank", "cut", "tied-blocks", "sparse-compressed")
-COMPILED = tuple(f"compiled-{n}" for n in ("mlp", "conv_net", "self_attention", "mlp-int8", "conv_net-int8", "self_attention-int8"))
+COMPILED = tuple(
+    f"compiled-{n}" for n in ("mlp", "conv_net", "self_attention", "mlp-int8", "conv_net-int8", "self_attention-int8")
+)
 DECODERS = ("decoder", "decoder-int4", "decoder-int8")
 
 TARGETS = (
@@ -431,10 +470,19 @@ TARGETS = (
     Target("compiled", samples.old_and_new(*COMPILED), each_folder, rarefy_folder, read_compiled),
     Target("compiled-today", samples.compiled_today, each_folder, rarefy_folder, read_compiled),
     Target("decoder", samples.old_and_new(*DECODERS), each_folder, rarefy_folder, read_compiled, ("transformers",)),
-    Target("hf-structure", samples.old_and_new("receipt-llama"), each_folder, rarefy_folder, read_structure, ("transformers",)),
+    Target(
+        "hf-structure",
+        samples.old_and_new("receipt-llama"),
+        each_folder,
+        rarefy_folder,
+        read_structure,
+        ("transformers",),
+    ),
     Target("hf-folder", samples.hf_folder, whole, by_suffix, read_weight_files, ("transformers", "accelerate")),
     Target("hf-tokenizer", samples.hf_tokenizer, whole, by_suffix, read_hf_tokenizer, ("transformers",)),
-    Target("compressed-tensors", samples.compressed_tensors, each_folder, by_suffix, read_compressed, ("transformers",)),
+    Target(
+        "compressed-tensors", samples.compressed_tensors, each_folder, by_suffix, read_compressed, ("transformers",)
+    ),
     Target("gguf", samples.gguf, each_file, by_suffix, read_gguf, ("gguf", "transformers", "accelerate")),
     Target("onnx", samples.onnx_files, onnx_parts, mutate_onnx, convert_onnx, ("onnx", "onnxruntime")),
     Target("onnx-verified", samples.onnx_files, onnx_parts, mutate_onnx, rarefy_from_onnx, ("onnx", "onnxruntime")),
@@ -443,8 +491,9 @@ TARGETS = (
     Target("migration", samples.other_recipes, each_file, mutate_recipe, migrate),
     Target("weights", samples.weights, each_file, by_suffix, read_weights),
     Target("embedding-folder", samples.embedding_folder, whole, by_suffix, read_embedding_folder),
+    Target("model-card", samples.model_card, whole, by_suffix, read_card),
     Target("data", samples.texts, each_file, by_suffix, read_data),
-    Target("state", make_state, whole, by_suffix, read_state),
+    Target("state", make_state, lambda files: list(STATE), by_suffix, read_state),
     Target("reports", samples.reports, each_file, by_suffix, read_report),
 )
 

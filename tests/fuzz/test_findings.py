@@ -106,5 +106,7 @@ def test_tokenizers(kind, tmp_path):
     else:
         values["model_max_length"] = "x"
     file.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="the tokenizer does not load: .*(expected tokens below|not supported between)"):
+    with pytest.raises(
+        ModelError, match="the tokenizer does not load: .*(expected tokens below|not supported between)"
+    ):
         hf.load_tokenizer(tmp_path)

@@ -119,7 +119,9 @@ def _other_key(entry: tuple[bytes, int, object], rng: random.Random) -> tuple[by
     if rng.random() < 0.1:
         return rng.choice((key + b"x", b"general.alignment", b"tokenizer.ggml.scores", b"")), kind, value
     if rng.random() < 0.15:
-        return key, *rng.choice(((STRING, b"x"), (4, 7), (6, 0.5), (7, True), (ARRAY, (STRING, [b"a", b"a"])), (10, 2**63)))
+        return key, *rng.choice(
+            ((STRING, b"x"), (4, 7), (6, 0.5), (7, True), (ARRAY, (STRING, [b"a", b"a"])), (10, 2**63))
+        )
     if kind == STRING:
         return key, kind, rng.choice(TEXTS)
     if kind == ARRAY:
@@ -127,7 +129,9 @@ def _other_key(entry: tuple[bytes, int, object], rng: random.Random) -> tuple[by
         item, values = value[0], list(value[1])
         if values and rng.random() < 0.8:
             at = rng.randrange(len(values))
-            values[at] = _other_key((key, item, values[rng.randrange(len(values))]), rng)[2] if rng.random() < 0.5 else values[0]
+            values[at] = (
+                _other_key((key, item, values[rng.randrange(len(values))]), rng)[2] if rng.random() < 0.5 else values[0]
+            )
             if not isinstance(values[at], type(values[0])) and len(values) > 1:
                 values[at] = values[0]
         else:
@@ -151,7 +155,7 @@ def _other_tensor(tensor: Tensor, tensors: list[Tensor], rng: random.Random) -> 
             return replace(tensor, dims=tensor.dims[::-1] if rng.random() < 0.3 else other.dims)
         case 2:
             at = rng.randrange(len(tensor.dims))
-            return replace(tensor, dims=tensor.dims[:at] + (rng.choice(SIZES),) + tensor.dims[at + 1 :])
+            return replace(tensor, dims=(*tensor.dims[:at], rng.choice(SIZES), *tensor.dims[at + 1 :]))
         case 3:
             return replace(tensor, kind=rng.choice((0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30, 99)))
         case _:

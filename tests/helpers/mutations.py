@@ -229,9 +229,7 @@ def _change_field(message: Any, field: Any, rng: random.Random) -> None:
     if isinstance(value, str | bytes | bool | int | float):
         with suppress(ValueError):  # not every number is one of the field's type
             setattr(message, field.name, _other_scalar(value, rng))
-    elif not hasattr(value, "__len__"):  # a message
-        message.ClearField(field.name)
-    elif not len(value) or rng.random() < 0.05:
+    elif not hasattr(value, "__len__") or not len(value) or rng.random() < 0.05:  # a message
         message.ClearField(field.name)
     else:
         at, action = rng.randrange(len(value)), rng.random()

@@ -259,7 +259,7 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def damaged_receipts() -> Iterator[None]:
-    """Raise ContainerError for what a receipt with missing fields, or fields of other types, raises where it is used."""
+    """Raise ContainerError for what a receipt with missing or wrong fields raises when it is used."""
     try:
         yield
     except ContainerError:

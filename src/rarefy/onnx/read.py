@@ -75,12 +75,11 @@ def _has_undecoded_text(message: Any) -> bool:
     O(fields).
     """
     for field, value in message.ListFields():
-        if field.type == field.TYPE_STRING:
-            if any(type(v) is bytes for v in ([value] if isinstance(value, str | bytes) else value)):
-                return True
-        elif field.message_type is not None:
-            if any(map(_has_undecoded_text, [value] if hasattr(value, "ListFields") else value)):
-                return True
+        values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING and any(type(v) is bytes for v in values):
+            return True
+        if field.message_type is not None and any(map(_has_undecoded_text, values)):
+            return True
     return False
 
 
