@@ -89,7 +89,7 @@ class ResumeState:
                 metadata = opened.metadata()
             intact = metadata["key"] == self.key and metadata["digest"] == digest(dict(sorted(tensors.items())))
             value = json.loads(metadata[label])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
         if not intact:
             raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
@@ -122,7 +122,7 @@ class ResumeState:
                 record = json.loads(file.read_text(encoding="utf-8"))
                 value = record["value"]
                 intact = record["key"] == self.key and record["digest"] == digest(json.dumps(value))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
             if not intact:
                 raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
@@ -179,7 +179,7 @@ def _difference(before: str, key: Mapping[str, Any]) -> str:
         saved = json.loads(before)
         functions = _function(saved), _function(key)
         old, new = _options(saved), _options(json.loads(json.dumps(key)))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return f"the state of another run (its {KEY_FILE} is not readable)"
     if functions[0] != functions[1]:
         return f"the state of a {functions[0]} run, this is {functions[1]}"

@@ -203,7 +203,7 @@ def _tokenizer(file: gguf_file.GgufFile) -> Any:
             tokenizer.chat_template = template
         return tokenizer
     except BaseException as error:  # a damaged vocabulary makes transformers and tokenizers raise anything
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not hf.is_raised_by_a_library(error):
             raise
         raise ModelError(f"{file.path}: the tokenizer cannot be built: {first_line(error)}") from None
 

@@ -46,7 +46,7 @@ class InputSizes(nn.Module):
 
         Args:
             inputs: the inputs, their open sizes by name.
-            ranges: the smallest and highest value of open sizes.
+            ranges: the smallest and largest value of open sizes.
             guards: conditions on sizes, see `compiler/shape_guards.py`: i0_1 is dimension 1 of the first input.
         """
         super().__init__()
@@ -173,7 +173,7 @@ def _output(value: Mapping[str, Any], nodes: Nodes) -> Any:
 
 
 def _ranges(constraints: Any) -> dict[str, tuple[int, int]]:
-    """Return the smallest and highest values of open sizes by name; names that are expressions count as none.
+    """Return the smallest and largest values of open sizes by name; names that are expressions count as none.
 
     torch writes 2 for the smallest where it knows nothing: it takes all open sizes to be 2 or more while it traces.
     """

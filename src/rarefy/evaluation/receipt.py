@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -256,22 +257,29 @@ def _grouped(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+@contextmanager
+def damaged_receipts() -> Iterator[None]:
+    """Raise ContainerError for what a receipt with missing or wrong fields raises when it is used."""
+    try:
+        yield
+    except ContainerError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise ContainerError(f"receipt: not written by Rarefy ({first_line(error)!r})") from error
+
+
 def receipt_from_dict(data: Any) -> Receipt:
     """Return a receipt from what `Receipt.to_dict` returned; ContainerError for anything else.
 
     Every receipt that is returned can be printed, and written as JSON.
     """
     known = {f.name for f in fields(Receipt)}
-    try:
+    with damaged_receipts():
         if unknown := sorted(set(data) - known):
             raise ContainerError(f"receipt: unknown field {unknown[0]!r}: not a receipt, or of a newer Rarefy")
         receipt = Receipt(**{**data, **{name: tuple(data.get(name, ())) for name in LISTS}})
         _ = str(receipt) + receipt.to_json()
         named = [r[key] for r in receipt.sparsity.get("layers", ()) for key in ("layer", "pattern")]
-    except ContainerError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
-        raise ContainerError(f"receipt: not written by Rarefy ({first_line(error)!r})") from error
     if not all(isinstance(name, str) for name in named):
         raise ContainerError("receipt: not written by Rarefy (a layer's name or pattern is not text)")
     return receipt

@@ -20,7 +20,7 @@ from rarefy.evaluation.html_page import (
     table,
     tiles,
 )
-from rarefy.evaluation.receipt import SIDES, Receipt
+from rarefy.evaluation.receipt import SIDES, Receipt, damaged_receipts
 
 
 def receipt_page(receipt: Receipt) -> str:
@@ -31,7 +31,15 @@ def receipt_page(receipt: Receipt) -> str:
 
     Returns:
         The text of an HTML file that loads nothing.
+
+    Raises:
+        ContainerError: a field of a receipt from a file is missing or of another type.
     """
+    with damaged_receipts():
+        return _page(receipt)
+
+
+def _page(receipt: Receipt) -> str:
     settings = {k: v for k, v in receipt.settings.items() if k != "machine"}
     return document(
         f"Receipt: {receipt.name}",

@@ -44,6 +44,7 @@ CODE_KEYS = (
     "use_pretrained_backbone",
     "use_timm_backbone",
 )
+MAX_TOKENS = 1 << 24  # of a tokenizer
 STAMPS = ("model_type", "transformers_version", "dtype", "torch_dtype")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -180,18 +181,38 @@ def load_tokenizer(path: str | Path) -> Any:
     """Return the tokenizer of a local folder, or None where there is none."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    return load_part("AutoTokenizer", path, "tokenizer")
+    return load_part("AutoTokenizer", path, "tokenizer", _check_tokenizer)
 
 
-def load_part(auto: str, path: str | Path, what: str) -> Any:
-    """Return what an Auto class of transformers makes of a local folder; ModelError, naming `what`, if it fails."""
+def load_part(auto: str, path: str | Path, what: str, check: Callable[[Any], None] = lambda _: None) -> Any:
+    """Return what an Auto class of transformers makes of a local folder; ModelError, naming `what`, if it or a check
+    fails."""
     with checked_folder(path) as shown:
         try:
             part = getattr(_transformers(), auto).from_pretrained(shown, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a damaged folder makes transformers raise anything
+            check(part)
+        except BaseException as error:  # a damaged folder makes transformers and tokenizers raise anything
+            if not is_raised_by_a_library(error):
+                raise
             raise ModelError(f"{path}: the {what} does not load: {load_error(error, shown)}") from None
         name_source_(part, shown)
         return part
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Try a tokenizer on a text, and raise ValueError for a token so large that a table of all would fill the memory.
+
+    The library tokenizers writes a tokenizer with a line for each number up to the largest.
+    """
+    tokenizer("a")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MAX_TOKENS:
+        raise ValueError(f"expected tokens below {MAX_TOKENS:,}, got {largest:,}: tokenizer.json is damaged")
+
+
+def is_raised_by_a_library(error: BaseException) -> bool:
+    """Return whether an error is an exception or a panic of a library in Rust, rather than Ctrl-C."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def structure(model: nn.Module) -> dict[str, Any]:

@@ -127,14 +127,9 @@ def read_graph(model: Any, kinds: dict[str, Kind]) -> Graph:
 
 def constants_of(proto: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
     """Return the constants of a graph, and its other nodes."""
-    from onnx import numpy_helper
-
     if proto.sparse_initializer:
         raise ModelError("sparse initializers are not read: write the zeros out")
-    try:
-        constants = {i.name: numpy_helper.to_array(i) for i in proto.initializer}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"a constant is not an array of numbers: {error}") from None
+    constants = {i.name: _array(i) for i in proto.initializer}
     nodes = []
     for node in proto.node:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
@@ -144,14 +139,22 @@ def constants_of(proto: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
     return constants, nodes
 
 
-def _constant(node: Any) -> np.ndarray:
+def _array(tensor: Any) -> np.ndarray:
+    """Return a stored tensor as an array; ModelError for one whose type, sizes and bytes do not fit each other."""
     from onnx import numpy_helper
 
+    try:
+        return numpy_helper.to_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"a constant is not an array of numbers: {error}") from None
+
+
+def _constant(node: Any) -> np.ndarray:
     if len(node.attribute) != 1:
         raise ModelError(f"Constant {node_label(node)} holds {len(node.attribute)} values")
     value = node.attribute[0]
     kinds: dict[str, Callable[[], np.ndarray]] = {
-        "value": lambda: numpy_helper.to_array(value.t),
+        "value": lambda: _array(value.t),
         "value_float": lambda: np.array(value.f, np.float32),
         "value_int": lambda: np.array(value.i, np.int64),
         "value_floats": lambda: np.array(list(value.floats), np.float32),

@@ -38,6 +38,8 @@ def read(path: Any) -> Any:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise ContainerError(f"{path}: not an ONNX file, or an incomplete copy of one: {error}") from None
+    if _has_undecoded_text(model):
+        raise ContainerError(f"{path}: not a sound ONNX file: a name in it is not text in UTF-8")
     if not model.graph.node:
         raise ContainerError(f"{path}: not an ONNX file, or one without operators")
     newest = onnx.defs.onnx_opset_version()
@@ -65,6 +67,20 @@ def read(path: Any) -> Any:
         raise ContainerError(f"{path}: not a sound ONNX file: {first_line(error)}") from None
     _check_sizes(model, path)
     return model
+
+
+def _has_undecoded_text(message: Any) -> bool:
+    """Return whether a text of a message is not UTF-8: protobuf returns it as bytes, which no reader of names expects.
+
+    O(fields).
+    """
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING and any(type(v) is bytes for v in values):
+            return True
+        if field.message_type is not None and any(map(_has_undecoded_text, values)):
+            return True
+    return False
 
 
 def _check_sizes(model: Any, path: Path) -> None:

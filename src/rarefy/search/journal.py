@@ -90,6 +90,8 @@ class Journal:
             os.truncate(self.file, sum(len(l) + 1 for l in lines[:-1]))
         try:
             first, *rest = [json.loads(l) for l in lines[:-1]]
+            if not all(type(record["key"]) is str for record in rest):
+                raise TypeError("a key is no text")
             for record in rest:
                 self.values[record["key"]] = record["value"]
                 self.costs[record["key"]] = float(record["seconds"])
@@ -97,7 +99,7 @@ class Journal:
                     self.wall_seconds[record["key"]] = float(record["wall_seconds"])
             known = first["settings"]
             differs = [n for n in {**known, **settings} if known.get(n) != settings.get(n)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ContainerError(f"{self.file} was not written by rarefy.optimize ({error!r}): remove it") from error
         if differs:
             raise ContainerError(
