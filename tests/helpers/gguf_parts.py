@@ -119,9 +119,10 @@ def _other_key(entry: tuple[bytes, int, object], rng: random.Random) -> tuple[by
     if rng.random() < 0.1:
         return rng.choice((key + b"x", b"general.alignment", b"tokenizer.ggml.scores", b"")), kind, value
     if rng.random() < 0.15:
-        return key, *rng.choice(
-            ((STRING, b"x"), (4, 7), (6, 0.5), (7, True), (ARRAY, (STRING, [b"a", b"a"])), (10, 2**63))
-        )
+        others: tuple[tuple[int, object], ...]
+        others = (STRING, b"x"), (4, 7), (6, 0.5), (7, True), (ARRAY, (STRING, [b"a", b"a"])), (10, 2**63)
+        other, content = rng.choice(others)
+        return key, other, content
     if kind == STRING:
         return key, kind, rng.choice(TEXTS)
     if kind == ARRAY:

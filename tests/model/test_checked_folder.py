@@ -163,7 +163,7 @@ def test_classes_of_torch_are_activations_of_the_list(file, copy, told):
         return refused(lambda: reranker(copy), message, told)
     change(copy / file, activation_function="torch.nn.Flatten")
     refused(lambda: embeddings(copy), message, told)
-    refused(lambda: head_of(copy / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2)), message, told)
+    refused(lambda: head_of(copy / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2)), message, told)  # type: ignore[reportOptionalCall]
 
 
 @pytest.mark.parametrize(
