@@ -7,8 +7,8 @@ import torch
 
 from fuzz import samples
 from rarefy.calibration import resume
-from rarefy.common.json_text import parse_json
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.json_text import parse_json
 from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.evaluation.receipt_page import receipt_page
 from rarefy.search.journal import Journal
