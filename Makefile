@@ -14,8 +14,8 @@ demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 test: $(VENV)/dev.done lint  ## lint, types and all quick tests, 12 minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
-test-slow: $(VENV)/slow.done  ## the slow tests; with SIXTH=0 to SIXTH=5 a sixth of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(SIXTH),--sixth $(SIXTH),-m slow) $(SLOW_WORKERS)
+test-slow: $(VENV)/slow.done  ## the slow tests; with SIXTH=0 to SIXTH=5 a sixth of them, with LIMIT=30 those that begin in 30 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(SIXTH),--sixth $(SIXTH),-m slow) $(if $(LIMIT),--minutes $(LIMIT)) $(SLOW_WORKERS)
 
 test-all: test test-slow  ## every test
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,23 @@ def pytest_addoption(parser):
         metavar="K",
         help="run only sixth K of the slow tests, 0 to 5; each slow test is in exactly one of them",
     )
+    parser.addoption(
+        "--minutes", type=float, metavar="M", help="start no test after M minutes; those that are left are skipped"
+    )
 
 
 def sixth_of(node_id: str) -> int:
     """Return the sixth of the slow tests that a test belongs to; other tests do not change it."""
     return zlib.crc32(node_id.encode()) % SIXTHS
+
+
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("minutes")
+    if minutes is not None and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"not run: the {minutes:g} minutes of --minutes are over")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
