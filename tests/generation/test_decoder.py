@@ -659,6 +659,18 @@ def test_models_of_few_positions(family, tokens):
         rarefy.generate(step, ids)
 
 
+def test_branches_on_the_number_of_tokens_are_refused_by_name():
+    from conftest import tiny_llama
+
+    model = tiny_llama()
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: forward(x) * (2 if x.shape[1] % 3 == 0 else 1)
+    with pytest.raises(
+        ModelError, match=r"other branches for other numbers of tokens or texts \(input_ids.shape\[1\] % 3 "
+    ):
+        rarefy.decoder(model)
+
+
 @pytest.mark.slow
 def test_recurrent_layers_are_refused_by_name():
     sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}

@@ -19,7 +19,7 @@ from rarefy.compiler.executor import Compiled
 from rarefy.compiler.export import export_graph
 from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.half_precision import copy_in_fp32, precision_to_run
-from rarefy.compiler.input_checks import input_spec
+from rarefy.compiler.input_checks import input_spec, readable_guards
 from rarefy.compiler.kernel_selection import select_kernels
 from rarefy.compiler.model_checks import check_module, check_precision, check_ready, fold_copy
 from rarefy.compiler.profile import Profile, Recorder
@@ -200,6 +200,14 @@ def _export(model: Any, again: bool = True) -> ExportedGraph:
         exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__, again=again)
     if not exported.cache_features:
         raise ModelError(_why_no_cache(model))
+    if exported.guards or any(low > 1 for low, _ in exported.ranges.values()):
+        names = ("input_ids", "position_ids", "logits_to_keep")
+        inputs = [(n, input_spec(i.meta.get("val"))) for n, i in zip(names, exported.inputs)]
+        asked = ", ".join(readable_guards(exported.guards, inputs)) or "not 1"
+        raise ModelError(
+            f"{type(model).__name__}: its code takes other branches for other numbers of tokens or texts ({asked}), which "
+            "decoders do not support: compile(model, example) compiles it without a KV cache"
+        )
     exported.notes += model_defaults(getattr(model, "generation_config", None))[1]
     exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
     return exported
