@@ -205,8 +205,8 @@ def _export(model: Any, again: bool = True) -> ExportedGraph:
         inputs = [(n, input_spec(i.meta.get("val"))) for n, i in zip(names, exported.inputs)]
         asked = ", ".join(readable_guards(exported.guards, inputs)) or "not 1"
         raise ModelError(
-            f"{type(model).__name__}: its code takes other branches for other numbers of tokens or texts ({asked}), which "
-            "decoders do not support: compile(model, example) compiles it without a KV cache"
+            f"{type(model).__name__}: its code takes other branches for other numbers of tokens or texts ({asked}), "
+            "which decoders do not support: compile(model, example) compiles it without a KV cache"
         )
     exported.notes += model_defaults(getattr(model, "generation_config", None))[1]
     exported.layers = {n: name.removeprefix("model.") for n, name in exported.layers.items()}  # `_Step` calls it so
