@@ -44,7 +44,7 @@ from rarefy.data import sources, text_pairs
 from rarefy.formats import container
 from rarefy.formats.index import digest
 from rarefy.integrations import embedding_folder
-from rarefy.model import embedding_modules, hf, weight_files
+from rarefy.model import checked_folder, embedding_modules, hf, weight_files
 from rarefy.recipe import parser as recipes
 from rarefy.runtime import tuning_cache
 from rarefy.search.journal import Journal
@@ -299,7 +299,8 @@ def read_embedding_folder(path: Path) -> None:
         embedding_folder.check_folder,
         embedding_modules.head_of,
         embedding_modules.module_files,
-        embedding_folder.damaged_file,
+        embedding_folder.missing_file,
+        checked_folder.check_modules,
         embedding_folder.read_note,
         embedding_folder.config_labels,
     ):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import re
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -23,12 +24,14 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
-from rarefy.compiler.torch_guards import recorded_decisions
+from rarefy.compiler.torch_guards import TORCH, recorded_decisions
 from rarefy.compiler.traced_graph import TracedGraph, copy_of, key_of, remembered, tensors_of, traced
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
 from rarefy.model.forward import named_arguments
 from rarefy.runtime import torch_ops  # noqa: F401 (registers the operator of layers that run sparse already)
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 _exporting = RLock()  # torch's tracing, and the fake tensors of passes, are of one thread at a time
 
@@ -127,11 +130,12 @@ def _reason(error: Exception) -> str:
     """Return torch.export's reason in one line; of data-dependent code the line, and what runs it."""
     if "data-dependent" not in first_line(error):
         return first_line(error)
-    text = str(error)
-    place = re.search(r'File "([^"]+)", (line \d+), in \w+\n *(.*)', text)
-    where = f" ({Path(place[1]).name}, {place[2]}: {place[3]})" if place else ""
-    if not place and (place := re.search(r"Caused by: \((?!_export)([^\n:]+):(\d+) in ", text)):
-        where = f" ({place[1]}, line {place[2]})"
+    frames, cause = [], error
+    while cause is not None:
+        frames += traceback.extract_tb(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    own = [f for f in frames if not f.filename.startswith((TORCH, PACKAGE, "<"))]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
     return f"its code depends on the values of tensors (data-dependent){where}; rarefy.accelerate_ needs no export"
 
 
