@@ -206,6 +206,7 @@ def test_each_slow_test_is_in_one_sixth_and_each_file_has_a_quick_test(request):
     assert set(sizes) == set(range(SIXTHS)) and max(sizes.values()) < 1.2 * min(sizes.values())
 
 
+@pytest.mark.slow
 def test_sixths_are_selected(request):
     file = str(request.config.rootpath / "tests" / "runtime" / "test_native_headers.py")
     every = Collector(file).slow
