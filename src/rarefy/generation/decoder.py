@@ -203,9 +203,9 @@ def _export(model: Any, again: bool = True) -> ExportedGraph:
     if exported.guards or any(low > 1 for low, _ in exported.ranges.values()):
         names = ("input_ids", "position_ids", "logits_to_keep")
         inputs = [(n, input_spec(i.meta.get("val"))) for n, i in zip(names, exported.inputs)]
-        asked = ", ".join(readable_guards(exported.guards, inputs)) or "not 1"
+        conditions = ", ".join(readable_guards(exported.guards, inputs)) or "not 1"
         raise ModelError(
-            f"{type(model).__name__}: its code takes other branches for other numbers of tokens or texts ({asked}), "
+            f"{type(model).__name__}: its code takes other branches for other numbers of tokens or texts ({conditions}), "
             "which decoders do not support: compile(model, example) compiles it without a KV cache"
         )
     exported.notes += model_defaults(getattr(model, "generation_config", None))[1]
