@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 TESTS = Path(__file__).parents[1]
 FOLDER = TESTS.parent / "build" / "stress"
@@ -83,7 +84,7 @@ def run_tool(*words: object) -> subprocess.CompletedProcess[str]:
     return ran
 
 
-def start_python(build: Build, code: str, **env: str) -> subprocess.Popen[str]:
+def start_python(build: Build, code: str, stderr: Any = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
     """Start Python in the folder of the tests with a build's kernels, and run code there."""
     start = f"from stress.builds import use_library\nuse_library({str(build.library())!r})\n"
     fixed = {"OMP_NUM_THREADS": "1", "RAREFY_TUNE": "0", "PYTHONPATH": str(TESTS)}
@@ -92,7 +93,7 @@ def start_python(build: Build, code: str, **env: str) -> subprocess.Popen[str]:
         cwd=TESTS,
         env={**os.environ, **fixed, **build.environment(), **env},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 

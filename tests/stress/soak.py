@@ -6,8 +6,9 @@ import gc
 import random
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,10 @@ class Soak:
         """Return whether all outputs were equal, and memory flat: 2 MiB or 1 %."""
         flat = self.growth <= max(MAX_GROWTH_BYTES, self.bytes_early // 100)
         return not self.wrong and not self.errors and flat
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
 
     def __str__(self) -> str:
         memory = f"{self.bytes_early / 2**20:.1f} -> {self.bytes_late / 2**20:.1f} MiB"
