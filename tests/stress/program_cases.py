@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def gather_operands(g: Graph, name: str, x: Node, shape: Any) -> tuple[Any, ...]
     tokens = shape.numel() // channels // (shape[0] // parts)
     to_image = name in ("gather_pixels", "tokens_to_pixels")
     sizes = (case.rng.randint(1, 6), case.rng.randint(1, 6)) if to_image else (case.size(70),)
-    count = sizes[0] * (sizes[1] if to_image else 1) * case.rng.choice((1, 1, 2))
+    count = prod(sizes) * case.rng.choice((1, 1, 2))
     groups = case.rng.choice((1, 1, 1, 2, 4))
     index = torch.randint(-1, tokens, (groups, count))
     if case.chance(0.5):  # a run, as slices, rolls and windows have them
