@@ -68,7 +68,6 @@ class Build:
         return {"LD_PRELOAD": ran.stdout.strip(), **OPTIONS}
 
 
-NATIVE = Build("native")
 SANITIZED = Build("sanitized", {"RAREFY_SANITIZE": MEMORY_SANITIZERS}, "libasan.so")
 EMULATED = Build("emulated", {"RAREFY_EMULATE": "ON"}, needs=SIMDE)
 EMULATED_SANITIZED = Build(

@@ -71,7 +71,7 @@ def test_programs_with_a_wrong_kernel_differ(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_random_cases_under_sanitizers(build):
     if why := build.missing():
         pytest.skip(why)
