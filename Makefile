@@ -6,7 +6,7 @@ DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most of the slow tests
 
-.PHONY: demo test test-slow test-all fuzz lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-slow test-all fuzz kill lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -22,6 +22,10 @@ test-all: test test-slow  ## every test
 MINUTES ?= 30
 fuzz: $(VENV)/dev.done  ## change files at random and read them, MINUTES=30 in all; findings are kept in build/fuzz
 	cd tests && ../$(BIN)/python -m fuzz --minutes $(MINUTES)
+
+KILLS ?= 200
+kill: $(VENV)/dev.done  ## kill commands at KILLS=200 random moments, after runs with little space, memory and rights
+	cd tests && ../$(BIN)/python -m interruption --machines --kills $(KILLS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench

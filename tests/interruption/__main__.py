@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         os.environ["HF_HUB_OFFLINE"] = "0"  # conftest has set it
         torch.set_num_threads(1)
-        jobs = [j for j in JOBS if not options.job or any(j.name.startswith(n) for n in options.job)]
+        names = [j.name for j in JOBS]
+        wanted = {n for w in options.job or [""] for n in ([w] if w in names else names) if n.startswith(w)}
+        jobs = [j for j in JOBS if j.name in wanted]
         if not jobs:
             parser.error(f"--job: expected one of {', '.join(j.name for j in JOBS)}")
         runner = Runner(jobs, hub)

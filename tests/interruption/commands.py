@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -128,7 +127,9 @@ def fit(inputs: Path, folder: Path, replaces: bool) -> None:
     checkpoint.EVERY = 0.0
     net = Net()
     options = {"prune": Gradual(sparsity=0.5, steps=6), "lr_schedule": "cosine", "seed": 3}
-    rarefy.fit_(net, batches, epochs=3, **options, validate=lambda m: -float(m.out.bias.detach().sum()), resume_dir=folder / "w")
+    rarefy.fit_(
+        net, batches, epochs=3, **options, validate=lambda m: -float(m.out.bias.detach().sum()), resume_dir=folder / "w"
+    )
     rarefy.save(net, folder / "out", overwrite=replaces)
 
 

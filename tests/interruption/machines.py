@@ -150,7 +150,6 @@ class Machines:
         """Check how a run has ended, and that the next one ends in the same bits."""
         runner, known = self.runner, self.runner.reference(job)
         where, now = [row.condition, how], runner.output(job)
-        if os.environ.get("DBG") and end.code: print("##", job.name, where, end.text[-700:])
         row.done += end.code == 0
         row.refused += end.code != 0
         if end.code and (end.code != 2 or "Traceback" in end.text):
@@ -202,5 +201,3 @@ def _used(folder: Path) -> int:
     """Return the bytes in use on the file system of a folder."""
     state = os.statvfs(folder)
     return (state.f_blocks - state.f_bfree) * state.f_frsize
-
-

@@ -31,6 +31,7 @@ from rarefy.common.atomic_io import (
     is_resume_file,
     lock_file,
     sync,
+    unlock_file,
 )
 from rarefy.common.errors import ContainerError, DataError
 from rarefy.common.machine_errors import raise_memory_error
@@ -64,7 +65,7 @@ class ResumeState:
     def close(self) -> None:
         """Release the folder for other runs."""
         if self.lock is not None:
-            self.lock.close()
+            unlock_file(self.lock)
 
     def read(self, stop: int) -> StepState:
         """Return the state of a step, with mapped weights. Raises ContainerError if the file is damaged."""
@@ -108,7 +109,7 @@ class ResumeState:
 
     @contextmanager
     def _replacing(self, name: str, num_bytes: int = 0) -> Iterator[Path]:
-        """Yield a file to write, which then gets its final name. On an error it is removed: a full disk stays usable."""
+        """Yield a file to write, which then gets its final name; on an error it is removed, to free the disk."""
         assert self.folder is not None
         partial = self.folder / PARTIAL
         with container_errors(self.folder, num_bytes):
@@ -169,15 +170,18 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
             raise ContainerError(f"{folder} is for the state of a run, but holds {foreign[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / KEY_FILE)
-        saved_key = lock.read()
-        if text.startswith(saved_key) and not set(names) - {KEY_FILE, PARTIAL}:  # a kill may leave a part of the key
-            lock.truncate(0)
-            lock.write(text)
-            lock.flush()
-        elif saved_key != text:
-            lock.close()
-            problem = f"holds {_difference(saved_key, key)}" if saved_key else f"has no {KEY_FILE}"
-            raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
+        try:
+            saved_key = lock.read()
+            if text.startswith(saved_key) and not set(names) - {KEY_FILE, PARTIAL}:  # a kill leaves a part of the key
+                lock.truncate(0)
+                lock.write(text)
+                lock.flush()
+            elif saved_key != text:
+                problem = f"holds {_difference(saved_key, key)}" if saved_key else f"has no {KEY_FILE}"
+                raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
+        except BaseException:
+            unlock_file(lock)
+            raise
     num_done = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return ResumeState(folder, num_done, hashlib.sha256(text.encode()).hexdigest(), lock)
 

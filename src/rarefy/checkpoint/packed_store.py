@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from rarefy.checkpoint.compiled_model import checked_form
-from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, sync
+from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, sync, unlock_file
 from rarefy.common.errors import ContainerError, FormatError, first_line
 from rarefy.common.json_text import parse_json
 from rarefy.common.machine_errors import raise_memory_error
@@ -141,7 +141,7 @@ def packed_store(out: str | os.PathLike[str], key: Mapping[str, Any], overwrite:
                     folder.rmdir()
         raise
     finally:
-        lock.close()
+        unlock_file(lock)
 
 
 def _check_key(lock: Any, work: Path, key: dict[str, Any], fresh: bool) -> None:

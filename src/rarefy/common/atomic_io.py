@@ -298,6 +298,12 @@ def lock_file(file: Path) -> Any:
     return opened
 
 
+def unlock_file(opened: Any) -> None:
+    """Close a file that `lock_file` returned; what a full disk has refused to take is dropped."""
+    with suppress(OSError):
+        opened.close()
+
+
 MIN_MEMORY = 1 << 28  # bytes
 
 
@@ -397,12 +403,13 @@ def _publish(partial: Path, target: Path) -> None:
     elif not _exchange(partial, target):  # without renameat2 the old folder is renamed first
         aside = partial.with_name(partial.name.replace(".partial-", ".old-"))
         handle = _lock(target, wait=True)  # else another run would move it back
-        os.rename(target, aside)
         try:
-            os.rename(partial, target)
-        except BaseException:
-            os.rename(aside, target)
-            raise
+            os.rename(target, aside)
+            try:
+                os.rename(partial, target)
+            except BaseException:
+                os.rename(aside, target)
+                raise
         finally:
             os.close(handle)
         os.rename(aside, partial)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from mmap import PAGESIZE
+from pathlib import Path
 
 from rarefy.common.errors import RarefyError
 
@@ -24,8 +26,13 @@ def memory_problem(error: BaseException) -> str | None:
     lacking = next((e for e in _chain(error) if _lacks_memory(e)), None)
     if lacking is None:
         return None
-    what = str(lacking) if isinstance(lacking, MemoryError) and str(lacking) else "out of memory"
-    return f"{what}: ask for less at once, such as a smaller batch{_limit()}"
+    return _advice(str(lacking) if isinstance(lacking, MemoryError) and str(lacking) else "out of memory")
+
+
+def _advice(what: str) -> str:
+    limit = _limit()
+    more = "" if limit is None else f", or raise the limit (ulimit -v is {limit // 1024})"
+    return f"{what}: ask for less at once, such as a smaller batch{more}"
 
 
 def machine_problem(error: BaseException) -> str | None:
@@ -36,7 +43,8 @@ def machine_problem(error: BaseException) -> str | None:
     """
     refused = next((e for e in _chain(error) if isinstance(e, OSError) and e.errno in OF_THE_MACHINE), None)
     if refused is None:
-        return memory_problem(error)
+        problem = memory_problem(error)
+        return _advice("out of memory") if problem is None and _is_at_limit() else problem
     place = f"{refused.filename}: " if refused.filename is not None else ""
     hint = "free some space, or set TMPDIR to a folder on another disk"
     if refused.errno not in NO_SPACE:
@@ -56,14 +64,25 @@ def _lacks_memory(error: BaseException) -> bool:
     return not isinstance(error, RarefyError) and NO_MEMORY.search(str(error)[:2000]) is not None
 
 
-def _limit() -> str:
-    """Return a text about the limit of this process's memory, "" where it has none."""
+def _limit() -> int | None:
+    """Return the limit of this process's memory in bytes, as `ulimit -v` sets it, or None."""
     try:
         import resource
     except ImportError:  # no such limits on this system
-        return ""
+        return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return "" if limit == resource.RLIM_INFINITY else f", or raise the limit (ulimit -v is {limit // 1024})"
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _is_at_limit() -> bool:
+    """Return whether 90 % of the limit are used: then Python may raise anything, such as SyntaxError from an import."""
+    limit = _limit()
+    try:
+        return limit is not None and int(Path("/proc/self/statm").read_text().split()[0]) * PAGESIZE > 0.9 * limit
+    except MemoryError:
+        return True
+    except OSError:  # no such file on this system
+        return False
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
