@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers.hub_server import serving
 
 def main(arguments: list[str] | None = None) -> int:
     """Kill the jobs, print statistics, and return 1 if there is a finding."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that files are removed
     parser = argparse.ArgumentParser("python -m interruption", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="of all jobs together")
     parser.add_argument("--job", action="append", help="its name, or the beginning of several; default: all")

@@ -20,8 +20,8 @@ from typing import Any
 from interruption.commands import Job, negative_times
 from interruption.kill_runs import End, Runner
 
-FREE = (0.0, 0.3, 0.6, 0.9)  # parts of the bytes of the output
-MORE_MEMORY = (0, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 30)  # bytes above what the process has
+FREE = (0.0, 0.6)  # parts of the bytes of the output
+MORE_MEMORY = (1 << 20, 1 << 24, 1 << 30)  # bytes above what the process has
 PAGE = 4096
 NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 STEP_BACK = 1000.0  # seconds
@@ -158,7 +158,8 @@ class Machines:
             runner.add(job, 0, where, "the error does not say what was wrong", end)
         if now != (known.old if end.code else known.new) and not (end.code and now == known.new):
             runner.add(job, 0, where, "neither the old output nor the new one", end)
-        runner.check_next(job, 0, where, True)
+        if end.code:
+            runner.check_next(job, 0, where, True)
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
