@@ -273,7 +273,9 @@ class Outputs(nn.Module):
         y, n = self.layer(x), x.shape[0]
         of_values = y, y.clone(), y.view(-1), y.t().contiguous(), y * 1, x.clone(), x, x[:1]
         of_constants = self.table, self.table[:n], self.table.clone(), self.table * 2, self.layer.weight
-        return *of_values, *of_constants, torch.tensor([1.0, 2.0]), torch.zeros(3), torch.arange(n), torch.ones(n, 1)
+        z = y.sin()
+        of_parts = z.clone(), *z.chunk(2, 1)
+        return *of_values, *of_parts, *of_constants, torch.tensor([1.0, 2.0]), torch.zeros(3), torch.arange(n), torch.ones(n, 1)
 
 
 def memory(t):
