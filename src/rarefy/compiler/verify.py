@@ -110,14 +110,21 @@ def _compare_example(
     compiled.exported.notes = (*known, note)
 
 
+def _second(compiled: Any, leaves: list[Any]) -> list[Sizes]:
+    """Return second sizes, whether the model runs there or not."""
+    return [sizes for sizes, _ in second_sizes(compiled, leaves, lambda _: True)]
+
+
 def _agrees(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, sizes: Sizes, tolerance: float) -> bool:
-    """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too."""
+    """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too, and
+    for negative inputs: comparisons and maxima may hide a difference for those of the example."""
     inputs = resized(compiled.input_specs, leaves, sizes)
+    negative = [-t if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     try:
         if not distance(model, compiled, inputs, spec) <= tolerance:
             return False
-        for elsewhere, _ in second_sizes(compiled, inputs, lambda _: True):
-            values = resized(compiled.input_specs, inputs, {**elsewhere, **sizes})
+        elsewhere = [resized(compiled.input_specs, inputs, {**other, **sizes}) for other in _second(compiled, inputs)]
+        for values in (negative, *elsewhere):
             if _runs(model, values, spec) and is_allowed(compiled, values):
                 d = distance(model, compiled, values, spec)
                 if not d <= tolerance and not _excused(model, values, spec, d):
