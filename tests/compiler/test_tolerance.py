@@ -146,4 +146,6 @@ def test_numbers_at_padding_are_no_difference_in_8_bits():
 
     net, mask = Padded().eval(), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     net.layers.second.weight.data += 1e-4
-    rarefy.compile(net, {"x": torch.randn(2, 4, 64), "attention_mask": mask}, precision="int8", tune=False)
+    for max_error in (None, 0.1):
+        example = {"x": torch.randn(2, 4, 64), "attention_mask": mask}
+        rarefy.compile(net, example, precision="int8", tune=False, max_error=max_error)

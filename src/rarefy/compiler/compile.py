@@ -45,7 +45,15 @@ from rarefy.compiler.passes import (
 )
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.static_kernels import calibrated_kernels
-from rarefy.compiler.tolerance import TOLERANCE, advice, check_max_error, rounds_values, tolerance, warn_where_far
+from rarefy.compiler.tolerance import (
+    FAR,
+    TOLERANCE,
+    advice,
+    check_max_error,
+    rounds_values,
+    tolerance,
+    warn_of_error,
+)
 from rarefy.compiler.traced_graph import once_more
 from rarefy.compiler.unit_sizes import allow_ones
 from rarefy.compiler.verify import CheckedSizes, verify
@@ -372,12 +380,12 @@ def _compile(
     allowed = tolerance(exported, lowest, max_error)
     advise = partial(advice, compiled, more, weights, calibrate is not None) if lowest == "int8" else None
     checked = _verify_all_tokens(model, compiled, more, allowed, checked, advise)
-    if advise is not None and max_error is None:
-        warn_where_far(model, compiled, more, advise)
+    if advise is not None and max_error is None and checked.error > FAR:
+        warn_of_error(checked.error, advise())
     if tune and tuning.is_enabled():
         example = _runnable(compiled, (args, kwargs), more)
         if choose_formats_(compiled, *example):
-            _verify_all_tokens(model, compiled, more, allowed, checked)
+            _verify_all_tokens(model, compiled, more, allowed, checked, advise)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
         if lowest in INTEGER_KINDS and not (has_kernels(compiled.kernels, lowest) or rounds_values(exported)):
             why = f"torch is faster in fp32 on the example; tune=False runs {lowest} all the same"
@@ -394,10 +402,11 @@ def _verify_all_tokens(
     checked: CheckedSizes | None,
     advise: Callable[[], str] | None = None,
 ) -> CheckedSizes:
-    """Compare a compiled model with the model at padding too; see `verify`. `advise` returns what an error adds."""
+    """Compare a compiled model with the model, but for 8 bits at padding too; see `verify`. `advise` returns what an
+    error in 8 bits adds."""
     compiled.skip_padding = False
     try:
-        return verify(model, compiled, *example, allowed, checked)
+        return verify(model, compiled, *example, allowed, checked, padding=advise is None)
     except OutputsDifferError as error:
         if advise is None:
             raise

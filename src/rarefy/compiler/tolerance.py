@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
 from rarefy.common.errors import DataError
 from rarefy.compiler import ops
 from rarefy.compiler.calibrate import calls_of, in_torch
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import ExportedGraph, Node
-from rarefy.compiler.verify import distance
 from rarefy.model.compare import relative_distance
 
 # largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
@@ -56,13 +54,6 @@ def warn_of_error(error: float, advice: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(text + advice, stacklevel=level)
-
-
-def warn_where_far(model: nn.Module, compiled: Compiled, example: Any, advise: Callable[[], str]) -> None:
-    """Warn where outputs in 8 bits differ by more than FAR on the example; `advise` returns what helps."""
-    d = distance(model, compiled, *pytree.tree_flatten((example[0], dict(example[1]))), padding=False)
-    if d > FAR:
-        warn_of_error(d, advise())
 
 
 def advice(compiled: Compiled, example: Any, weights: Mapping[str, Tensor], calibrated: bool) -> str:
