@@ -23,6 +23,7 @@ from rarefy.compiler.input_checks import input_spec
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.layer_precision import layer_precisions, without_kernels
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
+from rarefy.compiler.operators.fake_quantize import rounds_values
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
     activation,
@@ -50,7 +51,6 @@ from rarefy.compiler.tolerance import (
     TOLERANCE,
     advice,
     check_max_error,
-    rounds_values,
     tolerance,
     warn_of_error,
 )

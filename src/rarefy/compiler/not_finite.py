@@ -12,13 +12,13 @@ from torch import Tensor
 
 from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.operators.fake_quantize import rounds_values
 from rarefy.runtime.packing import unpack
 
 
 def has_static_scales(exported: ExportedGraph, kernels: Mapping[Node, Any]) -> bool:
     """Return whether a graph rounds values to codes with static scales, where NaN becomes a number."""
-    rounds = any(n.target is ops.fake_quantize for n in exported.graph.nodes)
-    return rounds or any(k.input_grid is not None for k in kernels.values())
+    return rounds_values(exported) or any(k.input_grid is not None for k in kernels.values())
 
 
 def are_finite(leaves: Sequence[Any]) -> bool:

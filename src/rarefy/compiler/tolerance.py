@@ -17,6 +17,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.calibrate import calls_of, in_torch
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import ExportedGraph, Node
+from rarefy.compiler.operators.fake_quantize import rounds_values
 from rarefy.model.compare import relative_distance
 
 # largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
@@ -33,11 +34,6 @@ def check_max_error(max_error: float | None) -> None:
     """Raise DataError unless a limit is a positive number, or None."""
     if max_error is not None and (isinstance(max_error, bool) or not max_error > 0):
         raise DataError(f"max_error: expected a number above 0, such as 0.3, got {max_error!r}")
-
-
-def rounds_values(exported: ExportedGraph) -> bool:
-    """Return whether a model rounds values to 8 bits by itself."""
-    return any(n.target is ops.fake_quantize for n in exported.graph.nodes)
 
 
 def tolerance(exported: ExportedGraph, precision: str | None = None, max_error: float | None = None) -> float:
