@@ -33,6 +33,7 @@ SOURCE = Path(__file__).with_name("threads.cpp")
 def pool() -> Path:
     """Return the library of threads for parallel regions, built with ThreadSanitizer."""
     library = FOLDER / "threads" / "threads.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
     if not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime:
         options = ("-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
         run_tool("g++", *options, SOURCE, "-o", library)

@@ -145,8 +145,10 @@ def run_build(
     while time.monotonic() < end and len(result.findings) < max_findings:
         left = end - time.monotonic()
         code = f"from stress.sanitize import work\nwork({at}, {left}, {list(names)!r}, {isas!r}, {pool!r})"
-        with tempfile.TemporaryFile("w+") as errors:
-            process = start_python(build, code, stderr=errors, TSAN_OPTIONS=STOP)
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            start_python(build, code, stderr=errors, TSAN_OPTIONS=STOP) as process,
+        ):
             assert process.stdout is not None
             for line in filter(None, map(_record, process.stdout)):
                 if "begin" in line:
