@@ -294,15 +294,8 @@ class Outputs(nn.Module):
         of_constants = self.table, self.table[:n], self.table.clone(), self.table * 2, self.layer.weight
         z = y.sin()
         of_parts = z.clone(), *z.chunk(2, 1)
-        return (
-            *of_values,
-            *of_parts,
-            *of_constants,
-            torch.tensor([1.0, 2.0]),
-            torch.zeros(3),
-            torch.arange(n),
-            torch.ones(n, 1),
-        )
+        created = torch.tensor([1.0, 2.0]), torch.zeros(3), torch.arange(n), torch.ones(n, 1)
+        return *of_values, *of_parts, *of_constants, *created
 
 
 def memory(t):

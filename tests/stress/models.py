@@ -35,10 +35,8 @@ def texts(count: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Return batches of many sizes, some padded."""
     batches = []
     for i in range(count):
-        batch, tokens = (
-            int(torch.randint(1, 5, (), generator=generator)),
-            int(torch.randint(2, 70, (), generator=generator)),
-        )
+        batch = int(torch.randint(1, 5, (), generator=generator))
+        tokens = int(torch.randint(2, 70, (), generator=generator))
         ids = torch.randint(VOCABULARY, (batch, tokens), generator=generator)
         lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
         lengths[0] = tokens
