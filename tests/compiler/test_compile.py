@@ -389,8 +389,7 @@ def test_views_of_what_was_made_contiguous():
     torch.testing.assert_close(rarefy.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-ZOO = ["roberta", "distilbert", "vit", "swin", "clip", "llama"]
-ZOO += [pytest.param(n, marks=pytest.mark.slow) for n in ("swin_t", "mobilenet_v2")]
+ZOO = ["roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2"]
 
 
 @pytest.mark.parametrize("name", slow_except(ZOO, "distilbert", "vit", "clip"))
