@@ -17,6 +17,7 @@ from rarefy.common.errors import ContainerError, ModelError
 from rarefy.formats import container
 from rarefy.formats.sparse_encodings import encode
 from rarefy.model.activation_quant import activation_quants
+from rarefy.model.construction_limit import Stored
 from rarefy.runtime import autotune, bindings
 from rarefy.runtime.sparse_layers import SparseLinear
 
@@ -416,7 +417,7 @@ def test_a_config_that_asks_for_foreign_code(tmp_path):
     model = tiny_llama()
     structure = hf.structure(model)
     structure["config"]["attn_implementation"] = structure["config"]["_attn_implementation"] = "evil/kernel"
-    assert type(hf.build(structure)).__name__ == "LlamaForCausalLM"  # the word is not heard
+    assert type(hf.build(structure, Stored(100, 1 << 20))).__name__ == "LlamaForCausalLM"  # the word is not heard
     model.save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(

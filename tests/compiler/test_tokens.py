@@ -183,7 +183,7 @@ def test_moved_tokens_are_saved(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value", "error", "says"),
     [
-        (3, {"tuple": [0, 12]}, ContainerError, "a tuple of whole numbers of at least 1"),
+        (3, {"tuple": [0, 12]}, ContainerError, "a tuple of whole numbers from 1 to 2"),
         (3, {"tuple": [7, 12]}, ModelError, "the saved graph is inconsistent"),
         (2, 5, ModelError, "the saved graph is inconsistent"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "RAREFY_TUNE": "0"}
 
-from fuzz.run import Finding, Runner, Target, Usage
+from fuzz.run import HANG_SECONDS, Finding, Runner, Target, Usage, limit_memory
 
 
 def repeat(target: Target, seed: int) -> int:
@@ -22,7 +23,10 @@ def repeat(target: Target, seed: int) -> int:
         change = sample.change(seed)
         for name, content in change.files.items():
             print(f"{name}: {len(content):,} bytes, {'under a hash' if change.is_covered else 'hashes agree'}")
+        limit_memory()
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         outcome, _ = sample.try_seed(seed, Usage.now())
+        faulthandler.cancel_dump_traceback_later()
     finally:
         runner.close()
     if isinstance(outcome, Finding):

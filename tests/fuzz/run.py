@@ -3,6 +3,9 @@
 Each reader of the table in `fuzz.targets` runs in a process of its own, so that a crash is a finding and no end of the
 run. A finding is: a process that died, more than 2 s of CPU time, more than 1 GB of memory, an exception that is none
 of Rarefy's, a change under a hash that was not noticed. `--target NAME --seed N` repeats one.
+
+A load of the machine is no finding: the least time of three readings counts, and on a slower machine as much more time
+as its processor needs for a loop.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ from typing import Any
 from rarefy.common.errors import RarefyError
 
 MAX_SECONDS = 2.0  # of CPU time for one mutation
-MAX_WALL_SECONDS = 30.0
+READINGS = 3  # of a mutation that took longer
+LOOP_SECONDS = 0.018  # of `slowness`, on the AMD EPYC of bench/results
+HANG_SECONDS = 12.0  # of CPU time for all readings of one mutation, after which a worker is stopped
+HANG_WALL_SECONDS = 120.0
 MAX_BYTES = 1 << 30
 ROUND_SECONDS = 20.0  # of one target before the next one's turn
 PER_PROCESS = 20_000  # mutations, after which a worker is replaced, so that its memory stays small
@@ -156,6 +162,15 @@ class Sample:
 
     def try_seed(self, seed: int, before: Usage) -> tuple[Finding | bool, Usage]:
         """Return whether a mutation was accepted, or what it shows, and what the process has used by then."""
+        for _ in range(READINGS):
+            outcome, after = self._read_seed(seed, before)
+            if not isinstance(outcome, Finding) or outcome.kind != "slow":
+                break
+            before = Usage.now()
+        return outcome, after
+
+    def _read_seed(self, seed: int, before: Usage) -> tuple[Finding | bool, Usage]:
+        """Read a mutation once."""
         change = self.change(seed)
         self.write(change.files)
         try:
@@ -176,9 +191,24 @@ class Sample:
         grown, seconds = after.peak_bytes - before.peak_bytes, after.cpu_seconds - before.cpu_seconds
         if not isinstance(outcome, Finding) and grown > MAX_BYTES:
             outcome = Finding(self.target.name, seed, "memory", "", f"{grown >> 20:,} MiB")
-        if not isinstance(outcome, Finding) and seconds > MAX_SECONDS:
+        if not isinstance(outcome, Finding) and seconds > MAX_SECONDS and seconds > MAX_SECONDS * slowness():
             outcome = Finding(self.target.name, seed, "slow", "", f"{seconds:.1f} s of CPU time")
         return outcome, after
+
+
+def slowness() -> float:
+    """Return how much more CPU time than on the reference machine a loop needs now, at least 1."""
+    before = Usage.now()
+    total = 0
+    for i in range(1 << 18):
+        total += i & 7
+    return max(1.0, (Usage.now().cpu_seconds - before.cpu_seconds) / LOOP_SECONDS)
+
+
+def limit_memory() -> None:
+    """Let this process have no more than `MAX_BYTES` beyond what it has."""
+    size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_AS, (size + MAX_BYTES, resource.RLIM_INFINITY))
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
@@ -234,8 +264,7 @@ def _work(sample: Sample, seeds: range, until: float, progress: Progress, log: P
     faulthandler.register(signal.SIGUSR1, stacks)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
-    size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
-    resource.setrlimit(resource.RLIMIT_AS, (size + MAX_BYTES, resource.RLIM_INFINITY))
+    limit_memory()
     accepted = refused = 0
     used = Usage.now()
     progress.set(seeds.start, used, accepted, refused)
@@ -312,7 +341,7 @@ class Runner:
         if not pid:
             _exit_after(lambda: _work(sample, seeds, until, progress, log))
         try:
-            death = self._wait(pid, progress)
+            death, seed = self._wait(pid, progress)
         except BaseException:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -325,7 +354,6 @@ class Runner:
             stack = Path(f"{log}.stack").read_text()
             frames = re.findall(r'File "([^"]*/rarefy/[^"]*)", line (\d+) in (\S+)', stack)
             ours = [f"{Path(f).name}:{n} {name}" for f, n, name in frames]
-            seed = progress.get()[0]
             self.add(Finding(target.name, seed, death, ours[0] if ours else "", "", stack[-6000:]))
             change = sample.change(seed)
             sample.restore(change)
@@ -339,28 +367,29 @@ class Runner:
         counted.next_seed = max(seed, counted.next_seed)
         counted.seconds += time.monotonic() - began
 
-    def _wait(self, pid: int, progress: Progress) -> str:
-        """Return how a worker ended: "" when it was done, else "crash (SIGSEGV)" or "hang"."""
-        hang = False
+    def _wait(self, pid: int, progress: Progress) -> tuple[str, int]:
+        """Return how a worker ended, "" when it was done, else "crash (SIGSEGV)" or "hang", and at which seed."""
+        hang = None
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 break
             time.sleep(0.05)
-            _, began, cpu_began, _, _ = progress.get()
+            seed, began, cpu_began, _, _ = progress.get()
             if not began:  # the unchanged files are read, and code with them
                 continue
             wall, cpu = time.monotonic() - began, _cpu_seconds(pid) - cpu_began
-            if not hang and ((wall > MAX_SECONDS and cpu > MAX_SECONDS + 0.3) or wall > MAX_WALL_SECONDS):
-                hang = True
+            if hang is None and (cpu > HANG_SECONDS or wall > HANG_WALL_SECONDS):
+                hang = seed
                 os.kill(pid, signal.SIGUSR1)
                 time.sleep(0.2)
                 os.kill(pid, signal.SIGKILL)
-        if hang:
-            return "hang"
+        seed = progress.get()[0]
+        if hang is not None:  # a worker may have come to an end with it before it was stopped
+            return "hang" if seed == hang else "", seed
         if os.WIFSIGNALED(status):
-            return f"crash ({signal.Signals(os.WTERMSIG(status)).name})"
-        return f"crash (exit status {os.WEXITSTATUS(status)})" if status else ""
+            return f"crash ({signal.Signals(os.WTERMSIG(status)).name})", seed
+        return f"crash (exit status {os.WEXITSTATUS(status)})" if status else "", seed
 
     def add(self, finding: Finding) -> None:
         """Note a finding; the input of the first of its kind is kept."""

@@ -15,6 +15,7 @@ from helpers.hub_server import serving
 from rarefy.checkpoint.engine_files import engine_files
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.model import hf
+from rarefy.model.construction_limit import Stored
 from rarefy.model.embedding_modules import head_of
 
 st = pytest.importorskip("sentence_transformers")
@@ -27,6 +28,7 @@ from rarefy.integrations.transformers import load as load_for_task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "ship", "sails", "at", "noon"]
 SEED = {"activation_fn": "torch.seed"}
+STORED = Stored(100, 1 << 20)  # what the files of a model hold
 FLASH = {"_attn_implementation": "flash_attention_2"}
 
 
@@ -213,14 +215,14 @@ def test_a_checkpoint_of_timm_is_no_argument(tmp_path, told):
     arguments = {"checkpoint_path": str(tmp_path / "x.pth")}
     saved = {"class": "TimmWrapperForImageClassification", "dtype": "float32"}
     refused(
-        lambda: hf.build({**saved, "config": {**config, "model_args": arguments}}),
+        lambda: hf.build({**saved, "config": {**config, "model_args": arguments}}, STORED),
         "model_args: the argument 'checkpoint_path' is not accepted from a file",
         told,
     )
     with pytest.raises(
         ModelError, match="architecture: expected the name of an architecture of timm, got 'hf-hub:a/b'"
     ):
-        hf.build({**saved, "config": {**config, "architecture": "hf-hub:a/b"}})
+        hf.build({**saved, "config": {**config, "architecture": "hf-hub:a/b"}}, STORED)
 
 
 def test_a_file_that_is_replaced_after_its_check(copy, told, monkeypatch):

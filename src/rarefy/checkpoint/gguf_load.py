@@ -14,6 +14,7 @@ from rarefy.checkpoint import gguf_architectures as table
 from rarefy.common.errors import ModelError
 from rarefy.formats import gguf_blocks, gguf_file
 from rarefy.model import hf
+from rarefy.model.construction_limit import Stored
 from rarefy.model.quant_grid import Grid, OffsetGrid, record_grid_
 
 LAYER = re.compile(r"blk\.(\d{1,6})\.")
@@ -41,7 +42,9 @@ class GgufModel:
         self.architecture = _architecture(self.file)
         config = _config(self.file, self.architecture)
         structure = {"config": config, "class": self.architecture.model_class, "dtype": str(self.dtype)[6:]}
-        self.model: Any = hf.build(structure, empty=True)
+        self.model: Any = hf.build(
+            structure, Stored(len(self.file.tensors), self.file.path.stat().st_size), empty=True
+        )
         self.head = table.head_size(self.model.config)
         self.names = self._names()
         _set_ends_(self.model, self.file.metadata)

@@ -80,9 +80,9 @@ def metadata(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         keys["ggml.add_space_prefix"] = _adds_space(spec)
     ids = {n: getattr(tokenizer, attribute) for n, attribute in SPECIAL.items()}
     keys |= {f"ggml.{n}_token_id": i for n, i in ids.items() if i is not None and i < vocab_size}
-    encoded = tokenizer("a")["input_ids"]
-    keys["ggml.add_bos_token"] = ids["bos"] is not None and encoded[0] == ids["bos"]
-    keys["ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1] == ids["eos"]
+    encoded = tokenizer("a")["input_ids"]  # perhaps nothing
+    keys["ggml.add_bos_token"] = ids["bos"] is not None and encoded[:1] == [ids["bos"]]
+    keys["ggml.add_eos_token"] = ids["eos"] is not None and encoded[-1:] == [ids["eos"]]
     template = getattr(tokenizer, "chat_template", None)
     template = template.get("default") if isinstance(template, dict) else template
     return keys | ({"chat_template": template} if template else {})

@@ -130,7 +130,7 @@ def _build(saved: container.Container, structure: dict[str, Any], path: Any, *, 
         raise ModelError(
             f"{path} holds a {name}, which is built in Python: rarefy.load({str(path)!r}, model={name}(...))"
         )
-    return hf.build(structure_to_build(saved, structure, path), empty=empty)
+    return hf.build(structure_to_build(saved, structure, path), saved.stored, empty=empty)
 
 
 def _load_tensors_(

@@ -22,6 +22,7 @@ from rarefy.common.json_text import read_json_file
 from rarefy.common.machine_errors import raise_memory_error
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
+from rarefy.model.construction_limit import Stored
 from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS
 from rarefy.model.quant_grid import Grid, OffsetGrid
 
@@ -97,14 +98,16 @@ class HuggingFaceFolder:
             raise ModelError(f"{path} is quantized by another tool: load it with rarefy.load, and pass the model")
         names = config.get("architectures")
         name = names[0] if isinstance(names, list) and names else ""
-        self.model: Any = hf.build({"config": config, "class": name, "dtype": "float32"}, empty=True)
-        hf.load_generation_config_(self.model, self.path)
         self.files = self._files()
+        stored = Stored(len(self.files), sum(f.stat().st_size for f in set(self.files.values())))
+        self.model: Any = hf.build({"config": config, "class": name, "dtype": "float32"}, stored, empty=True)
+        hf.load_generation_config_(self.model, self.path)
         prefix, names = f"{self.model.base_model_prefix}.", self.model.state_dict()
         short = {n: n.removeprefix(prefix) for n in names if n not in self.files}  # as in files of BLOOM and GPT-2
         self.stored = {n: s for n, s in short.items() if s in self.files}
         self.files |= {n: self.files[s] for n, s in self.stored.items()}
-        absent = [n for n in self.model.state_dict() if n not in self.files and n not in aliases(self.model)]
+        other_names = aliases(self.model)
+        absent = [n for n in names if n not in self.files and n not in other_names]
         tied = bool(self.model.config.tie_word_embeddings) and absent == ["lm_head.weight"]
         if absent and not tied:
             raise ModelError(
@@ -159,7 +162,8 @@ class RarefyFolder:
         for record, what in UNSUPPORTED.items():
             if self.saved.meta.get(record):
                 raise ModelError(f"{path}: the model {what}: load it with rarefy.load, and pass the model")
-        self.model: Any = hf.build({**structure_to_build(self.saved, structure, path), "dtype": "float32"}, empty=True)
+        structure_now = {**structure_to_build(self.saved, structure, path), "dtype": "float32"}
+        self.model: Any = hf.build(structure_now, self.saved.stored, empty=True)
         restore_structure_(self.saved, self.model, structure, path)
         hf.load_generation_config_(self.model, Path(path))
         attach_receipt_(self.model, Path(path) / "receipt.json", self.saved.meta.get("recipe"))

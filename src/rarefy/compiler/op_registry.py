@@ -188,6 +188,8 @@ def _check_engine_call(
 
 
 MAX_BIAS = 64.0  # of position biases in files
+MAX_PIXELS = 1 << 20  # of a window, its steps and its padding: kernels multiply two of them in 64 bits
+MAX_COUNT = (1 << 31) - 1
 
 # kinds of arguments in `OpSpec.arguments`: whether a value is one, and what messages call it
 ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
@@ -199,14 +201,13 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
         lambda v, *_: (v is None or type(v) is str) and v in ACTIVATIONS,
         "None or " + ", ".join(a for a in ACTIVATIONS if a),
     ),
-    "pair": (
-        lambda v, *_: type(v) is tuple and len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
-        "a pair of whole numbers",
-    ),
-    "count": (lambda v, *_: type(v) is int and v > 0, "a whole number of at least 1"),
+    "slots": (lambda v, *_: _is_pair(v, 0, MAX_COUNT), "a pair of whole numbers from 0 to 2^31 - 1"),
+    "steps": (lambda v, *_: _is_pair(v, 1, MAX_PIXELS), "a pair of whole numbers from 1 to 2^20"),
+    "padding": (lambda v, *_: _is_pair(v, 0, MAX_PIXELS), "a pair of whole numbers from 0 to 2^20"),
+    "count": (lambda v, *_: type(v) is int and 0 < v <= MAX_COUNT, "a whole number from 1 to 2^31 - 1"),
     "sizes": (
-        lambda v, *_: type(v) is tuple and all(type(n) is int and 0 < n < 1 << 31 for n in v),
-        "a tuple of whole numbers of at least 1",
+        lambda v, *_: type(v) is tuple and all(type(n) is int and 0 < n <= MAX_COUNT for n in v),
+        "a tuple of whole numbers from 1 to 2^31 - 1",
     ),
     "window": (lambda v, *_: type(v) is int and 0 <= v < 1 << 62, "a whole number of at least 0"),
     "cache": (lambda v, nodes, _: _is_output(v, CACHE, nodes), "the cache"),
@@ -217,6 +218,10 @@ ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], bool], str]] = {
     "precision": (lambda v, *_: v in ("bf16", "int8"), "None, bf16 or int8"),
     "flag": (lambda v, *_: type(v) is bool, "True or False"),
 }
+
+
+def _is_pair(value: Any, smallest: int, largest: int) -> bool:
+    return type(value) is tuple and len(value) == 2 and all(type(n) is int and smallest <= n <= largest for n in value)
 
 
 def _check_aten_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], nodes: Mapping[Any, str]) -> None:

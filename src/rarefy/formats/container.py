@@ -46,6 +46,7 @@ from rarefy.formats.compression import SLACK, compress, decompress, max_decompre
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
 from rarefy.formats.quantized_encodings import check, decode, grid_of
 from rarefy.formats.sparse_encodings import DTYPES, Packed
+from rarefy.model.construction_limit import Stored
 from rarefy.model.quant_grid import WeightGrid
 
 INDEX_BYTES = 64 * 2**20
@@ -73,6 +74,11 @@ class Container:
     def aliases(self) -> dict[str, str]:
         """Return the stored name that each tied name shares."""
         return dict(self.index["aliases"])
+
+    @property
+    def stored(self) -> Stored:
+        """Return how many tensors and bytes the files hold."""
+        return Stored(len(self.names) + len(self.aliases), sum(s["bytes"] for s in self.index["shards"].values()))
 
     @property
     def meta(self) -> dict[str, Any]:

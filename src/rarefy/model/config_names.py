@@ -53,6 +53,8 @@ ARGUMENT_KEYS = re.compile(r"(model|tokenizer|processor|config|backbone)_(args|k
 TEXT_ARGUMENTS = (*DTYPE_KEYS, "attn_implementation", "padding_side", "truncation_side", "act_layer", "norm_layer")
 REFUSED_ARGUMENTS = ("use_kernels", "mistral_format", "weights_only", "pretrained", "state_dict")
 FREE_KEYS = ("prompts", "id2label", "label2id", "added_tokens_decoder")  # their own keys are texts of the model
+COUNT_KEYS = re.compile(r"(.*_)?(layers?|depths?|blocks?|stages|experts|labels)")
+MAX_COUNT = 1 << 20  # that such a key may state: configs of transformers make lists of so many entries
 OTHER_PLACES = ("tokenizer_name_or_path",)  # where a library would read further files, which nobody has checked
 
 
@@ -83,7 +85,7 @@ def _rule(key: str) -> Callable[[str, Any, str], None] | None:
         return _processor_class if PROCESSOR_KEYS.fullmatch(key) else None
     if ARGUMENT_KEYS.fullmatch(key):
         return _arguments
-    return RULES.get(key)
+    return RULES.get(key, _count if COUNT_KEYS.fullmatch(key) else None)
 
 
 def _implementation(key: str, value: Any, where: str) -> None:
@@ -161,6 +163,12 @@ def _arguments(key: str, value: Any, where: str) -> None:
         text = isinstance(argument, str) and name not in TEXT_ARGUMENTS and not name.isdigit()
         if text or (isinstance(argument, dict) and argument) or (argument and name in REFUSED_ARGUMENTS):
             raise ModelError(f"{where}: {key}: the argument {name!r} is not accepted from a file: remove it")
+
+
+def _count(key: str, value: Any, where: str) -> None:
+    for number in [value, *(v for _, v in _pairs(value))]:
+        if isinstance(number, int | float) and not number <= MAX_COUNT:
+            raise ModelError(f"{where}: {key}: expected at most {MAX_COUNT:,}, got {number:,}: the file is damaged")
 
 
 def _other_place(key: str, value: Any, where: str) -> None:

@@ -20,6 +20,7 @@ from rarefy.common.extras import install
 from rarefy.model import embedding_modules, own_attention
 from rarefy.model.checked_folder import GENERATION, checked_folder, load_error, name_source_, source_of
 from rarefy.model.config_names import check_names
+from rarefy.model.construction_limit import ConstructionLimit, Stored, stored_in
 
 # in order of preference where an architecture is in several
 AUTO = (
@@ -129,14 +130,15 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
             if meta:
                 with torch.device("meta"):
                     return auto.from_config(config).eval()
-            model, info = auto.from_pretrained(
-                shown,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype="auto",
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            with ConstructionLimit(stored_in(shown)):
+                model, info = auto.from_pretrained(
+                    shown,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    dtype="auto",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
         except Exception as error:
             raise ModelError(f"{path}: the model does not load: {load_error(error, shown)}") from None
         name_source_(model, shown)
@@ -222,9 +224,17 @@ def structure(model: nn.Module) -> dict[str, Any]:
     return {"library": "transformers", "class": type(model).__name__, "config": config, "dtype": dtype}
 
 
-def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
-    """Return a fresh model for a saved structure, in evaluation mode; `empty`: with its parameters on the meta device;
-    ModelError where it does not make sense."""
+def build(saved: dict[str, Any], stored: Stored, *, empty: bool = False) -> nn.Module:
+    """Return a fresh model for a saved structure, in evaluation mode.
+
+    Args:
+        saved: what `structure` returns.
+        stored: what the model's files hold, which limits what the config may ask for.
+        empty: its parameters are on the meta device.
+
+    Raises:
+        ModelError: the structure makes no sense, or does not fit the files.
+    """
     transformers = _transformers()
     values = saved.get("config")
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -240,7 +250,7 @@ def build(saved: dict[str, Any], *, empty: bool = False) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(values["model_type"], **options)
         auto = _auto_class(config, str(saved.get("class")))
-        with without_weights() if empty else nullcontext():
+        with ConstructionLimit(stored), without_weights() if empty else nullcontext():
             return auto.from_config(config, dtype=dtype).eval()
     except ModelError:
         raise

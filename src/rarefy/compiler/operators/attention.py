@@ -278,7 +278,7 @@ def _cached_attention_fits(call: Call) -> bool:
 
 CACHED_ATTENTION = OpSpec(
     reference=cached_attention,
-    arguments=("tensor", "tensor", "tensor", "cache", "pair", "count", "count", "number", "window"),
+    arguments=("tensor", "tensor", "tensor", "cache", "slots", "count", "count", "number", "window"),
     lower=_lower_cached_attention,
     fits=_cached_attention_fits,
     heavy=True,

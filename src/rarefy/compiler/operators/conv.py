@@ -82,10 +82,10 @@ def _out_shape(call: Call) -> Shape:
 def _fits(call: Call) -> bool:
     assert call.weight is not None
     x, *residual = call.shapes
-    groups, dilation = call.node.args[8], call.node.args[7]
+    groups = call.node.args[8]
     if len(x) != 4 or len(call.weight) != 4 or x[1] != call.weight[1] * groups or 0 in (*x, *call.weight):
         return False
-    if call.weight[0] % groups or min(dilation) < 1:
+    if call.weight[0] % groups:
         return False
     if call.packed is not None:  # which has a geometry of its own
         geometry = call.packed.stride, call.packed.padding, call.packed.dilation
@@ -108,7 +108,7 @@ def _check_weights(call: Call) -> None:
 OPERATORS = (
     OpSpec(
         reference=conv2d,
-        arguments=("tensor", "weight", "constant?", "tensor?", "act", "pair", "pair", "pair", "count"),
+        arguments=("tensor", "weight", "constant?", "tensor?", "act", "steps", "padding", "steps", "count"),
         lower=_lower,
         fits=_fits,
         out_shape=_out_shape,

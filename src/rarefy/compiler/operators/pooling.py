@@ -85,7 +85,7 @@ def _pool2d_fits(call: Call) -> bool:
     (x,) = call.shapes
     if len(x) != 4 or 0 in x or max(stride) > MAX_STRIDE or any(2 * p > k for p, k in zip(padding, kernel)):
         return False
-    return min(kernel) > 0 and min(_pooled_shape(call)[2:]) > 0
+    return min(_pooled_shape(call)[2:]) > 0
 
 
 def _ceil_pool2d_fits(call: Call) -> bool:
@@ -107,7 +107,7 @@ def is_image(call: Call) -> bool:
 OPERATORS = (
     OpSpec(
         reference=max_pool2d,
-        arguments=("tensor", "pair", "pair", "pair", "pair"),
+        arguments=("tensor", "steps", "steps", "padding", "steps"),
         lower=_lower_max_pool2d,
         fits=_pool2d_fits,
         out_shape=_pooled_shape,
@@ -115,7 +115,7 @@ OPERATORS = (
     ),
     OpSpec(
         reference=max_pool2d_ceil,
-        arguments=("tensor", "pair", "pair", "pair", "pair"),
+        arguments=("tensor", "steps", "steps", "padding", "steps"),
         lower=_lower_max_pool2d_ceil,
         fits=_ceil_pool2d_fits,
         out_shape=_ceil_pooled_shape,
@@ -123,7 +123,7 @@ OPERATORS = (
     ),
     OpSpec(
         reference=avg_pool2d,
-        arguments=("tensor", "pair", "pair", "pair"),
+        arguments=("tensor", "steps", "steps", "padding"),
         lower=_lower_avg_pool2d,
         fits=_pool2d_fits,
         out_shape=_pooled_shape,
