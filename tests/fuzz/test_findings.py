@@ -1,6 +1,10 @@
 """The smallest input of each defect that `make fuzz` has found."""
 
+import copy
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -110,3 +114,221 @@ def test_tokenizers(kind, tmp_path):
         ModelError, match="the tokenizer does not load: .*(expected tokens below|not supported between)"
     ):
         hf.load_tokenizer(tmp_path)
+
+
+# ---- compiled graphs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def convolution():
+    """The graph of a compiled convolution with a pool, as JSON."""
+    from torch import nn
+
+    import rarefy
+    from rarefy.checkpoint import compiled_model
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2, count_include_pad=False)
+    ).eval()
+    saved = []
+    with pytest.MonkeyPatch.context() as patch:
+        to_json = compiled_model.to_json
+        patch.setattr(compiled_model, "to_json", lambda *a: saved.append(to_json(*a)) or saved[-1])
+        import tempfile
+
+        rarefy.save(rarefy.compile(model, torch.randn(1, 3, 12, 12)), tempfile.mkdtemp() + "/m")
+    return saved[0]
+
+
+@pytest.mark.parametrize(
+    ("operator", "argument", "expected"),
+    [
+        ("rarefy.conv2d", 5, "from 1 to 2"),  # strides
+        ("rarefy.conv2d", 7, "from 1 to 2"),  # dilation
+        ("rarefy.max_pool2d", 1, "from 1 to 2"),  # windows
+        ("rarefy.max_pool2d", 2, "from 1 to 2"),
+        ("rarefy.max_pool2d", 4, "from 1 to 2"),
+        ("rarefy.avg_pool2d", 1, "from 1 to 2"),
+        ("rarefy.avg_pool2d", 2, "from 1 to 2"),
+        ("rarefy.conv2d", 6, "from 0 to 2"),  # padding
+        ("rarefy.max_pool2d", 3, "from 0 to 2"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, -1, 1 << 40])
+def test_windows_of_compiled_graphs(operator, argument, expected, number, convolution):
+    """A step of 0, by which a shape is divided; numbers whose product exceeds 64 bits."""
+    from rarefy.compiler.graph_json import from_json
+
+    graph = copy.deepcopy(convolution)
+    node = next(n for n in graph["nodes"] if n[2] == operator)
+    node[3][argument] = {"tuple": [number, 1]}
+    if number == 0 and expected.startswith("from 0"):
+        from_json(graph, "graph")
+        return
+    with pytest.raises(ContainerError, match=rf"argument {argument + 1}: expected a pair of whole numbers {expected}"):
+        from_json(graph, "graph")
+
+
+# ---- models of transformers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"num_hidden_layers": 1000}, "describes a model of far more tensors than its files explain, which hold 12"),
+        ({"hidden_size": 1 << 20}, "describes a model of far more elements than its files explain"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers: expected at most 1,048,576, got 1,099,511,627,776"),
+        ({"num_labels": 1 << 31}, "num_labels: expected at most 1,048,576"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["weights", "model"])
+def test_sizes_of_models(change, error, reader, tmp_path):
+    """A config that asks for more than the files hold: it took minutes, or terabytes, before the weights were missed."""
+    pytest.importorskip("transformers")
+    from rarefy.checkpoint.weight_files import open_weights
+    from rarefy.model import hf
+
+    samples.hf_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=error):
+        open_weights(tmp_path) if reader == "weights" else hf.load_folder(tmp_path)
+
+
+def test_names_of_tied_tensors_are_looked_up_once(tmp_path, monkeypatch):
+    """They were for each tensor: time in the square of their number."""
+    pytest.importorskip("transformers")
+    from rarefy.checkpoint import weight_files
+
+    samples.hf_folder(tmp_path)
+    calls, aliases = [], weight_files.aliases
+    monkeypatch.setattr(weight_files, "aliases", lambda model: calls.append(1) or aliases(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ModelError, match="has no tensor 'model.layers.1"):
+        weight_files.open_weights(tmp_path)
+    assert len(calls) == 1
+
+
+def test_tokenizer_that_makes_nothing_of_a_text(tmp_path):
+    pytest.importorskip("transformers")
+    from rarefy.checkpoint import gguf_tokenizer
+
+    class Nothing:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, text):
+            return {"input_ids": []}
+
+    tokenizer = samples.tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    keys = gguf_tokenizer.metadata(Nothing(tokenizer), 512)
+    assert keys["ggml.add_bos_token"] is False and keys["ggml.add_eos_token"] is False
+
+
+# ---- ONNX ---------------------------------------------------------------------------------------------------------
+
+SIZED = """
+import resource, sys
+from onnx import helper, save
+from rarefy.onnx.shape_inference import infer_kinds
+
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+kind, number, opset = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+node = helper.make_node
+constant = lambda name, values: node("Constant", [], [name], value=helper.make_tensor(name, 7, [len(values)], values))
+length = [constant("n", [number])] if kind != "product" else [constant("a", [number]), node("Mul", ["a", "a"], ["n"])]
+reads = node("Concat", ["some", "v"], ["y"], axis=0) if kind != "expand" else node("Expand", ["x", "v"], ["y"])
+nodes = [*length, constant("some", [0, 2]), node("ConstantOfShape", ["n"], ["v"]), reads]
+nodes[-2].attribute.append(helper.make_attribute("value", helper.make_tensor("v", 7, [1], [1])))
+x, y = helper.make_tensor_value_info("x", 1, [2, 3]), helper.make_empty_tensor_value_info("y")
+model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", opset)])
+try:
+    print(infer_kinds(model).get("v"))
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "opset", "result"),
+    [
+        ("plain", 1 << 32, 18, "v has 4,294,967,296 elements; at most 134,217,728 are read"),
+        ("product", 60_000, 18, "v has 3,600,000,000 elements; at most"),
+        ("product", 8000, 18, "Kind(dtype=7, dims=(None,))"),  # long, and not followed element by element
+        ("expand", 1 << 32, 11, "v has 4,294,967,296 elements; at most"),
+        ("expand", 60_000_000, 11, "None"),
+        ("plain", 3, 18, "Kind(dtype=7, dims=(3,))"),
+    ],
+)
+def test_long_vectors_of_onnx_files(kind, number, opset, result):
+    """ONNX's shape inference makes an object for each element of a vector that may be a shape."""
+    pytest.importorskip("onnxruntime")
+    command = [sys.executable, "-c", SIZED, kind, str(number), str(opset)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert result in done.stdout, done.stderr[-2000:]
+
+
+def test_random_inputs_of_onnx_files_are_small(tmp_path):
+    """A size in a file of 300 bytes that fills the memory; an example is compared nevertheless."""
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, save
+
+    import rarefy
+
+    constant = helper.make_tensor("size", TensorProto.INT64, [2], [1 << 12, 1 << 14])
+    nodes = [helper.make_node("Expand", ["x", "size"], ["wide"]), helper.make_node("ReduceMax", ["wide"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, 1, s) for n, s in (("x", [1, 1]), ("y", [1, 1]))]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [constant])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "net.onnx")
+    with pytest.warns(UserWarning, match=r"not compared with ONNX Runtime.* its values would have 67,108,86. elements"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+    model = rarefy.from_onnx(tmp_path / "net.onnx", example=torch.full((1, 1), 3.0))
+    assert model(torch.full((1, 1), 5.0)).item() == 5.0
+
+
+# ---- the fuzzer itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "slowness", "found"), [((5, 5, 5), 1.0, True), ((5, 1), 1.0, False), ((3,), 2.0, False)])  # fmt: skip
+def test_only_what_is_always_slow_is_slow(seconds, slowness, found, tmp_path, monkeypatch):
+    """Another program that takes the processor's time for a while, or a processor that is half as fast."""
+    from fuzz import run
+
+    times = [0.0]
+    for s in seconds:
+        times += [times[-1] + s] * 2  # after a reading, and before the next
+    clock = iter(times[1:])
+    monkeypatch.setattr(run.Usage, "now", staticmethod(lambda: run.Usage(next(clock), 0)))
+    monkeypatch.setattr(run, "slowness", lambda: slowness)
+    target = run.Target("t", lambda _: None, lambda files: list(files), lambda *_: run.Change({"a": b"y"}), lambda _: 1)
+    (tmp_path / "a").write_bytes(b"x")
+    outcome, _ = run.Sample(target, tmp_path).try_seed(0, run.Usage(0.0, 0))
+    assert isinstance(outcome, run.Finding) == found
+
+
+def test_a_slow_mutation_is_not_blamed_on_the_next(tmp_path, monkeypatch):
+    """A worker that ends a mutation while its parent decides to stop it."""
+    from fuzz import run
+
+    monkeypatch.setattr(run, "HANG_WALL_SECONDS", 0.2)
+
+    def read(path):
+        time.sleep(0.35 if path.read_bytes() == b"0" else 0.001)
+
+    def change(part, files, rng):
+        return run.Change({part: b"0"} if next(seeds) == 0 else {part: b"1"})
+
+    seeds = iter(range(1 << 30))
+    target = run.Target("t", lambda folder: (folder / "a").write_bytes(b"x"), lambda files: list(files), change, read)
+    runner = run.Runner([target], say=lambda _: None)
+    try:
+        runner.run(None, 50)
+    finally:
+        runner.close()
+    assert not runner.findings

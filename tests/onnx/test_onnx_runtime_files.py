@@ -12,7 +12,7 @@ import rarefy
 import zoo
 from helpers.marks import slow_except
 from helpers.onnx_files import apart, bert, export, run
-from rarefy.onnx.read import MAX_INFERRED
+from rarefy.onnx.shape_inference import MAX_INFERRED
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

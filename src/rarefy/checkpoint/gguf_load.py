@@ -42,9 +42,7 @@ class GgufModel:
         self.architecture = _architecture(self.file)
         config = _config(self.file, self.architecture)
         structure = {"config": config, "class": self.architecture.model_class, "dtype": str(self.dtype)[6:]}
-        self.model: Any = hf.build(
-            structure, Stored(len(self.file.tensors), self.file.path.stat().st_size), empty=True
-        )
+        self.model: Any = hf.build(structure, Stored(len(self.file.tensors), self.file.path.stat().st_size), empty=True)
         self.head = table.head_size(self.model.config)
         self.names = self._names()
         _set_ends_(self.model, self.file.metadata)

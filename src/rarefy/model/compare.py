@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 20  # elements that are compared at once, so that copies in fp64 stay small
+
 
 def relative_distance(result: Tensor, expected: Tensor, *, norm: float = 2, floor: float = 0.0) -> float:
     """Return ||result - expected|| / ||expected||, computed in fp64.
@@ -32,16 +34,20 @@ def relative_distance(result: Tensor, expected: Tensor, *, norm: float = 2, floo
     if expected.numel() == 0:
         return 0.0
     if not expected.is_floating_point() and not expected.is_complex():
-        return float((result != expected).double().mean())
+        return int((result != expected).count_nonzero()) / expected.numel()
     dtype = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = (t.detach().to("cpu", dtype).flatten() for t in (result, expected))
-    finite = b.isfinite()
-    if not bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all()):
-        return math.inf
-    a, b = a[finite], b[finite]
-    if not bool(a.isfinite().all()):
-        return math.inf
-    if not len(b):
+    norms = []
+    for parts in zip(*(t.detach().reshape(-1).split(CHUNK) for t in (result, expected))):
+        a, b = (t.to("cpu", dtype) for t in parts)
+        finite = b.isfinite()
+        if not bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all()):
+            return math.inf
+        a, b = a[finite], b[finite]
+        if not bool(a.isfinite().all()):
+            return math.inf
+        if len(b):
+            norms.append([float((a - b).norm(p=norm)), float(b.norm(p=norm))])
+    if not norms:
         return 0.0
-    length = max(float(b.norm(p=norm)), floor)
-    return float((a - b).norm(p=norm)) / (length or 1.0)
+    distance, length = torch.tensor(norms, dtype=torch.float64).norm(p=norm, dim=0).tolist()
+    return distance / (max(length, floor) or 1.0)

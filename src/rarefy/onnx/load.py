@@ -16,7 +16,8 @@ from rarefy.onnx import fusions, layout, qdq
 from rarefy.onnx import graph as onnx_graph
 from rarefy.onnx.convert import convert
 from rarefy.onnx.graph import Graph
-from rarefy.onnx.read import infer_kinds, inline_functions, read, set_input_shapes_
+from rarefy.onnx.read import inline_functions, read, set_input_shapes_
+from rarefy.onnx.shape_inference import infer_kinds
 from rarefy.onnx.signature import parameters_of, signature_of
 from rarefy.onnx.verify import named_example, verify
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
 from rarefy.common.extras import install
 from rarefy.onnx.binding import function_of
-from rarefy.onnx.graph import Kind
-from rarefy.onnx.runtime_operators import add_shapes_, split_fused_
+from rarefy.onnx.runtime_operators import split_fused_
+from rarefy.onnx.shape_inference import check_sizes, infer_kinds, without_weights
 
 MAX_NODES = 200_000  # with functions expanded
-MAX_ELEMENTS = 1 << 27  # of one value whose shape is known
-MAX_INFERRED = 200_000  # operators whose shapes are inferred, in all repetitions
-MAX_SMALL = 1024  # elements of a constant that shape inference may read
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -107,10 +103,10 @@ def _check_sizes(model: Any, path: Path) -> None:
 
     if (count := size(model.graph.node)) > MAX_NODES:
         raise ModelError(f"{path}: {count:,} operators with its functions expanded; at most {MAX_NODES:,} are read")
-    for name, kind in infer_kinds(model).items():
-        dims = [n for n in kind.dims or () if n is not None]
-        if math.prod(dims) > MAX_ELEMENTS:
-            raise ModelError(f"{path}: {name} has {math.prod(dims):,} elements; at most {MAX_ELEMENTS:,} are read")
+    try:
+        check_sizes(infer_kinds(model))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def set_input_shapes_(model: Any, path: Any, shapes: Any) -> None:
@@ -136,54 +132,6 @@ def set_input_shapes_(model: Any, path: Any, shapes: Any) -> None:
             raise ModelError(f"{path}: input {name} has the shape {expected}, which {sizes} does not fit")
         for dim, n in zip(dims, sizes):
             dim.dim_value = n
-
-
-def infer_kinds(model: Any) -> dict[str, Kind]:
-    """Return the types and shapes of all values that ONNX's shape inference finds, or that the file tells."""
-    import onnx
-
-    light, declared = without_weights(model), _kinds(model.graph.value_info)
-    for value in light.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del light.graph.value_info[:]
-    try:
-        for _ in range(1 + MAX_INFERRED // len(light.graph.node)):
-            graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-            values = [*graph.input, *graph.value_info, *graph.output]
-            if not add_shapes_(light.graph, {v.name: v for v in values if v.type.tensor_type.HasField("shape")}):
-                break
-    except Exception:  # an operator with inputs that do not fit; the converter names it
-        return declared
-    inferred = _kinds([*graph.input, *graph.value_info, *graph.output])
-    return {**declared, **{n: k for n, k in inferred.items() if k.dims is not None or n not in declared}}
-
-
-def _kinds(values: Any) -> dict[str, Kind]:
-    kinds = {}
-    for value in values:
-        tensor = value.type.tensor_type
-        dims = [d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim]
-        kinds[value.name] = Kind(tensor.elem_type, tuple(dims) if tensor.HasField("shape") else None)
-    return kinds
-
-
-def without_weights(model: Any) -> Any:
-    """Return a copy of a model whose large constants are inputs: for passes that need their shapes alone."""
-    import onnx
-
-    graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node, output=model.graph.output)
-    graph.value_info.extend(model.graph.value_info)
-    held = {i.name for i in model.graph.initializer}
-    graph.input.extend(i for i in model.graph.input if i.name not in held)
-    for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= MAX_SMALL:
-            graph.initializer.add().CopyFrom(tensor)
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    light = onnx.ModelProto(ir_version=model.ir_version, graph=graph)
-    light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
-    return light
 
 
 def inline_functions(model: Any) -> Any:

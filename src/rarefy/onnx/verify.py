@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rarefy.common.errors import ModelError, first_line
 from rarefy.model.compare import relative_distance
 from rarefy.model.forward import describe_batch
 
 SIZES = (8, 32, 64, 224)  # tried for dynamic dimensions; 2 for the first dimension
+MAX_ELEMENTS = 1 << 25  # of all values of a small model on random inputs, which a damaged file may make huge
+MANY_WEIGHTS = 1 << 22  # from which a model is not small
 TOLERANCE = {
     "": 1e-3,
     "static": 0.05,
@@ -51,7 +57,13 @@ def verify(module: nn.Module, path: Any, example: Any, shapes: Mapping[str, Sequ
     except Exception as error:  # its own classes, one a kind of trouble
         raise ModelError(f"{path}: ONNX Runtime does not run this file: {first_line(error)}") from None
     why, failed = "", ""
-    for feeds in _candidate_inputs(session.get_inputs(), example, shapes, path):
+    inputs = session.get_inputs()
+    for sizes in [{}] if example is not None else _candidate_sizes(inputs, shapes):
+        if example is None and (count := _elements(module, inputs, sizes)) > MAX_ELEMENTS:
+            why = f"its values would have {count:,} elements"
+            continue
+        named = named_example([i.name for i in inputs], example, path)
+        feeds = {n: t.numpy() for n, t in named.items()} or {i.name: _random_input(i, sizes[i.name]) for i in inputs}
         try:
             expected = session.run(None, feeds)
         except Exception as error:
@@ -73,14 +85,46 @@ def verify(module: nn.Module, path: Any, example: Any, shapes: Mapping[str, Sequ
     )
 
 
-def _candidate_inputs(
-    inputs: Sequence[Any], example: Any, shapes: Mapping[str, Sequence[int]], path: Path
-) -> list[dict[str, np.ndarray]]:
-    if example is not None:
-        return [{n: t.numpy() for n, t in named_example([i.name for i in inputs], example, path).items()}]
+def _candidate_sizes(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> list[dict[str, list[int]]]:
+    """Return shapes of random inputs that are tried in turn."""
     if any(i.type not in FLOATS and i.type not in INTEGERS for i in inputs):
         return []
-    return [{i.name: _random_input(i, shapes.get(i.name, i.shape), size) for i in inputs} for size in SIZES]
+    dims = {i.name: shapes.get(i.name, i.shape) for i in inputs}
+    return [
+        {
+            name: [n if isinstance(n, int) and n > 0 else 2 if d == 0 else size for d, n in enumerate(shape)]
+            for name, shape in dims.items()
+        }
+        for size in SIZES
+    ]
+
+
+def _elements(module: nn.Module, inputs: Sequence[Any], sizes: Mapping[str, Sequence[int]]) -> int:
+    """Return how many elements all values of a small model have together, as far as that depends on no values.
+
+    0 for a model with many weights, whose values are expected to be large. O(operators).
+    """
+    tensors = {n: t.to("meta") for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    if sum(t.numel() for t in tensors.values()) > MANY_WEIGHTS:
+        return 0
+    types = {i.name: i.type.removeprefix("tensor(").removesuffix(")") for i in inputs}
+    dtypes = {"float": torch.float32, "double": torch.float64}
+    with _Counter() as counter, suppress(Exception):  # whatever torch raises where values are needed
+        types_of = {n: dtypes.get(k, getattr(torch, k, None)) for n, k in types.items()}
+        made = tuple(torch.empty(sizes[n], dtype=t, device="meta") for n, t in types_of.items())
+        functional_call(module, tensors, made)
+    return counter.elements
+
+
+class _Counter(TorchDispatchMode):
+    """A context that counts the elements of what operators return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result
 
 
 def named_example(names: Sequence[str], example: Any, path: Any) -> dict[str, Tensor]:
@@ -97,9 +141,8 @@ def named_example(names: Sequence[str], example: Any, path: Any) -> dict[str, Te
     return tensors
 
 
-def _random_input(tensor: Any, dims: Sequence[Any], size: int) -> np.ndarray:
+def _random_input(tensor: Any, shape: Sequence[int]) -> np.ndarray:
     rng = np.random.default_rng(0)
-    shape = [n if isinstance(n, int) and n > 0 else 2 if d == 0 else size for d, n in enumerate(dims)]
     if tensor.type in FLOATS:
         return rng.standard_normal(shape).astype(FLOATS[tensor.type])
     return rng.integers(0, 2, shape).astype(INTEGERS[tensor.type])
