@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from helpers.marks import slow_case
 from rarefy.cli.main import main
 from rarefy.common.errors import DataError, FormatError
+from rarefy.compiler import traced_graph
 from rarefy.data import builtin
 from rarefy.runtime import bindings
 
 collect_ignore = ["fixtures"]  # scripts of earlier versions
+# torch.export takes most of the time of a test; a graph that is used again is compared with the model like a new one
+traced_graph.REMEMBERED = 100
+traced_graph.LIBRARIES += ("helpers", "zoo")
 
 
 FIRST = (

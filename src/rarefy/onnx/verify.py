@@ -22,7 +22,7 @@ from rarefy.model.forward import describe_batch
 
 SIZES = (8, 32, 64, 224)  # tried for dynamic dimensions; 2 for the first dimension
 MAX_ELEMENTS = 1 << 25  # of all values of a small model on random inputs, which a damaged file may make huge
-MANY_WEIGHTS = 1 << 22  # from which a model is not small
+MANY_WEIGHTS = 1 << 20  # from which a model is not small
 TOLERANCE = {
     "": 1e-3,
     "static": 0.05,
