@@ -102,8 +102,8 @@ def _vectors_are_short(light: Any) -> bool:
         unknown = [n for n in makers if any(_may_be_long(known.get(o, Kind())) for o in n.output)]
         if not unknown:
             return True
-        found = kinds_of(_infer(_cut(light, unknown), follow=True))
-        learned = {o: found[f"{o}{CUT}"] for n in unknown for o in n.output if f"{o}{CUT}" in found}
+        inferred = kinds_of(_infer(_cut(light, unknown), follow=True))
+        learned = {o: inferred[f"{o}{CUT}"] for n in unknown for o in n.output if f"{o}{CUT}" in inferred}
         check_sizes(learned)
         learned = {o: k for o, k in learned.items() if k.dims is not None and k != known.get(o)}
         if not learned:  # nothing that follows can tell more about them
@@ -131,9 +131,9 @@ def _cut(light: Any, makers: list[Any]) -> Any:
         for i, name in enumerate(node.output):
             if name in outputs:
                 node.output[i] = f"{name}{CUT}"
-    kept = [o for o in copy.graph.output if o.name not in outputs]
+    outputs_left = [o for o in copy.graph.output if o.name not in outputs]
     del copy.graph.output[:]
-    copy.graph.output.extend(kept)
+    copy.graph.output.extend(outputs_left)
     for name in sorted(outputs):
         copy.graph.input.add(name=name)
     return copy

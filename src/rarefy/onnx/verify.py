@@ -111,8 +111,8 @@ def _elements(module: nn.Module, inputs: Sequence[Any], sizes: Mapping[str, Sequ
     dtypes = {"float": torch.float32, "double": torch.float64}
     with _Counter() as counter, suppress(Exception):  # whatever torch raises where values are needed
         types_of = {n: dtypes.get(k, getattr(torch, k, None)) for n, k in types.items()}
-        made = tuple(torch.empty(sizes[n], dtype=t, device="meta") for n, t in types_of.items())
-        functional_call(module, tensors, made)
+        feeds = tuple(torch.empty(sizes[n], dtype=t, device="meta") for n, t in types_of.items())
+        functional_call(module, tensors, feeds)
     return counter.elements
 
 
