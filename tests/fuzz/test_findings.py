@@ -272,6 +272,31 @@ def test_long_vectors_of_onnx_files(kind, number, opset, result):
     assert result in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda conv: conv.attribute[0].ints.pop(), "conv: its attributes do not fit its inputs"),  # pads
+        (lambda conv: conv.attribute[1].t.dims.append(3), "conv: extra is damaged"),
+    ],
+)
+def test_attributes_of_onnx_operators(change, error):
+    pytest.importorskip("onnxruntime")
+    from onnx import helper, numpy_helper
+
+    from rarefy.onnx.convert import convert
+    from rarefy.onnx.load import to_graph
+
+    weight = numpy_helper.from_array(torch.zeros(2, 3, 3, 3).numpy(), "w")
+    extra = helper.make_tensor("extra", 1, [1], [2.0])
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1, 1, 1, 1], extra=extra)
+    node.attribute.sort(key=lambda a: a.name != "pads")
+    change(node)
+    x, y = (helper.make_tensor_value_info(n, 1, ["n", c, 8, 8]) for n, c in (("x", 3), ("y", 2)))
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y], [weight]), ir_version=8)
+    with pytest.raises(ModelError, match=error):
+        convert(to_graph(model))
+
+
 def test_random_inputs_of_onnx_files_are_small(tmp_path):
     """A size in a file of 300 bytes that fills the memory; an example is compared nevertheless."""
     pytest.importorskip("onnxruntime")

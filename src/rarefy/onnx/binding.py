@@ -46,7 +46,10 @@ def attributes_of(node: Any) -> dict[str, Any]:
         elif isinstance(value, list | tuple) or hasattr(value, "append"):
             value = tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value)
         elif item.HasField("t"):
-            array = numpy_helper.to_array(item.t)
+            try:
+                array = numpy_helper.to_array(item.t)
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"{node_label(node)}: {item.name} is damaged: {first_line(error)}") from None
             if array.size != 1:
                 raise ModelError(f"{node_label(node)}: {item.name} holds {array.size} numbers, one is read")
             values["dtype"], value = item.t.data_type, array.reshape(-1)[0].item()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.common.errors import ModelError
+from rarefy.common.errors import ModelError, first_line
 from rarefy.model.activation_quant import get_activation_quant, set_activation_quant_
 from rarefy.model.quant_grid import record_grid_
 from rarefy.onnx.binding import (
@@ -115,7 +115,15 @@ class Converter:
             if node.op_type == "If":
                 self._branch(node)
                 continue
-            for name, value in zip(node.output, self._convert(node)):
+            try:
+                values = self._convert(node)
+            except ModelError:
+                raise
+            except Exception as error:  # attributes of another length than the inputs' number of dimensions, and such
+                raise ModelError(
+                    f"{node_label(node)}: its attributes do not fit its inputs: {first_line(error)}"
+                ) from error
+            for name, value in zip(node.output, values):
                 if name:
                     self.values[name] = value
 
