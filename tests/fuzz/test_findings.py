@@ -167,6 +167,68 @@ def test_windows_of_compiled_graphs(operator, argument, expected, number, convol
         from_json(graph, "graph")
 
 
+HUGE = (1 << 31, 1 << 62, -(1 << 62))
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("aten.adaptive_avg_pool3d.default", lambda n: ([n, 3, 0],)),
+        ("aten.adaptive_max_pool2d.default", lambda n: ([n, 0],)),
+        ("aten.max_pool1d.default", lambda n: ([n],)),
+        ("aten.max_pool1d.default", lambda n: (n,)),
+        ("aten.replication_pad2d.default", lambda n: ([n, n, -1, 1],)),
+        ("aten.conv2d.default", lambda n: (torch.fx.Graph().placeholder("w"), None, [n, 1])),
+    ],
+)
+@pytest.mark.parametrize("number", HUGE)
+def test_sizes_of_operators_of_torch(target, arguments, number):
+    """torch loops over an output of 2^31 empty planes, and writes elsewhere for paddings beyond 32 bits."""
+    from rarefy.compiler import op_registry
+
+    x = torch.fx.Graph().placeholder("x")
+    args = (x, *arguments(number))
+    kinds = dict.fromkeys([a for a in args if isinstance(a, torch.fx.Node)], op_registry.TENSOR)
+    with pytest.raises(ValueError, match="expected sizes of at most 1,048,576"):
+        op_registry.check_call(op_registry.find(target), args, {}, kinds, {})
+
+
+def test_operators_of_torch_that_check_nothing():
+    """Vectors that are shorter than the channels: torch reads what lies behind them, or dies."""
+    from rarefy.compiler import op_registry
+    from rarefy.compiler.checked_ops import CHECKED
+
+    x, short, right = torch.randn(2, 4, 3, 3), torch.ones(3), torch.ones(4)
+    evaluated = CHECKED[op_registry.find("aten._native_batch_norm_legit_no_training.default")]
+    by_input = CHECKED[op_registry.find("aten._native_batch_norm_legit.no_stats")]
+    for vectors in ((short, None, right, right), (None, short, right, right), (None, None, short, right), (None, None, right, short)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"expected \[batch, channels, ..\] and vectors \[channels\]"):
+            evaluated(x, *vectors, 0.1, 1e-5)
+    assert torch.allclose(evaluated(x, right, None, right, right, 0.1, 0.0)[0], x - 1)
+    with pytest.raises(RuntimeError, match="got .* with a vector .3."):
+        by_input(x, short, None, True, 0.1, 1e-5)
+    node = torch.fx.Graph().placeholder("x")
+    with pytest.raises(ValueError, match="argument training: expected True, got False"):
+        op_registry.check_call(
+            op_registry.find("aten._native_batch_norm_legit.no_stats"), (node, None, None, False, 0.1, 0.0), {},
+            {node: op_registry.TENSOR}, {},
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="padding: expected at most 1,048,576 pixels"):
+        CHECKED[op_registry.find("aten.replication_pad2d.default")](x, [1 << 62, 1 << 62, -1, 1])
+    assert all(op_registry.find(op_registry.name_of(f)) is op for op, f in CHECKED.items())
+
+
+def test_graphs_of_files_call_what_checks(convolution):
+    from rarefy.compiler.checked_ops import batch_norm
+    from rarefy.compiler.graph_json import from_json
+
+    graph = copy.deepcopy(convolution)
+    at, x = next((i, {"node": n[0]}) for i, n in enumerate(graph["nodes"]) if n[0] == graph["inputs"][0][0])
+    target = "aten._native_batch_norm_legit_no_training.default"
+    graph["nodes"].insert(at + 1, ["norm", "call_function", target, [x, None, None, x, x, 0.1, 1e-5], {}])
+    assert batch_norm in [n.target for n in from_json(graph, "graph").graph.nodes]
+
+
 # ---- models of transformers ---------------------------------------------------------------------------------------
 
 

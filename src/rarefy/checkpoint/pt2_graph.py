@@ -15,6 +15,7 @@ from torch import fx
 from rarefy.checkpoint.pt2_archive import DTYPES
 from rarefy.common.errors import ModelError
 from rarefy.compiler import op_registry
+from rarefy.compiler.checked_ops import CHECKED
 from rarefy.compiler.op_registry import NUMBER, SEVERAL, TENSOR
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,499}")
@@ -111,7 +112,7 @@ def add_call(nodes: Nodes, call: Mapping[str, Any], layer: Layer) -> None:
         op_registry.check_call(function, args, kwargs, nodes.kinds, {})
     kind = op_registry.output_kind(function)
     if node is None:
-        node = nodes.graph.call_function(function, args, kwargs)
+        node = nodes.graph.call_function(CHECKED.get(function, function), args, kwargs)
     if kind != SEVERAL:
         nodes.add(_output_name(names[0]), node, kind)
         return

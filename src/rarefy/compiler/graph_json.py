@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.compiler import op_registry
+from rarefy.compiler.checked_ops import CHECKED
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.input_checks import InputSpec
@@ -350,6 +351,7 @@ class _Reader:
                 self._check_output(node)
             else:
                 self.kinds[node] = op_registry.check_call(node.target, node.args, node.kwargs, self.kinds, self.weights)
+                node.target = CHECKED.get(node.target, node.target)
                 self._check_weight(node, name)
         except ValueError as error:
             raise ValueError(f"node {_short(name)}: {error}") from error

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_list
 
+from rarefy.compiler.checked_ops import MAX_PIXELS, UNCHECKED
 from rarefy.compiler.operators.table import BY_NAME, BY_TARGET
 from rarefy.model.activation_quant import MIN_SCALE
 from rarefy.runtime.reference import ACTIVATIONS
@@ -109,7 +110,17 @@ PURE_WITH: dict[str, dict[str, Any]] = {  # arguments with which these are pure
     "aten.scaled_dot_product_attention.default": {"dropout_p": 0.0},
     "aten.batch_norm.default": {"training": False},
     "aten.instance_norm.default": {"running_mean": None, "running_var": None},
+    "aten._native_batch_norm_legit.no_stats": {"training": True},
 }
+SIZES = (
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "output_size",
+    "output_padding",
+    "pad",
+)  # ATen's names for them
 
 
 def find(name: str) -> Any:
@@ -131,6 +142,7 @@ def name_of(target: Any) -> str | None:
     >>> name_of(torch.ops.aten.relu.default), name_of(operator.mul), name_of(BY_NAME["norm"].reference), name_of(print)
     ('aten.relu.default', 'operator.mul', 'rarefy.norm', None)
     """
+    target = UNCHECKED.get(target, target)
     if target in BY_TARGET:
         return f"rarefy.{BY_TARGET[target].name}"
     name = next((n for n, (function, _) in PYTHON.items() if function is target), str(target))
@@ -188,7 +200,6 @@ def _check_engine_call(
 
 
 MAX_BIAS = 64.0  # of position biases in files
-MAX_PIXELS = 1 << 20  # of a window, its steps and its padding: kernels multiply two of them in 64 bits
 MAX_COUNT = (1 << 31) - 1
 
 # kinds of arguments in `OpSpec.arguments`: whether a value is one, and what messages call it
@@ -242,6 +253,9 @@ def _check_aten_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         repeated = argument.N is not None and type(value) is int  # one number stands for N equal ones
         if argument.name in values and not repeated and not _fits(kind, value, nodes):
             raise ValueError(f"argument {argument.name}: expected {kind}, got {_short(value)}")
+        numbers = value if type(value) in LISTS else [value]
+        if argument.name in SIZES and any(type(n) is int and abs(n) > MAX_PIXELS for n in numbers):
+            raise ValueError(f"argument {argument.name}: expected sizes of at most {MAX_PIXELS:,}, got {_short(value)}")
     for name, pure in PURE_WITH.get(str(target), {}).items():
         if values.get(name, pure) != pure:
             raise ValueError(f"argument {name}: expected {pure}, got {_short(values[name])}")
