@@ -37,9 +37,9 @@ from peers import exported
 from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.retrieval import recall
+from recording import keep
 from rivals import feed, nncf_int8, onnxruntime_session, openvino_network, quantized_dynamically
 from runtime import alternate, keep_memory
-from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "embeddings.jsonl"
 SHORTEST, LONGEST = 8, 128  # tokens of a text

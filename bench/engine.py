@@ -25,9 +25,9 @@ import rarefy
 import tables
 from models import model_of
 from rarefy.model import hf
+from recording import keep
 from rivals import call, cosine, engines, similar
 from runtime import alternate, keep_memory
-from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"

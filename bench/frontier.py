@@ -40,8 +40,8 @@ from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
+from recording import keep
 from runtime import alternate, keep_memory
-from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py

@@ -37,8 +37,8 @@ import tables
 import vision
 import vision_net
 from frontier import PAUSE, RESULTS
+from recording import keep
 from runtime import alternate, keep_memory
-from values import keep
 
 BUILD = Path(__file__).parent / "build"
 Predict = Callable[[Tensor], Tensor]

@@ -33,7 +33,7 @@ import tables
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import quartiles
 from rarefy.model import hf
-from values import keep
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.jsonl"

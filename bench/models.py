@@ -22,8 +22,8 @@ from torch import nn
 
 import rarefy
 from rarefy.data import builtin
-from rarefy.evaluation.profiling import commit, machine
 from rarefy.model import hf
+from recording import append, start
 from rivals import RIVALS, call, engines
 from runtime import alternate, keep_memory
 
@@ -115,15 +115,15 @@ def main() -> None:
     args = parser.parse_args()
     hf.no_bars()
     keep_memory()
+    if not args.table:
+        start(args.out)
     for name, (batches, plan) in {} if args.table else CASES.items():
         for batch in batches if args.only in (None, name) else ():
             for numbers, pattern, sparsity in plan[1:2] if args.engines else plan:
                 torch.manual_seed(0)
                 line = {"model": name, "batch": batch, "numbers": numbers, "pattern": pattern, "sparsity": sparsity}
                 line |= case(name, batch, numbers, pattern, sparsity, args.engines)
-                line |= {"commit": commit(HERE), "machine": machine()}
-                with args.out.open("a") as file:
-                    print(json.dumps(line), file=file)
+                append(args.out, line)
                 print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
         print(table([json.loads(l) for l in args.out.read_text().splitlines()]))

@@ -33,9 +33,9 @@ import texts
 from onnx_models import RESULTS, in_turns
 from rarefy.common.errors import ModelError, first_line
 from rarefy.model.compare import relative_distance
+from recording import keep
 from rivals import errors_alone, quantized_statically
 from runtime import keep_memory
-from values import keep
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSerif-Italic")
 LINE, PAGE = (48, 320), (640, 640)  # height and width that the files read

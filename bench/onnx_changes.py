@@ -30,9 +30,9 @@ import tables
 from onnx_models import CASES, Case, in_turns, onnx_runtime, reason, write_readable
 from rarefy.common.errors import RarefyError
 from rarefy.model.compare import relative_distance
+from recording import keep
 from rivals import errors_alone, quantized_statically
 from runtime import keep_memory
-from values import keep
 
 RESULTS = Path(__file__).parent / "results" / "onnx_changes.jsonl"
 SPARSITY, KEPT, CALIBRATION, REPEATS = 0.8, 0.5, 4, 20

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy.common.errors import first_line
+from recording import keep
 from tables import show
-from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "onnx_models.jsonl"

@@ -50,13 +50,13 @@ from rarefy.model import hf
 from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
-from rarefy.search.deploy import deploy, times_of
+from rarefy.search.deploy import deploy, sizes_of, times_of
 from rarefy.search.frontier import Point
 from rarefy.search.points import trains
 from rarefy.search.solve import in_spread_order
 from rarefy.search.targets import DECODE, parse_targets, times_tokens
+from recording import keep
 from runtime import alternate, keep_memory
-from values import keep
 
 HERE = Path(__file__).parent
 RESULTS, BUILD = HERE / "results" / "optimize.jsonl", HERE / "build" / "optimize"
@@ -290,7 +290,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
             models["dense, int4"] = make(others["dense, int4"], precision="int8")
     judge, distance = metric_of(task.evaluate, task.model, task.judged), metric_of("distance", task.model, task.unseen)
     compared: dict[str, Any] = {
-        n: {"quality": judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
+        n: {"quality": judge.measure(m), "distance": distance.measure(m), "bytes": sizes_of(m)["disk"]}
+        for n, m in models.items()
     }
     decodes = times_tokens(found.batches)
     times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, judge, compared)

@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.evaluation.profiling import commit, compare, machine
+from rarefy.evaluation.profiling import compare
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import KINDS, ROW_KINDS
 from rarefy.runtime.packing import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
 from rarefy.runtime.sparse_layers import SparseLinear
+from recording import append, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
@@ -202,13 +203,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     keep_memory()
+    if not args.table:
+        start(args.out)
     for format, about, run in [] if args.table else cases():
         if args.only not in (None, format):
             continue
         line = {"format": format, **about, **run(), "isa": bindings.isa(), "threads": torch.get_num_threads()}
-        line |= {"commit": commit(HERE), "machine": machine()}
-        with args.out.open("a") as file:
-            print(json.dumps(line), file=file)
+        append(args.out, line)
         print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
         lines = [json.loads(l) for l in args.out.read_text().splitlines()]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 from collections.abc import Callable
 
+import search_tables
+from provenance import BENCHMARKS, newest_run, ratio
 from records import (
-    RESULTS,
+    NotMeasured,
     Row,
     by,
     eager_speedups,
+    is_quiet,
     latest,
-    machine,
+    mark,
     model_name,
+    not_measured,
     number,
     per_machine,
     percent,
     read,
+    receipt,
+    required,
     speedup,
     table,
 )
@@ -60,7 +65,9 @@ ENGINE_NAMES = {"rarefy": "Rarefy", "llama.cpp": "llama.cpp"}
 
 
 def _language() -> list[Row]:
-    rows = latest(read("language"), "label", "engine", "file")
+    """Return the records of each machine's newest run."""
+    runs = [newest_run(same) for same in by(required("language"), "label").values()]
+    rows = latest([row for run in runs for row in run], "label", "engine", "file")
     names = list(WEIGHTS)
     return sorted(rows, key=lambda row: (row["label"], row["engine"], names.index(row["file"])))
 
@@ -77,8 +84,8 @@ def language() -> str:
 
         def speed(row: Row, phase: str) -> str:
             rival = theirs.get(RIVALS.get(row["file"], "")) if row["engine"] == "rarefy" else None
-            ratio = f" ({row[phase][1] / rival[phase][1]:.2f}x)" if rival else ""
-            return number(row[phase][1]) + ratio
+            times = f" ({ratio(row, rival, lambda r: r[phase][1]):.2f}x)" if rival else ""
+            return number(row[phase][1]) + times
 
         cells = [
             [
@@ -114,7 +121,8 @@ def large_language() -> str:
         head = ["file", "engine", "tokens/s", "GB of a token", "GB/s", "memory, GB/s", "share"]
         return table(head, cells)
 
-    return per_machine(latest(read("large_language"), "label", "model", "file", "engine"), make)
+    rows = [r for same in by(required("large_language"), "label").values() for r in newest_run(same)]
+    return per_machine(rows, make)
 
 
 def readme() -> str:
@@ -122,42 +130,31 @@ def readme() -> str:
 
     The sentences below it say how many times as fast as llama.cpp the engine is.
     """
-    label = read("language")[-1]["label"]
-    rows = [r for r in _language() if r["file"] not in NOT_IN_README and r["label"] == label]
-    labels = [label]
-    head = ["SmolLM2-135M, engine and weights", "MB", "perplexity"]
-    for label in labels:
-        head += [f"{label}: decode, tokens/s", "prompt, tokens/s"]
-    cells = []
-    for name, same in by([{**r, "name": _engine_name(r)} for r in rows], "name").items():
-        line = [name, number(same[0]["bytes"] / 1e6), f"{same[0]['perplexity']:.2f}"]
-        for label in labels:
-            here = [r for r in same if r["label"] == label]
-            line += [number(here[0][n][1]) if here else "" for n in ("decode", "prefill")]
-        cells.append(line)
-    cells.sort(key=lambda line: line[0].startswith("Rarefy"))
-    return f"{table(head, cells)}\n\n{_readme_gains(cells, label)}".rstrip()
+    label = required("language")[-1]["label"]
+    rows = [r for r in _language() if r["label"] == label]
+    shown = sorted((r for r in rows if r["file"] not in NOT_IN_README), key=lambda r: r["engine"] == "rarefy")
+    cells = [
+        [_engine_name(r), number(r["bytes"] / 1e6), f"{r['perplexity']:.2f}"]
+        + [number(r[phase][1]) for phase in ("decode", "prefill")]
+        for r in shown
+    ]
+    head = ["SmolLM2-135M, engine and weights", "MB", "perplexity", f"{label}: decode, tokens/s", "prompt, tokens/s"]
+    return f"{table(head, cells)}\n\n{mark(rows)}\n\n{_readme_gains(rows, label)}".rstrip()
 
 
-def _readme_gains(cells: list[list[str]], label: str) -> str:
+def _readme_gains(rows: list[Row], label: str) -> str:
     """Return sentences about the ratios of rows of README's table; "" where one of the rows was not measured."""
-    rows = {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in cells}
-
-    pairs = {
-        "the file in Q4_1": "4-bit Q4_1",
-        "8 bits": "8-bit Q8_0",
-        "4 bits, groups of 32, GPTQ": "4-bit Q4_0",
-    }
-    if not all(f"Rarefy, {ours}" in rows and f"llama.cpp, {theirs}" in rows for ours, theirs in pairs.items()):
+    found = {(r["engine"], r["file"]): r for r in rows}
+    pairs = [("Q4_1 file", "Q4_1"), ("8 bits", "Q8_0"), ("4 bits, calibrated", "Q4_0")]
+    if not all(("rarefy", ours) in found and ("llama.cpp", theirs) in found for ours, theirs in pairs):
         return ""
 
-    def gains(ours: str) -> tuple[str, str]:
-        first, second = (a / b for a, b in zip(rows[f"Rarefy, {ours}"][-2:], rows[f"llama.cpp, {pairs[ours]}"][-2:]))
-        return f"{first:.1f}x", f"{second:.1f}x"
+    def gain(ours: str, theirs: str, phase: str) -> str:
+        return f"{ratio(found['rarefy', ours], found['llama.cpp', theirs], lambda r: r[phase][1]):.1f}x"
 
-    four, q4_0 = rows["Rarefy, 4 bits, groups of 32, GPTQ"], rows["llama.cpp, 4-bit Q4_0"]
-    assert four[0] < q4_0[0] and four[1] < q4_0[1], "the sentence about 4 bits would be wrong"
-    same, eight, fewer = (gains(ours) for ours in pairs)
+    four, q4_0 = found["rarefy", "4 bits, calibrated"], found["llama.cpp", "Q4_0"]
+    assert four["bytes"] < q4_0["bytes"] and four["perplexity"] < q4_0["perplexity"], "the sentence would be wrong"
+    same, eight, fewer = ([gain(*pair, phase) for phase in ("decode", "prefill")] for pair in pairs)
     return (
         f"- **Beside llama.cpp**: the same Q4_1 file generates text {same[0]} and reads prompts {same[1]} as fast. "
         f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is smaller than "
@@ -172,14 +169,14 @@ def _readme_search(label: str) -> str:
     if not rows:
         return ""
     row = min(latest(rows, "seed"), key=lambda r: r["seed"])
-    found, eight, dense = (row["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
-    ratio = eight["milliseconds"]["decode"]["median"] / found["milliseconds"]["decode"]["median"]
+    found, dense = row["compared"]["found"], row["compared"]["dense, fp32"]
     bits = " and ".join(sorted(set(re.findall(r"in (\d) bits", row["best"]))))
     cache = " and an 8-bit KV cache" if "8-bit cache" in row["best"] else ""
+    even = search_tables.share(row, "decode")
     return (
         f"\n- **[A search](docs/results/optimize.md)**, on weights never rounded to 4 bits, chose {bits} bits{cache}: "
-        f"{ratio:.1f}x as fast as 8 bits. "
-        f"Perplexity: {found['quality']:.2f}, fp32 {dense['quality']:.2f}."
+        f"{search_tables.times_as_fast(row, 'dense, int8', 'decode'):.1f}x as fast as 8 bits, {even:.2f}x as fast as "
+        f"the same bits spread evenly. Perplexity: {found['quality']:.2f}, fp32 {dense['quality']:.2f}."
     )
 
 
@@ -230,7 +227,7 @@ def engine() -> str:
         ]
         return table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
 
-    return per_machine(latest(read("engine"), "label", "model", "batch"), make)
+    return per_machine(latest(required("engine"), "label", "model", "batch"), make)
 
 
 def patterns() -> str:
@@ -246,7 +243,7 @@ def patterns() -> str:
         heads = [f"{isa}, {batch} x 128" for isa, batch in (c.split(", ") for c in cases)]
         return table(["pattern", "zeros", "R@1, %", *heads], cells)
 
-    return per_machine(latest(read("patterns"), "label", "pattern", "sparsity"), make)
+    return per_machine(latest(required("patterns"), "label", "pattern", "sparsity"), make)
 
 
 def _times_as_fast(row: Row, case: str) -> str:
@@ -266,7 +263,6 @@ def frontier() -> str:
 
 def embeddings() -> str:
     """`encode` of sentence-transformers with each engine: quality of the very model that was timed, and texts/s."""
-    rows = latest(read("embeddings"), "label") if (RESULTS / "embeddings.jsonl").is_file() else []
 
     def make(rows: list[Row]) -> str:
         row = rows[-1]
@@ -288,12 +284,11 @@ def embeddings() -> str:
             )
         return table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
 
-    return per_machine(rows, make) if rows else "Not measured yet: `python bench/embeddings.py`."
+    return per_machine(latest(required("embeddings"), "label"), make)
 
 
 def spread() -> str:
     """How many more of the queries each model answers than the dense one, with its interval, for each seed."""
-    rows = latest(read("spread"), "label", "name", "seed") if (RESULTS / "spread.jsonl").is_file() else []
 
     def gains(same: list[Row], test: str) -> str:
         return "; ".join("{gain:+.1f} ({0:+.1f} to {1:+.1f})".format(*r[test]["interval"], **r[test]) for r in same)
@@ -303,7 +298,7 @@ def spread() -> str:
         cells = [[model_name(name), gains(same, "articles"), gains(same, "brown")] for name, same in models]
         return table(["model", "R@1 articles, beside dense", "R@1 Brown, beside dense"], cells)
 
-    return per_machine(rows, make) if rows else "Not measured yet: `python bench/spread.py`."
+    return per_machine(latest(required("spread"), "label", "name", "seed"), make)
 
 
 def dynamo() -> str:
@@ -321,7 +316,7 @@ def dynamo() -> str:
         ]
         return table(["model", "eager, ms", "compiled, ms", "eager graphs by Dynamo"], cells)
 
-    return per_machine(latest(read("dynamo", precision=None), "label", "model"), make)
+    return per_machine(latest(required("dynamo", precision=None), "label", "model"), make)
 
 
 def frontier_images() -> str:
@@ -330,8 +325,13 @@ def frontier_images() -> str:
         "efficientnet": ("EfficientNet-Lite0", {"agreement": "agreement, %", "probe": "probe, %"}),
         "fashion": ("Small ResNet, Fashion-MNIST", {"accuracy": "accuracy, %"}),
     }
-    measured = {run: label for run, label in labels.items() if read("frontier", run=run)}
-    return "\n\n".join(f"### {title}\n\n{_frontier(run, columns)}" for run, (title, columns) in measured.items())
+    parts = []
+    for run, (title, columns) in labels.items():
+        try:
+            parts.append(f"### {title}\n\n{_frontier(run, columns)}")
+        except NotMeasured as error:
+            parts.append(f"### {title}\n\n{error}")
+    return "\n\n".join(parts)
 
 
 def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
@@ -354,7 +354,7 @@ def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
             ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)], cells
         )
 
-    return per_machine(latest(read("frontier", run=run), "label"), make)
+    return per_machine(latest(required("frontier", run=run), "label"), make)
 
 
 def _fastest_rival(times: dict[str, list[float]]) -> list[float]:
@@ -379,7 +379,6 @@ def _quality(key: str, quality: str, rows: list[Row]) -> str:
     return ", ".join(f"{model} {cosine:.4f}" for model, cosine in cosines.items()) or "not recorded"
 
 
-README_MACHINE = "AMD EPYC, AVX-512 VNNI"
 README_ENGINES = (
     "openvino fp32",
     "onnxruntime int8",
@@ -392,7 +391,7 @@ README_ENGINES = (
 
 def readme_minilm() -> str:
     """README's table of MiniLM: engines at their best settings, each with the quality of what was timed."""
-    row = next(r for r in reversed(read("frontier", run="minilm")) if r["label"] == README_MACHINE)
+    row = required("frontier", run="minilm")[-1]
     best = {batch: _fastest_rival(times) for batch, times in row["milliseconds"].items()}
     cells = [
         [
@@ -404,8 +403,8 @@ def readme_minilm() -> str:
         for key in README_ENGINES
         if key in row["quality"]
     ]
-    head = [f"MiniLM on {README_MACHINE}", "R@1 articles, %", "R@1 Brown, %", "cosine"]
-    return table([*head, *(f"{size} tokens, ms" for size in best)], cells)
+    head = [f"MiniLM on {row['label']}", "R@1 articles, %", "R@1 Brown, %", "cosine"]
+    return f"{table([*head, *(f'{size} tokens, ms' for size in best)], cells)}\n\n{mark([row])}"
 
 
 def memory() -> str:
@@ -423,7 +422,7 @@ def memory() -> str:
         ]
         return table(["model", *(f"{n}, MB" for n in names.values()), "peak / (weights + work space + outputs)"], cells)
 
-    return per_machine(latest(read("memory"), "label", "model"), make)
+    return per_machine(latest(required("memory"), "label", "model"), make)
 
 
 def conformance() -> str:
@@ -434,7 +433,8 @@ def conformance() -> str:
         equal = [r for r in rows if r["status"] == "equal"]
         others = ", ".join(f"{r['model']} ({r['status']})" for r in rows if r["status"] != "equal") or "none"
         worst = max(r["distance"] for r in equal)
-        speeds = [f"{label.capitalize()}: {text}." for label, text in eager_speedups(every).items()]
+        quiet = [r for r in every if is_quiet(r)]
+        speeds = [f"{label.capitalize()}: {text}." for label, text in eager_speedups(quiet).items()]
         counts = table(
             [
                 "models tried",
@@ -446,7 +446,7 @@ def conformance() -> str:
         )
         return "\n\n".join([counts, *speeds])
 
-    return per_machine(latest(read("conformance"), "label", "model", "threads"), make)
+    return per_machine(latest(required("conformance"), "label", "model", "threads"), make)
 
 
 # Sparse layers in eager torch
@@ -480,7 +480,7 @@ def accelerate() -> str:
         names = [f"{p}, {percent(s)}" + ("" if n == "fp32" else f", {n}") for n, p, s in columns]
         return table(["dense -> sparse, ms", *names], cells)
 
-    rows = [r for r in read("models") if "compiled" not in r]  # without other engines' threads in the process
+    rows = [r for r in required("models") if "compiled" not in r]  # without other engines' threads in the process
     rows = latest(rows, "label", "model", "batch", "numbers", "pattern", "sparsity")
     return per_machine(rows, make)
 
@@ -497,7 +497,10 @@ def accelerate_engines() -> str:
         head = ["ms", "Rarefy, eager torch, 80 % zeros", "torch.compile", "ONNX Runtime", "OpenVINO"]
         return table(head, cells)
 
-    return per_machine(latest([r for r in read("models") if "compiled" in r], "label", "model", "batch"), make)
+    rows = [r for r in read("models") if "compiled" in r]
+    if not rows:
+        raise NotMeasured(not_measured(BENCHMARKS["models/engines"]))
+    return per_machine(latest(rows, "label", "model", "batch"), make)
 
 
 def kernels() -> str:
@@ -518,33 +521,30 @@ def kernels() -> str:
         head = ["storage", "number format", "pattern", "batch"]
         return table([*head, *(percent(s) for s in sparsities)], cells)
 
-    rows = [r for r in read("runtime") if r["format"] != "overhead"]
+    rows = [r for r in required("runtime") if r["format"] != "overhead"]
     return per_machine(latest(rows, "label", "format", "kind", "shape", "batch", "pattern", "sparsity"), make)
 
 
 def demo() -> str:
     """The receipt of `make demo`."""
-    receipt = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    quality, disk, settings = receipt["quality"], receipt["disk"], receipt["settings"]
-    row = {"machine": settings["machine"], "commit": ""}
+    row = receipt("demo")
+    quality, disk, settings = row["quality"], row["disk"], row["settings"]
     lines = [
         ("perplexity", f"{quality['before']:.2f}", f"{quality['after']:.2f}", f"{quality['change']:+.1%}"),
         ("bytes on disk", f"{disk['before']:,}", f"{disk['after']:,}", f"{disk['after'] / disk['before']:.2f}x"),
     ]
-    for item in receipt["speed"]:
+    for item in row["speed"]:
         before, after = (item[side]["tokens_per_second"] for side in ("before", "after"))
         lines.append((f"{item['what']}, {item['unit']}", number(before), number(after), f"{after / before:.2f}x"))
         if "accelerated" in item:
             after = item["accelerated"]["tokens_per_second"]
             lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
     text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
-    for sample in receipt.get("samples", ()):
+    for sample in row.get("samples", ()):
         text += "".join(f"\n{side + ':':<8} {sample['prompt']} {sample[side]}" for side in ("before", "after"))
-    pruned = f"{receipt['sparsity']['achieved']:.0%} of the weights zero, ".replace("%", " %")
-    threads, load = settings["machine"]["threads"], settings["machine"]["load"]
-    where = f"{machine(row)}, {threads} thread(s), {settings['seconds']:.0f} s"
-    busy = f" The machine was busy (load {load:.0f}): sizes and perplexity hold, speeds vary." if load > 4 else ""
-    return f"```\n{text}\n```\n\nBefore: eager torch, fp32. After: the engine, {pruned}8 bits. {where}.{busy}"
+    pruned = f"{row['sparsity']['achieved']:.0%} of the weights zero, ".replace("%", " %")
+    where = f"{row['label']}, {row['threads']} thread(s), {settings['seconds']:.0f} s"
+    return f"```\n{text}\n```\n\nBefore: eager torch, fp32. After: the engine, {pruned}8 bits. {where}. {mark([row])}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

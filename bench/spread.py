@@ -29,7 +29,7 @@ from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.retrieval import embed, ranks
 from rarefy.model import hf
-from values import keep
+from recording import keep
 
 RESULTS = Path(__file__).parent / "results" / "spread.jsonl"
 OURS = ["int8", "narrower-0, trained, int8", "narrowest-0, trained, int8"]  # the same with every seed

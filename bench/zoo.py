@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import provenance
 import rarefy
 from frontier import STUDENTS, ZOO, example
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin
-from rarefy.evaluation.profiling import commit
 from rarefy.model import hf
 from records import Row, latest, read
 from recover import BATCH, STEPS_PER_EPOCH
@@ -77,7 +77,8 @@ def write(name: str) -> None:
     fast = rarefy.compile(model, example(hf.load_tokenizer(source), 16), precision="int8", tune=False)
     files = {n: content for n, content in side_files(source).items() if n.startswith(("tokenizer", "vocab", "special"))}
     note = json.loads((STUDENTS / f"{name}-{SEED}.json").read_text())
-    note |= {"made": commit(HERE)}
+    run = provenance.begin()
+    note |= {"made": run["commit"] + "-dirty" * bool(run["changed"])}
     files["student.json"] = json.dumps(note, indent=1).encode()
     rarefy.save(fast, ZOO / f"minilm-{name}", files=files, overwrite=True)
 
