@@ -10,9 +10,10 @@ A record is refused for one of four reasons (`problems`):
     load    it has times, and the load average was above MAX_LOAD when its run began
     older   code that it ran has changed since (`changed_since`); comments, docstrings and blank lines do not count
 
-Records before 2 December 2026 have no run. Their load was read when they were written, so the benchmark's own threads
-are in it; it is compared with the same limit. Their "-dirty" says nothing, since the file of results caused it.
-Consecutive records of a file count as one run if commit, machine and torch are equal and no case comes twice.
+Records before 2 December 2026 have no run. Consecutive records of a file count as one if benchmark, commit, machine and
+torch are equal and no case comes twice. Their load was read when each was written, so the benchmark's own threads are
+in it. The highest of a run counts for all of its records: without those that were disturbed, the others would be a
+selection. Their "-dirty" says nothing, since the file of results caused it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def _script(
 _FRONTIER = (*ENGINE, *PEERS, *TEXTS, *CUTTING)
 _IMAGES = (*ENGINE, *PEERS, *QUANTIZING, "bench/photos.py", "bench/vision_net.py")
 _OPTIMIZE = (*ENGINE, *PEERS, "src/rarefy/search", *CUTTING, *PRUNING, "src/rarefy/quantization")
+_MODELS = ("model", "batch", "numbers", "pattern", "sparsity")
+_KERNELS = ("format", "kind", "shape", "batch", "pattern", "sparsity")
 _WITHOUT_AMX = "env RAREFY_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python bench/frontier.py"
 
 BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a run has a command of its own
@@ -95,7 +98,7 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "cut_zoo": _script("cut_zoo", "", 30, *CUTTING, "tests/zoo.py", timed=False, case=("model", "side")),
     "cuts/fashion": _script("cuts", "fashion", 20, *CUTTING, timed=False),
     "cuts/language": _script("cuts", "language", 30, *CUTTING, timed=False),
-    "cuts/resnet50": _script("cuts", "resnet50", 10, *CUTTING),
+    "cuts/resnet50": _script("cuts", "resnet50", 10, *CUTTING, case=("run", "round_to", "batch")),
     "cuts/resnet50 onnx": _script("cuts", "resnet50", 10, *CUTTING, timed=False),
     "demo": Benchmark("make bench-demo", 6, (*DECODER, *PRUNING, "recipes/smollm2-demo.yaml", "bench/demo.py")),
     "dynamo": _script("dynamo", "", 20, *ENGINE, "src/rarefy/integrations", "tests/zoo.py", case=("model",)),
@@ -108,8 +111,8 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "language": _script("language", "", 10, *DECODER, *QUANTIZING, case=("engine", "build", "file")),
     "large_language": _script("large_language", "", 15, *DECODER, case=("model", "file", "engine")),
     "memory": _script("memory", "", 1, *DECODER, timed=False, case=("model",)),
-    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py"),
-    "models/engines": _script("models", "--engines", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py"),
+    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py", case=_MODELS),
+    "models/engines": _script("models", "--engines", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py", case=_MODELS),
     "oneshot": _script("oneshot", "", None, *PRUNING, timed=False, case=("model", "method", "setting", "seed")),
     "onnx_changes": _script("onnx_changes", "", 20, *ENGINE, "src/rarefy/onnx", *CUTTING, case=("model",)),
     "onnx_conformance": _script("onnx_conformance", "", 1, "src/rarefy/onnx", timed=False),
@@ -118,17 +121,17 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "onnx_models/ocr": _script("ocr", "", 5, *ENGINE, "src/rarefy/onnx", case=("model",)),
     "patterns": _script("patterns", "", 20, *ENGINE, *PRUNING, case=("pattern", "sparsity")),
     "permute": _script("permute", "", 5, "src/rarefy/prune", timed=False),
-    "runtime": _script("runtime", "", 5, "csrc", "CMakeLists.txt", "src/rarefy/runtime"),
+    "runtime": _script("runtime", "", 5, "csrc", "CMakeLists.txt", "src/rarefy/runtime", case=_KERNELS),
     "speculation": _script("speculation", "", 2, *DECODER),
     "spread": _script("spread", "", 20, *_FRONTIER, timed=False, case=("name", "seed")),
     "train/fashion": _script("train", "fashion --seeds 0 1", None, "src/rarefy/train", *PRUNING, timed=False),
     "train/language": _script("train", "language", 60, "src/rarefy/train", *PRUNING, timed=False),
     "train/minilm": _script("train", "minilm", 90, *ENGINE, "src/rarefy/train", *PRUNING),
-    "values/decode": _script("values", "decode", 5, "csrc", "src/rarefy/runtime", *QUANTIZING),
+    "values/decode": _script("values", "decode", 5, "csrc", "src/rarefy/runtime", *QUANTIZING, case=("way",)),
     "values/fashion": _script("values", "fashion", None, *QUANTIZING, timed=False),
     "values/language": _script("values", "language", None, *QUANTIZING, *PRUNING, timed=False),
     "values/leave": _script("values", "leave", 15, "src/rarefy/train", timed=False),
-    "values/lowrank": _script("values", "lowrank", 10, "src/rarefy/lowrank"),
+    "values/lowrank": _script("values", "lowrank", 10, "src/rarefy/lowrank", case=("way",)),
     "values/minilm": _script("values", "minilm", 5, *QUANTIZING, *TEXTS, timed=False),
     "vision": Benchmark("make bench-vision", 15, ("bench/vision.py", "bench/vision_net.py", *PRUNING), timed=False),
 } | {
@@ -190,35 +193,40 @@ def begin(wait: bool = False) -> Row:
 def changed_files(folder: Path = ROOT) -> list[str]:
     """Return source files that differ from the commit or are not in it. Records, pages and figures do not count."""
     paths = [p for p in MEASURED if (folder / p).exists()]
-    status = _git_or_none("status", "--porcelain", "-uall", "--", *paths, ":!bench/results", folder=folder)
+    status = _git_or_none("status", "--porcelain", "-uall", "--", *paths, ":!bench/results", ":!*.md", folder=folder)
     return sorted(line[3:] for line in status.splitlines())
 
 
 def with_runs(name: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the records of a file, each with "run_key": the run's id, or a number of runs without one.
+    """Return the records of a file, each with "run_key", which is the run's id or a number, and "run_load".
 
     The rule for records without an id is in the docstring of this module.
     """
-    keyed, number, last, cases = list[Row](), 0, None, set[str]()
+    keyed, number, last, cases = list[Row](), 0, "", set[str]()
     for row in rows:
         if "run_id" in row:
             keyed.append({**row, "run_key": row["run_id"]})
-            last = None
+            last = ""
             continue
-        machine = {k: v for k, v in row["machine"].items() if k != "load"}
-        same = json.dumps([row["commit"].removesuffix("-dirty"), machine], sort_keys=True)
-        fields = benchmark_of(name, row).case
-        case = json.dumps([_field(row, field) for field in fields]) if fields else ""
-        if same != last or not fields or case in cases:
+        machine, benchmark = {k: v for k, v in row["machine"].items() if k != "load"}, benchmark_of(name, row)
+        same = json.dumps([benchmark.command, row["commit"].removesuffix("-dirty"), machine], sort_keys=True)
+        case = case_of(name, row)
+        if same != last or not benchmark.case or case in cases:
             number, cases = number + 1, set()
         last = same
         cases.add(case)
         keyed.append({**row, "run_key": f"{name}, inferred run {number}"})
-    return keyed
+    loads: dict[str, float] = {}
+    for row in keyed:
+        loads[row["run_key"]] = max(loads.get(row["run_key"], 0.0), load_of(row))
+    return [{**row, "run_load": loads[row["run_key"]]} for row in keyed]
 
 
-def _field(row: Row, field: str) -> Any:
-    return row["machine"]["threads"] if field == "threads" else row.get(field)
+def case_of(name: str, row: Row) -> str:
+    """Return what a record of results/NAME.jsonl is about: its benchmark, and the fields of `Benchmark.case`."""
+    benchmark = benchmark_of(name, row)
+    values = [row["machine"]["threads"] if field == "threads" else row.get(field) for field in benchmark.case]
+    return json.dumps([benchmark.command, *values])
 
 
 def ratio(row: Row, base: Row, value: Callable[[Row], float]) -> float:
@@ -248,7 +256,7 @@ def describe(row: Row) -> str:
     return f"{row.get('place', 'a record')} (run {row['run_key']}, commit {row['commit']}, {json.dumps(own)})"
 
 
-_ABOUT = ("run_id", "run_key", "started", "place", "label", "threads", "file name")
+_ABOUT = ("run_id", "run_key", "run_load", "started", "place", "label", "threads", "file name")
 
 
 # Reasons
@@ -268,7 +276,7 @@ def problems(name: str, row: Row) -> dict[str, str]:
         found["commit"] = f"commit {commit} is not in the history of this one"
     if changed := row.get("changed"):
         found["dirty"] = f"files had changes that no commit has: {', '.join(changed)}"
-    if benchmark.timed and (load := load_of(row)) > MAX_LOAD:
+    if benchmark.timed and (load := row["run_load"]) > MAX_LOAD:
         found["load"] = f"the load was {load:g}, at most {MAX_LOAD} is expected"
     if "commit" not in found and (path := changed_since(commit, benchmark.paths)):
         found["older"] = f"{path} has changed since commit {commit[:8]}"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from provenance import MAX_LOAD, Benchmark, benchmark_of, load_of, problems, with_runs
+from provenance import MAX_LOAD, Benchmark, benchmark_of, case_of, load_of, problems, with_runs
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -56,9 +56,17 @@ def showing(*reasons: str) -> Iterator[None]:
 def read(name: str, **wanted: Any) -> list[Row]:
     """Return the records of results/NAME.jsonl that stand and whose fields have the wanted values.
 
-    Each has its machine's label, its place in the file, its run ("run_key") and the reasons against it ("marks").
+    Each has its machine's label, its place in the file, its run ("run_key") and the reasons against it ("marks"). A
+    record of older code does not come back because a later one of its case does not stand.
     """
-    return [r for r in every(name, **wanted) if r["marks"].keys() <= {*_shown}]
+    rows, later = list[Row](), set[str]()
+    for row in reversed(every(name, **wanted)):
+        case = f"{row['label']} {case_of(name, row)}"
+        if not row["marks"].keys() <= {*_shown}:
+            later.add(case)
+        elif not ("older" in row["marks"] and case in later):
+            rows.append(row)
+    return rows[::-1]
 
 
 def every(name: str, **wanted: Any) -> list[Row]:
@@ -102,6 +110,7 @@ def receipt(name: str) -> Row:
     if row is not None:
         row = {"commit": "", "machine": row["settings"]["machine"], **row}
         row |= {"label": machine(row), "threads": row["machine"]["threads"], "place": f"{file.name}:1"}
+        row |= {"run_key": name, "run_load": load_of(row)}
         row |= {"marks": problems(name, row)}
     if row is None or not row["marks"].keys() <= {*_shown}:
         raise NotMeasured(not_measured(benchmark_of(name)))
@@ -110,12 +119,12 @@ def receipt(name: str) -> Row:
 
 def not_measured(benchmark: Benchmark) -> str:
     """Return the sentence of a page in place of a table."""
-    return f"No measurement of this code is here yet. To measure: `{benchmark.command}`."
+    return f"No record stands: those in `bench/results/` are too old or were disturbed. Measure: `{benchmark.command}`."
 
 
 def is_quiet(row: Row) -> bool:
     """Return whether times of a record count: other work did not disturb them."""
-    return load_of(row) <= MAX_LOAD
+    return row["run_load"] <= MAX_LOAD
 
 
 def seconds_of(row: Row, field: str = "seconds") -> str:
@@ -129,9 +138,9 @@ def mark(rows: Iterable[Row]) -> str:
     texts = [f"Measured at {_commits(rows)}"]
     if older := [r for r in rows if "older" in r["marks"]]:
         some = "" if len(older) == len(rows) else f" ({_commits(older)})"
-        texts.append(f"before later changes of the code that it times{some}")
+        texts.append(f"before later changes of this code{some}")
     if loaded := [r for r in rows if "load" in r["marks"]]:
-        texts.append(f"at a load of up to {max(map(load_of, loaded)):g}")
+        texts.append(f"at a load of up to {max(r['run_load'] for r in loaded):g}")
     if unknown := [r for r in rows if {"commit", "dirty"} & r["marks"].keys()]:
         texts.append(f"with code that no commit here has ({_commits(unknown)})")
     return f"{', '.join(texts)}."

@@ -10,6 +10,7 @@ from records import Row, latest, model_name, not_measured, number, per_machine, 
 
 MIN_SHARE = 1.05  # times as fast as the even spread, below which two measurements of one model differ as much
 MIN_GAIN = 1.0  # points of quality, or percent of perplexity, below which a difference is chance
+MIN_GAIN_OF_RECALL = 2.0  # points of R@1
 
 TITLES = {
     "minilm": "MiniLM, R@1 of articles",
@@ -91,9 +92,10 @@ def _share_of(row: Row) -> str:
     text = f"seed {row['seed']}, {model_name(_name_of_best(row))}: {times} as fast, {row['metric']['name']} "
     text += f"{_quality(row, name)}, even spread {_quality(row, 'uniform')}. "
     gain, faster = _gain(row, name), max(share(row, size) for size in sizes) >= MIN_SHARE
-    if gain <= -MIN_GAIN:
+    least = MIN_GAIN_OF_RECALL if "R@1" in row["metric"]["name"] else MIN_GAIN
+    if gain <= -least:
         return text + "The quality is worse: the search adds nothing."
-    added = [word for word, is_added in (("speed", faster), ("quality", gain >= MIN_GAIN)) if is_added]
+    added = [word for word, is_added in (("speed", faster), ("quality", gain >= least)) if is_added]
     return text + f"The search adds {' and '.join(added) or 'nothing'}."
 
 

@@ -97,9 +97,37 @@ def language() -> str:
             ]
             for r in rows
         ]
-        return table(["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"], cells)
+        head = ["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"]
+        return "\n\n".join(filter(None, [table(head, cells), _losses(rows), _zeros(rows)]))
 
     return per_machine(_language(), make)
+
+
+PHASES = {"decode": "decode", "prefill": "prompts"}
+
+
+def _speeds(row: Row, base: Row) -> dict[str, float]:
+    """Return how many times as fast a record is as another one of its run, by phase."""
+    return {title: ratio(row, base, lambda r, p=phase: r[p][1]) for phase, title in PHASES.items()}
+
+
+def _losses(rows: list[Row]) -> str:
+    """Return a paragraph about where llama.cpp is faster in one run; "" if nowhere."""
+    theirs, losses = {r["file"]: r for r in rows if r["engine"] == "llama.cpp"}, []
+    for row in rows:
+        if row["engine"] == "rarefy" and (rival := theirs.get(RIVALS.get(row["file"], ""))):
+            losses += [f"{WEIGHTS[row['file']]}, {t} ({x:.2f}x)" for t, x in _speeds(row, rival).items() if x < 1]
+    return f"llama.cpp is faster: {'; '.join(losses)}." if losses else ""
+
+
+def _zeros(rows: list[Row]) -> str:
+    """Return a paragraph about zeros beside 8 bits without zeros in one run; "" if one of them was not measured."""
+    ours, texts = {r["file"]: r for r in rows if r["engine"] == "rarefy"}, []
+    for file in ("50 %, 8 bits", "70 %, 8 bits"):
+        if file in ours and "8 bits" in ours:
+            gains = " and ".join(f"{x:.2f}x ({t})" for t, x in _speeds(ours[file], ours["8 bits"]).items())
+            texts.append(f"{WEIGHTS[file]}: {gains} as fast as without zeros.")
+    return " ".join(texts)
 
 
 def large_language() -> str:
@@ -149,18 +177,22 @@ def _readme_gains(rows: list[Row], label: str) -> str:
     if not all(("rarefy", ours) in found and ("llama.cpp", theirs) in found for ours, theirs in pairs):
         return ""
 
-    def gain(ours: str, theirs: str, phase: str) -> str:
-        return f"{ratio(found['rarefy', ours], found['llama.cpp', theirs], lambda r: r[phase][1]):.1f}x"
-
     four, q4_0 = found["rarefy", "4 bits, calibrated"], found["llama.cpp", "Q4_0"]
     assert four["bytes"] < q4_0["bytes"] and four["perplexity"] < q4_0["perplexity"], "the sentence would be wrong"
-    same, eight, fewer = ([gain(*pair, phase) for phase in ("decode", "prefill")] for pair in pairs)
+    speeds = [_speeds(found["rarefy", ours], found["llama.cpp", theirs]) for ours, theirs in pairs]
+    same, eight, fewer = ([f"{x:.1f}x" for x in pair.values()] for pair in speeds)
     return (
         f"- **Beside llama.cpp**: the same Q4_1 file generates text {same[0]} and reads prompts {same[1]} as fast. "
         f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is smaller than "
         f"Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast. These weights were published in Q4_1, so Q4_1 "
-        f"loses nothing here.{_readme_search(label)}"
+        f"loses nothing here." + _losses_in_readme(rows) + _readme_search(label)
     )
+
+
+def _losses_in_readme(rows: list[Row]) -> str:
+    """Return a line of README's list about where llama.cpp is faster; "" if nowhere."""
+    losses = _losses(rows)
+    return f"\n- **Where llama.cpp is better**: {losses}" if losses else ""
 
 
 def _readme_search(label: str) -> str:
@@ -225,9 +257,29 @@ def engine() -> str:
             for key, (name, quality) in ENGINES.items()
             if any(key in r for r in rows)
         ]
-        return table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
+        text = table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
+        losses = [loss for case in cases for loss in _engine_losses(found[case])]
+        return f"{text}\n\nWhere we lose: {'; '.join(losses)}." if losses else text
 
     return per_machine(latest(required("engine"), "label", "model", "batch"), make)
+
+
+SAME_PRECISION = {  # engines that a row of ours is compared with
+    "ours, dense": ("compiled", "onnxruntime", "openvino"),
+    "ours, bf16": ("openvino bf16",),
+    "ours, int8": ("onnxruntime int8", "openvino int8"),
+}
+
+
+def _engine_losses(row: Row) -> list[str]:
+    """Return where another engine is faster with the same precision in one record."""
+    losses = []
+    for ours, others in SAME_PRECISION.items():
+        best = min((n for n in others if n in row), key=lambda n: row[n][1], default=None)
+        if ours in row and best and row[best][1] < row[ours][1]:
+            times = " ms, ".join(f"{ENGINES[n][0]} {number(row[n][1])}" for n in (ours, best))
+            losses.append(f"{MODELS[row['model']]}, batch {row['batch']}: {times}")
+    return losses
 
 
 def patterns() -> str:
@@ -255,10 +307,10 @@ def _times_as_fast(row: Row, case: str) -> str:
 def frontier() -> str:
     """MiniLM as it is deployed: quality of the very model that was timed, and its time."""
     columns = {"articles": "R@1 articles", "brown": "R@1 Brown", "categories": "categories, %", "cosine": "cosine"}
-    limited = "minilm, avx512"
-    without_amx = f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
-    tables = _frontier("minilm", columns, " x 128")
-    return tables + without_amx if read("frontier", run=limited) else tables
+    tables, limited = _frontier("minilm", columns, " x 128"), "minilm, avx512"
+    if read("frontier", run=limited):
+        tables += f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
+    return tables
 
 
 def embeddings() -> str:

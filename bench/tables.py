@@ -143,4 +143,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NoHistoryError as error:
+        raise SystemExit(f"tables: {error}") from None
