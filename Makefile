@@ -6,7 +6,7 @@ DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most of the slow tests
 
-.PHONY: demo test test-slow test-all fuzz lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-slow test-all fuzz kill sanitize races soak lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -22,6 +22,20 @@ test-all: test test-slow  ## every test
 MINUTES ?= 30
 fuzz: $(VENV)/dev.done  ## change files at random and read them, MINUTES=30 in all; findings are kept in build/fuzz
 	cd tests && ../$(BIN)/python -m fuzz --minutes $(MINUTES)
+
+sanitize: $(VENV)/dev.done  ## random calls of all kernels with ASan and UBSan, also emulated ones, and TSan, MINUTES=30 in all
+	cd tests && ../$(BIN)/python -m stress sanitize --minutes $(MINUTES)
+
+races: $(VENV)/dev.done  ## calls of compiled models from several threads with TSan, MINUTES=30 in all
+	cd tests && ../$(BIN)/python -m stress races --minutes $(MINUTES)
+
+CALLS ?= 100000
+soak: $(VENV)/dev.done  ## CALLS=100000 of each of seven small models from 6 threads: equal outputs, flat memory
+	cd tests && ../$(BIN)/python -m stress soak --calls $(CALLS)
+
+KILLS ?= 200
+kill: $(VENV)/dev.done  ## kill commands at KILLS=200 random moments, after runs with little space, memory and rights
+	cd tests && ../$(BIN)/python -m interruption --machines --kills $(KILLS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench

@@ -49,6 +49,15 @@ __m512i widen_elements(V v) {
   return bit_cast_to<__m512i>(out);
 }
 
+// Load the elements at which the mask has bits, and no other memory; the others are zeros.
+template <class T, int N, class V>
+V load_elements(uint64_t mask, const void* p) {
+  elements<T, N> out{};
+  for (int i = 0; i < N; ++i)
+    if (mask >> i & 1) out.of[i] = static_cast<const T*>(p)[i];
+  return bit_cast_to<V>(out);
+}
+
 // Store the elements of v where the mask has bits.
 template <class T, int N, class V>
 void store_elements(void* p, uint64_t mask, V v) {
@@ -101,6 +110,8 @@ __m512 reduce_to_fraction(__m512 v, int) {  // its only use: v - floor(v)
 #define _mm512_mask_expand_epi16 expand_elements<uint16_t, 32>
 #define _mm512_mask_expand_epi8 expand_elements<uint8_t, 64>
 #define _mm512_mask_storeu_epi8 store_elements<uint8_t, 64>
+#undef _mm512_maskz_loadu_ps  // SIMDe reads the whole vector
+#define _mm512_maskz_loadu_ps load_elements<float, 16, __m512>
 #undef _mm512_mask_storeu_ps  // SIMDe 0.8.2 writes zeros where the mask has none
 #define _mm512_mask_storeu_ps store_elements<float, 16>
 #define _mm512_reduce_ps reduce_to_fraction

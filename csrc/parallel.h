@@ -138,7 +138,7 @@ class Arrivals {
 
   // For the caller, between pieces of its work: let others begin.
   void let_in() {
-    if (done_ || current_thread() != caller_) return;
+    if (current_thread() != caller_ || done_) return;  // in this order: other threads must not read done_
     if (++checks_ < CHECKS_BEFORE_NAP && count_.load(std::memory_order_relaxed) < threads_) return;
     done_ = true;
     if (count_.load(std::memory_order_relaxed) < threads_) nap();

@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 MODEL = "timm/tf_efficientnet_lite0.in1k"
 RECIPE = """\
 name: a third
-data: {samples: 2, batch: 2}  # scikit-learn alone has two photographs
+data: {samples: COUNT, batch: 2}
 stages: [{prune: {sparsity: 0.2, score: wanda}}]
 evaluate: {metric: accuracy, max_degradation: 0.5}
 """
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
         (root / "photos" / name).mkdir(parents=True)
         with Image.open(file) as image:
             image.convert("RGB").save(root / "photos" / name / "1.png")
-    (root / "r.yaml").write_text(RECIPE)
+    (root / "r.yaml").write_text(RECIPE.replace("COUNT", str(len(photographs()))))
     return root
 
 

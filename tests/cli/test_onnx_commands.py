@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,19 @@ def test_scales_from_data(run, place, tmp_path):
     for option in (("--ignore", "lm_head"), ("--per-layer", "lm_head=bf16")):
         ran = run("compile", tmp_path / "model", "-o", tmp_path / "more", *option, "--precision", "int8")
         assert ran.code == 2 and "--ignore and --per-layer have no effect: all layers of a decoder" in ran.err
+
+
+@needs_kernels
+def test_the_largest_error_is_chosen(run, place, tmp_path):
+    text_model(tmp_path)
+    for model in (place / "net.onnx", tmp_path / "model"):
+        words = ("compile", model, "-o", tmp_path / "fast", "--precision", "int8", "-q")
+        ran = run(*words, "--max-error", 1e-6)
+        assert ran.code == 2 and "at most 1e-06 is allowed" in ran.err and not (tmp_path / "fast").exists()
+        assert run(*words, "--max-error", 0.9, "--force").code == 0
+        ran = run(*words, "--max-error", 0)
+        assert ran.code == 2 and "--max-error" in ran.err
+        shutil.rmtree(tmp_path / "fast")
 
 
 def test_layers_that_stay_in_fp32(run, place, tmp_path):

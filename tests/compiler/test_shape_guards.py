@@ -258,6 +258,25 @@ def test_sizes_that_depend_on_values_are_found_in_each_call():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "condition", [lambda n: round(n / 3) % 2 == 1, lambda n: n != 1, lambda n: (n + 1) // 3 % 2 == 1]
+)
+def test_a_size_of_1_is_not_allowed_because_outputs_happen_to_agree(condition):
+    """1 takes the other branch, with the same answer on the example."""
+
+    class Positive(nn.Module):
+        def forward(self, x):
+            x = x.cumsum(1)
+            return (x + 5 if condition(x.shape[1]) else x) > 0
+
+    model = Positive().eval()
+    compiled = rarefy.compile(model, torch.rand(3, 8), tune=False)
+    assert torch.equal(compiled(-torch.ones(3, 1)), model(-torch.ones(3, 1)))  # of another branch
+    compiled.branches = None
+    with pytest.raises(DataError, match="1 is not 2 or more|only for sizes"):
+        compiled(-torch.ones(3, 1))
+
+
 # ---- outputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +292,10 @@ class Outputs(nn.Module):
         y, n = self.layer(x), x.shape[0]
         of_values = y, y.clone(), y.view(-1), y.t().contiguous(), y * 1, x.clone(), x, x[:1]
         of_constants = self.table, self.table[:n], self.table.clone(), self.table * 2, self.layer.weight
-        return *of_values, *of_constants, torch.tensor([1.0, 2.0]), torch.zeros(3), torch.arange(n), torch.ones(n, 1)
+        z = y.sin()
+        of_parts = z.clone(), *z.chunk(2, 1)
+        created = torch.tensor([1.0, 2.0]), torch.zeros(3), torch.arange(n), torch.ones(n, 1)
+        return *of_values, *of_parts, *of_constants, *created
 
 
 def memory(t):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.common.errors import DataError, ModelError
+from rarefy.common.errors import DataError, ModelError, OutputsDifferError
 
 x = torch.randn(4, 8)
 images = torch.randn(2, 3, 8, 8)
@@ -51,11 +51,21 @@ def test_wrong_inputs_of_compile(case):
         rarefy.compile(make(), example, **how)
 
 
-def test_calibration_on_much_smaller_values_warns():
+def test_calibration_on_smaller_values_warns_and_on_much_smaller_ones_is_refused():
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 12, 12) * 2 - 1
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    with pytest.warns(UserWarning, match="calibrate: outputs on the example differ by .*: measure the quality on data"):
-        rarefy.compile(net, images, precision="int8", calibrate=[images * 0.6])
-    rarefy.compile(net, images, precision="int8", calibrate=[images])  # warnings are errors
+    with pytest.warns(
+        UserWarning, match=r"outputs differ by 1\d% on the example.*: measure the quality on data"
+    ) as seen:
+        rarefy.compile(net, images, precision="int8", calibrate=[images * 0.75])
+    told = str(seen[0].message)
+    assert seen[0].filename == __file__
+    assert "Layers that lose most: " in told and "an example like the batches of calibrate=" in told
+    with pytest.raises(OutputsDifferError, match=r"at most 0.2 is allowed.*Layers that lose most: .*max_error="):
+        rarefy.compile(net, images, precision="int8", calibrate=[images * 0.3])
+    rarefy.compile(net, images, precision="int8", calibrate=[images * 0.3], max_error=0.9)  # warnings are errors
+    rarefy.compile(net, images, precision="int8", calibrate=[images])
 
 
 class ByName(nn.Module):

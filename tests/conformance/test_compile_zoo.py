@@ -1,5 +1,5 @@
-"""Every model that cuts are tested on through `rarefy.compile`, and language models as decoders: eager's numbers, or a
-ModelError that says why not."""
+"""Every model that cuts are tested on through `rarefy.compile`, and language models as decoders: eager's numbers, also
+at four sizes that the example did not have, or an error that says why not."""
 
 import inspect
 
@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import rarefy
 import zoo
+from helpers.foreign_sizes import FOREIGN, with_sizes, wrong_answers
 from helpers.marks import slow_except
 from rarefy.common.errors import ModelError
 from rarefy.compiler import compile, verify
@@ -21,12 +22,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
 CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases() | zoo.held_out_cases()
-ELSEWHERE = ("roberta", "distilbert", "vit", "swin", "clip", "llama", "swin_t", "mobilenet_v2")  # in test_engine.py
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
 REFUSED: dict[str, str] = {}  # what does not compile, and what the message says
 
 
-@pytest.mark.parametrize("name", slow_except((n for n in CASES if n not in ELSEWHERE), "bert", "opt"))
+@pytest.mark.parametrize("name", slow_except(CASES, "bert", "opt"))
 def test_compiled_equals_eager(name):
     make, x = CASES[name]
     model = zoo.half(make())
@@ -39,6 +39,10 @@ def test_compiled_equals_eager(name):
     made = rarefy.compile(model, x)
     assert any(isinstance(i, FusedSubgraph | SingleOp) for i in made.schedule)
     assert verify.distance(model, made, *pytree.tree_flatten(compile.split_example(x))) < 1e-4
+    made.branches = None  # other branches are other graphs: this one alone answers, or refuses
+    wrong, refused = wrong_answers(model, made, x)
+    assert not wrong
+    assert all("expected" in why or "compile the model with" in why for why in refused)
 
 
 @pytest.mark.parametrize("name", slow_except((n for n in DECODERS if n not in ("gpt2", "qwen3")), "opt"))
@@ -47,7 +51,12 @@ def test_decoder_equals_eager(name):
     model = zoo.half(make())
     with torch.no_grad():
         want = model(**x, use_cache=False).logits
-    assert relative_distance(rarefy.decoder(model)(x["input_ids"]), want) < 1e-4
+    made = rarefy.decoder(model)
+    assert relative_distance(made(x["input_ids"]), want) < 1e-4
+    for sizes in FOREIGN:
+        ids = with_sizes(x, *sizes)["input_ids"]
+        with torch.no_grad():
+            assert relative_distance(made(ids), model(ids, use_cache=False).logits) < 1e-4
 
 
 def test_biases_that_depend_on_inputs():

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -23,16 +22,16 @@ from torch import nn
 import rarefy
 from conftest import has_isa
 from helpers.marks import slow_case, slow_except
+from helpers.quantized_weights import GRIDS, TWO_TERM_GRIDS, on_grid
 from rarefy.common.errors import FormatError
 from rarefy.model.layers import all_layers
 from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
-from rarefy.quantization.config import QuantizeOptions, resolve_options
-from rarefy.quantization.grids import fit_grid
 from rarefy.runtime import bindings, huge_pages, packing, reference
 from rarefy.runtime.kernel import GroupedKernels, Kernel, can_group
 from rarefy.runtime.pack_panels import pack_quantized, unpack_panels
 from rarefy.runtime.packed_formats import PANEL_BITS, ROW_KINDS, QuantizedPanels
 from rarefy.runtime.sparse_layers import QuantizedEmbedding
+from stress import builds
 
 pytestmark = pytest.mark.skipif(bindings.missing() is not None, reason=str(bindings.missing()))
 
@@ -520,29 +519,6 @@ def test_whatever_lies_in_a_buffer_ends_in_an_error_or_a_product(kind, how, isa)
     assert refused
 
 
-GRIDS = [
-    ("int8", None, True), ("int4", None, True), ("int4", 32, True), ("int4", 64, True), ("int4", 32, False),
-    ("int4", None, False), ("int3", "tensor", True), ("int5", 32, True), ("int4", 128, False), ("int2", 96, True),
-    ("int6", 32, True), ("int6", 64, True), ("int6", None, True), ("int5", "tensor", True), ("int7", 32, True),
-    ("int5", 32, False), ("int6", 64, False),
-]  # fmt: skip
-
-
-def on_grid(O, C, weights, group, symmetric):
-    """Return random weights and their grid; `symmetric` None: with minimums, as in GGUF files."""
-    if symmetric is None:
-        scale = torch.rand(O, C // group) + 0.5
-        grid = OffsetGrid(int(weights[3]), scale, 31 * scale * torch.rand(O, C // group))
-        codes = torch.randint(0, 1 << grid.bits, (O, C // group, group))
-        scale, zero = (t.float() for t in grid.eighths())
-        return (scale[..., None] * (8 * codes - zero[..., None])).reshape(O, C), grid
-    config = resolve_options(QuantizeOptions(weights=weights, group=group, symmetric=symmetric))
-    shape = (1, 1) if group == "tensor" else (O, 1 if group is None else C // group)
-    W = torch.randn(O, C) + (0 if symmetric else 0.5)
-    grid = fit_grid(W, shape, config)
-    return grid.snap(W), grid
-
-
 @pytest.mark.parametrize("way", GRIDS, ids=str)
 def test_rows_of_panels(way):
     W, grid = on_grid(37, 384, *way)
@@ -583,28 +559,7 @@ def test_products_of_panels(size, way, exact, isa):
     activations(weight, bias, x, got)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        ("int8", None, True),
-        ("int8", 32, True),
-        ("int8", 64, True),
-        ("int6", 32, True),
-        ("int6", None, True),
-        ("int5", 96, True),
-        ("int4", None, False),
-        ("int4", 32, False),
-        ("int4", 64, True),
-        ("int4", 96, False),
-        ("int4", None, True),
-        ("int5", 32, False),
-        ("int5", None, False),
-        ("int6", 64, False),
-        ("int4", 32, None),
-        ("int5", 32, None),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("way", TWO_TERM_GRIDS, ids=str)
 @pytest.mark.parametrize("size", slow_except([(1, 96), (7, 384), (33, 192), (100, 1536)], (1, 96), (33, 192)), ids=str)
 def test_products_of_inputs_in_two_terms(size, way, isa):
     O, C = size
@@ -739,41 +694,30 @@ def test_minimums_lose_less_than_a_fifth_of_a_step(bits):
     torch.testing.assert_close(Kernel(packed).rows(ids), unpack_panels(packed)[ids], rtol=1e-6, atol=1e-6)
 
 
-def run_with_kernels(tmp_path, option, *words, **env):
-    """This file, and tests of what programs run, with kernels built with an option."""
-    root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
-    for call in (["-S", root, "-B", tmp_path, f"-D{option}=ON", "-DRAREFY_STRICT=ON"], ["--build", tmp_path]):
-        ran = subprocess.run(["cmake", *map(str, call)], capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+def run_with_kernels(build, *words, **env):
+    """This file, and tests of what programs run, with the kernels of a build."""
     compiler = ("conv", "nhwc", "ignored_layers", "int8_attention", "half_precision", "padding")
     names = ("runtime/test_kernels.py", "runtime/test_winograd.py", *(f"compiler/test_{n}.py" for n in compiler))
-    files = [str(tests / n) for n in names]
-    code = f"""
-import sys, types
-import pytest
-from rarefy.runtime import bindings
-bindings.find_spec = lambda name: types.SimpleNamespace(origin={str(tmp_path / "_kernels.so")!r})
-sys.exit(pytest.main([*{files!r}, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *{words!r}]))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, cwd=root)
-    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
+    files = [str(builds.TESTS / n) for n in names]
+    options = [*files, "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *words]
+    ran = builds.start_python(build, f"import pytest\nraise SystemExit(pytest.main({options!r}))", **env)
+    output, errors = ran.communicate()
+    assert ran.returncode == 0 and " passed" in output, output[-3000:] + errors[-3000:]
+    return output
 
 
 @pytest.mark.slow
-def test_under_sanitizers(tmp_path):
+def test_under_sanitizers():
     """ASan and UBSan."""
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    how = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    run_with_kernels(tmp_path, "RAREFY_SANITIZE", **how)
+    run_with_kernels(builds.SANITIZED)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev")
-def test_avx512_in_software(tmp_path):
+@pytest.mark.skipif(builds.EMULATED.missing() is not None, reason=str(builds.EMULATED.missing()))
+def test_avx512_in_software():
     """What this CPU may not have."""
-    output = run_with_kernels(tmp_path, "RAREFY_EMULATE", "-rs", "-k", "not expansion_waits", RAREFY_ISA="avx512")
-    assert "no avx512" not in output
+    output = run_with_kernels(builds.EMULATED, "-rs", "-k", "not expansion_waits", RAREFY_ISA="avx512")
+    assert "no avx512" not in output and "no amx" not in output
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")

@@ -98,6 +98,7 @@ def test_the_best_model_is_compiled_so_again(net, data, steady_times):
     assert f"ignore={list(point.ignore)!r}, calibrate=data".replace("'", "&#x27;") in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", ["int16", "bf16"])
 def test_layers_stay_in_16_bits_where_these_are_fast(net, data, monkeypatch, fast):
     """1 ms for each layer in fp32, 0.7 in this precision, 0.4 in 8 bits. Only the layer "b" loses, a convolution, which

@@ -13,7 +13,6 @@ from torch import nn
 
 import rarefy
 from conftest import tiny_llama
-from helpers.marks import slow_case
 from rarefy.common.errors import DataError, ModelError, RecipeError
 from rarefy.evaluation.metrics import perplexity
 from rarefy.evaluation.quality import Metric
@@ -80,7 +79,8 @@ def test_a_language_model_is_judged_by_its_perplexity(language_model, searched):
     assert searched.met and searched.batches == ("decode", "prompt")
 
 
-@pytest.mark.parametrize("target", [slow_case("decode"), "prompt"])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["decode", "prompt"])
 def test_one_time_of_a_language_model_alone(language_model, target):
     layers = "model.layers.0.self_attn.q_proj"
     frontier = optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers=layers, target=target)
@@ -90,6 +90,7 @@ def test_one_time_of_a_language_model_alone(language_model, target):
     assert frontier.best_point.name in speeds
 
 
+@pytest.mark.slow
 def test_a_cache_in_8_bits_is_kept_where_it_is_faster(language_model, monkeypatch, tmp_path):
     def faster(models, example, names):
         ms = {n: 1.0 if engine_in(m).cache_precision == "int8" else 2.0 for n, m in models.items()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -30,8 +31,10 @@ from rarefy.common.atomic_io import (
     is_resume_file,
     lock_file,
     sync,
+    unlock_file,
 )
 from rarefy.common.errors import ContainerError, DataError
+from rarefy.common.machine_errors import raise_memory_error
 from rarefy.model.sparsity_pattern import Pattern
 
 START_OVER = "remove {} (shell: pass --fresh) to start anew, or give another name"
@@ -62,7 +65,7 @@ class ResumeState:
     def close(self) -> None:
         """Release the folder for other runs."""
         if self.lock is not None:
-            self.lock.close()
+            unlock_file(self.lock)
 
     def read(self, stop: int) -> StepState:
         """Return the state of a step, with mapped weights. Raises ContainerError if the file is damaged."""
@@ -90,6 +93,7 @@ class ResumeState:
             intact = metadata["key"] == self.key and metadata["digest"] == digest(dict(sorted(tensors.items())))
             value = json.loads(metadata[label])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise_memory_error(error)
             raise ContainerError(f"{file} is damaged ({error}): {START_OVER.format(self.folder)}") from None
         if not intact:
             raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
@@ -100,16 +104,22 @@ class ResumeState:
         if self.folder is None:
             return
         metadata = {label: json.dumps(value), "key": self.key, "digest": digest(dict(sorted(tensors.items())))}
-        with container_errors(self.folder, sum(t.nbytes for t in tensors.values())):
-            save_file(tensors, self.folder / PARTIAL, metadata=metadata)
-            self._publish(self.folder, name)
+        with self._replacing(name, sum(t.nbytes for t in tensors.values())) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
-    @staticmethod
-    def _publish(folder: Path, name: str) -> None:
-        """Give a finished file its final name."""
-        sync(folder / PARTIAL)
-        os.replace(folder / PARTIAL, folder / name)
-        sync(folder)
+    @contextmanager
+    def _replacing(self, name: str, num_bytes: int = 0) -> Iterator[Path]:
+        """Yield a file to write, which then gets its final name; on an error it is removed, to free the disk."""
+        assert self.folder is not None
+        partial = self.folder / PARTIAL
+        with container_errors(self.folder, num_bytes):
+            try:
+                yield partial
+                sync(partial)
+                os.replace(partial, self.folder / name)
+                sync(self.folder)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def compute_once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return `compute()` (plain data), or what it returned when this run was here before."""
@@ -128,10 +138,9 @@ class ResumeState:
                 raise ContainerError(f"{file} is damaged or of another run: {START_OVER.format(self.folder)}")
             return value
         value = compute()
-        with container_errors(self.folder):
+        with self._replacing(file.name) as partial:
             record = {"key": self.key, "digest": digest(json.dumps(value)), "value": value}
-            (self.folder / PARTIAL).write_text(json.dumps(record), encoding="utf-8")
-            self._publish(self.folder, file.name)
+            partial.write_text(json.dumps(record), encoding="utf-8")
         return value
 
     def check_same(self, name: str, tensors: Any, description: str) -> None:
@@ -161,14 +170,18 @@ def open_state(folder: Path | None, key: Mapping[str, Any]) -> ResumeState:
             raise ContainerError(f"{folder} is for the state of a run, but holds {foreign[0]}: give another name")
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / KEY_FILE)
-        saved_key = lock.read()
-        if not saved_key and not set(names) - {KEY_FILE}:
-            lock.write(text)
-            lock.flush()
-        elif saved_key != text:
-            lock.close()
-            problem = f"holds {_difference(saved_key, key)}" if saved_key else f"has no {KEY_FILE}"
-            raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
+        try:
+            saved_key = lock.read()
+            if text.startswith(saved_key) and not set(names) - {KEY_FILE, PARTIAL}:  # a kill leaves a part of the key
+                lock.truncate(0)
+                lock.write(text)
+                lock.flush()
+            elif saved_key != text:
+                problem = f"holds {_difference(saved_key, key)}" if saved_key else f"has no {KEY_FILE}"
+                raise ContainerError(f"{folder} {problem}: {START_OVER.format(folder)}")
+        except BaseException:
+            unlock_file(lock)
+            raise
     num_done = next(i for i in count() if not (folder / f"stop-{i:06d}.safetensors").is_file())
     return ResumeState(folder, num_done, hashlib.sha256(text.encode()).hexdigest(), lock)
 

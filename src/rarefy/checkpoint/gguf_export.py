@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from rarefy.checkpoint import gguf_architectures as table
 from rarefy.checkpoint import gguf_tokenizer
 from rarefy.checkpoint.tensor_slots import aliases
-from rarefy.common.atomic_io import container_errors, sync
+from rarefy.common.atomic_io import atomic_file, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, unknown
 from rarefy.formats import gguf_blocks
 from rarefy.lowrank import layer_tying
@@ -90,18 +88,14 @@ def write(
     if table.rope_of(config)["rope_type"] == "llama3":
         factors = table.llama3_factors(table.rope_of(config), table.head_size(config))
         entries.append(_Entry("rope_freqs.weight", factors, None, "F32"))
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with container_errors(file):
-            partial.parent.mkdir(parents=True, exist_ok=True)
+    with container_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as partial:
             writer = package.GGUFWriter(partial, name)
             _add_metadata(writer, config, architecture, sizes, _file_type(entries))
             _add_tokenizer(writer, tokenizer, config.vocab_size)
             _write_tensors(writer, entries, architecture, table.head_size(config))
             sync(partial)
-            os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

@@ -14,9 +14,10 @@ from typing import Any
 from safetensors import safe_open
 
 from rarefy.checkpoint.compiled_model import checked_form
-from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, sync
+from rarefy.common.atomic_io import KEY_FILE, check_output_folder, container_errors, lock_file, sync, unlock_file
 from rarefy.common.errors import ContainerError, FormatError, first_line
 from rarefy.common.json_text import parse_json
+from rarefy.common.machine_errors import raise_memory_error
 from rarefy.common.progress import say
 from rarefy.formats.aligned_file import write_aligned
 from rarefy.runtime.huge_pages import HugePageBuffer
@@ -88,6 +89,7 @@ class PackedStore:
                 raise FormatError(f"it is not the weight {name}")
             form = self.memory.hold(checked_form(scalars, tensors), mapped=True)
         except Exception as error:  # safetensors raises several kinds
+            raise_memory_error(error)
             start_over = START_OVER.format(self.folder)
             raise ContainerError(f"{file} is damaged: {first_line(error)}: {start_over}") from None
         self.files[form.values.data_ptr()] = file
@@ -139,14 +141,14 @@ def packed_store(out: str | os.PathLike[str], key: Mapping[str, Any], overwrite:
                     folder.rmdir()
         raise
     finally:
-        lock.close()
+        unlock_file(lock)
 
 
 def _check_key(lock: Any, work: Path, key: dict[str, Any], fresh: bool) -> None:
     """Write the key of a new run; ContainerError if the folder has weights of another one."""
-    if fresh:
-        _remove(work, keep_key=True)
     text = lock.read(MAX_KEY_BYTES)
+    if fresh or not text:  # without a key, nobody knows of which run the weights are
+        _remove(work, keep_key=True)
     if not text or not any(work.glob("packed-*.safetensors")):
         with container_errors(work):
             lock.truncate(0)
@@ -167,11 +169,12 @@ def _check_key(lock: Any, work: Path, key: dict[str, Any], fresh: bool) -> None:
 
 
 def _remove(work: Path, keep_key: bool = False) -> None:
-    """Remove the files of a store, and its folder if nothing else is in it."""
+    """Remove the files of a store, the key last, and its folder if nothing else is in it."""
     if work.is_symlink() or not work.is_dir():
         return
-    for file in work.iterdir():
-        if WEIGHT_FILE.fullmatch(file.name) or (file.name == KEY_FILE and not keep_key):
-            file.unlink(missing_ok=True)
+    for file in [f for f in work.iterdir() if WEIGHT_FILE.fullmatch(f.name)]:
+        file.unlink(missing_ok=True)
+    if not keep_key:
+        (work / KEY_FILE).unlink(missing_ok=True)
     with suppress(OSError):  # something else is in it
         work.rmdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.atomic_io import container_errors, sync
+from rarefy.common.atomic_io import container_errors, folder_beside, sync
 from rarefy.common.errors import ContainerError, DataError, ModelError
 from rarefy.compiler.export import export_program
 from rarefy.compiler.model_checks import check_example, check_module, check_ready, fold_copy
@@ -58,8 +57,8 @@ def write(model: Any, out: str | Path, example: Any = None, overwrite: bool = Fa
     with calling(model, f"an example of {describe_batch(kwargs or args)}"), torch.no_grad():
         expected = _tensors(model(*args, **kwargs))
     program, _ = export_program(model, args, kwargs, _round)
-    with container_errors(target), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
-        file = Path(place) / target.name
+    with container_errors(target), folder_beside(target) as place:
+        file = place / target.name
         torch.export.save(program, file)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

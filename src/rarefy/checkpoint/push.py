@@ -14,7 +14,8 @@ from rarefy.model import hub
 def write_card(folder: str | Path, name: str, licence: str | None = None, overwrite: bool = False) -> Path:
     """Write the model card of a saved folder into it as README.md, and return the file.
 
-    A card that exists stays as it is, so that you may edit it, unless `overwrite` is set.
+    A card that exists stays as it is, so that you may edit it, unless `overwrite` is set. The card of an earlier call
+    with the same arguments is no error: a push that failed or was killed can be repeated.
 
     Args:
         folder: a folder that Rarefy saved.
@@ -31,7 +32,7 @@ def write_card(folder: str | Path, name: str, licence: str | None = None, overwr
         text = model_card(folder, name, licence)
         with container_errors(file):
             write_text_atomic(file, text)
-    elif licence is not None:
+    elif licence is not None and file.read_bytes() != model_card(folder, name, licence).encode():
         raise ContainerError(
             f"{file} exists, so that the licence has no effect: pass overwrite=True (shell: pass --force), or edit it"
         )

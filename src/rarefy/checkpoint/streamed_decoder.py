@@ -18,8 +18,8 @@ from rarefy.checkpoint.save import save_compiled
 from rarefy.checkpoint.weight_files import WeightFiles, fingerprint, open_weights, parameter_names
 from rarefy.common.errors import ContainerError, FormatError, ModelError, unknown
 from rarefy.common.version import __version__
-from rarefy.compiler.compile import tolerance
 from rarefy.compiler.half_precision import PRECISION_OF
+from rarefy.compiler.tolerance import check_max_error
 from rarefy.generation.decoder import Decoder, build_decoder, verify_decoder
 from rarefy.generation.kv_cache import check_cache_precision
 from rarefy.generation.weight_format import pack_weight
@@ -48,6 +48,7 @@ def decoder_from_files(
     out: str | Path | None = None,
     overwrite: bool = False,
     fresh: bool = False,
+    max_error: float | None = None,
 ) -> Decoder:
     """Return the decoder of a model that need not fit in memory.
 
@@ -66,6 +67,7 @@ def decoder_from_files(
             Until then weights are in the folder `.NAME.packing` beside it.
         overwrite: replace an older folder at `out`.
         fresh: with `out`: remove the state of an earlier run, and start anew.
+        max_error: the largest relative distance of logits, as `decoder` has it.
 
     Returns:
         A `Decoder`, as `decoder` returns it. The logits of a few tokens were compared with those of the model in torch,
@@ -92,12 +94,14 @@ def decoder_from_files(
     """
     check_choice(precision)
     check_cache_precision(cache_precision)
+    check_max_error(max_error)
     if out is None and (overwrite or fresh):
         raise ModelError(f"{'overwrite' if overwrite else 'fresh'}= has no effect without out=: leave it out")
     files = language_model_weights(path)
     if out is None:
-        return decoder_of_weights(files, precision, cache_precision)
-    return write_decoder(files, Path(path), precision, out, cache_precision, overwrite=overwrite, fresh=fresh)[0]
+        return decoder_of_weights(files, precision, cache_precision, max_error=max_error)
+    more: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "max_error": max_error}
+    return write_decoder(files, Path(path), precision, out, cache_precision, **more)[0]
 
 
 def streamed_weights(path: str | Path) -> WeightFiles | None:
@@ -132,7 +136,11 @@ def check_choice(precision: str | None) -> None:
 
 
 def decoder_of_weights(
-    files: WeightFiles, precision: str | None, cache_precision: str = "fp32", hold: Any = None
+    files: WeightFiles,
+    precision: str | None,
+    cache_precision: str = "fp32",
+    hold: Any = None,
+    max_error: float | None = None,
 ) -> Decoder:
     """Return the decoder of a language model's weights, as `decoder_from_files` does; `hold` stores packed weights, as
     in `select_kernels`."""
@@ -140,7 +148,7 @@ def decoder_of_weights(
     step = build_decoder(files.model, weights.precision, weights, hold)
     check_cache_precision(cache_precision, step.slots)
     with weights.reading():
-        verify_decoder(files.model, step, tolerance(step.compiled.exported, weights.precision))
+        verify_decoder(files.model, step, weights.precision, max_error)
     step.forget()
     step.cache_precision = cache_precision
     trim_heap()
@@ -156,6 +164,7 @@ def write_decoder(
     *,
     overwrite: bool,
     fresh: bool,
+    max_error: float | None = None,
 ) -> tuple[Decoder, int]:
     """Write the decoder of a language model's weights to a folder; see `decoder_from_files`.
 
@@ -167,6 +176,7 @@ def write_decoder(
         cache_precision: as for `decoder_from_files`. A run that was killed resumes with another one as well.
         overwrite: replace an older folder.
         fresh: remove the state of an earlier run.
+        max_error: as for `decoder_from_files`.
 
     Returns:
         The decoder, and the bytes of weights and index on disk.
@@ -176,7 +186,7 @@ def write_decoder(
     with packed_store(out, key, overwrite, fresh) as store:
         beside = engine_files(source)  # errors first
         try:
-            step = decoder_of_weights(files, precision, cache_precision, store.hold)
+            step = decoder_of_weights(files, precision, cache_precision, store.hold, max_error)
         except FormatError as error:  # of a kernel, which has checked all indices of a file
             raise ContainerError(f"{store.folder}: {error}: {START_OVER.format(store.folder)}") from error
         if fingerprint(source) != before:

@@ -19,6 +19,7 @@ from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.json_text import read_json_file
+from rarefy.common.machine_errors import raise_memory_error
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
 from rarefy.model.hub import MAX_INDEX_BYTES, SHARDS
@@ -193,6 +194,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except Exception as error:  # safetensors raises several kinds
+        raise_memory_error(error)
         raise ContainerError(f"{file}: not a valid safetensors file: {first_line(error)}") from None
 
 

@@ -34,6 +34,7 @@ from rarefy.cli import (
 from rarefy.cli import report as report_command
 from rarefy.cli.shared import Checkpoint, Force, Json, ModelPath, Offline, Quiet, RandomWeights, Threads
 from rarefy.common.errors import ModelError, RarefyError, RecipeError, shell_text
+from rarefy.common.machine_errors import machine_problem, memory_problem
 
 if TYPE_CHECKING:
     from rarefy.cli.shared import Source
@@ -356,18 +357,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except RarefyError as error:
-        print(f"rarefy: {shell_text(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        of_torch = isinstance(error, RuntimeError)
-        if of_torch and "can't allocate memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        what = "out of memory" if of_torch else error or "out of memory"
-        print(f"rarefy: {what}: ask for less at once, such as a smaller batch", file=sys.stderr)
+        print(f"rarefy: {memory_problem(error) or shell_text(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         shared.discard_output()
         sys.exit(0)
+    except Exception as error:
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        print(f"rarefy: {problem}", file=sys.stderr)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer met such a pipe
             sys.exit(0)

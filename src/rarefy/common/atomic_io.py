@@ -9,8 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,92 @@ def write_text_atomic(file: Path, text: str) -> None:
 
 def write_bytes_atomic(file: Path, data: bytes) -> None:
     """Write bytes to a file atomically. Raises OSError, and then leaves nothing behind."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
+    with atomic_file(file) as partial:
         partial.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield an empty temporary file next to `file` to write into; on exit it replaces `file` in one step."""
+    with _temporary(file, Path.touch) as partial:
+        yield partial
         os.replace(partial, file)
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to an output; it is removed on exit."""
+    with _temporary(target, lambda folder: folder.mkdir(parents=True)) as partial:
+        yield partial
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], Any]) -> Iterator[Path]:
+    """Yield a temporary file or folder next to an output, and remove it on exit if it is still there.
+
+    It is locked as long as this process lives: by that other runs know that no killed process has left it behind.
+    """
+    remove_leftovers(target)
+    partial, handle = None, -1
+    try:
+        while partial is None or not partial.exists():  # until no other run took it for a leftover before the lock
+            partial = _partial_name(target)
+            make(partial)
+            with suppress(FileNotFoundError):
+                handle = _lock(partial, wait=True)
+        yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            _remove(partial)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _lock(path: Path, wait: bool = False) -> int:
+    """Return the handle of a file or folder that is locked until it is closed; OSError if it is gone or, unless this
+    is to `wait`, in use. Where the file system has no locks, only who waits gets a handle."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError) as error:
+        if not wait:
+            os.close(handle)
+            raise OSError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK)) from error
+    return handle
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, as far as the system allows."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes have left next to an output: temporary files and folders that nobody has locked.
+
+    An old output that a killed process had moved aside goes back to its place, if there is no new one. O(files there).
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-[0-9]+-[0-9a-f]{{8}}")
+    with suppress(OSError):
+        for path in [p for p in target.parent.iterdir() if name.fullmatch(p.name)]:
+            with suppress(OSError):
+                handle = _lock(path)
+                try:
+                    if ".old-" in path.name and not os.path.lexists(target):
+                        os.rename(path, target)
+                    else:
+                        _remove(path)
+                finally:
+                    os.close(handle)
 
 
 def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> Path:
@@ -65,12 +145,13 @@ WITHOUT_MODEL = {"frontier.json", "recipe.yaml"}  # of a search whose models can
 
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str = INDEX) -> None:
-    """Raise ContainerError if an output folder cannot be created or replaced.
+    """Raise ContainerError if an output folder cannot be created or replaced; remove what killed runs left beside it.
 
     With `overwrite`, an existing folder may be replaced if it is empty, if it contains the file `marker` and no
     subfolders but those of modules of sentence-transformers, or is the result of a search without its model.
     """
     target = Path(os.path.realpath(path))
+    remove_leftovers(target)
     if not target.exists():
         return _check_writable(target)
     if not target.is_dir():
@@ -85,6 +166,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
         what = what if ours else f"not only Rarefy's (it contains {(foreign or entries)[0].name})"
         hint = "pass overwrite=True (shell: pass --force), or another name" if ours else "give another name"
         raise ContainerError(f"{target} exists and is {what}; {hint}")
+    _check_writable(target)
 
 
 def _module_folders(target: Path) -> set[str]:
@@ -106,10 +188,11 @@ def _is_module_folder(entry: Path, modules: set[str]) -> bool:
 def _check_writable(target: Path) -> None:
     """Create and remove a folder next to `target`, so that a read-only location is found before any work is done."""
     parent = next(folder for folder in target.parents if folder.exists())
-    probe = parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    probe = _partial_name(parent / target.name)
     try:
         probe.mkdir()
-        probe.rmdir()
+        with suppress(FileNotFoundError):  # another run took it for a leftover
+            probe.rmdir()
     except OSError as error:
         if error.errno not in _FULL:  # a full disk is reported by the writer, which knows the bytes needed
             raise ContainerError(f"cannot write {target}: {_reason(error)}; give another name") from None
@@ -120,29 +203,28 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False, mark
     """Yield a temporary folder next to `path` to write into; on exit it becomes `path` in one step.
 
     On any error, Ctrl-C included, the old folder stays and the temporary one is removed. Only a killed process can
-    leave a `.name.partial-*` folder behind, which may be deleted. Raises ContainerError as `check_output_folder` does,
-    and for system errors while creating or renaming the folder. Errors raised inside the block pass unchanged.
+    leave a `.name.partial-*` folder behind, which the next run to `path` removes. Raises ContainerError as
+    `check_output_folder` does, and for system errors while creating or renaming the folder. Errors raised inside the
+    block pass unchanged.
     """
     target = Path(os.path.realpath(path))
     with container_errors(target):
         check_output_folder(target, overwrite, marker)
     new_folders = [folder for folder in target.parents if not folder.exists()]
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with container_errors(target):
-            partial.mkdir(parents=True)
-        yield partial
-        with container_errors(target):
-            for file in [*partial.rglob("*"), partial]:
-                sync(file)
-            _publish(partial, target)
+        with ExitStack() as stack:
+            with container_errors(target):
+                partial = stack.enter_context(folder_beside(target))
+            yield partial
+            with container_errors(target):
+                for file in [*partial.rglob("*"), partial]:
+                    sync(file)
+                _publish(partial, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # deepest first; a folder that another process uses stays
             for folder in new_folders:
                 folder.rmdir()
         raise
-    shutil.rmtree(partial, ignore_errors=True)  # the old folder, if it was exchanged for the new one
 
 
 @contextmanager
@@ -216,6 +298,12 @@ def lock_file(file: Path) -> Any:
     return opened
 
 
+def unlock_file(opened: Any) -> None:
+    """Close a file that `lock_file` returned; what a full disk has refused to take is dropped."""
+    with suppress(OSError):
+        opened.close()
+
+
 MIN_MEMORY = 1 << 28  # bytes
 
 
@@ -254,13 +342,16 @@ def is_resume_file(name: str) -> bool:
 
 
 def remove_resume_state(work: Path) -> None:
-    """Remove the saved state of long runs from a folder, and the folder itself if nothing else is in it."""
+    """Remove the saved state of long runs from a folder, and the folder itself if nothing else is in it.
+
+    The last state goes first and the key of the run last, so that a kill leaves an earlier state of the same run.
+    """
     for stage in [p for p in work.glob("stage-*") if p.is_dir() and not p.is_symlink()]:
-        for file in stage.iterdir():
-            if is_resume_file(file.name):
-                file.unlink(missing_ok=True)
         for nested in [p for p in stage.glob("training-*") if not p.is_symlink()]:  # of a search
             remove_resume_state(nested)
+        names = [f.name for f in stage.iterdir() if is_resume_file(f.name)]
+        for name in sorted(names, key=lambda name: (name != KEY_FILE, name not in SETUP_FILES, name), reverse=True):
+            (stage / name).unlink(missing_ok=True)
         with suppress(OSError):  # something else is in it
             stage.rmdir()
     with suppress(OSError):
@@ -311,12 +402,16 @@ def _publish(partial: Path, target: Path) -> None:
         os.rename(partial, target)
     elif not _exchange(partial, target):  # without renameat2 the old folder is renamed first
         aside = partial.with_name(partial.name.replace(".partial-", ".old-"))
-        os.rename(target, aside)
+        handle = _lock(target, wait=True)  # else another run would move it back
         try:
-            os.rename(partial, target)
-        except BaseException:
-            os.rename(aside, target)
-            raise
+            os.rename(target, aside)
+            try:
+                os.rename(partial, target)
+            except BaseException:
+                os.rename(aside, target)
+                raise
+        finally:
+            os.close(handle)
         os.rename(aside, partial)
     with suppress(OSError):  # the new folder is already in place
         sync(target.parent)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, ModelError, unknown
+from rarefy.common.errors import DataError, ModelError, OutputsDifferError, unknown
 from rarefy.common.renamed import renamed_parameters
 from rarefy.compiler import ops, tuning
 from rarefy.compiler.branches import Branches
@@ -24,6 +23,7 @@ from rarefy.compiler.input_checks import input_spec
 from rarefy.compiler.kernel_selection import pack_for_batches, select_kernels
 from rarefy.compiler.layer_precision import layer_precisions, without_kernels
 from rarefy.compiler.model_checks import check_example, check_module, check_precision, check_ready, fold_copy
+from rarefy.compiler.operators.fake_quantize import rounds_values
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes import (
     activation,
@@ -46,9 +46,17 @@ from rarefy.compiler.passes import (
 )
 from rarefy.compiler.program import is_depthwise
 from rarefy.compiler.static_kernels import calibrated_kernels
+from rarefy.compiler.tolerance import (
+    FAR,
+    TOLERANCE,
+    advice,
+    check_max_error,
+    tolerance,
+    warn_of_error,
+)
 from rarefy.compiler.traced_graph import once_more
 from rarefy.compiler.unit_sizes import allow_ones
-from rarefy.compiler.verify import CheckedSizes, distance, verify
+from rarefy.compiler.verify import CheckedSizes, verify
 from rarefy.compiler.zero_choice import choose_formats_
 from rarefy.model.activation_quant import get_activation_quant, suspended
 from rarefy.model.forward import calling, describe_batch, split_example
@@ -58,10 +66,6 @@ from rarefy.model.nesting import input_names, output_names
 from rarefy.model.quant_grid import Grid, OffsetGrid, get_grid
 from rarefy.runtime.packed_formats import PANEL_BITS
 
-# largest relative distance of outputs from the model's; of models that round values, which a sum in another order may
-# round to the next code, layer by layer
-TOLERANCE = {None: 1e-3, "fp32": 1e-3, "bf16": 0.1, "int16": 0.03, "int8": 0.5}
-ROUNDED_TOLERANCE = 0.1
 OR_NAMED = ", or ignore= or per_layer= names all of them"
 INTEGER_KINDS = {"int8": tuple(PANEL_BITS), "int16": ("int16",)}  # of packed weights; 8 bits or less count as int8
 
@@ -134,9 +138,6 @@ PASSES = (
 
 ROUNDING_LAYERS = (nn.Linear, nn.Conv2d)  # whose kernels can round inputs in each call, as `quantize_` makes layers do
 SOLVERS = ("obs", "rtn")
-CALIBRATED_TOLERANCE = 0.9  # in calibrated 8 bits: maps of few detections are far off and still useful
-FAR_CALIBRATED = 0.1  # relative distance of outputs in calibrated 8 bits on the example, usually below 0.03
-
 CLEARLY_FASTER = 0.95  # time over eager's, from which the graph in torch alone, often faster than eager, is tried too
 
 # for a model that torch runs faster: what changes nothing, and BatchNorms into convolutions
@@ -163,6 +164,7 @@ def compile(
     solver: str = "obs",
     tune: bool = True,
     dynamic: bool = True,
+    max_error: float | None = None,
 ) -> Compiled:
     """Return a faster callable that returns what the model returns.
 
@@ -203,6 +205,8 @@ def compile(
             are remembered, see `runtime/tuning_cache.py`. False, or RAREFY_TUNE=0 in the environment: everything that
             the engine has runs natively.
         dynamic: False fixes all sizes to the example's, and compiles in a part of the time.
+        max_error: the largest relative distance ||compiled - model|| / ||model|| of an output on the example. None for
+            0.001 in fp32, 0.1 in bf16, 0.03 in int16, and 0.2 in int8, where there is a warning from 0.1.
 
     Returns:
         A `Compiled`, to be called like the model, by several threads at once. It computes no gradients, and does not
@@ -232,12 +236,13 @@ def compile(
         True
     """
     check_precision(precision)
+    check_max_error(max_error)
     if solver not in SOLVERS:
         raise ModelError(unknown("solver", str(solver), SOLVERS))
     check_module(model)
     calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
     options = {"precision": precision, "ignore": ignore, "per_layer": per_layer, "calibrate": calibrate}
-    compile_call = partial(_compile_call, **options, solver=solver, tune=tune)
+    compile_call = partial(_compile_call, **options, solver=solver, tune=tune, max_error=max_error)
     compiled = compile_call(model, *split_example(example), dynamic=dynamic)
     if dynamic and calibrate is None:
         compiled.branches = Branches(model, compile_call)
@@ -255,6 +260,7 @@ def _compile_call(
     calibrate: Iterable[Any] | None,
     solver: str,
     tune: bool,
+    max_error: float | None,
     dynamic: bool = True,
 ) -> Compiled:
     """Return a model compiled for a call; see `compile`."""
@@ -277,11 +283,11 @@ def _compile_call(
         if precision in (None, "fp32"):
             in_8_bits = [n for n, own_precision in own.items() if own_precision == "int8"]
             notes += _idle_grids(model, in_8_bits, runs_in or "fp32")
-        options = own, calibrate, solver, tune, notes, dynamic
+        options = own, calibrate, solver, tune, notes, dynamic, max_error
         if dtype == torch.float32:
             return _named(once_more(lambda: _compile(model, args, kwargs, runs_in, *options)), model)
         if calibrate is not None:
-            options = own, [in_fp32(kw or a) for a, kw in map(split_example, calibrate)], solver, tune, notes, dynamic
+            options = own, [in_fp32(kw or a) for a, kw in map(split_example, calibrate)], *options[2:]
         model = copy_in_fp32(model)
         compiled = once_more(lambda: _compile(model, in_fp32(args), in_fp32(kwargs), runs_in, *options))
     inputs = dtypes_of((args, {n: kwargs[n] for n in compiled.keywords}))
@@ -328,6 +334,7 @@ def _compile(
     tune: bool,
     notes: tuple[str, ...],
     dynamic: bool,
+    max_error: float | None,
 ) -> Compiled:
     """Return a model in fp32 compiled in a precision, but for layers that have their `own`; see `compile`."""
     lowest = max((precision, *own.values()), key=TOLERANCE.__getitem__)
@@ -370,14 +377,15 @@ def _compile(
             exported, specs, kernels, depthwise, calibration_batches(calibrate), solver, select
         )
     compiled = Compiled(exported, kernels, specs)
-    allowed = tolerance(exported, lowest) if calibrate is None else CALIBRATED_TOLERANCE
-    checked = _verify_all_tokens(model, compiled, more, allowed, checked)
-    if calibrate is not None:
-        _warn_of_saturation(model, compiled, more)
+    allowed = tolerance(exported, lowest, max_error)
+    advise = partial(advice, compiled, more, weights, calibrate is not None) if lowest == "int8" else None
+    checked = _verify_all_tokens(model, compiled, more, allowed, checked, advise)
+    if advise is not None and max_error is None and checked.error > FAR:
+        warn_of_error(checked.error, advise())
     if tune and tuning.is_enabled():
         example = _runnable(compiled, (args, kwargs), more)
         if choose_formats_(compiled, *example):
-            _verify_all_tokens(model, compiled, more, allowed, checked)
+            _verify_all_tokens(model, compiled, more, allowed, checked, advise)
         compiled = _not_slower(model, compiled, weights, example, notes, dynamic)
         if lowest in INTEGER_KINDS and not (has_kernels(compiled.kernels, lowest) or rounds_values(exported)):
             why = f"torch is faster in fp32 on the example; tune=False runs {lowest} all the same"
@@ -387,12 +395,22 @@ def _compile(
 
 
 def _verify_all_tokens(
-    model: nn.Module, compiled: Compiled, example: tuple[Any, Any], allowed: float, checked: CheckedSizes | None
+    model: nn.Module,
+    compiled: Compiled,
+    example: tuple[Any, Any],
+    allowed: float,
+    checked: CheckedSizes | None,
+    advise: Callable[[], str] | None = None,
 ) -> CheckedSizes:
-    """Compare a compiled model with the model at padding too; see `verify`."""
+    """Compare a compiled model with the model, but for 8 bits at padding too; see `verify`. `advise` returns what an
+    error in 8 bits adds."""
     compiled.skip_padding = False
     try:
-        return verify(model, compiled, *example, allowed, checked)
+        return verify(model, compiled, *example, allowed, checked, padding=advise is None)
+    except OutputsDifferError as error:
+        if advise is None:
+            raise
+        raise OutputsDifferError(f"{error}. {advise()}") from None
     finally:
         compiled.skip_padding = True
 
@@ -401,17 +419,6 @@ def has_kernels(kernels: Mapping[Node, Any], precision: str) -> bool:
     """Return whether a linear layer or a convolution has a kernel in a precision of INTEGER_KINDS."""
     layers = (k for n, k in kernels.items() if n.target in (ops.linear, ops.conv2d))
     return any(k.held[0].kind in INTEGER_KINDS[precision] for k in layers)
-
-
-def _warn_of_saturation(model: nn.Module, compiled: Compiled, example: tuple[Any, Any]) -> None:
-    """Warn where outputs on the example are far from the model's, as when calibration data have smaller values."""
-    d = distance(model, compiled, *pytree.tree_flatten((example[0], dict(example[1]))))
-    if d > FAR_CALIBRATED:
-        text = (
-            f"calibrate: outputs on the example differ by {d:.0%}: measure the quality on data, or give more batches, "
-            "with values as large as the example's"
-        )
-        warnings.warn(text, stacklevel=4)
 
 
 def _runnable(compiled: Compiled, example: tuple[Any, Any], more: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -474,13 +481,3 @@ def passes_for(
 
 def _is_depthwise(exported: ExportedGraph, node: Node) -> bool:
     return node.target is ops.conv2d and is_depthwise(node, exported.constants)
-
-
-def rounds_values(exported: ExportedGraph) -> bool:
-    """Return whether a model rounds values to 8 bits by itself."""
-    return any(n.target is ops.fake_quantize for n in exported.graph.nodes)
-
-
-def tolerance(exported: ExportedGraph, precision: str | None = None) -> float:
-    """Return the largest relative distance that outputs of a graph may have from the model's."""
-    return max(TOLERANCE[precision], ROUNDED_TOLERANCE if rounds_values(exported) else 0.0)

@@ -21,6 +21,7 @@ from rarefy.compiler.fx_utils import ExportedGraph, Node, is_node
 from rarefy.compiler.in_place import overwriting
 from rarefy.compiler.input_checks import InputSpec, check_inputs, readable_guards
 from rarefy.compiler.kernel_selection import compact
+from rarefy.compiler.not_finite import are_finite, has_static_scales, with_not_finite
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.profile import Profile, Recorder, profile_calls
 from rarefy.compiler.scheduling import schedule
@@ -112,6 +113,7 @@ class Compiled:
         """Schedule the calls, again after the graph or the kernels have changed."""
         self.guards = [parse(text) for text in self.exported.guards]
         self.schedule = schedule(self.exported, self.kernels, self.check)
+        self.has_static_scales = has_static_scales(self.exported, self.kernels)
         self.fixed_nodes = _size_only_nodes(self.exported)
         self.fixed: dict[tuple[Any, ...], dict[Node, Any]] = {}  # their values for the last shapes
         self.checked: dict[tuple[Any, ...], None] = {}  # sizes and types of calls that were checked
@@ -249,6 +251,12 @@ class Compiled:
 
         A decoder also passes its `Cache`, a profiler what records the time of each call.
         """
+        out = self._run_schedule(leaves, cache, recorder)
+        if self.has_static_scales and self.kernels and not are_finite(leaves):
+            return with_not_finite(self, leaves, out)
+        return out
+
+    def _run_schedule(self, leaves: list[Any], cache: Any, recorder: Recorder | None) -> list[Any]:
         values: dict[Node, Any] = dict(zip(self.exported.inputs, leaves))
 
         def lookup(node: Node) -> Any:

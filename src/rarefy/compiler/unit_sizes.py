@@ -10,6 +10,8 @@ from rarefy.compiler.fx_utils import ExportedGraph
 from rarefy.compiler.other_sizes import connected_sizes, resized
 from rarefy.compiler.shape_guards import MAX_SIZE, parse
 
+OTHERS = range(2, 34)  # sizes at which a condition that only excludes 1 holds
+
 
 def allow_ones(
     exported: ExportedGraph, specs: Sequence[Any], leaves: list[Any], trace: Callable[[list[Any]], ExportedGraph]
@@ -34,6 +36,9 @@ def allow_ones(
         broken = {g for g in exported.guards if not parse(g).holds({**example, **ones})}
         if not broken or any(exported.ranges[n][0] > 1 for n in group):
             continue
+        others = [{**example, **dict.fromkeys(group, size)} for size in OTHERS]
+        if not all(parse(g).holds(sizes) for g in broken for sizes in others):
+            continue  # a condition of another kind, which 1 happens to break
         try:
             branch = trace(resized(specs, leaves, ones))
         except ModelError:
@@ -48,5 +53,5 @@ def allow_ones(
         always = set()  # what is true of all sizes now
         if not limits and len(group) == 1:
             always = {f"{n} {excludes_1}" for n in group for excludes_1 in ("!= 1", "> 1", ">= 2")}
-        others = [g for g in exported.guards if g not in always]
-        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in others)
+        remaining = [g for g in exported.guards if g not in always]
+        exported.guards = tuple(f"{g} or ({allowed})" if g in broken else g for g in remaining)

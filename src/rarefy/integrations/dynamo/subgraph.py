@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from rarefy.common.errors import DataError, ModelError, RarefyError, first_line
 from rarefy.compiler import tuning
-from rarefy.compiler.compile import TOLERANCE, compile, tolerance
+from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
+from rarefy.compiler.tolerance import TOLERANCE, tolerance
 from rarefy.integrations.dynamo.graph import GraphInputs, freeze
 from rarefy.integrations.dynamo.outputs import Repair, clones, repairs
 from rarefy.integrations.dynamo.weights import WeightGuard, find_sampled, find_unsafe
