@@ -22,11 +22,11 @@ import torch
 import rarefy
 import tables
 from models import model_of
+from peers import call
 from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.runtime import bindings
 from recording import keep
-from rivals import call
 from runtime import alternate, keep_memory
 from values import retrieval
 
