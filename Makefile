@@ -6,7 +6,7 @@ DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most of the slow tests
 
-.PHONY: demo test test-slow test-all fuzz kill sanitize races soak lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-slow test-all fuzz kill sanitize races soak lint bench-tables bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -41,6 +41,12 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+PAGES ?= readme
+bench-tables: $(VENV)/dev.done  ## measure the tables of README.md, or with PAGES=docs of all pages, and write them; goes on when it is interrupted
+	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxscript onnxruntime openvino nncf xllamacpp scikit-learn
+	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # kernels for AVX-512, and llama.cpp's quantizer; Linux on x86-64
+	$(BIN)/python bench/tables.py --measure $(PAGES)
 
 bench-demo: $(VENV)/demo.done  ## keep the demo's receipt as the one that README shows
 	$(BIN)/python bench/demo.py

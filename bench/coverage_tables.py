@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from provenance import BENCHMARKS
-from records import NotMeasured, Row, by, marked, not_measured, number, read, required, table
+from records import NotMeasured, Row, by, marked, not_measured, number, read, required, table, tried
 
 MAX_DIFFERENCE = 1e-4  # of the largest output, up to which a model read from a file equals ONNX Runtime
 
@@ -67,7 +67,7 @@ def onnx_models() -> str:
     lines = [line + [""] * (6 - len(line)) for line in lines]
     mean = f"Geometric mean {statistics.geometric_mean(ratios):.2f}x, least {min(ratios):.2f}x."
     head += ["ONNX Runtime, ms", "compiled, ms", "times as fast"]
-    return marked(shown, f"{table(head, lines)}\n\n{mean}")
+    return marked(shown, f"{table(head, lines)}\n\n{mean}\n\n{tried(shown)}".rstrip())
 
 
 def _files(*runs: str) -> list[Row]:
@@ -97,7 +97,7 @@ def onnx_changes() -> str:
         cut = record["cut"]
         rows.append([*cells, f"{cut:.0e}" if isinstance(cut, float) else "no"])
     head = ["architecture", "compiled, ms", "80 % zeros", "ONNX Runtime, 8 bits", "compiled, 8 bits"]
-    return marked(shown, table([*head, "cut to half, trained, exported"], rows))
+    return marked(shown, f"{table([*head, 'cut to half, trained, exported'], rows)}\n\n{tried(shown)}".rstrip())
 
 
 def ocr() -> str:
@@ -111,7 +111,9 @@ def ocr() -> str:
             base = times["ONNX Runtime, 8 bits" if "8 bits" in way else "ONNX Runtime"][1]
             ratio = f"{number(quartiles[1])} ({base / quartiles[1]:.2f}x)"
             rows.append([name, way, f"{quality[way]:.1f}", ratio])
-    return marked(shown, table(["file", "run by", "quality, %", "ms of one image"], rows))
+    return marked(
+        shown, f"{table(['file', 'run by', 'quality, %', 'ms of one image'], rows)}\n\n{tried(shown)}".rstrip()
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {

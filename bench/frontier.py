@@ -11,9 +11,9 @@ A point is a model as it is deployed: pruned or cut, compiled, in its precision.
 how many of 1,000 descriptions find their article first (R@1), how many of 1,000 passages of the Brown corpus find the
 one that follows (R@1), how many passages of half of Brown a logistic regression on the embeddings of the other half
 puts into the right one of 15 categories ("categories"), and the mean cosine with the dense model's embeddings. Nothing
-of these was used for calibration or training (texts.py). Students of recover.py also run in other engines in 8 bits, so
-that what the cut gives and what the engine gives stand apart. Times are of one text of 16 tokens, as searches have, and of
-one and of sixteen texts of 128 tokens. Other engines run the dense model at their best settings, with the same
+of these was used for calibration or training (texts.py). Students of recover.py also run in other engines in 8 bits,
+so that what the cut gives and what the engine gives stand apart. Times are of one text of 16 tokens, as searches have,
+and of one and of sixteen texts of 128 tokens. Other engines run at their best settings (peers.py), with the same
 calibration. Appends one JSON line per run to results/frontier.jsonl.
 """
 
@@ -93,7 +93,7 @@ def points() -> dict[str, tuple[Steps, str | None]]:
 
 
 def judge(encode: Encode, tokenizer: Any, want: Tensor | None) -> tuple[dict[str, float], Tensor]:
-    """Return R@1 of TESTS, the share of right categories, the mean cosine with embeddings `want`, and the embeddings."""
+    """Return R@1 of TESTS, right categories, the mean cosine with embeddings `want`, and the embeddings."""
     result, found = {}, {}
     for name, pairs in TESTS.items():
         found[name] = asked, there = embeddings(encode, tokenizer, pairs())

@@ -164,7 +164,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         batches = [{"x": t.numpy()} for t in calibration.split(1)]
         others = {
             "ONNX Runtime": onnxruntime({"": lambda: file}, {1: one}),
-            "ONNX Runtime, 8 bits": onnxruntime(in_8_bits(newer, batches), {1: one}),
+            "ONNX Runtime, 8 bits": onnxruntime(in_8_bits(newer, batches), {1: one}, want=torch.as_tensor(load()(one))),
         }
         runs: dict[str, Callable[[Tensor], Any]] = {
             **{n: other.encode for n, other in others.items()},

@@ -5,10 +5,10 @@
     python bench/onnx_changes.py --table             only print what was measured last
 
 Files are those of onnx_models.py, of one input. Zeros are the 80 % smallest weights. 8 bits are calibrated on four
-random inputs in both engines; ONNX Runtime also tries ranges of each call (peers.py). A cut removes half of all channels and neurons; a step of SGD follows, the model is
-exported, and its file is compared with it in ONNX Runtime. Engines take turns. Weights are random, so distances from
-the fp32 outputs say how exact an engine is, not how well a model works. Appends one JSON line for each architecture to
-results/onnx_changes.jsonl.
+random inputs in both engines; ONNX Runtime also tries ranges of each call (peers.py). A cut removes half of all
+channels and neurons; a step of SGD follows, the model is exported, and its file is compared with it in ONNX Runtime.
+Engines take turns. Weights are random, so distances from the fp32 outputs say how exact an engine is, not how well a
+model works. Appends one JSON line for each architecture to results/onnx_changes.jsonl.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
         others = {"onnxruntime": onnxruntime({"": lambda: file}, examples)}
         try:
             feeds = [{n: x.numpy() for n, x in zip(names, b)} for b in batches]
-            others["onnxruntime, 8 bits"] = onnxruntime(in_8_bits(file, feeds), examples)
+            others["onnxruntime, 8 bits"] = onnxruntime(
+                in_8_bits(file, feeds), examples, want=others["onnxruntime"].encode(examples[1])
+            )
         except RuntimeError as error:
             failed["onnxruntime, 8 bits"] = reason(error)
         runs |= {n: lambda _, call=other.timed[1]: torch.from_numpy(call()) for n, other in others.items()}

@@ -9,8 +9,9 @@
     python optimize.py minilm --minutes 10 --seeds 1 2
     python optimize.py --table          only print what was measured last
 
-After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and other engines in 8 bits (where they
-run the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
+After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and other engines in 8 bits (where
+they run the model) are measured in turns. The uniform model loses the same share by each method in every group or
+layer.
 As many of its layers stay in fp32 or 16 bits as in the model that was found, spread evenly, and its KV cache has the
 same precision.
 Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean

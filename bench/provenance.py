@@ -45,7 +45,7 @@ MEASURED = ("src", "csrc", "bench", "zoo", "recipes", "tests/zoo.py", "CMakeList
 
 ENGINE = ("csrc", "CMakeLists.txt", "src/rarefy/compiler", "src/rarefy/runtime")
 DECODER = (*ENGINE, "src/rarefy/generation", "src/rarefy/formats")
-PEERS = ("bench/peers.py", "bench/rivals.py")
+PEERS = ("bench/peers.py", "bench/runtime.py", "src/rarefy/onnx/runtimes.py")
 TEXTS = ("bench/texts.py", "src/rarefy/evaluation/retrieval.py", "src/rarefy/data/text_pairs.py")
 PRUNING = ("src/rarefy/prune", "src/rarefy/calibration")
 CUTTING = ("src/rarefy/structured", "src/rarefy/dependency")
@@ -103,22 +103,22 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "demo": Benchmark("make bench-demo", 6, (*DECODER, *PRUNING, "recipes/smollm2-demo.yaml", "bench/demo.py")),
     "dynamo": _script("dynamo", "", 20, *ENGINE, "src/rarefy/integrations", "tests/zoo.py", case=("model",)),
     "embeddings": _script("embeddings", "", 20, *ENGINE, *PEERS, *TEXTS, "src/rarefy/integrations"),
-    "engine": _script("engine", "", 15, *ENGINE, "bench/rivals.py", case=("model", "batch")),
-    "frontier/minilm": _script("frontier", "", 40, *_FRONTIER),
-    "frontier/minilm, avx512": Benchmark(_WITHOUT_AMX, 40, ("bench/frontier.py", *_FRONTIER)),
-    "frontier/efficientnet": _script("frontier_images", "efficientnet", 10, *_IMAGES),
-    "frontier/fashion": _script("frontier_images", "fashion", 15, *_IMAGES),
-    "language": _script("language", "", 10, *DECODER, *QUANTIZING, case=("engine", "build", "file")),
+    "engine": _script("engine", "", 30, *ENGINE, *PEERS, "bench/photos.py", case=("model", "batch")),
+    "frontier/minilm": _script("frontier", "", 60, *_FRONTIER),
+    "frontier/minilm, avx512": Benchmark(_WITHOUT_AMX, 60, ("bench/frontier.py", *_FRONTIER)),
+    "frontier/efficientnet": _script("frontier_images", "efficientnet", 15, *_IMAGES),
+    "frontier/fashion": _script("frontier_images", "fashion", 20, *_IMAGES),
+    "language": _script("language", "", 25, *DECODER, *QUANTIZING, case=("engine", "build", "file")),
     "large_language": _script("large_language", "", 15, *DECODER, case=("model", "file", "engine")),
     "memory": _script("memory", "", 1, *DECODER, timed=False, case=("model",)),
-    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py", case=_MODELS),
-    "models/engines": _script("models", "--engines", 8, "csrc", "src/rarefy/runtime", "bench/rivals.py", case=_MODELS),
+    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", "bench/runtime.py", case=_MODELS),
+    "models/engines": _script("models", "--engines", 10, "csrc", "src/rarefy/runtime", *PEERS, case=_MODELS),
     "oneshot": _script("oneshot", "", None, *PRUNING, timed=False, case=("model", "method", "setting", "seed")),
-    "onnx_changes": _script("onnx_changes", "", 20, *ENGINE, "src/rarefy/onnx", *CUTTING, case=("model",)),
+    "onnx_changes": _script("onnx_changes", "", 35, *ENGINE, *PEERS, "src/rarefy/onnx", *CUTTING, case=("model",)),
     "onnx_conformance": _script("onnx_conformance", "", 1, "src/rarefy/onnx", timed=False),
     "onnx_models/correct": _script("onnx_models", "--correct", None, *ENGINE, "src/rarefy/onnx", timed=False),
-    "onnx_models/speed": _script("onnx_models", "--speed", 20, *ENGINE, "src/rarefy/onnx", case=("model",)),
-    "onnx_models/ocr": _script("ocr", "", 5, *ENGINE, "src/rarefy/onnx", case=("model",)),
+    "onnx_models/speed": _script("onnx_models", "--speed", 25, *ENGINE, *PEERS, "src/rarefy/onnx", case=("model",)),
+    "onnx_models/ocr": _script("ocr", "", 10, *ENGINE, *PEERS, "src/rarefy/onnx", case=("model",)),
     "patterns": _script("patterns", "", 20, *ENGINE, *PRUNING, case=("pattern", "sparsity")),
     "permute": _script("permute", "", 5, "src/rarefy/prune", timed=False),
     "runtime": _script("runtime", "", 5, "csrc", "CMakeLists.txt", "src/rarefy/runtime", case=_KERNELS),

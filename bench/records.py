@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,23 @@ def model_name(name: str) -> str:
     for recorded, title in NAMES.items():
         name = name.replace(recorded, title)
     return name
+
+
+def tried(rows: Iterable[Row]) -> str:
+    """Return a sentence about the settings of other engines, and how often each was chosen; "" for older records."""
+    chosen: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, settings in row.get("settings", {}).items():
+            counts = chosen.setdefault(model_name(name), Counter(dict.fromkeys(settings["tried"], 0)))
+            counts[settings["setting"]] += 1
+    texts = []
+    for name, counts in chosen.items():
+        if len(counts) > 1:
+            cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
+            best, times = counts.most_common(1)[0]
+            others = ", ".join(setting for setting in counts if setting != best)
+            texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
+    return f"Settings tried, the fastest counts, and in how many cases: {'; '.join(texts)}." if texts else ""
 
 
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 
 from provenance import BENCHMARKS
-from records import Row, latest, model_name, not_measured, number, per_machine, read, table
+from records import Row, latest, model_name, not_measured, number, per_machine, read, table, tried
 
 MIN_SHARE = 1.05  # times as fast as the even spread, below which two measurements of one model differ as much
 MIN_GAIN = 1.0  # points of quality, or percent of perplexity, below which a difference is chance
@@ -64,6 +64,8 @@ def _of_machine(rows: list[Row]) -> str:
     head = ["model", row["metric"]["name"], *(["distance"] if measured else []), *(["MB"] if sized else [])]
     shares = "\n".join(f"- {_share_of(r)}" for r in sorted(rows, key=lambda r: r["seed"]))
     text = f"{table([*head, *(f'{b}, ms' for b in times)], cells)}\n\n{note}"
+    settings = tried([{"settings": {n: c["settings"] for n, c in compared.items() if "settings" in c}}])
+    text = "\n\n".join(filter(None, [text, settings]))
     return f"{text}\n\nThe search's own share, beside the same methods spread evenly:\n\n{shares}"
 
 

@@ -27,12 +27,16 @@ from records import (
     required,
     speedup,
     table,
+    tried,
 )
 
 # Language models on the engine
 
 WEIGHTS = {
     "Q8_0": "8-bit Q8_0",
+    "Q6_K": "6-bit Q6_K",
+    "Q4_K_M": "4-bit Q4_K_M",
+    "IQ4_NL": "4-bit IQ4_NL",
     "Q4_1": "4-bit Q4_1",
     "Q4_0": "4-bit Q4_0",
     "F32": "fp32",
@@ -49,16 +53,18 @@ WEIGHTS |= {
     "Q4_0 file": "the file in Q4_0",
     "Q4_1 file": "the file in Q4_1",
 }
-RIVALS = {  # llama.cpp's file that a row of ours is compared with
-    "fp32": "F32",
-    "8 bits": "Q8_0",
-    "4 bits": "Q4_0",
-    "4 bits, calibrated": "Q4_0",
-    "Q8_0 file": "Q8_0",
-    "Q4_0 file": "Q4_0",
-    "Q4_1 file": "Q4_1",
+FOUR_BITS = ("Q4_0", "Q4_1", "IQ4_NL", "Q4_K_M")
+RIVALS = {  # llama.cpp's files of this size: a row of ours is compared with the fastest of them
+    "fp32": ("F32",),
+    "8 bits": ("Q8_0",),
+    "6 bits": ("Q6_K",),
+    "4 bits": FOUR_BITS,
+    "4 bits, calibrated": FOUR_BITS,
+    "Q8_0 file": ("Q8_0",),
+    "Q4_0 file": ("Q4_0",),
+    "Q4_1 file": ("Q4_1",),
 }
-NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
+NOT_IN_README = ("F32", "fp32", "6 bits", "Q6_K", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
 
 
 ENGINE_NAMES = {"rarefy": "Rarefy", "llama.cpp": "llama.cpp"}
@@ -80,12 +86,9 @@ def language() -> str:
     """SmolLM2-135M on the engine and on llama.cpp: size, perplexity and tokens per second, with ratios to RIVALS."""
 
     def make(rows: list[Row]) -> str:
-        theirs = {r["file"]: r for r in rows if r["engine"] == "llama.cpp"}
-
         def speed(row: Row, phase: str) -> str:
-            rival = theirs.get(RIVALS.get(row["file"], "")) if row["engine"] == "rarefy" else None
-            times = f" ({ratio(row, rival, lambda r: r[phase][1]):.2f}x)" if rival else ""
-            return number(row[phase][1]) + times
+            beside = _beside_rivals(row, rows)
+            return number(row[phase][1]) + (f" ({beside[phase]:.2f}x)" if beside else "")
 
         cells = [
             [
@@ -98,7 +101,7 @@ def language() -> str:
             for r in rows
         ]
         head = ["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"]
-        return "\n\n".join(filter(None, [table(head, cells), _losses(rows), _zeros(rows)]))
+        return "\n\n".join(filter(None, [table(head, cells), _losses(rows), _zeros(rows), tried(rows)]))
 
     return per_machine(_language(), make)
 
@@ -111,12 +114,21 @@ def _speeds(row: Row, base: Row) -> dict[str, float]:
     return {title: ratio(row, base, lambda r, p=phase: r[p][1]) for phase, title in PHASES.items()}
 
 
+def _beside_rivals(row: Row, rows: list[Row]) -> dict[str, float]:
+    """Return how many times as fast as llama.cpp's fastest file of its size a row of ours is; {} if there is none."""
+    names = RIVALS.get(row["file"], ()) if row["engine"] == "rarefy" else ()
+    rivals = [r for r in rows if r["engine"] == "llama.cpp" and r["file"] in names]
+    return {p: min(ratio(row, r, lambda r, p=p: r[p][1]) for r in rivals) for p in PHASES} if rivals else {}
+
+
 def _losses(rows: list[Row]) -> str:
     """Return a paragraph about where llama.cpp is faster in one run; "" if nowhere."""
-    theirs, losses = {r["file"]: r for r in rows if r["engine"] == "llama.cpp"}, []
-    for row in rows:
-        if row["engine"] == "rarefy" and (rival := theirs.get(RIVALS.get(row["file"], ""))):
-            losses += [f"{WEIGHTS[row['file']]}, {t} ({x:.2f}x)" for t, x in _speeds(row, rival).items() if x < 1]
+    losses = [
+        f"{WEIGHTS[row['file']]}, {PHASES[phase]} ({times:.2f}x)"
+        for row in rows
+        for phase, times in _beside_rivals(row, rows).items()
+        if times < 1
+    ]
     return f"llama.cpp is faster: {'; '.join(losses)}." if losses else ""
 
 
@@ -167,25 +179,27 @@ def readme() -> str:
         for r in shown
     ]
     head = ["SmolLM2-135M, engine and weights", "MB", "perplexity", f"{label}: decode, tokens/s", "prompt, tokens/s"]
-    return f"{table(head, cells)}\n\n{mark(rows)}\n\n{_readme_gains(rows, label)}".rstrip()
+    return "\n\n".join(filter(None, [table(head, cells), mark(rows), tried(shown), _readme_gains(rows, label)]))
 
 
 def _readme_gains(rows: list[Row], label: str) -> str:
     """Return sentences about the ratios of rows of README's table; "" where one of the rows was not measured."""
     found = {(r["engine"], r["file"]): r for r in rows}
-    pairs = [("Q4_1 file", "Q4_1"), ("8 bits", "Q8_0"), ("4 bits, calibrated", "Q4_0")]
-    if not all(("rarefy", ours) in found and ("llama.cpp", theirs) in found for ours, theirs in pairs):
+    names = ("Q4_1 file", "8 bits", "4 bits, calibrated")
+    beside = [_beside_rivals(found["rarefy", n], rows) if ("rarefy", n) in found else {} for n in names]
+    if not all(beside):
         return ""
-
-    four, q4_0 = found["rarefy", "4 bits, calibrated"], found["llama.cpp", "Q4_0"]
-    assert four["bytes"] < q4_0["bytes"] and four["perplexity"] < q4_0["perplexity"], "the sentence would be wrong"
-    speeds = [_speeds(found["rarefy", ours], found["llama.cpp", theirs]) for ours, theirs in pairs]
-    same, eight, fewer = ([f"{x:.1f}x" for x in pair.values()] for pair in speeds)
+    same, eight, four = ([f"{x:.1f}x" for x in speeds.values()] for speeds in beside)
+    theirs = [found["llama.cpp", n] for n in FOUR_BITS if n != "Q4_1" and ("llama.cpp", n) in found]
+    qualities = ", ".join(f"{r['file']} {r['perplexity']:.2f}" for r in theirs)
     return (
         f"- **Beside llama.cpp**: the same Q4_1 file generates text {same[0]} and reads prompts {same[1]} as fast. "
-        f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is smaller than "
-        f"Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast. These weights were published in Q4_1, so Q4_1 "
-        f"loses nothing here." + _losses_in_readme(rows) + _readme_search(label)
+        f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is "
+        f"{four[0]} and {four[1]} as fast as the fastest of llama.cpp's 4-bit files. Perplexity: "
+        f"{found['rarefy', '4 bits, calibrated']['perplexity']:.2f}; with an importance matrix of the same articles "
+        f"{qualities}. These weights were published in Q4_1, so Q4_1 loses nothing here."
+        + _losses_in_readme(rows)
+        + _readme_search(label)
     )
 
 
@@ -259,7 +273,7 @@ def engine() -> str:
         ]
         text = table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
         losses = [loss for case in cases for loss in _engine_losses(found[case])]
-        return f"{text}\n\nWhere we lose: {'; '.join(losses)}." if losses else text
+        return "\n\n".join(filter(None, [text, f"Where we lose: {'; '.join(losses)}." if losses else "", tried(rows)]))
 
     return per_machine(latest(required("engine"), "label", "model", "batch"), make)
 
@@ -304,9 +318,12 @@ def _times_as_fast(row: Row, case: str) -> str:
     return f"{found['dense'][1] / found['pruned'][1]:.2f}x ({found['pruned'][1]:.1f} ms)" if found else "1"
 
 
+RECALLS = {"articles": "R@1 articles", "brown": "R@1 Brown", "manuals": "R@1 manuals"}  # tests of frontier.py
+
+
 def frontier() -> str:
     """MiniLM as it is deployed: quality of the very model that was timed, and its time."""
-    columns = {"articles": "R@1 articles", "brown": "R@1 Brown", "categories": "categories, %", "cosine": "cosine"}
+    columns = {**RECALLS, "categories": "categories, %", "cosine": "cosine"}
     tables, limited = _frontier("minilm", columns, " x 128"), "minilm, avx512"
     if read("frontier", run=limited):
         tables += f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
@@ -334,7 +351,8 @@ def embeddings() -> str:
                     f"{number(one_ms)} ({faster[1]:.2f}x)",
                 ]
             )
-        return table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
+        text = table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
+        return f"{text}\n\n{tried([row])}".rstrip()
 
     return per_machine(latest(required("embeddings"), "label"), make)
 
@@ -347,8 +365,9 @@ def spread() -> str:
 
     def make(rows: list[Row]) -> str:
         models = [(name, same) for name, same in by(rows, "name").items() if name != "eager"]
-        cells = [[model_name(name), gains(same, "articles"), gains(same, "brown")] for name, same in models]
-        return table(["model", "R@1 articles, beside dense", "R@1 Brown, beside dense"], cells)
+        tests = [test for test in RECALLS if all(test in r for r in rows)]
+        cells = [[model_name(name), *(gains(same, test) for test in tests)] for name, same in models]
+        return table(["model", *(f"{RECALLS[test]}, beside dense" for test in tests)], cells)
 
     return per_machine(latest(required("spread"), "label", "name", "seed"), make)
 
@@ -402,16 +421,40 @@ def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
             + [_beside(times[batch].get(name), best[batch]) for batch in times]
             for name in names
         ]
-        return table(
-            ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)], cells
-        )
+        head = ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)]
+        return "\n\n".join(filter(None, [table(head, cells), _model_and_engine(row), tried([row])]))
 
     return per_machine(latest(required("frontier", run=run), "label"), make)
 
 
 def _fastest_rival(times: dict[str, list[float]]) -> list[float]:
-    """Return the times of the fastest engine in 8 bits that is not Rarefy."""
-    return min((t for name, t in times.items() if "int8" in name and not name.startswith("ours")), key=lambda t: t[1])
+    """Return the times of the dense model in the fastest engine in 8 bits that is not Rarefy."""
+    others = (
+        t for name, t in times.items() if "int8" in name and not name.startswith("ours") and "trained" not in name
+    )
+    return min(others, key=lambda t: t[1])
+
+
+def _model_and_engine(row: Row) -> str:
+    """Return a table of what a student's cut gives and what the engine gives; "" without students in other engines.
+
+    The cut: the dense model over the student, both in the fastest other engine in 8 bits. The engine: the student there
+    over the student in Rarefy.
+    """
+    cells, sizes = [], row["milliseconds"]
+    for name in row["quality"]:
+        student = name.removeprefix("ours, ").removesuffix(", int8")
+        others = [n for n in row["quality"] if n.endswith(f"int8, {student}")]
+        if name.startswith("ours") and others:
+            cells.append([model_name(student)])
+            for times in sizes.values():
+                dense, cut = _fastest_rival(times)[1], min(times[n][1] for n in others)
+                ours = times[name][1]
+                cells[-1].append(f"{dense / cut:.2f}x · {cut / ours:.2f}x = {dense / ours:.2f}x")
+    if not cells:
+        return ""
+    text = "The cut (dense over student, in the fastest other engine) · the engine (student there over student here):"
+    return f"{text}\n\n{table(['student in 8 bits', *sizes], cells)}"
 
 
 def _beside(time: list[float] | None, other: list[float]) -> str:
@@ -435,6 +478,8 @@ README_ENGINES = (
     "openvino fp32",
     "onnxruntime int8",
     "openvino int8",
+    "openvino int8, narrower-0, trained",
+    "openvino int8, narrowest-0, trained",
     "ours, int8",
     "ours, narrower-0, trained, int8",
     "ours, narrowest-0, trained, int8",
@@ -445,18 +490,20 @@ def readme_minilm() -> str:
     """README's table of MiniLM: engines at their best settings, each with the quality of what was timed."""
     row = required("frontier", run="minilm")[-1]
     best = {batch: _fastest_rival(times) for batch, times in row["milliseconds"].items()}
+    tests = [test for test in RECALLS if test in row["quality"]["eager"]]
     cells = [
         [
             model_name(key),
-            *(f"{row['quality'][key][q]:.1f}" for q in ("articles", "brown")),
+            *(f"{row['quality'][key][q]:.1f}" for q in tests),
             f"{row['quality'][key]['cosine']:.3f}",
             *(_beside(row["milliseconds"][batch][key], time) for batch, time in best.items()),
         ]
         for key in README_ENGINES
         if key in row["quality"]
     ]
-    head = [f"MiniLM on {row['label']}", "R@1 articles, %", "R@1 Brown, %", "cosine"]
-    return f"{table([*head, *(f'{size} tokens, ms' for size in best)], cells)}\n\n{mark([row])}"
+    head = [f"MiniLM on {row['label']}", *(f"{RECALLS[test]}, %" for test in tests), "cosine"]
+    text = table([*head, *(f"{size} tokens, ms" for size in best)], cells)
+    return "\n\n".join(filter(None, [text, mark([row]), _model_and_engine(row), tried([row])]))
 
 
 def memory() -> str:
@@ -547,7 +594,7 @@ def accelerate_engines() -> str:
             for r in rows
         ]
         head = ["ms", "Rarefy, eager torch, 80 % zeros", "torch.compile", "ONNX Runtime", "OpenVINO"]
-        return table(head, cells)
+        return f"{table(head, cells)}\n\n{tried(rows)}".rstrip()
 
     rows = [r for r in read("models") if "compiled" in r]
     if not rows:

@@ -4,6 +4,8 @@
     python bench/tables.py --check         exit with 1 if one is out of date
     python bench/tables.py --stale         list what no page or only docs/ shows, why, and what measures it anew
     python bench/tables.py --all NAME      print tables of all records, with what is against them; without NAME all
+    python bench/tables.py --measure       measure what README.md shows at this commit, then rewrite; may be killed
+    python bench/tables.py --measure docs  the same for all pages
 
 A generated block stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of TABLES.
 Of a case that was measured twice on one machine, the last record counts.
@@ -15,7 +17,12 @@ show records that are only older than the code that they time, marked with their
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import coverage_tables
@@ -31,7 +38,9 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DO
 TABLES = speed_tables.TABLES | search_tables.TABLES | quality_tables.TABLES | coverage_tables.TABLES
 IN_DOCS = ("older",)  # what pages below docs/ show with a mark
 README_FIGURES = ("docs/results/frontier.svg",)  # README.md shows no such records
-README_NEEDS = ("demo", "language", "optimize/smollm2", "frontier/minilm")  # benchmarks of its tables
+README_NEEDS = ("language", "frontier/minilm", "demo", "optimize/smollm2")  # benchmarks of its tables
+DOCS_NEED = tuple(key for key, b in BENCHMARKS.items() if key not in README_NEEDS and b.minutes)
+MEASURED = ROOT / "bench" / "build" / "measured.json"  # commands that ran to their end: the commit
 
 
 def block(name: str) -> str:
@@ -107,6 +116,39 @@ def print_stale() -> None:
     print(f"{len(missing)} of {len(found)} benchmarks have no record that stands.")
 
 
+def measure(keys: Iterable[str]) -> list[str]:
+    """Run benchmarks that have not run to their end at this commit; return the commands whose records do not stand."""
+    run = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    commit, without = run.stdout.strip(), []
+    for key in keys:
+        command, done = BENCHMARKS[key].command, json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+        if done.get(command) == commit and has_standing_record(key, commit):
+            print(f"measured already: {command}", flush=True)
+            continue
+        print(f"{command} ({BENCHMARKS[key].minutes} minutes)", flush=True)
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        ran = subprocess.run(words, cwd=ROOT, check=False)
+        if ran.returncode or not has_standing_record(key, commit):
+            without.append(command)
+            continue
+        MEASURED.parent.mkdir(exist_ok=True)
+        MEASURED.write_text(json.dumps({**done, command: commit}, indent=1))
+    return without
+
+
+def has_standing_record(key: str, commit: str) -> bool:
+    """Return whether a benchmark has a record of a commit with no reason against it."""
+    name = key.partition("/")[0]
+    with showing(*REASONS):
+        rows = every(name) if (RESULTS / f"{name}.jsonl").is_file() else [receipt(name)]
+    return any(
+        benchmark_of(name, row) == BENCHMARKS[key] and row.get("commit", "")[:12] == commit and not row["marks"]
+        for row in rows
+    )
+
+
 def ranges(lines: list[int]) -> str:
     """Return sorted numbers in short.
 
@@ -126,12 +168,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a block is out of date")
     parser.add_argument("--stale", action="store_true", help="list records with a reason against them")
+    parser.add_argument(
+        "--measure", nargs="?", const="readme", choices=["readme", "docs"], help="measure what is missing"
+    )
     parser.add_argument("--all", nargs="*", metavar="NAME", choices=[*TABLES, []], help="print tables of all records")
     arguments = parser.parse_args()
     if arguments.stale:
         return print_stale()
     if arguments.all is not None:
         return show(*(arguments.all or TABLES))
+    without = list[str]()
+    if arguments.measure:
+        without = measure(README_NEEDS if arguments.measure == "readme" else [*README_NEEDS, *DOCS_NEED])
     changed = []
     for path, text in rendered().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -140,6 +188,8 @@ def main() -> None:
                 path.write_text(text, encoding="utf-8")
     if arguments.check and changed:
         raise SystemExit(f"out of date, run python bench/tables.py: {', '.join(map(str, changed))}")
+    if without:
+        raise SystemExit("no record stands (failed, or the machine was busy); start this again: " + "; ".join(without))
 
 
 if __name__ == "__main__":
