@@ -59,11 +59,11 @@ bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dens
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py && ../$(BIN)/python models.py --engines
 
-bench-engine: $(VENV)/dev.done  ## compiled models against other engines, 15 minutes on two idle cores
+bench-engine: $(VENV)/dev.done  ## compiled models against other engines, 30 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python engine.py
 
-bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, 10 minutes on two idle cores
+bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, 25 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet xllamacpp
 	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # for AVX-512 and AMX; Linux on x86-64
 	cd bench && ../$(BIN)/python language.py

@@ -39,7 +39,8 @@ TABLES = speed_tables.TABLES | search_tables.TABLES | quality_tables.TABLES | co
 IN_DOCS = ("older",)  # what pages below docs/ show with a mark
 README_FIGURES = ("docs/results/frontier.svg",)  # README.md shows no such records
 README_NEEDS = ("language", "frontier/minilm", "demo", "optimize/smollm2")  # benchmarks of its tables
-DOCS_NEED = tuple(key for key, b in BENCHMARKS.items() if key not in README_NEEDS and b.minutes)
+ONLY_WITH_AMX = ("frontier/minilm, avx512",)
+DOCS_NEED = tuple(k for k, b in BENCHMARKS.items() if b.minutes and k not in (*README_NEEDS, *ONLY_WITH_AMX))
 MEASURED = ROOT / "bench" / "build" / "measured.json"  # commands that ran to their end: the commit
 
 

@@ -200,3 +200,33 @@ def test_a_measurement_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert tables.measure(["memory"]) == [] and log.read_text() == "ran "
     tables.MEASURED.write_text(json.dumps({memory.command: "another"}))
     assert tables.measure(["memory"]) == [] and log.read_text() == "ran ran "
+
+
+def test_llama_cpp_counts_with_or_without_flash_attention_for_each_phase(monkeypatch):
+    import language
+
+    class Fake:
+        def __init__(self, make, *args):
+            self.args, self.record = args, {"engine": make.__name__, "file": args[-1] if len(args) == 1 else args[1]}
+
+        def perplexity(self, text):
+            return 14.0 + 0.25 * (self.args[-1] == "no flash attention")
+
+        def close(self):
+            pass
+
+    def rates(models, ids, repeats):
+        speeds = {"flash attention": (90.0, 600.0), "no flash attention": (100.0, 500.0), "8 bits": (130.0, 1600.0)}
+        found = {name: speeds[name[-1]] for name in models}
+        return {n: {"decode": [0, d, 0], "prefill": [0, p, 0]} for n, (d, p) in found.items()}
+
+    monkeypatch.setattr(language, "Isolated", Fake)
+    monkeypatch.setattr(language, "rates", rates)
+    monkeypatch.setattr(language, "windows", lambda: torch.zeros(1, 4, dtype=torch.long))
+    monkeypatch.setattr(language, "gguf_files", lambda: {"Q8_0": Path("a"), "Q4_1": Path("b")})
+    monkeypatch.setattr(language, "libraries", lambda: {"node-llama-cpp": Path("c")})
+    ours, q8, q4 = language.engines([], [], ["8 bits"])
+    assert (ours["engine"], q8["file"], q4["file"]) == ("ours", "Q8_0", "Q4_1")
+    assert q8["decode"][1] == 100.0 and q8["prefill"][1] == 600.0 and q8["perplexity"] == 14.0
+    assert [q8["settings"][p]["setting"] for p in ("decode", "prefill")] == ["no flash attention", "flash attention"]
+    assert q8["settings"]["decode"]["tried"] == {"flash attention": 90.0, "no flash attention": 100.0}
