@@ -208,9 +208,11 @@ def tried(rows: Iterable[Row]) -> str:
         if len(counts) > 1:
             cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
             best, times = counts.most_common(1)[0]
-            others = ", ".join(setting for setting in counts if setting != best)
+            others = " / ".join(setting for setting in counts if setting != best)
             texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
-    return f"Settings tried, the fastest counts, and in how many cases: {'; '.join(texts)}." if texts else ""
+    return (
+        f"Settings of other engines, with the number of cases where they differ: {'; '.join(texts)}." if texts else ""
+    )
 
 
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:

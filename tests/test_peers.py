@@ -139,7 +139,7 @@ def settings(setting: str) -> dict:
 def test_tables_say_which_settings_were_tried():
     one = {"settings": {"onnxruntime int8": settings("threads spin"), "compiled": {"setting": "a", "tried": {"a": {}}}}}
     assert records.tried([one, one]) == (
-        "Settings tried, the fastest counts, and in how many cases: "
+        "Settings of other engines, with the number of cases where they differ: "
         "ONNX Runtime, 8 bits: threads spin (also tried: threads sleep)."
     )
     other = {"settings": {"onnxruntime int8": settings("threads sleep")}}
