@@ -6,7 +6,7 @@ DEMO    = build/demo
 WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of a file stay together; one thread each
 SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most of the slow tests
 
-.PHONY: demo test test-slow test-all fuzz kill sanitize races soak lint bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
+.PHONY: demo test test-slow test-all fuzz kill sanitize races soak lint bench-tables bench-demo bench-vision bench-runtime bench-engine bench-language bench-cuts clean
 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
@@ -42,8 +42,14 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench-demo: demo  ## keep the demo's receipt as the one that README shows
-	cp $(DEMO)/receipt.json bench/results/demo.json
+PAGES ?= readme
+bench-tables: $(VENV)/dev.done  ## measure the tables of README.md, or with PAGES=docs of all pages, and write them; goes on when it is interrupted
+	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxscript onnxruntime openvino nncf xllamacpp scikit-learn
+	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # kernels for AVX-512, and llama.cpp's quantizer; Linux on x86-64
+	$(BIN)/python bench/tables.py --measure $(PAGES)
+
+bench-demo: $(VENV)/demo.done  ## keep the demo's receipt as the one that README shows
+	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/tables.py
 
 bench-vision: $(VENV)/dev.done  ## pruning scores on Fashion-MNIST, 15 minutes on two idle cores
@@ -53,11 +59,11 @@ bench-runtime: $(VENV)/dev.done  ## sparse kernels and whole models against dens
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python runtime.py && ../$(BIN)/python models.py && ../$(BIN)/python models.py --engines
 
-bench-engine: $(VENV)/dev.done  ## compiled models against other engines, 15 minutes on two idle cores
+bench-engine: $(VENV)/dev.done  ## compiled models against other engines, 30 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet -e ".[vision]" onnx onnxruntime openvino nncf
 	cd bench && ../$(BIN)/python engine.py
 
-bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, 10 minutes on two idle cores
+bench-language: $(VENV)/dev.done  ## SmolLM2-135M on the engine and on llama.cpp, 25 minutes on two idle cores
 	$(BIN)/python -m pip install --quiet xllamacpp
 	-npm install --silent --prefix bench/build @node-llama-cpp/linux-x64@3.22.1  # for AVX-512 and AMX; Linux on x86-64
 	cd bench && ../$(BIN)/python language.py

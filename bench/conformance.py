@@ -41,11 +41,10 @@ from rarefy.compiler.compile import split_example
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.tuning import alternate
 from rarefy.compiler.verify import distance
-from rarefy.evaluation.profiling import commit
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
+from recording import keep, kept, start
 from records import eager_speedups
-from values import keep, kept
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "conformance.jsonl"
@@ -164,8 +163,8 @@ def isolated(name: str, cases: dict[str, Any], options: argparse.Namespace) -> d
 
 def is_recorded(name: str, options: argparse.Namespace, records: list[dict[str, Any]]) -> bool:
     """Return whether this commit has a record of a model with these batch sizes and threads."""
-    here = commit(HERE).removesuffix("-dirty")  # which the file of results makes it
-    mine = (r for r in records if r["model"] == name and r["commit"].removesuffix("-dirty") == here)
+    here = start(options.results)
+    mine = (r for r in records if r["model"] == name and (r["commit"], r.get("changed")) == (here["commit"], []))
     same_threads = [r for r in mine if r["machine"]["threads"] == options.threads]
     batches = {str(b) for b in options.batches}
     decoder = name.endswith(" as decoder")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import tables
-from rarefy.evaluation.profiling import commit, machine
+from recording import append, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cut_zoo.jsonl"
@@ -161,6 +161,7 @@ def one(name: str, side: str) -> dict[str, Any]:
 
 def bench(names: list[str]) -> None:
     """Cut each model with each tool, in a process per run, and append the records."""
+    start(RESULTS)
     for name in names:
         for side in SIDES:
             command = [sys.executable, __file__, "--one", name, side]
@@ -170,9 +171,7 @@ def bench(names: list[str]) -> None:
                 found = json.loads(lines[-1]) if process.returncode == 0 and lines else {"error": process.stderr[-200:]}
             except subprocess.TimeoutExpired:
                 found = {"error": f"took longer than {LIMIT} s"}
-            line = {"model": name, "side": side, **found, "commit": commit(HERE), "machine": machine()}
-            with RESULTS.open("a") as file:
-                print(json.dumps(line), file=file)
+            append(RESULTS, {"model": name, "side": side, **found})
             rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
             print(name, side, rounded, flush=True)
 

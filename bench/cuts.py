@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import nn
 
 import rarefy
 import tables
-from rarefy.evaluation.profiling import commit, compare, flops, machine
+from rarefy.evaluation.profiling import compare, flops
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cuts.jsonl"
@@ -156,13 +157,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true", help="only print what was measured last")
     args = parser.parse_args()
-    lines = [json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-    for name in args.runs or ([] if args.table else RUNS):
-        lines = [l for l in lines if l["run"].split()[0] != name]  # a new run replaces the old one
-        for line in RUNS[name](args.seeds):
-            lines.append({**line, "commit": commit(HERE), "machine": machine()})
-            print({k: v for k, v in line.items() if k != "cut"}, flush=True)
-            RESULTS.write_text("".join(json.dumps(l) + "\n" for l in lines))
+    keep(RESULTS, [partial(RUNS[name], args.seeds) for name in args.runs or ([] if args.table else RUNS)])
     tables.show("structured-fashion", "structured-language", "structured-resnet50")
 
 

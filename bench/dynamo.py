@@ -39,8 +39,8 @@ from rarefy.integrations import dynamo
 from rarefy.integrations.dynamo import weights
 from rarefy.model import hf
 from rarefy.model.compare import relative_distance
+from recording import keep, kept
 from records import MIN_SPEEDUP
-from values import keep, kept
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "dynamo.jsonl"

@@ -7,9 +7,8 @@ All models are `SentenceTransformer` objects of the same folder: tokenization, s
 same code. The transformer inside is torch, ONNX Runtime or OpenVINO in 8 bits, or ours. The packages by which
 sentence-transformers runs ONNX Runtime and OpenVINO (optimum-onnx 0.1, optimum-intel 2.2) need transformers before 4.58
 and 5.6, and cannot be installed beside a current one. So `Driven` calls the runtimes as they do: one graph with open
-sizes, numpy arrays in, no copy of the output. Weights of ONNX Runtime have a scale per channel, its activations are
-quantized in each call; OpenVINO is quantized by NNCF for transformers, calibrated on articles. Both get torch's number
-of threads.
+sizes, numpy arrays in, at the settings that are fastest for a batch of 32 texts of 64 tokens (peers.py), calibrated on
+articles.
 
 Texts are 1,000 articles of 8 to 128 tokens, and 50 of them one by one. Quality is that of the very models timed: the
 mean cosine with torch's embeddings of these texts, and how many of 1,000 descriptions find their article first (R@1).
@@ -27,25 +26,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+import peers
 import tables
 import texts
-from peers import exported
 from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.retrieval import recall
-from rivals import feed, nncf_int8, onnxruntime_session, openvino_network, quantized_dynamically
-from runtime import alternate, keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "embeddings.jsonl"
 SHORTEST, LONGEST = 8, 128  # tokens of a text
 SINGLE = 50  # texts that are encoded one by one
 BATCH = 32  # the default of encode
-PAUSE = 0.01  # seconds between runs: threads of most engines spin for about one ms after a call
 
 
 class Driven(nn.Module):
@@ -54,24 +50,23 @@ class Driven(nn.Module):
     Args:
         config: the dense model's config.
         names: the graph's inputs.
-        run: returns hidden states for arrays by name.
+        engine: returns hidden states.
     """
 
-    def __init__(self, config: Any, names: list[str], run: Callable[[dict[str, Any]], np.ndarray]):
+    def __init__(self, config: Any, names: list[str], engine: peers.Engine):
         super().__init__()
-        self.config, self.names, self.run = config, names, run
+        self.config, self.names, self.engine = config, names, engine
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        arrays = {name: inputs[name].numpy() for name in self.names}
-        return {"last_hidden_state": torch.from_numpy(self.run(arrays))}
+        return {"last_hidden_state": self.engine.encode({name: inputs[name] for name in self.names})}
 
 
-def models(folder: Path, place: Path) -> Iterator[tuple[str, Any]]:
-    """Yield models by name, torch first."""
+def models(folder: Path, place: Path, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield models by name, torch first; `settings` receives those of other engines."""
     st: Any = import_module("sentence_transformers")
     ours: Any = import_module("rarefy.integrations.sentence_transformers")
     load = partial(st.SentenceTransformer, str(folder), device="cpu", local_files_only=True)
@@ -80,22 +75,14 @@ def models(folder: Path, place: Path) -> Iterator[tuple[str, Any]]:
     whole = [t for t in texts.of_kind("articles") if len(t) > 300][:96]
     batches = token_batches(whole, dense.tokenizer, batch=8, tokens=LONGEST)
     transformer, file = dense[0].model, place / "model.onnx"
-    exported(transformer, batches[0], file)
-    names = list(batches[0])
-    session = onnxruntime_session(quantized_dynamically(file))
-    network = import_module("openvino").Core().read_model(str(file))
-    request = openvino_network(nncf_int8(network, [feed(x) for x in batches]), "int8").create_infer_request()
-
-    def infer(arrays: dict[str, Any]) -> np.ndarray:
-        return request.infer(arrays, share_inputs=True, share_outputs=True)[0]
-
-    for name, run in (
-        ("sentence-transformers, ONNX Runtime int8", lambda arrays: session.run(None, arrays)[0]),
-        ("sentence-transformers, OpenVINO int8", infer),
-    ):
+    peers.exported(transformer, batches[0], file)
+    typical = {n: values.repeat(BATCH // len(values), 1)[:, : LONGEST // 2] for n, values in batches[0].items()}
+    found = peers.engines(file, batches, {"typical": typical}, peers.IN_8_BITS, fixed=False)
+    settings |= peers.settings_of(found)
+    for engine, title in (("onnxruntime int8", "ONNX Runtime int8"), ("openvino int8", "OpenVINO int8")):
         model = load()
-        model[0].model = Driven(transformer.config, names, run)
-        yield name, model
+        model[0].model = Driven(transformer.config, list(batches[0]), found[engine])
+        yield f"sentence-transformers, {title}", model
     for precision in ("fp32", "int16", "int8"):
         yield f"ours, {precision}", ours.SentenceTransformer(folder, precision)
 
@@ -127,13 +114,13 @@ def encode_each(model: Any, data: list[str]) -> None:
 
 def run(count: int, num_pairs: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Yield one record: quality, and quartiles of milliseconds for all texts and for one text."""
-    quality: dict[str, Any] = {}
+    quality, settings = dict[str, Any](), dict[str, Any]()
     many: dict[str, Callable[[], Any]] = {}
     single: dict[str, Callable[[], Any]] = {}
     want, data = None, list[str]()
     pairs = texts.judged_articles()[:num_pairs]
     with TemporaryDirectory() as place:
-        for name, model in models(builtin.model_folder("minilm"), Path(place)):
+        for name, model in models(builtin.model_folder("minilm"), Path(place), settings):
             data = data or mixed(model.tokenizer, count)
             quality[name], got = judge(model, data, pairs, want)
             want = got if want is None else want
@@ -144,7 +131,8 @@ def run(count: int, num_pairs: int, repeats: int) -> Iterator[dict[str, Any]]:
         each = alternate(single, repeats, PAUSE)
     each = {name: [ms / len(data[:SINGLE]) for ms in quartiles] for name, quartiles in each.items()}
     milliseconds = {"all": times, "one": each}
-    yield {"run": "minilm", "texts": len(data), "batch": BATCH, "quality": quality, "milliseconds": milliseconds}
+    record = {"run": "minilm", "texts": len(data), "batch": BATCH, "settings": settings}
+    yield {**record, "quality": quality, "milliseconds": milliseconds}
 
 
 def main() -> None:

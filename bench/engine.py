@@ -5,9 +5,10 @@
     python engine.py --backends       the same pruned model by accelerate_, by torch.compile of that, and by compile
     python engine.py --table          only print what was measured last
 
-Rarefy runs the dense and the pruned model, also in bf16 and 8 bits; other engines run the dense one (rivals.py).
-Weights are pruned by magnitude for timing only. 8 bits: images have scales from calibration, on all engines, texts
-those of each call. Appends one JSON line per case to results/engine.jsonl, with the cosine of each output and that of
+Rarefy runs the dense and the pruned model, also in bf16 and 8 bits; other engines run the dense one (peers.py).
+Weights are pruned by magnitude for timing only, and those of image models are random. Images are crops of photographs,
+texts are articles. 8 bits: images have scales from calibration on other crops, on all engines. Texts have those of each
+call in Rarefy. Appends one JSON line per case to results/engine.jsonl, with the cosine of each output and that of
 the same weights in eager torch, and what compile left to torch as a whole.
 """
 
@@ -21,18 +22,21 @@ from typing import Any
 
 import torch
 
+import frontier
+import photos
 import rarefy
 import tables
 from models import model_of
+from peers import call, cosine, of_model, settings_of
+from rarefy.data import builtin
 from rarefy.model import hf
-from rivals import call, cosine, engines, similar
-from runtime import alternate, keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"
 CASES = {"minilm": (1, 16), "resnet50": (1, 16), "vit_b_16": (1, 8), "convnext_tiny": (1, 8)}
-PAUSE = 0.005  # seconds between calls: threads of most engines spin for about one ms after a call
+CALIBRATION = 64  # images, or texts
 DENSE = {
     "dense": ("unstructured", 0.0, None),
     "bf16": ("unstructured", 0.0, "bf16"),
@@ -59,29 +63,41 @@ def pruned(name: str, batch: int, variant: str) -> tuple[Any, Any, tuple[int, ..
     return model, x, inputs
 
 
-def compiled(model: Any, x: Any, precision: str | None) -> Any:
+def compiled(model: Any, x: Any, precision: str | None, data: list[Any]) -> Any:
     """Return the compiled model, with static scales of images in 8 bits."""
     if precision != "int8" or isinstance(x, dict):
         return rarefy.compile(model, x, precision=precision)
-    return rarefy.compile(model, x, precision=precision, calibrate=[torch.from_numpy(b["x"]) for b in similar(x)])
+    return rarefy.compile(model, x, precision=precision, calibrate=data)
+
+
+def real_inputs(name: str, batch: int) -> tuple[Any, list[Any]]:
+    """Return an input of a model, and batches for calibration: other photographs, or other texts."""
+    if name != "minilm":
+        return photos.crops(batch, judged=True), list(photos.crops(CALIBRATION, judged=False).split(1))
+    tokenizer = hf.load_tokenizer(builtin.model_folder(name))
+    return frontier.example(tokenizer, batch), frontier.calibration(tokenizer, CALIBRATION, 0)
 
 
 def run(name: str, batch: int) -> dict[str, Any]:
     """Return quartiles in milliseconds of all engines, timed alternately, and the cosines of their outputs."""
-    dense, x, _ = pruned(name, batch, "dense")
-    runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x), **engines(dense, x)}
-    want = runs["eager, dense"]()
-    cosines = {key: cosine(torch.as_tensor(rival()), want) for key, rival in runs.items()}
+    dense = pruned(name, batch, "dense")[0]
+    x, data = real_inputs(name, batch)
+    others = {n.removesuffix(" fp32"): engine for n, engine in of_model(dense, x, data).items()}
+    want = call(dense, x)
+    cosines = {key: cosine(engine.encode(x), want) for key, engine in others.items()}
+    runs: dict[str, Callable[[], Any]] = {"eager, dense": lambda: call(dense, x)}
+    runs |= {key: engine.timed["x"] for key, engine in others.items()}
     left: dict[str, list[str]] = {}
     for variant, (*_, precision) in (VARIANTS if name in PRUNED else DENSE).items():
         model, _, _ = pruned(name, batch, variant)
-        fast = compiled(model, x, precision)
+        fast = compiled(model, x, precision, data)
         key = f"ours, {variant}"
         cosines[key] = cosine(call(fast, x), call(model, x))
         if notes := [n for n in fast.exported.notes if "all in torch" in n]:
             left[key] = notes
         runs[key] = lambda fast=fast: call(fast, x)
-    return {"cosines": cosines, "left to torch": left, **alternate(runs, 10 if batch > 1 else 40, PAUSE)}
+    about = {"cosines": cosines, "left to torch": left, "settings": settings_of(others)}
+    return {**about, **alternate(runs, 10 if batch > 1 else 40, PAUSE)}
 
 
 def backends(name: str, batch: int) -> dict[str, Any]:

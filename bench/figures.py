@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from html import escape
 
-from records import Row, latest, read
+from provenance import newest_run
+from records import NotMeasured, Row, latest, mark, required
 
 WIDTH, HEIGHT, PANEL, TOP, BOTTOM = 960, 380, 400, 60, 330
 COLORS = {"llama.cpp": "#c2621a", "rarefy": "#2563a8"}
@@ -14,7 +16,6 @@ PERPLEXITIES = (14, 16, 20, 24, 28)  # labels of the logarithmic axis
 
 OURS, OTHERS = COLORS["rarefy"], COLORS["llama.cpp"]
 CALL = "16 x 128"  # sixteen texts of 128 tokens
-MACHINES = ("AMD EPYC, AVX2", "AMD EPYC, AVX-512 VNNI", "Intel Xeon, AMX")
 MILLISECONDS = (25, 50, 100, 200, 400)  # labels of the logarithmic axis
 RECALL = (53, 54, 55)
 SHORT = {
@@ -65,14 +66,13 @@ def panel(rows: list[Row], phase: str, title: str, left: float, step: int) -> li
     return parts
 
 
-def language(label: str = "Intel Xeon, AMX") -> str:
-    """Return the figure of one machine."""
-    rows = latest([r for r in read("language") if r["label"] == label], "engine", "file")
+def language() -> str:
+    """Return the figure of the newest run of language.py."""
+    rows = latest(newest_run(required("language")), "engine", "file")
     rows = [r for r in rows if r["file"] in NAMES or r["file"].startswith("Q")]
-    head = (
-        f"SmolLM2-135M on {label}, 2 threads, batch 1. Right is faster, low is better. Blue: Rarefy; orange: llama.cpp."
-    )
-    parts = [text(20, 24, head), text(20, TOP - 10, "perplexity")]
+    where = f"SmolLM2-135M on {rows[0]['label']}, {rows[0]['threads']} threads, batch 1"
+    head = f"{where}. Right is faster, low is better. Blue: Rarefy; orange: llama.cpp."
+    parts = [text(20, 24, head), text(20, 42, mark(rows)), text(20, TOP - 2, "perplexity")]
     parts += panel(rows, "decode", "decode, tokens per second", 60, 50)
     parts += panel(rows, "prefill", "prompt of 512 tokens, tokens per second", 530, 500)
     return svg(parts, HEIGHT)
@@ -88,13 +88,21 @@ def svg(parts: list[str], height: int) -> str:
 
 def minilm() -> str:
     """Return the figure of MiniLM: how much it finds against the time of a call, one diagram for each machine."""
-    last = {r["label"]: r for r in read("frontier", run="minilm")}
-    head = f"MiniLM, 2 threads: quality against the time of a call with {CALL} tokens. Left is faster, high is better."
+    last = {r["label"]: r for r in required("frontier", run="minilm")}
+    head = f"MiniLM: quality against the time of a call with {CALL} tokens. Left is faster, high is better."
     about = "R@1: mean of both tests, in percent. Blue: Rarefy, orange: the others. Lines: none is better and faster."
     parts = [text(20, 24, head), text(20, 44, about)]
-    for number, label in enumerate(MACHINES):
-        parts += recall_panel(last[label], label, 90 + 290 * number)
-    return svg(parts, 3 * 290 + 70)
+    for number, (label, row) in enumerate(sorted(last.items())):
+        parts += recall_panel(row, f"{label}, {row['threads']} threads. {mark([row])}", 90 + 290 * number)
+    return svg(parts, len(last) * 290 + 70)
+
+
+def drawn(draw: Callable[[], str]) -> str:
+    """Return a figure, or a line about what measures it anew."""
+    try:
+        return draw()
+    except NotMeasured as error:
+        return svg([text(20, 24, str(error).replace("`", ""))], 40)
 
 
 def recall_panel(row: Row, label: str, top: int) -> list[str]:

@@ -11,8 +11,9 @@ A point is a model as it is deployed: pruned or cut, compiled, in its precision.
 how many of 1,000 descriptions find their article first (R@1), how many of 1,000 passages of the Brown corpus find the
 one that follows (R@1), how many passages of half of Brown a logistic regression on the embeddings of the other half
 puts into the right one of 15 categories ("categories"), and the mean cosine with the dense model's embeddings. Nothing
-of these was used for calibration or training (texts.py). Times are of one text of 16 tokens, as searches have, and of
-one and of sixteen texts of 128 tokens. Other engines run the dense model at their best settings, with the same
+of these was used for calibration or training (texts.py). Students of recover.py also run in other engines in 8 bits,
+so that what the cut gives and what the engine gives stand apart. Times are of one text of 16 tokens, as searches have,
+and of one and of sixteen texts of 128 tokens. Other engines run at their best settings (peers.py), with the same
 calibration. Appends one JSON line per run to results/frontier.jsonl.
 """
 
@@ -40,8 +41,8 @@ from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
-from runtime import alternate, keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py
@@ -50,7 +51,6 @@ READY = "ready"  # the step, and in place of a precision: a model that is compil
 LAYERS, TOKENS = "encoder.layer.*", 128
 SIZES = {"1 x 16": (1, 16), "1 x 128": (1, TOKENS), "16 x 128": (16, TOKENS)}  # texts of a call, and their tokens
 REPEATS = {"1 x 16": 100, "1 x 128": 60, "16 x 128": 15}
-PAUSE = 0.004  # seconds between calls: threads of most engines spin for about one ms after a call
 MLP = {"units": "neuron", "layers": "*.intermediate.*", "score": "obs", "round_to": 32}
 HEADS = {"units": "head", "score": "obs"}
 ADMM = {"solver": "admm", "layers": LAYERS}
@@ -78,6 +78,11 @@ POINTS: dict[str, tuple[Steps, str | None]] = {
     },
 }
 Encode = Callable[[dict[str, Tensor]], Tensor]
+TESTS = {  # of retrieval: pairs of texts, of which the first looks for the second
+    "articles": texts.judged_articles,
+    "brown": texts.judged_brown,
+    "manuals": texts.judged_manuals,
+}
 
 
 def points() -> dict[str, tuple[Steps, str | None]]:
@@ -89,18 +94,23 @@ def points() -> dict[str, tuple[Steps, str | None]]:
 
 
 def judge(encode: Encode, tokenizer: Any, want: Tensor | None) -> tuple[dict[str, float], Tensor]:
-    """Return R@1 of articles and of Brown, the mean cosine with embeddings `want`, and the embeddings."""
-    result, every = {}, []
-    for name, pairs in (("articles", texts.judged_articles()), ("brown", texts.judged_brown())):
-        asked, there = (
-            embed(lambda **x: encode(x), token_batches([p[side] for p in pairs], tokenizer, tokens=TOKENS))
-            for side in (0, 1)
-        )
+    """Return R@1 of TESTS, right categories, the mean cosine with embeddings `want`, and the embeddings."""
+    result, found = {}, {}
+    for name, pairs in TESTS.items():
+        found[name] = asked, there = embeddings(encode, tokenizer, pairs())
         result[name] = recall(asked, there)
-        every += [asked, there]
-    result["categories"] = probed(every[-1])
-    got = torch.cat(every)
+    result["categories"] = probed(found["brown"][1])
+    got = torch.cat([side for sides in found.values() for side in sides])
     return {**result, "cosine": 1.0 if want is None else float((got * want).sum(-1).mean())}, got
+
+
+def embeddings(encode: Encode, tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of both sides of pairs of texts."""
+    asked, there = (
+        embed(lambda **x: encode(x), token_batches([p[side] for p in pairs], tokenizer, tokens=TOKENS))
+        for side in (0, 1)
+    )
+    return asked, there
 
 
 def probed(passages: Tensor) -> float:
@@ -138,6 +148,25 @@ DO: dict[str, Callable[..., Any]] = {
 }
 
 
+def checkpoint(name: str) -> Path | None:
+    """Return the folder in which recover.py left a student in fp32; None if it is not here.
+
+    Raises:
+        SystemExit: the student of this name in zoo/ is of another training.
+    """
+    folder = STUDENTS / name.removesuffix(", trained, int8")
+    if not folder.is_dir():
+        print(f"{name}: not in other engines, since {folder} is not here: run recover.py first")
+        return None
+    ready = points()[name][0][0][1]["folder"] / "student.json"
+    if (
+        ready.is_file()
+        and not json.loads(folder.with_suffix(".json").read_text()).items() <= json.loads(ready.read_text()).items()
+    ):
+        raise SystemExit(f"{folder} and {ready.parent} are of different trainings: run zoo.py, or remove one")
+    return folder
+
+
 def made(dense: Any, steps: Steps, data: list[dict[str, Tensor]]) -> Any:
     """Return a copy of the dense model after these steps, or a model of zoo/, which is compiled."""
     if steps and steps[0][0] == READY:
@@ -161,10 +190,19 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
     runs: dict[str, dict[str, Callable[[], Any]]] = {size: {} for size in SIZES}
     told["eager"], want = judge(lambda x: dense(**x).last_hidden_state, tokenizer, None)
     with TemporaryDirectory() as place:
-        for name, (encode, timed) in peers.engines(dense, data, examples, Path(place)).items():
-            told[name], _ = judge(encode, tokenizer, want)
+        file = Path(place) / "model.onnx"
+        peers.exported(dense, data[0], file)
+        others = peers.engines(file, data, examples)
+        for name in [n for n in only if n.endswith(", trained, int8")]:
+            if folder := checkpoint(name):
+                student, file = name.removesuffix(", int8"), Path(place) / f"{folder.name}.onnx"
+                rarefy.export_onnx(made(dense, [("load", {"folder": folder})], data), data[0], file)
+                more = peers.engines(file, data, examples, peers.IN_8_BITS)
+                others |= {f"{engine}, {student}": other for engine, other in more.items()}
+        for name, other in others.items():
+            told[name], _ = judge(other.encode, tokenizer, want)
             print(name, told[name], flush=True)
-            for size, run in timed.items():
+            for size, run in other.timed.items():
                 runs[size][name] = run
         for name in only:
             steps, precision = points()[name]
@@ -179,7 +217,8 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
                 runs[size][f"ours, {name}"] = lambda f=fast, x=x: f(**x)
         times = {size: alternate(calls, REPEATS[size], PAUSE) for size, calls in runs.items()}
     limited = os.environ.get("RAREFY_ISA")
-    yield {"run": f"minilm, {limited}" if limited else "minilm", "seed": seed, "quality": told, "milliseconds": times}
+    record = {"run": f"minilm, {limited}" if limited else "minilm", "seed": seed, "quality": told}
+    yield {**record, "milliseconds": times, "settings": peers.settings_of(others)}
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ import rarefy
 import tables
 import vision
 import vision_net
-from frontier import PAUSE, RESULTS
-from runtime import alternate, keep_memory
-from values import keep
+from frontier import RESULTS
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 BUILD = Path(__file__).parent / "build"
 Predict = Callable[[Tensor], Tensor]
@@ -194,8 +194,11 @@ def measure(name: str, seed: int) -> Iterator[dict[str, Any]]:
 
     with TemporaryDirectory() as place:
         single = [x.contiguous() for x in images.split(1)]
-        for engine, (predict, timed) in peers.engines(dense, single, examples, Path(place)).items():
-            add(engine, predict, timed)
+        file = Path(place) / "model.onnx"
+        peers.exported(dense, single[0], file)
+        others = peers.engines(file, single, examples)
+        for engine, other in others.items():
+            add(engine, other.encode, other.timed)
         variants = {"": lambda model, _: model, **{f", {n}": make for n, make in task.variants.items()}}
         for label, make in variants.items():
             began = time.perf_counter()
@@ -209,7 +212,8 @@ def measure(name: str, seed: int) -> Iterator[dict[str, Any]]:
                 add(f"ours, {precision}{label}", fast, {b: partial(fast, x) for b, x in examples.items()})
                 told[f"ours, {precision}{label}"]["seconds"] = seconds
         times = {b: alternate(calls, task.batches[int(b)], PAUSE) for b, calls in runs.items()}
-    yield {"run": name, "seed": seed, "quality": told, "milliseconds": times}
+    settings = peers.settings_of(others)
+    yield {"run": name, "seed": seed, "quality": told, "milliseconds": times, "settings": settings}
 
 
 def main() -> None:

@@ -6,8 +6,10 @@
     python language.py --table        only print what was measured last
 
 Two builds of llama.cpp come in packages: `pip install xllamacpp` (AVX2 at most), and `npm install --prefix build
-@node-llama-cpp/linux-x64@3.22.1` with kernels for AVX-512, VNNI and AMX. Their C interface is called directly, without
-tokenizer, sampler or server. Appends one JSON line per file to results/language.jsonl.
+@node-llama-cpp/linux-x64@3.22.1` with kernels for AVX-512, VNNI and AMX. The second one also has llama.cpp's quantizer.
+It writes the files below 8 bits, with an importance matrix from the articles that calibrate ours. Their C interface is
+called directly, without tokenizer, sampler or server. Each file runs with flash attention and without, and the faster
+one counts, for decode and prompts apart. Appends one JSON line per file to results/language.jsonl.
 """
 
 from __future__ import annotations
@@ -33,15 +35,19 @@ import tables
 from rarefy.data import builtin, sources
 from rarefy.evaluation.profiling import quartiles
 from rarefy.model import hf
-from values import keep
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.jsonl"
 FILES = HERE / "build" / "gguf"
 NODE = HERE / "build" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 BUILDS = ("xllamacpp", "node-llama-cpp")
+QUANTIZER = "node-llama-cpp"  # the build that exports llama.cpp's quantizer
 AS_SHIPPED = "Q4_1"
-KINDS = ("F32", "Q8_0", "Q4_0", AS_SHIPPED)
+FTYPES = {"Q6_K": 18, "Q4_K_M": 15, "IQ4_NL": 25, "Q4_0": 2}  # llama_ftype of files that llama.cpp's quantizer writes
+KINDS = ("F32", "Q8_0", *FTYPES, AS_SHIPPED)
+FLASH = {"flash attention": 1, "no flash attention": 0}  # llama_flash_attn_type
+CHOOSES = -1  # llama_flash_attn_type: llama.cpp decides
 PAUSE = 0.2  # seconds: the threads of the previous engine fall asleep
 PROMPT, NEW, READ = 32, 128, 512  # tokens: prompt before decoding, decoded, prompt of the prefill timing
 
@@ -49,16 +55,71 @@ PROMPT, NEW, READ = 32, 128, 512  # tokens: prompt before decoding, decoded, pro
 def gguf_files(folder: Path = FILES) -> dict[str, Path]:
     """Return SmolLM2-135M as GGUF files by number format, written once into `folder`; AS_SHIPPED is the packaged file.
 
-    In the 4-bit file the embedding, which is also the output head, has 8 bits; llama.cpp's own quantizer keeps more
-    bits of it too.
+    Without the build of llama.cpp that has a quantizer, those of FTYPES are missing.
     """
-    source = builtin.find("smollm2-135m")
     folder.mkdir(parents=True, exist_ok=True)
     files = {kind: folder / f"smollm2-135m.{kind}.gguf" for kind in KINDS if kind != AS_SHIPPED}
-    for kind, file in files.items():
-        if not file.exists():
-            rarefy.export(builtin.model_folder("smollm2-135m"), file, to="gguf", type=kind.lower())
-    return {kind: files.get(kind, source) for kind in KINDS}
+    for kind in ("F32", "Q8_0"):
+        if not files[kind].exists():
+            rarefy.export(builtin.model_folder("smollm2-135m"), files[kind], to="gguf", type=kind.lower())
+    missing = [kind for kind in FTYPES if not files[kind].exists()]
+    if missing and QUANTIZER in libraries():
+        means = input_squares()
+        for kind in missing:
+            write_quantized(files["F32"], files[kind], FTYPES[kind], means)
+    found = {kind: file for kind, file in files.items() if file.exists()}
+    return {**found, AS_SHIPPED: builtin.find("smollm2-135m")}
+
+
+def calibration() -> Any:
+    """Return the articles that calibrate masks, GPTQ and llama.cpp's importance matrix."""
+    tokenizer = hf.load_tokenizer(builtin.model_folder("smollm2-135m"))
+    return sources.batches("wiki", sources.Take(samples=16, tokens=512, batch=4), tokenizer=tokenizer)
+
+
+PARTS = {  # of a layer, in transformers and in llama.cpp
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@torch.no_grad()
+def input_squares() -> dict[str, np.ndarray]:
+    """Return the mean square of each input of each linear layer, which is llama.cpp's importance matrix."""
+    model: Any = hf.load_folder(str(builtin.model_folder("smollm2-135m"))).float().eval()
+    sums: dict[str, list[Tensor]] = {}
+    for number, layer in enumerate(model.model.layers):
+        for part, name in PARTS.items():
+            squares = sums.setdefault(f"blk.{number}.{name}.weight", [])
+            layer.get_submodule(part).register_forward_pre_hook(
+                lambda _, args, found=squares: found.append(args[0].flatten(0, -2).square().mean(0))
+            )
+    for batch in calibration():
+        model(input_ids=batch["input_ids"])
+    return {name: torch.stack(squares).mean(0).numpy() for name, squares in sums.items()}
+
+
+def write_quantized(source: Path, out: Path, ftype: int, means: Mapping[str, np.ndarray]) -> None:
+    """Write a GGUF file with llama.cpp's quantizer."""
+    lib = load(libraries()[QUANTIZER])
+    lib.llama_model_quantize_default_params.restype = QuantizeParams
+    lib.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams)]
+    params = lib.llama_model_quantize_default_params()
+    if [*params.flags] != [False, True, False, False, False, False] or params.imatrix:
+        raise RuntimeError("llama.cpp's quantizer has other parameters than those of v0.5.0, which are declared here")
+    entries = [
+        Importance(n.encode(), v.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), v.size) for n, v in means.items()
+    ]
+    params.ftype, params.imatrix = ftype, (Importance * (len(entries) + 1))(*entries)
+    partial_file = out.with_suffix(".partial")
+    if lib.llama_model_quantize(str(source).encode(), str(partial_file).encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp cannot quantize {source}: {''.join(LOGGED)[-500:]}")
+    partial_file.rename(out)
 
 
 def libraries() -> dict[str, Path]:
@@ -73,7 +134,27 @@ class Struct(ctypes.Structure):
     """A structure of llama.cpp passed by value, with only its first members declared. It is larger than any of them,
     which the calling conventions of x86-64 and aarch64 allow for structures passed in memory."""
 
-    _fields_ = (("head", ctypes.c_uint32 * 4), ("rest", ctypes.c_uint64 * 126))
+    _fields_ = (("head", ctypes.c_uint32 * 16), ("rest", ctypes.c_uint64 * 120))
+
+
+class Importance(ctypes.Structure):
+    """llama_model_imatrix_data."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
+
+
+class QuantizeParams(ctypes.Structure):
+    """llama_model_quantize_params."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32),
+        ("ftype", ctypes.c_int32),
+        ("output_tensor_type", ctypes.c_int32),
+        ("token_embedding_type", ctypes.c_int32),
+        ("flags", ctypes.c_bool * 6),
+        ("imatrix", ctypes.POINTER(Importance)),
+        ("others", ctypes.c_void_p * 3),
+    )
 
 
 class Batch(ctypes.Structure):
@@ -145,15 +226,18 @@ def system_info(library: Path) -> str:
 class LlamaCpp:
     """A GGUF file in llama.cpp. It has its own threads, so give it its own process."""
 
-    def __init__(self, file: Path, threads: int, library: Path | None = None, context: int = 1024):
+    def __init__(
+        self, file: Path, threads: int, library: Path | None = None, context: int = 1024, flash: int = CHOOSES
+    ):
         self.library = library or list(libraries().values())[-1]
         self.lib, self.threads = load(self.library), threads
         start = len(LOGGED)
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
         params = self.lib.llama_context_default_params()
-        if not self.model or list(params.head)[:3] != [512, 2048, 512]:  # tokens of context, of a batch, of a step
+        known = [*params.head[:3], *(ctypes.c_int32(v).value for v in params.head[10:14])]
+        if not self.model or known != [512, 2048, 512, *[CHOOSES] * 4]:  # tokens of context, of a batch, of a step
             raise RuntimeError(f"llama.cpp cannot load {file}: {''.join(LOGGED[start:])[-500:]}")
-        params.head[0] = context
+        params.head[0], params.head[13] = context, flash & 0xFFFFFFFF
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"llama.cpp has no context for {file}: {''.join(LOGGED[start:])[-500:]}")
@@ -244,10 +328,10 @@ def windows() -> Tensor:
     return torch.cat([b["input_ids"] for b in batches])
 
 
-def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[str, dict[str, Any]]:
+def rates(models: Mapping[Any, Any], ids: list[int], repeats: int) -> dict[Any, dict[str, Any]]:
     """Return quartiles of tokens per second of decode and prefill, timed alternately. `models` have the methods decode
     and prefill of LlamaCpp."""
-    found: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
+    found: dict[Any, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
     for round_ in range(repeats + 1):
         for name, model in models.items():
             time.sleep(PAUSE)
@@ -258,10 +342,10 @@ def rates(models: Mapping[str, Any], ids: list[int], repeats: int = 7) -> dict[s
     return {n: {k: [(q := quartiles(v)).low, q.median, q.high] for k, v in f.items()} for n, f in found.items()}
 
 
-def llama_cpp(build: str, kind: str) -> tuple[LlamaCpp, dict[str, Any]]:
-    """Return a GGUF file loaded in a build, and its record."""
+def llama_cpp(build: str, kind: str, flash: str) -> tuple[LlamaCpp, dict[str, Any]]:
+    """Return a GGUF file loaded in a build, with or without flash attention, and its record."""
     library, file = libraries()[build], gguf_files()[kind]
-    model = LlamaCpp(file, torch.get_num_threads(), library)
+    model = LlamaCpp(file, torch.get_num_threads(), library, flash=FLASH[flash])
     record = {"engine": "llama.cpp", "build": build, "file": kind, "bytes": file.stat().st_size}
     return model, {**record, "system": system_info(library), "buffers": model.buffers}
 
@@ -313,9 +397,7 @@ def ours(name: str) -> tuple[Ours, dict[str, Any]]:
     sparsity, quantize, precision = OURS[name]
     folder = builtin.model_folder("smollm2-135m")
     model = hf.load_folder(str(folder)).float().eval()
-    calibration = sources.Take(samples=16, tokens=512, batch=4)
-    calibrated = sparsity or "solver" in (quantize or {})
-    data = sources.batches("wiki", calibration, tokenizer=hf.load_tokenizer(folder)) if calibrated else None
+    data = calibration() if sparsity or "solver" in (quantize or {}) else None
     if sparsity:
         settings = {"score": "wanda", "solver": "refit", "layers": "model.layers.*", "data": data}
         rarefy.prune_(model, "unstructured", sparsity=sparsity, **settings)
@@ -381,20 +463,32 @@ def serve(pipe: Any, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
         raise
 
 
-def engines(only: list[str], builds: list[str], ways: list[str]) -> Iterator[dict[str, Any]]:
+def engines(only: list[str], builds: list[str], ways: list[str], repeats: int = 7) -> Iterator[dict[str, Any]]:
     """Yield the records of all engines, timed alternately, each in its own process."""
     found = libraries()
     for build in [b for b in builds or (BUILDS if not found else ()) if b not in found]:
         print(f"without llama.cpp of {build}: not installed")
-    names: dict[str, tuple[Any, ...]] = {}
-    names |= {f"{b}, {k}": (llama_cpp, b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS}
-    names |= {f"ours, {way}": (ours, way) for way in ways}
+    here = gguf_files()
+    for kind in [k for k in only or KINDS if k not in here]:
+        print(f"without {kind}: {QUANTIZER}, which has llama.cpp's quantizer, is not installed")
+    theirs = [(b, k) for b in builds or list(found)[-1:] if b in found for k in only or KINDS if k in here]
+    names: dict[tuple[str, ...], tuple[Any, ...]] = {(b, k, f): (llama_cpp, b, k, f) for b, k in theirs for f in FLASH}
+    names |= {("ours", way): (ours, way) for way in ways}
     text, models = windows(), {}
     for name, how in names.items():
         models[name] = Isolated(*how)
     quality = {name: model.perplexity(text) for name, model in models.items()}
-    for name, figures in rates(models, text[0].tolist()).items():
-        yield {**models[name].record, "perplexity": quality[name], **figures}
+    figures = rates(models, text[0].tolist(), repeats)
+    for way in ways:
+        name = ("ours", way)
+        yield {**models[name].record, "perplexity": quality[name], **figures[name]}
+    for build, kind in theirs:
+        both = {flash: figures[build, kind, flash] for flash in FLASH}
+        best = {phase: max(FLASH, key=lambda f, p=phase: both[f][p][1]) for phase in ("decode", "prefill")}
+        settings = {p: {"setting": f, "tried": {f: both[f][p][1] for f in FLASH}} for p, f in best.items()}
+        record = models[build, kind, best["decode"]].record
+        yield {**record, "perplexity": min(quality[build, kind, f] for f in FLASH), "settings": settings,
+               **{phase: both[flash][phase] for phase, flash in best.items()}}  # fmt: skip
     for model in models.values():
         model.close()
 
@@ -405,11 +499,13 @@ def main() -> None:
     parser.add_argument("--builds", nargs="*", choices=BUILDS, default=[])
     every = [*OURS, *FILES_OF_OURS]
     parser.add_argument("--ours", nargs="*", choices=every, default=every)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     hf.no_bars()
     if not args.table:
-        keep(RESULTS, [lambda: engines(args.only, args.builds, args.ours)])
+        keep(args.out, [lambda: engines(args.only, args.builds, args.ours, args.repeats)])
     tables.show("language")
 
 

@@ -29,7 +29,7 @@ from rarefy.model import hf
 from rarefy.runtime import bindings
 from rarefy.runtime.ceilings import READ
 from rarefy.runtime.huge_pages import allocate
-from values import keep
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS, FILES = HERE / "results" / "large_language.jsonl", HERE / "build" / "large"

@@ -35,7 +35,7 @@ from rarefy.data import builtin
 from rarefy.evaluation.profiling import peak_rss
 from rarefy.model import hf
 from rarefy.runtime.packing import nbytes
-from values import keep
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "memory.jsonl"

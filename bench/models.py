@@ -2,7 +2,7 @@
 
     python models.py                  all cases, about 8 minutes on two idle cores
     python models.py --only minilm
-    python models.py --engines        80 % zeros beside other engines with the dense model (rivals.py)
+    python models.py --engines        80 % zeros beside other engines with the dense model (peers.py)
     python models.py --table          only print what was measured last
 
 Weights are pruned by magnitude for timing only; the residual networks have random weights. Appends one JSON line per
@@ -21,15 +21,16 @@ import torch
 from torch import nn
 
 import rarefy
+from peers import call, of_model, settings_of
 from rarefy.data import builtin
-from rarefy.evaluation.profiling import commit, machine
 from rarefy.model import hf
-from rivals import RIVALS, call, engines
-from runtime import alternate, keep_memory
+from recording import append, start
+from runtime import PAUSE, alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"
 TOKENS = 128
+OTHERS = ("onnxruntime fp32", "openvino fp32")
 FP32 = [
     ("fp32", "unstructured", 0.5),
     ("fp32", "unstructured", 0.8),
@@ -81,10 +82,12 @@ def case(name: str, batch: int, numbers: str, pattern: str, sparsity: float, oth
     chosen = rarefy.accelerate_(ours, inputs, x, precision="int8" if numbers == "int8" else None, tuning_cache=False)
     with torch.no_grad():
         outputs = [call(m, x).float() for m in (model, ours)]
-        more = engines(model, x) if others else {}
-    # with `more`, compare only these with each other: other engines' threads slow dense torch down most
-    runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x), **more}
-    quartiles = alternate(runs, 10 if batch > 1 else 30)
+    more = of_model(model, x, [x], OTHERS) if others else {}
+    runs = {"dense": lambda: call(model, x), "ours": lambda: call(ours, x)}
+    runs |= {name.removesuffix(" fp32"): engine.timed["x"] for name, engine in more.items()}
+    quartiles = alternate(runs, 10 if batch > 1 else 30, PAUSE if others else 0.0)
+    if others:
+        quartiles["settings"] = settings_of(more)
     apart = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     return {"apart": apart, "layers": chosen.summary["layers that run sparse"], **quartiles}
 
@@ -95,7 +98,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     int8 compares with dense fp32."""
     lines = [{"numbers": "fp32", **l} for l in lines if l["machine"]["cpu"] == lines[-1]["machine"]["cpu"]]
     names = ("model", "batch", "numbers", "pattern", "sparsity")
-    others = ("compiled", *RIVALS)
+    others = ("compiled", *(name.removesuffix(" fp32") for name in OTHERS))
     head = [*names, "dense, ms", "ours, ms", "times as fast", *others]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in {(*(l[n] for n in names), "compiled" in l): l for l in lines}.values():
@@ -115,15 +118,15 @@ def main() -> None:
     args = parser.parse_args()
     hf.no_bars()
     keep_memory()
+    if not args.table:
+        start(args.out)
     for name, (batches, plan) in {} if args.table else CASES.items():
         for batch in batches if args.only in (None, name) else ():
             for numbers, pattern, sparsity in plan[1:2] if args.engines else plan:
                 torch.manual_seed(0)
                 line = {"model": name, "batch": batch, "numbers": numbers, "pattern": pattern, "sparsity": sparsity}
                 line |= case(name, batch, numbers, pattern, sparsity, args.engines)
-                line |= {"commit": commit(HERE), "machine": machine()}
-                with args.out.open("a") as file:
-                    print(json.dumps(line), file=file)
+                append(args.out, line)
                 print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
         print(table([json.loads(l) for l in args.out.read_text().splitlines()]))

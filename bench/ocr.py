@@ -30,12 +30,12 @@ from torch import Tensor
 import rarefy
 import tables
 import texts
-from onnx_models import RESULTS, in_turns
+from onnx_models import RESULTS
+from peers import errors_alone, in_8_bits, onnxruntime, settings_of
 from rarefy.common.errors import ModelError, first_line
 from rarefy.model.compare import relative_distance
-from rivals import errors_alone, quantized_statically
-from runtime import keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSerif-Italic")
 LINE, PAGE = (48, 320), (640, 640)  # height and width that the files read
@@ -139,15 +139,10 @@ TASKS = {
 }
 
 
-def session(file: Path) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """Return a function that runs a file in ONNX Runtime, and the characters that it reads."""
-    ort: Any = import_module("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
-    made = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    characters = made.get_modelmeta().custom_metadata_map.get("character", "").split("\n")
-    name = made.get_inputs()[0].name
-    return lambda x: torch.from_numpy(made.run(None, {name: x.numpy()})[0]), [*characters, " "]
+def characters_of(file: Path) -> list[str]:
+    """Return the characters that a file reads; " " comes last."""
+    about = {p.key: p.value for p in import_module("onnx").load(file).metadata_props}
+    return [*about.get("character", "").split("\n"), " "]
 
 
 @torch.no_grad()
@@ -166,13 +161,15 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         newer = Path(place) / "net.onnx"  # scales for each channel need opset 13
         onnx: Any = import_module("onnx")
         onnx.save(import_module("onnx.version_converter").convert_version(onnx.load(file), 13), newer)
-        theirs, characters = session(file)
         batches = [{"x": t.numpy()} for t in calibration.split(1)]
+        others = {
+            "ONNX Runtime": onnxruntime({"": lambda: file}, {1: one}),
+            "ONNX Runtime, 8 bits": onnxruntime(in_8_bits(newer, batches), {1: one}, want=torch.as_tensor(load()(one))),
+        }
         runs: dict[str, Callable[[Tensor], Any]] = {
-            "ONNX Runtime": theirs,
+            **{n: other.encode for n, other in others.items()},
             "compiled": rarefy.compile(load(), one),
             "compiled, 80 % zeros": rarefy.compile(sparse, one),
-            "ONNX Runtime, 8 bits": session(quantized_statically(newer, batches))[0],
         }
         try:
             fast = rarefy.compile(load(), one, precision="int8", calibrate=list(calibration.split(1)))
@@ -181,13 +178,15 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
             print(f"{name}: not in 8 bits: {first_line(error)}", flush=True)
         outputs = {n: torch.cat([torch.as_tensor(run(t.contiguous())) for t in x.split(1)]) for n, run in runs.items()}
         dense = outputs["ONNX Runtime"]
-        times = in_turns({n: partial(run, one) for n, run in runs.items()}, 30)
-    quality = {n: task.quality(o, right, dense, characters) for n, o in outputs.items()}
+        calls: dict[str, Callable[[], Any]] = {n: partial(run, one) for n, run in runs.items()}
+        times = alternate(calls | {n: other.timed[1] for n, other in others.items()}, 30, PAUSE)
+    quality = {n: task.quality(o, right, dense, characters_of(file)) for n, o in outputs.items()}
     exact = torch.as_tensor(load().double()(one.double()))  # the file in fp64
     names = {"ONNX Runtime": "onnxruntime", "compiled": "compiled"}
     apart = {short: relative_distance(outputs[n][:1].double(), exact, norm=math.inf) for n, short in names.items()}
     apart["each other"] = relative_distance(outputs["compiled"], dense, norm=math.inf)
-    yield {"run": "ocr", "model": name, "file": task.file, "apart": apart, "quality": quality, "milliseconds": times}
+    record = {"run": "ocr", "model": name, "file": task.file, "apart": apart, "quality": quality}
+    yield {**record, "milliseconds": times, "settings": settings_of(others)}
 
 
 def main() -> None:

@@ -32,10 +32,11 @@ import tables
 from rarefy.data import builtin, sources
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.metrics import perplexity
-from rarefy.evaluation.profiling import commit, machine, peak_rss
+from rarefy.evaluation.profiling import peak_rss
 from rarefy.evaluation.retrieval import embed
 from rarefy.model import hf
 from rarefy.prune.allocation import GRADIENTS
+from recording import append, start
 from texts import untagged
 
 HERE = Path(__file__).parent
@@ -165,6 +166,8 @@ def main() -> None:
         parser.error(f"--peer has no effect without one of {', '.join(PEERS)} in --methods")
     if args.model != "smollm2-135m" and set(PEERS) & set(args.methods):
         parser.error(f"llmcompressor runs on smollm2-135m only, not on {args.model}")
+    if not args.table:
+        start(args.out)
     for seed in [] if args.table else args.seeds:
         for setting in args.settings:
             for method in args.methods:
@@ -178,10 +181,9 @@ def main() -> None:
                 ran = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
                 line = {"model": args.model, "method": method, "setting": setting, "seed": seed}
                 line |= json.loads(ran.stdout.splitlines()[-1])
-                line |= {"commit": commit(HERE), "machine": machine(), "threads": torch.get_num_threads()}
-                with args.out.open("a") as file:
-                    print(json.dumps(line), file=file)
-                print(json.dumps({k: v for k, v in line.items() if k != "machine"}), flush=True)
+                line |= {"threads": torch.get_num_threads()}
+                append(args.out, line)
+                print(json.dumps(line), flush=True)
     if args.out == RESULTS:
         tables.show("one-shot", "one-shot-minilm")
 

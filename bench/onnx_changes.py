@@ -5,10 +5,10 @@
     python bench/onnx_changes.py --table             only print what was measured last
 
 Files are those of onnx_models.py, of one input. Zeros are the 80 % smallest weights. 8 bits are calibrated on four
-random inputs in both engines. A cut removes half of all channels and neurons; a step of SGD follows, the model is
-exported, and its file is compared with it in ONNX Runtime. Engines take turns. Weights are random, so distances from
-the fp32 outputs say how exact an engine is, not how well a model works. Appends one JSON line for each architecture to
-results/onnx_changes.jsonl.
+random inputs in both engines; ONNX Runtime also tries ranges of each call (peers.py). A cut removes half of all
+channels and neurons; a step of SGD follows, the model is exported, and its file is compared with it in ONNX Runtime.
+Engines take turns. Weights are random, so distances from the fp32 outputs say how exact an engine is, not how well a
+model works. Appends one JSON line for each architecture to results/onnx_changes.jsonl.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 import rarefy
 import tables
-from onnx_models import CASES, Case, in_turns, onnx_runtime, reason, write_readable
+from onnx_models import CASES, Case, onnx_runtime, reason, write_readable
+from peers import errors_alone, in_8_bits, onnxruntime, settings_of
 from rarefy.common.errors import RarefyError
 from rarefy.model.compare import relative_distance
-from rivals import errors_alone, quantized_statically
-from runtime import keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "onnx_changes.jsonl"
 SPARSITY, KEPT, CALIBRATION, REPEATS = 0.8, 0.5, 4, 20
@@ -61,7 +61,7 @@ def cut_and_export(module: nn.Module, inputs: tuple[Tensor, ...], names: list[st
     report = rarefy.export_onnx(module.eval(), inputs, folder / "cut.onnx")
     with torch.no_grad():
         exact = first(module(*inputs))
-    run = onnx_runtime(Path(report.path), optimize=False)
+    run = onnx_runtime(Path(report.path))
     return relative_distance(run(inputs)[0], exact, norm=math.inf)
 
 
@@ -100,18 +100,16 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
         load = partial(rarefy.from_onnx, file, example=inputs)
         batches = [tuple(like(x, seed) for x in single) for seed in range(CALIBRATION)]
         runs = compiled_runs(load, single, batches, failed)
-        runs["onnxruntime"] = onnx_runtime(file, optimize=True)
+        examples = {1: dict(zip(names, single))}
+        others = {"onnxruntime": onnxruntime({"": lambda: file}, examples)}
         try:
-            theirs = quantized_statically(file, [{n: x.numpy() for n, x in zip(names, b)} for b in batches])
-            runs["onnxruntime, 8 bits"] = onnx_runtime(theirs, optimize=True)
-        except Exception as error:  # of ONNX Runtime's tools
+            feeds = [{n: x.numpy() for n, x in zip(names, b)} for b in batches]
+            others["onnxruntime, 8 bits"] = onnxruntime(
+                in_8_bits(file, feeds), examples, want=others["onnxruntime"].encode(examples[1])
+            )
+        except RuntimeError as error:
             failed["onnxruntime, 8 bits"] = reason(error)
-        for n, run in list(runs.items()):
-            try:
-                run(single)
-            except Exception as error:  # of ONNX Runtime, which cannot run what its tools made of T5
-                failed[n] = reason(error)
-                del runs[n]
+        runs |= {n: lambda _, call=other.timed[1]: torch.from_numpy(call()) for n, other in others.items()}
         cut: float | str = "not tried"
         try:
             cut = cut_and_export(load(), inputs, names, Path(place))
@@ -122,8 +120,9 @@ def measure(name: str, make: Callable[[bool], Case]) -> Iterator[dict[str, Any]]
             distances = {
                 n: relative_distance(first(run(single)), exact) for n, run in runs.items() if n != "80 % zeros"
             }
-            times = in_turns({n: partial(run, single) for n, run in runs.items()}, REPEATS)
-    yield {"run": "changed", "model": name, "milliseconds": times, "apart": distances, "failed": failed, "cut": cut}
+            times = alternate({n: partial(run, single) for n, run in runs.items()}, REPEATS, PAUSE)
+    record = {"run": "changed", "model": name, "milliseconds": times, "apart": distances, "failed": failed}
+    yield {**record, "cut": cut, "settings": settings_of(others)}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from values import keep
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "onnx_conformance.jsonl"

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
+from peers import onnxruntime, settings_of
 from rarefy.common.errors import first_line
+from recording import keep
+from runtime import PAUSE, alternate
 from tables import show
-from values import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "onnx_models.jsonl"
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-PAUSE = 0.05  # seconds between calls: threads of ONNX Runtime spin for longer than 5 ms after a call
 OPSETS = {"torchscript": range(11, 21), "dynamo": range(18, 21)}
 SLOW_IN_TORCHSCRIPT = ("swin_t",)  # minutes
 IMAGES = [
@@ -116,14 +115,12 @@ def write_readable(name: str, model: nn.Module, inputs: tuple[Tensor, ...], name
     write(model, inputs, names, file, "dynamo", 18)
 
 
-def onnx_runtime(file: Path, optimize: bool) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
-    """Return a function that runs a file in ONNX Runtime."""
+def onnx_runtime(file: Path) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
+    """Return a function that runs a file in ONNX Runtime without optimizations: what is right."""
     ort: Any = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     return lambda xs: [torch.from_numpy(y) for y in session.run(None, {n: x.numpy() for n, x in zip(names, xs)})]
@@ -154,7 +151,7 @@ def correctness(name: str, make: Callable[[bool], Case], wanted: list[int], fold
             continue
         try:
             module = rarefy.from_onnx(file, example=inputs)
-            files[f"{exporter} {opset}"] = difference(module, onnx_runtime(file, False), inputs)
+            files[f"{exporter} {opset}"] = difference(module, onnx_runtime(file), inputs)
         except Exception as error:
             files[f"{exporter} {opset}"] = f"not read: {reason(error)}"
     return {"run": "correct", "model": name, "files": files}
@@ -167,28 +164,11 @@ def speed(name: str, make: Callable[[bool], Case], folder: Path) -> dict[str, An
     file = folder / "net.onnx"
     write_readable(name, model, inputs, names, file)
     single = tuple(x[:1] for x in inputs)
-    run = onnx_runtime(file, True)
+    theirs = onnxruntime({"": lambda: file}, {1: dict(zip(names, single))})
     fast = rarefy.compile(rarefy.from_onnx(file, example=inputs), single)
-    apart = difference(fast, run, single)
-    with torch.no_grad():
-        times = in_turns({"onnxruntime": lambda: run(single), "compiled": lambda: fast(*single)}, 30)
-    return {"run": "speed", "model": name, "apart": apart, **times}
-
-
-def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return quartiles in milliseconds of runs that take turns.
-
-    Threads of the others fall asleep in a pause before each turn, and a first call, which is not timed, wakes its own.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            time.sleep(PAUSE)
-            run()
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.quantiles(t, n=4) for name, t in times.items()}
+    apart = difference(fast, onnx_runtime(file), single)
+    times = alternate({"onnxruntime": theirs.timed[1], "compiled": lambda: fast(*single)}, 30, PAUSE)
+    return {"run": "speed", "model": name, "apart": apart, "settings": settings_of({"onnxruntime": theirs}), **times}
 
 
 def reason(error: BaseException) -> str:

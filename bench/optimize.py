@@ -9,8 +9,9 @@
     python optimize.py minilm --minutes 10 --seeds 1 2
     python optimize.py --table          only print what was measured last
 
-After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and OpenVINO in 8 bits (where it
-runs the model) are measured in turns. The uniform model loses the same share by each method in every group or layer.
+After the search the best model, the dense one in fp32 and in 8 bits, a uniform one, and other engines in 8 bits (where
+they run the model) are measured in turns. The uniform model loses the same share by each method in every group or
+layer.
 As many of its layers stay in fp32 or 16 bits as in the model that was found, spread evenly, and its KV cache has the
 same precision.
 Qualities in the table are of data that neither the search nor its calibration has seen, and so are distances: mean
@@ -50,13 +51,13 @@ from rarefy.model import hf
 from rarefy.model.layers import all_layers
 from rarefy.recipe.schema import Recipe
 from rarefy.search import space
-from rarefy.search.deploy import deploy, times_of
+from rarefy.search.deploy import deploy, sizes_of, times_of
 from rarefy.search.frontier import Point
 from rarefy.search.points import trains
 from rarefy.search.solve import in_spread_order
 from rarefy.search.targets import DECODE, parse_targets, times_tokens
-from runtime import alternate, keep_memory
-from values import keep
+from recording import keep
+from runtime import PAUSE, alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS, BUILD = HERE / "results" / "optimize.jsonl", HERE / "build" / "optimize"
@@ -77,7 +78,7 @@ class Task:
         max_loss: what may be lost.
         batch: batch sizes that are timed.
         minutes: of the search.
-        peers: whether OpenVINO runs the model.
+        peers: whether other engines run the model.
         train: makes batches to train on.
         target: what is made as small as possible.
     """
@@ -290,7 +291,8 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
             models["dense, int4"] = make(others["dense, int4"], precision="int8")
     judge, distance = metric_of(task.evaluate, task.model, task.judged), metric_of("distance", task.model, task.unseen)
     compared: dict[str, Any] = {
-        n: {"quality": judge.measure(m), "distance": distance.measure(m)} for n, m in models.items()
+        n: {"quality": judge.measure(m), "distance": distance.measure(m), "bytes": sizes_of(m)["disk"]}
+        for n, m in models.items()
     }
     decodes = times_tokens(found.batches)
     times = times_of(models, task.example, DECODE) if decodes else _beside_peers(task, models, judge, compared)
@@ -307,24 +309,27 @@ def measure(name: str, seed: int, minutes: float | None, train: float) -> Iterat
 
 
 def _beside_peers(task: Task, models: Mapping[str, Any], judge: Metric, compared: dict[str, Any]) -> dict[str, Any]:
-    """Return quartiles of milliseconds of our models and of OpenVINO in 8 bits, in turns; add its quality."""
+    """Return quartiles of milliseconds of our models and of other engines in 8 bits, in turns; add their qualities."""
     from rarefy.pipeline.speed import resize_batch
 
     examples = {b: resize_batch(task.example, b) for b in task.batch}
     times: dict[str, Any] = {}
     with TemporaryDirectory() as place:
         singles = task.data if hasattr(task.example, "keys") else [x for b in task.data for x in b.split(1)]
-        engine, timed = peers.openvino_int8(task.model, singles, examples, Path(place))
-        called: Any = lambda *images, **inputs: engine(inputs or images[0])  # noqa: E731
-        compared["openvino int8"] = {"quality": judge.measure(called)}
+        file = Path(place) / "model.onnx"
+        peers.exported(task.model, singles[0], file)
+        others = peers.engines(file, singles, examples, peers.IN_8_BITS)
+        for name, engine in others.items():
+            called: Any = lambda *images, e=engine, **inputs: e.encode(inputs or images[0])  # noqa: E731
+            compared[name] = {"quality": judge.measure(called), "settings": engine.settings}
         for batch, x in examples.items():
             runs: dict[str, Callable[[], Any]] = {
                 n: partial(m, **x) if hasattr(x, "keys") else partial(m, x) for n, m in models.items()
             }
-            runs["openvino int8"] = timed[batch]
+            runs |= {name: engine.timed[batch] for name, engine in others.items()}
             repeats = 15 if batch > 1 else 60
             times[str(batch)] = {n: {"median": t[1], "low": t[0], "high": t[2]} for n, t in
-                                 alternate(runs, repeats, frontier.PAUSE).items()}  # fmt: skip
+                                 alternate(runs, repeats, PAUSE).items()}  # fmt: skip
     return times
 
 

@@ -22,12 +22,13 @@ import torch
 import rarefy
 import tables
 from models import model_of
+from peers import call
 from rarefy.data import builtin, sources
 from rarefy.model import hf
 from rarefy.runtime import bindings
-from rivals import call
+from recording import keep
 from runtime import alternate, keep_memory
-from values import keep, retrieval
+from values import retrieval
 
 RESULTS = Path(__file__).parent / "results" / "patterns.jsonl"
 PATTERNS = {p: (0.5, 0.6, 0.8) for p in ("unstructured", "1x4", "1x8", "2x4", "4x4", "4x1")} | {"2:4": (0.5,)}

@@ -23,7 +23,7 @@ from rarefy.compat.asp import prune_trained_model
 from rarefy.data import builtin
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
-from values import keep
+from recording import keep
 
 RESULTS = Path(__file__).parent / "results" / "permute.jsonl"
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from records import Row, by, latest, number, per_machine, percent, read, speedup, spread, table
+from provenance import ratio
+from records import (
+    Row,
+    by,
+    is_quiet,
+    latest,
+    marked,
+    number,
+    per_machine,
+    percent,
+    required,
+    seconds_of,
+    speedup,
+    spread,
+    table,
+)
 
 # Pruning
 
@@ -26,33 +41,34 @@ METHODS = {
 
 def one_shot() -> str:
     """SmolLM2-135M pruned without training: perplexity, seconds and peak memory."""
-    rows = latest(read("oneshot", model="smollm2-135m"), "setting", "method", "seed")
+    rows = latest(required("oneshot", model="smollm2-135m"), "setting", "method", "seed")
     cells = []
     for setting in ("0.5", "2:4", "0.6", "0.7"):
         for method, name in METHODS.items():
             same = [r for r in rows if (r["setting"], r["method"].strip()) == (setting, method)]
+            quiet = [r["seconds"] for r in same if is_quiet(r)]
             if same:
                 cells.append([
                     "none" if method == "dense" else setting if ":" in setting else percent(float(setting)), name,
                     *(f"{statistics.mean(r[n] for r in same):.2f}" for n in ("articles", "brown")),
-                    number(statistics.median(r["seconds"] for r in same)) if method != "dense" else "",
+                    number(statistics.median(quiet)) if quiet and method != "dense" else "",
                     f"{max(r['peak_rss'] for r in same) / 1e9:.2f}", str(len(same)),
                 ])  # fmt: skip
     cells.sort(key=lambda line: line[0] != "none")
     head = ["zeros", "method", "perplexity, articles", "perplexity, Brown", "seconds", "peak RSS, GB", "seeds"]
-    return f"**{rows[-1]['label']}, {rows[-1]['threads']} threads**\n\n{table(head, cells)}"
+    return marked(rows, f"**{rows[-1]['label']}, {rows[-1]['threads']} threads**\n\n{table(head, cells)}")
 
 
 def one_shot_minilm() -> str:
     """MiniLM with half of its weights pruned: mean cosine of its embeddings with the dense model's."""
-    rows = latest(read("oneshot", model="minilm"), "method")
-    cells = [[METHODS[r["method"].strip()], f"{r['cosine']:.3f}", number(r["seconds"])] for r in rows]
-    return table(["method, 50 % zeros", "cosine with dense", "seconds"], cells)
+    rows = latest(required("oneshot", model="minilm"), "method")
+    cells = [[METHODS[r["method"].strip()], f"{r['cosine']:.3f}", seconds_of(r)] for r in rows]
+    return marked(rows, table(["method, 50 % zeros", "cosine with dense", "seconds"], cells))
 
 
 def vision() -> str:
     """A small ResNet on Fashion-MNIST by score: accuracy in percent."""
-    rows = latest(read("vision"), "run", "score", "seed")
+    rows = latest(required("vision"), "run", "score", "seed")
 
     def cell(run: str, score: str) -> str:
         return spread([100 * r["accuracy"] for r in rows if (r["run"], r["score"]) == (run, score)])
@@ -61,11 +77,12 @@ def vision() -> str:
     scores = ("magnitude", "taylor", "gradient", "activation")
     head = ["score", "50 %, no training", "90 % at once, then trained", "90 % in steps"]
     dense = f"Dense {cell('dense', '-')}; dense, trained as long as the pruned ones, {cell('dense-longer', '-')}."
-    return table(head, [[s, *(cell(run, s) for run in runs)] for s in scores]) + "\n\n" + dense
+    return marked(rows, table(head, [[s, *(cell(run, s) for run in runs)] for s in scores]) + "\n\n" + dense)
 
 
 def permute() -> str:
     """Channel permutation: share of the magnitudes that a 2:4 mask keeps."""
+    rows = latest(required("permute"), "model")
     cells = [
         [
             r["model"],
@@ -73,11 +90,12 @@ def permute() -> str:
             f"{r['kept before']:.4f}",
             f"{r['kept']:.4f}",
             f"{r['outputs moved']:.0e}",
-            number(r["seconds"]),
+            seconds_of(r),
         ]
-        for r in latest(read("permute"), "model")
+        for r in rows
     ]
-    return table(["model", "groups reordered", "kept before", "kept after", "change of outputs", "seconds"], cells)
+    head = ["model", "groups reordered", "kept before", "kept after", "change of outputs", "seconds"]
+    return marked(rows, table(head, cells))
 
 
 # Structured pruning
@@ -91,27 +109,20 @@ def _repair(row: Row) -> str:
 
 def structured_fashion() -> str:
     """A small ResNet cut to a quarter of its FLOPs: accuracy in percent."""
-    rows = latest(read("cuts", run="fashion"), "score", "scope", "repair", "seed")
+    rows = latest(required("cuts", run="fashion"), "score", "scope", "repair", "seed")
     cells = [
         [r["score"], r.get("scope", ""), _repair(r),
          f"{100 * r['before']:.1f}", f"{100 * r['trained']:.1f}"]
         for r in rows
     ]  # fmt: skip
-    return table(["score", "scope", "repair", "after the cut, %", "after 4 epochs, %"], cells)
+    return marked(rows, table(["score", "scope", "repair", "after the cut, %", "after 4 epochs, %"], cells))
 
 
 def structured_language() -> str:
     """SmolLM2-135M without a quarter of its MLP neurons: perplexity."""
-    cells = [
-        [
-            r["score"],
-            _repair(r),
-            f"{r['articles']:,.1f}",
-            number(r["seconds"]) if "seconds" in r else "",
-        ]
-        for r in latest(read("cuts", run="language"), "score", "repair")
-    ]
-    return table(["score", "repair", "perplexity", "seconds"], cells)
+    rows = latest(required("cuts", run="language"), "score", "repair")
+    cells = [[r["score"], _repair(r), f"{r['articles']:,.1f}", seconds_of(r)] for r in rows]
+    return marked(rows, table(["score", "repair", "perplexity", "seconds"], cells))
 
 
 def structured_resnet50() -> str:
@@ -129,29 +140,36 @@ def structured_resnet50() -> str:
         ]
         return table(["channels", "images", "FLOPs left", "dense -> cut, ms"], cells)
 
-    return per_machine(latest(read("cuts", run="resnet50"), "round_to", "batch"), make)
+    return per_machine(latest(required("cuts", run="resnet50"), "round_to", "batch"), make)
 
 
 def structured_coverage() -> str:
     """All models of torchvision cut to half their channels, by Rarefy and Torch-Pruning."""
     sides = {"rarefy": "Rarefy", "torch-pruning": "Torch-Pruning 1.6.1"}
-    last = {(r["model"], r["side"]): r for r in read("cut_zoo")}
+    rows = latest(required("cut_zoo"), "model", "side")
+    last = {(r["model"], r["side"]): r for r in rows}
     names = list(dict.fromkeys(model for model, _ in last))
     ran = {s: {n: last[n, s] for n in names if (n, s) in last and "error" not in last[n, s]} for s in sides}
     both = [n for n in names if all(n in ran[s] for s in sides)]
     exact = {s: [n for n, r in ran[s].items() if r["apart"] <= 1e-4] for s in sides}
-
-    seconds = {s: sum(ran[s][n]["seconds"] for n in both) for s in sides}
     share = {s: statistics.median(ran[s][n]["left"] / ran[s][n]["parameters"] for n in both) for s in sides}
+    times = [ratio(ran["torch-pruning"][n], ran["rarefy"][n], _seconds) for n in both if is_quiet(last[n, "rarefy"])]
     cells = [
         ["models tried", *(str(len(names)) for _ in sides)],
         ["models that run after the cut", *(str(len(ran[s])) for s in sides)],
         ["outputs within 1e-4 of the masked model's", *(str(len(exact[s])) for s in sides)],
-        [f"seconds for the {len(both)} that both cut", *(number(seconds[s]) for s in sides)],
-        ["share of parameters left, median of those", *(f"{share[s]:.3f}" for s in sides)],
+        [f"share of parameters left, median of the {len(both)} that both cut", *(f"{share[s]:.3f}" for s in sides)],
     ]
-    label = read("cut_zoo")[-1]["label"]
-    return f"**{label}, 1 thread**\n\n" + table(["torchvision, half of all channels", *sides.values()], cells)
+    if times:
+        cells.append(
+            [f"seconds, beside Rarefy, mean of {len(times)}", "1.00", f"{statistics.geometric_mean(times):.2f}"]
+        )
+    text = table(["torchvision, half of all channels", *sides.values()], cells)
+    return marked(rows, f"**{rows[-1]['label']}, 1 thread**\n\n{text}")
+
+
+def _seconds(row: Row) -> float:
+    return row["seconds"]
 
 
 # Quantization, low rank, codebooks
@@ -185,13 +203,14 @@ WAYS = {
 
 def quantize_language() -> str:
     """A rotated SmolLM2-135M with fewer bits or values: perplexity and bytes."""
-    last = {r["way"]: r for r in read("values", run="language")}
+    last = {r["way"]: r for r in required("values", run="language")}
     cells = [
         [name, f"{last[way]['perplexity']:,.2f}", f"{last[way]['of bf16']:.3f}" if "of bf16" in last[way] else "",
-         number(last[way]["seconds"]) if "seconds" in last[way] else ""]
+         seconds_of(last[way])]
         for way, name in WAYS.items() if way in last
     ]  # fmt: skip
-    return table(["method", "perplexity", "bytes of its layers / bf16", "seconds"], cells)
+    shown = [last[way] for way in WAYS if way in last]
+    return marked(shown, table(["method", "perplexity", "bytes of its layers / bf16", "seconds"], cells))
 
 
 def quantize_minilm() -> str:
@@ -199,15 +218,14 @@ def quantize_minilm() -> str:
     names = {"int4 by 32": "4 bits, groups of 32, nearest", "int4 by 32, obs": "4 bits, groups of 32, GPTQ alone"}
     names |= {"uint4 by 32, obs": "4 bits asymmetric, groups of 32, GPTQ alone"}
     names |= {"int8, inputs too": "8 bits, inputs too"}
-    cells = [
-        [names.get(r["way"], r["way"]), f"{r['R@1']:.1f}", f"{r['cosine']:.3f}"]
-        for r in latest(read("values", run="minilm"), "way")
-    ]
-    return table(["weights", "R@1, %", "cosine with dense"], cells)
+    rows = latest(required("values", run="minilm"), "way")
+    cells = [[names.get(r["way"], r["way"]), f"{r['R@1']:.1f}", f"{r['cosine']:.3f}"] for r in rows]
+    return marked(rows, table(["weights", "R@1, %", "cosine with dense"], cells))
 
 
 def quantize_fashion() -> str:
     """A small ResNet on Fashion-MNIST with fewer bits: accuracy and bytes."""
+    rows = latest(required("values", run="fashion"), "way")
     cells = [
         [
             r["way"],
@@ -215,9 +233,9 @@ def quantize_fashion() -> str:
             f"{100 * r['trained']:.2f}" if "trained" in r else "",
             f"{r['bytes']:,}",
         ]
-        for r in latest(read("values", run="fashion"), "way")
+        for r in rows
     ]
-    return table(["method", "accuracy, %", "after training, %", "bytes on disk"], cells)
+    return marked(rows, table(["method", "accuracy, %", "after training, %", "bytes on disk"], cells))
 
 
 def quantize_decode() -> str:
@@ -225,7 +243,7 @@ def quantize_decode() -> str:
 
     def make(rows: list[Row]) -> str:
         size = {r["way"].removesuffix(": bytes"): r for r in rows if r["way"].endswith(": bytes")}
-        dense = read("values", run="language", way="dense")[-1]["perplexity"]
+        dense = required("values", run="language", way="dense")[-1]["perplexity"]
         cells = [
             [way, f"{size[way]['perplexity']:.2f}" if way in size else f"{dense:.2f} in fp32",
              number(size[way]["bytes"] / 1e6) if way in size else "", number(r["decode"]), number(r["prefill"])]
@@ -233,7 +251,7 @@ def quantize_decode() -> str:
         ]  # fmt: skip
         return table(["weights", "perplexity", "MB in memory", "decode, tokens/s", "prompt, tokens/s"], cells)
 
-    return per_machine(latest(read("values", run="decode"), "label", "way"), make)
+    return per_machine(latest(required("values", run="decode"), "label", "way"), make)
 
 
 def low_rank() -> str:
@@ -247,7 +265,7 @@ def low_rank() -> str:
         ]
         return table(["ranks chosen by time", "R@1, % (dense 61.8)", "cosine", "1 x 128, ms", "16 x 128, ms"], cells)
 
-    return per_machine(latest(read("values", run="lowrank"), "way"), make)
+    return per_machine(latest(required("values", run="lowrank"), "way"), make)
 
 
 # Training
@@ -255,7 +273,7 @@ def low_rank() -> str:
 
 def train_fashion() -> str:
     """Small ResNets on Fashion-MNIST trained to high sparsity: accuracy in percent."""
-    rows = latest([r for r in read("train") if r["run"].startswith("fashion")], "run", "way", "sparsity", "seed")
+    rows = latest([r for r in required("train") if r["run"].startswith("fashion")], "run", "way", "sparsity", "seed")
     cells = []
     for run, same in by(rows, "run").items():
         for (way, sparsity), _ in {(r["way"], r["sparsity"]): r for r in same}.items():
@@ -272,18 +290,18 @@ def train_fashion() -> str:
                     str(len(seeds)),
                 ]
             )
-    return table(["run", "parameters", "method", "zeros", "accuracy, %", "seeds"], cells)
+    return marked(rows, table(["run", "parameters", "method", "zeros", "accuracy, %", "seeds"], cells))
 
 
 def train_language() -> str:
     """SmolLM2-135M pruned and trained for 90 steps with the dense model as teacher: perplexity."""
-    rows = [r for r in latest(read("train", run="language"), "way") if r["way"] != "dense"]
-    dense = read("train", run="language", way="dense")[-1]["perplexity"]
+    rows = [r for r in latest(required("train", run="language"), "way") if r["way"] != "dense"]
+    dense = required("train", run="language", way="dense")[-1]["perplexity"]
     cells = [
-        [r["way"], f"{dense:.2f}", f"{r['one shot']:.2f}", f"{r['perplexity']:.2f}", number(r["training"])]
+        [r["way"], f"{dense:.2f}", f"{r['one shot']:.2f}", f"{r['perplexity']:.2f}", seconds_of(r, "training")]
         for r in rows
     ]
-    return table(["zeros", "dense", "one shot (ADMM)", "after 90 steps", "seconds of training"], cells)
+    return marked(rows, table(["zeros", "dense", "one shot (ADMM)", "after 90 steps", "seconds of training"], cells))
 
 
 def train_minilm() -> str:
@@ -298,7 +316,7 @@ def train_minilm() -> str:
         head = ["method", "cosine with dense", "training, s", "1 x 128, eager dense -> engine, ms", "16 x 128, ms"]
         return table(head, cells)
 
-    return per_machine(read("train", run="minilm")[-1:], make)
+    return per_machine(required("train", run="minilm")[-1:], make)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,15 +1,24 @@
-"""Read the records in bench/results/ and write Markdown tables of them. Needs the standard library alone."""
+"""Read the records in bench/results/ that may stand in a page (provenance.py), and write Markdown tables of them.
+
+Needs the standard library and git alone.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from provenance import MAX_LOAD, Benchmark, benchmark_of, case_of, load_of, problems, with_runs
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+
+_shown: tuple[str, ...] = ()  # reasons of provenance.REASONS for which a record is marked and not left out
 
 # Records store the CPU's name and its extensions. Both EPYC generations with AVX-512 store the same; docs/log.md
 # tells which commits were measured on the Zen 5.
@@ -30,11 +39,117 @@ def machine(row: Row) -> str:
     return f"{vendor}, {'AVX2' if 'avx2' in flags else 'portable kernels'}"
 
 
+class NotMeasured(Exception):
+    """No record of a table stands."""
+
+
+@contextmanager
+def showing(*reasons: str) -> Iterator[None]:
+    """Within the block `read` also returns records with these reasons against them, and tables mark them."""
+    global _shown
+    before, _shown = _shown, reasons
+    try:
+        yield
+    finally:
+        _shown = before
+
+
 def read(name: str, **wanted: Any) -> list[Row]:
-    """Return the records of results/NAME.jsonl whose fields have the wanted values, each with its machine's label."""
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if all(row.get(field) == value for field, value in wanted.items())]
-    return [{**row, "label": machine(row), "threads": row["machine"]["threads"]} for row in rows]
+    """Return the records of results/NAME.jsonl that stand and whose fields have the wanted values.
+
+    Each has its machine's label, its place in the file, its run ("run_key") and the reasons against it ("marks"). A
+    record of older code does not come back because a later one of its case does not stand.
+    """
+    rows, later = list[Row](), set[str]()
+    for row in reversed(every(name, **wanted)):
+        case = f"{row['label']} {case_of(name, row)}"
+        if not row["marks"].keys() <= {*_shown}:
+            later.add(case)
+        elif not ("older" in row["marks"] and case in later):
+            rows.append(row)
+    return rows[::-1]
+
+
+def every(name: str, **wanted: Any) -> list[Row]:
+    """Return all records of results/NAME.jsonl whose fields have the wanted values, as `read` does."""
+    file = RESULTS / f"{name}.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = with_runs(name, [json.loads(line) for line in lines])
+    return [
+        {
+            **row,
+            "label": machine(row),
+            "threads": row["machine"]["threads"],
+            "place": f"{name}.jsonl:{number}",
+            "marks": problems(name, row),
+        }
+        for number, row in enumerate(rows, 1)
+        if all(row.get(field) == value for field, value in wanted.items())
+    ]
+
+
+def required(name: str, **wanted: Any) -> list[Row]:
+    """Return what `read` does.
+
+    Raises:
+        NotMeasured: there is no such record; the message is for the page.
+    """
+    rows = read(name, **wanted)
+    if not rows:
+        raise NotMeasured(not_measured(benchmark_of(name, wanted)))
+    return rows
+
+
+def receipt(name: str) -> Row:
+    """Return results/NAME.json, the receipt of one run, as `read` returns records.
+
+    Raises:
+        NotMeasured: there is none, or it does not stand.
+    """
+    file = RESULTS / f"{name}.json"
+    row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if row is not None:
+        row = {"commit": "", "machine": row["settings"]["machine"], **row}
+        row |= {"label": machine(row), "threads": row["machine"]["threads"], "place": f"{file.name}:1"}
+        row |= {"run_key": name, "run_load": load_of(row)}
+        row |= {"marks": problems(name, row)}
+    if row is None or not row["marks"].keys() <= {*_shown}:
+        raise NotMeasured(not_measured(benchmark_of(name)))
+    return row
+
+
+def not_measured(benchmark: Benchmark) -> str:
+    """Return the sentence of a page in place of a table."""
+    return f"No record stands: those in `bench/results/` are too old or were disturbed. Measure: `{benchmark.command}`."
+
+
+def is_quiet(row: Row) -> bool:
+    """Return whether times of a record count: other work did not disturb them."""
+    return row["run_load"] <= MAX_LOAD
+
+
+def seconds_of(row: Row, field: str = "seconds") -> str:
+    """Return seconds for a table; "" where they were not measured or other work disturbed them."""
+    return number(row[field]) if field in row and is_quiet(row) else ""
+
+
+def mark(rows: Iterable[Row]) -> str:
+    """Return a sentence that names the commits of records and what is against them."""
+    rows = list(rows)
+    texts = [f"Measured at {_commits(rows)}"]
+    if older := [r for r in rows if "older" in r["marks"]]:
+        some = "" if len(older) == len(rows) else f" ({_commits(older)})"
+        texts.append(f"before later changes of this code{some}")
+    if loaded := [r for r in rows if "load" in r["marks"]]:
+        texts.append(f"at a load of up to {max(r['run_load'] for r in loaded):g}")
+    if unknown := [r for r in rows if {"commit", "dirty"} & r["marks"].keys()]:
+        texts.append(f"with code that no commit here has ({_commits(unknown)})")
+    return f"{', '.join(texts)}."
+
+
+def _commits(rows: Iterable[Row]) -> str:
+    names = list(dict.fromkeys(row.get("commit", "")[:8] or "an unknown commit" for row in rows))
+    return ", ".join(names)
 
 
 def latest(rows: Iterable[Row], *fields: str) -> list[Row]:
@@ -81,14 +196,38 @@ def model_name(name: str) -> str:
     return name
 
 
+def tried(rows: Iterable[Row]) -> str:
+    """Return a sentence about the settings of other engines, and how often each was chosen; "" for older records."""
+    chosen: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, settings in row.get("settings", {}).items():
+            counts = chosen.setdefault(model_name(name), Counter(dict.fromkeys(settings["tried"], 0)))
+            counts[settings["setting"]] += 1
+    texts = []
+    for name, counts in chosen.items():
+        if len(counts) > 1:
+            cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
+            best, times = counts.most_common(1)[0]
+            others = " / ".join(setting for setting in counts if setting != best)
+            texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
+    return (
+        f"Settings of other engines, with the number of cases where they differ: {'; '.join(texts)}." if texts else ""
+    )
+
+
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:
-    """Return one table for each machine, under a line that names it and its threads."""
+    """Return one table for each machine, under a line that names it, its threads, and the commits of its records."""
     parts = []
     for label, same in by(rows, "label").items():
         threads = "/".join(str(n) for n in sorted({row["threads"] for row in same}))
         plural = "" if threads == "1" else "s"
-        parts.append(f"**{label}, {threads} thread{plural}**\n\n{make(same)}")
+        parts.append(f"**{label}, {threads} thread{plural}**. {mark(same)}\n\n{make(same)}")
     return "\n\n".join(parts)
+
+
+def marked(rows: Iterable[Row], text: str) -> str:
+    """Return a table that does not depend on the machine, and the commits of its records."""
+    return f"{text}\n\n{mark(rows)}"
 
 
 def number(value: float) -> str:

@@ -24,16 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.evaluation.profiling import commit, compare, machine
+from rarefy.evaluation.profiling import quartiles
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packed_formats import KINDS, ROW_KINDS
 from rarefy.runtime.packing import nbytes, pack_bitmask, pack_conv, pack_csr, pack_tiles
 from rarefy.runtime.sparse_layers import SparseLinear
+from recording import append, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
+PAUSE = 0.08  # seconds between calls of engines: threads of ONNX Runtime spin for 50 ms after a call
+WARMUP = 3  # rounds that are not timed
 CACHE = max(100 << 20, last_cache())  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
 # ResNet-50 at 224 x 224: output and input channels, kernel, stride, image size, number of such layers.
@@ -63,9 +66,23 @@ def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> 
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Any]:
-    """Return quartiles in milliseconds of runs that take turns. During `pause` seconds before each, threads of the
-    others fall asleep."""
-    times = compare(runs, repeats=repeats, before=lambda: time.sleep(pause) if pause else None)
+    """Return quartiles in milliseconds of runs that take turns, after WARMUP rounds.
+
+    During `pause` seconds before each, threads of the others fall asleep, and a call that is not timed wakes its own.
+    """
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.no_grad():
+        for round_ in range(-WARMUP, repeats):
+            for name, run in runs.items():
+                if pause:
+                    time.sleep(pause)
+                    run()
+                began = time.perf_counter()
+                run()
+                if round_ >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+    times = {name: quartiles(values) for name, values in seconds.items()}
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 
@@ -202,13 +219,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     keep_memory()
+    if not args.table:
+        start(args.out)
     for format, about, run in [] if args.table else cases():
         if args.only not in (None, format):
             continue
         line = {"format": format, **about, **run(), "isa": bindings.isa(), "threads": torch.get_num_threads()}
-        line |= {"commit": commit(HERE), "machine": machine()}
-        with args.out.open("a") as file:
-            print(json.dumps(line), file=file)
+        append(args.out, line)
         print(table([line]).splitlines()[-1], flush=True)
     if args.table and args.out.is_file():
         lines = [json.loads(l) for l in args.out.read_text().splitlines()]

@@ -20,7 +20,7 @@ import rarefy
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import quartiles
 from rarefy.model import hf
-from values import keep
+from recording import keep
 
 RESULTS = Path(__file__).parent / "results" / "speculation.jsonl"
 GUESSES = (0, 3, 7, 15)

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 from collections.abc import Callable
 
+import search_tables
+from provenance import BENCHMARKS, newest_run, ratio
 from records import (
-    RESULTS,
+    NotMeasured,
     Row,
     by,
     eager_speedups,
+    is_quiet,
     latest,
-    machine,
+    mark,
     model_name,
+    not_measured,
     number,
     per_machine,
     percent,
     read,
+    receipt,
+    required,
     speedup,
     table,
+    tried,
 )
 
 # Language models on the engine
 
 WEIGHTS = {
     "Q8_0": "8-bit Q8_0",
+    "Q6_K": "6-bit Q6_K",
+    "Q4_K_M": "4-bit Q4_K_M",
+    "IQ4_NL": "4-bit IQ4_NL",
     "Q4_1": "4-bit Q4_1",
     "Q4_0": "4-bit Q4_0",
     "F32": "fp32",
@@ -44,23 +53,27 @@ WEIGHTS |= {
     "Q4_0 file": "the file in Q4_0",
     "Q4_1 file": "the file in Q4_1",
 }
-RIVALS = {  # llama.cpp's file that a row of ours is compared with
-    "fp32": "F32",
-    "8 bits": "Q8_0",
-    "4 bits": "Q4_0",
-    "4 bits, calibrated": "Q4_0",
-    "Q8_0 file": "Q8_0",
-    "Q4_0 file": "Q4_0",
-    "Q4_1 file": "Q4_1",
+FOUR_BITS = ("Q4_0", "Q4_1", "IQ4_NL", "Q4_K_M")
+RIVALS = {  # llama.cpp's files of this size: a row of ours is compared with the fastest of them
+    "fp32": ("F32",),
+    "8 bits": ("Q8_0",),
+    "6 bits": ("Q6_K",),
+    "4 bits": FOUR_BITS,
+    "4 bits, calibrated": FOUR_BITS,
+    "Q8_0 file": ("Q8_0",),
+    "Q4_0 file": ("Q4_0",),
+    "Q4_1 file": ("Q4_1",),
 }
-NOT_IN_README = ("F32", "fp32", "6 bits", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
+NOT_IN_README = ("F32", "fp32", "6 bits", "Q6_K", "4 bits", "50 %, 8 bits", "70 %, 8 bits", "Q8_0 file", "Q4_0 file")
 
 
 ENGINE_NAMES = {"rarefy": "Rarefy", "llama.cpp": "llama.cpp"}
 
 
 def _language() -> list[Row]:
-    rows = latest(read("language"), "label", "engine", "file")
+    """Return the records of each machine's newest run."""
+    runs = [newest_run(same) for same in by(required("language"), "label").values()]
+    rows = latest([row for run in runs for row in run], "label", "engine", "file")
     names = list(WEIGHTS)
     return sorted(rows, key=lambda row: (row["label"], row["engine"], names.index(row["file"])))
 
@@ -73,12 +86,9 @@ def language() -> str:
     """SmolLM2-135M on the engine and on llama.cpp: size, perplexity and tokens per second, with ratios to RIVALS."""
 
     def make(rows: list[Row]) -> str:
-        theirs = {r["file"]: r for r in rows if r["engine"] == "llama.cpp"}
-
         def speed(row: Row, phase: str) -> str:
-            rival = theirs.get(RIVALS.get(row["file"], "")) if row["engine"] == "rarefy" else None
-            ratio = f" ({row[phase][1] / rival[phase][1]:.2f}x)" if rival else ""
-            return number(row[phase][1]) + ratio
+            beside = _beside_rivals(row, rows)
+            return number(row[phase][1]) + (f" ({beside[phase]:.2f}x)" if beside else "")
 
         cells = [
             [
@@ -90,9 +100,46 @@ def language() -> str:
             ]
             for r in rows
         ]
-        return table(["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"], cells)
+        head = ["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"]
+        return "\n\n".join(filter(None, [table(head, cells), _losses(rows), _zeros(rows), tried(rows)]))
 
     return per_machine(_language(), make)
+
+
+PHASES = {"decode": "decode", "prefill": "prompts"}
+
+
+def _speeds(row: Row, base: Row) -> dict[str, float]:
+    """Return how many times as fast a record is as another one of its run, by phase."""
+    return {title: ratio(row, base, lambda r, p=phase: r[p][1]) for phase, title in PHASES.items()}
+
+
+def _beside_rivals(row: Row, rows: list[Row]) -> dict[str, float]:
+    """Return how many times as fast as llama.cpp's fastest file of its size a row of ours is; {} if there is none."""
+    names = RIVALS.get(row["file"], ()) if row["engine"] == "rarefy" else ()
+    rivals = [r for r in rows if r["engine"] == "llama.cpp" and r["file"] in names]
+    return {p: min(ratio(row, r, lambda r, p=p: r[p][1]) for r in rivals) for p in PHASES} if rivals else {}
+
+
+def _losses(rows: list[Row]) -> str:
+    """Return a paragraph about where llama.cpp is faster in one run; "" if nowhere."""
+    losses = [
+        f"{WEIGHTS[row['file']]}, {PHASES[phase]} ({times:.2f}x)"
+        for row in rows
+        for phase, times in _beside_rivals(row, rows).items()
+        if times < 1
+    ]
+    return f"llama.cpp is faster: {'; '.join(losses)}." if losses else ""
+
+
+def _zeros(rows: list[Row]) -> str:
+    """Return a paragraph about zeros beside 8 bits without zeros in one run; "" if one of them was not measured."""
+    ours, texts = {r["file"]: r for r in rows if r["engine"] == "rarefy"}, []
+    for file in ("50 %, 8 bits", "70 %, 8 bits"):
+        if file in ours and "8 bits" in ours:
+            gains = " and ".join(f"{x:.2f}x ({t})" for t, x in _speeds(ours[file], ours["8 bits"]).items())
+            texts.append(f"{WEIGHTS[file]}: {gains} as fast as without zeros.")
+    return " ".join(texts)
 
 
 def large_language() -> str:
@@ -114,7 +161,8 @@ def large_language() -> str:
         head = ["file", "engine", "tokens/s", "GB of a token", "GB/s", "memory, GB/s", "share"]
         return table(head, cells)
 
-    return per_machine(latest(read("large_language"), "label", "model", "file", "engine"), make)
+    rows = [r for same in by(required("large_language"), "label").values() for r in newest_run(same)]
+    return per_machine(rows, make)
 
 
 def readme() -> str:
@@ -122,48 +170,43 @@ def readme() -> str:
 
     The sentences below it say how many times as fast as llama.cpp the engine is.
     """
-    label = read("language")[-1]["label"]
-    rows = [r for r in _language() if r["file"] not in NOT_IN_README and r["label"] == label]
-    labels = [label]
-    head = ["SmolLM2-135M, engine and weights", "MB", "perplexity"]
-    for label in labels:
-        head += [f"{label}: decode, tokens/s", "prompt, tokens/s"]
-    cells = []
-    for name, same in by([{**r, "name": _engine_name(r)} for r in rows], "name").items():
-        line = [name, number(same[0]["bytes"] / 1e6), f"{same[0]['perplexity']:.2f}"]
-        for label in labels:
-            here = [r for r in same if r["label"] == label]
-            line += [number(here[0][n][1]) if here else "" for n in ("decode", "prefill")]
-        cells.append(line)
-    cells.sort(key=lambda line: line[0].startswith("Rarefy"))
-    return f"{table(head, cells)}\n\n{_readme_gains(cells, label)}".rstrip()
+    label = required("language")[-1]["label"]
+    rows = [r for r in _language() if r["label"] == label]
+    shown = sorted((r for r in rows if r["file"] not in NOT_IN_README), key=lambda r: r["engine"] == "rarefy")
+    cells = [
+        [_engine_name(r), number(r["bytes"] / 1e6), f"{r['perplexity']:.2f}"]
+        + [number(r[phase][1]) for phase in ("decode", "prefill")]
+        for r in shown
+    ]
+    head = ["SmolLM2-135M, engine and weights", "MB", "perplexity", f"{label}: decode, tokens/s", "prompt, tokens/s"]
+    return "\n\n".join(filter(None, [table(head, cells), mark(rows), tried(shown), _readme_gains(rows, label)]))
 
 
-def _readme_gains(cells: list[list[str]], label: str) -> str:
+def _readme_gains(rows: list[Row], label: str) -> str:
     """Return sentences about the ratios of rows of README's table; "" where one of the rows was not measured."""
-    rows = {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in cells}
-
-    pairs = {
-        "the file in Q4_1": "4-bit Q4_1",
-        "8 bits": "8-bit Q8_0",
-        "4 bits, groups of 32, GPTQ": "4-bit Q4_0",
-    }
-    if not all(f"Rarefy, {ours}" in rows and f"llama.cpp, {theirs}" in rows for ours, theirs in pairs.items()):
+    found = {(r["engine"], r["file"]): r for r in rows}
+    names = ("Q4_1 file", "8 bits", "4 bits, calibrated")
+    beside = [_beside_rivals(found["rarefy", n], rows) if ("rarefy", n) in found else {} for n in names]
+    if not all(beside):
         return ""
-
-    def gains(ours: str) -> tuple[str, str]:
-        first, second = (a / b for a, b in zip(rows[f"Rarefy, {ours}"][-2:], rows[f"llama.cpp, {pairs[ours]}"][-2:]))
-        return f"{first:.1f}x", f"{second:.1f}x"
-
-    four, q4_0 = rows["Rarefy, 4 bits, groups of 32, GPTQ"], rows["llama.cpp, 4-bit Q4_0"]
-    assert four[0] < q4_0[0] and four[1] < q4_0[1], "the sentence about 4 bits would be wrong"
-    same, eight, fewer = (gains(ours) for ours in pairs)
+    same, eight, four = ([f"{x:.1f}x" for x in speeds.values()] for speeds in beside)
+    theirs = [found["llama.cpp", n] for n in FOUR_BITS if n != "Q4_1" and ("llama.cpp", n) in found]
+    qualities = ", ".join(f"{r['file']} {r['perplexity']:.2f}" for r in theirs)
     return (
         f"- **Beside llama.cpp**: the same Q4_1 file generates text {same[0]} and reads prompts {same[1]} as fast. "
-        f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is smaller than "
-        f"Q4_0, loses less, and is {fewer[0]} and {fewer[1]} as fast. These weights were published in Q4_1, so Q4_1 "
-        f"loses nothing here.{_readme_search(label)}"
+        f"In 8 bits it is {eight[0]} and {eight[1]}. In 4 bits, rounded by GPTQ on 16 articles, Rarefy is "
+        f"{four[0]} and {four[1]} as fast as the fastest of llama.cpp's 4-bit files. Perplexity: "
+        f"{found['rarefy', '4 bits, calibrated']['perplexity']:.2f}; with an importance matrix of the same articles "
+        f"{qualities}. These weights were published in Q4_1, so Q4_1 loses nothing here."
+        + _losses_in_readme(rows)
+        + _readme_search(label)
     )
+
+
+def _losses_in_readme(rows: list[Row]) -> str:
+    """Return a line of README's list about where llama.cpp is faster; "" if nowhere."""
+    losses = _losses(rows)
+    return f"\n- **Where llama.cpp is better**: {losses}" if losses else ""
 
 
 def _readme_search(label: str) -> str:
@@ -172,14 +215,14 @@ def _readme_search(label: str) -> str:
     if not rows:
         return ""
     row = min(latest(rows, "seed"), key=lambda r: r["seed"])
-    found, eight, dense = (row["compared"][name] for name in ("found", "dense, int8", "dense, fp32"))
-    ratio = eight["milliseconds"]["decode"]["median"] / found["milliseconds"]["decode"]["median"]
+    found, dense = row["compared"]["found"], row["compared"]["dense, fp32"]
     bits = " and ".join(sorted(set(re.findall(r"in (\d) bits", row["best"]))))
     cache = " and an 8-bit KV cache" if "8-bit cache" in row["best"] else ""
+    even = search_tables.share(row, "decode")
     return (
         f"\n- **[A search](docs/results/optimize.md)**, on weights never rounded to 4 bits, chose {bits} bits{cache}: "
-        f"{ratio:.1f}x as fast as 8 bits. "
-        f"Perplexity: {found['quality']:.2f}, fp32 {dense['quality']:.2f}."
+        f"{search_tables.times_as_fast(row, 'dense, int8', 'decode'):.1f}x as fast as 8 bits, {even:.2f}x as fast as "
+        f"the same bits spread evenly. Perplexity: {found['quality']:.2f}, fp32 {dense['quality']:.2f}."
     )
 
 
@@ -228,9 +271,29 @@ def engine() -> str:
             for key, (name, quality) in ENGINES.items()
             if any(key in r for r in rows)
         ]
-        return table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
+        text = table(["engine", "quality", *(ENGINE_CASES[c] for c in cases)], cells)
+        losses = [loss for case in cases for loss in _engine_losses(found[case])]
+        return "\n\n".join(filter(None, [text, f"Where we lose: {'; '.join(losses)}." if losses else "", tried(rows)]))
 
-    return per_machine(latest(read("engine"), "label", "model", "batch"), make)
+    return per_machine(latest(required("engine"), "label", "model", "batch"), make)
+
+
+SAME_PRECISION = {  # engines that a row of ours is compared with
+    "ours, dense": ("compiled", "onnxruntime", "openvino"),
+    "ours, bf16": ("openvino bf16",),
+    "ours, int8": ("onnxruntime int8", "openvino int8"),
+}
+
+
+def _engine_losses(row: Row) -> list[str]:
+    """Return where another engine is faster with the same precision in one record."""
+    losses = []
+    for ours, others in SAME_PRECISION.items():
+        best = min((n for n in others if n in row), key=lambda n: row[n][1], default=None)
+        if ours in row and best and row[best][1] < row[ours][1]:
+            times = " ms, ".join(f"{ENGINES[n][0]} {number(row[n][1])}" for n in (ours, best))
+            losses.append(f"{MODELS[row['model']]}, batch {row['batch']}: {times}")
+    return losses
 
 
 def patterns() -> str:
@@ -246,7 +309,7 @@ def patterns() -> str:
         heads = [f"{isa}, {batch} x 128" for isa, batch in (c.split(", ") for c in cases)]
         return table(["pattern", "zeros", "R@1, %", *heads], cells)
 
-    return per_machine(latest(read("patterns"), "label", "pattern", "sparsity"), make)
+    return per_machine(latest(required("patterns"), "label", "pattern", "sparsity"), make)
 
 
 def _times_as_fast(row: Row, case: str) -> str:
@@ -255,18 +318,20 @@ def _times_as_fast(row: Row, case: str) -> str:
     return f"{found['dense'][1] / found['pruned'][1]:.2f}x ({found['pruned'][1]:.1f} ms)" if found else "1"
 
 
+RECALLS = {"articles": "R@1 articles", "brown": "R@1 Brown", "manuals": "R@1 manuals"}  # tests of frontier.py
+
+
 def frontier() -> str:
     """MiniLM as it is deployed: quality of the very model that was timed, and its time."""
-    columns = {"articles": "R@1 articles", "brown": "R@1 Brown", "categories": "categories, %", "cosine": "cosine"}
-    limited = "minilm, avx512"
-    without_amx = f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
-    tables = _frontier("minilm", columns, " x 128")
-    return tables + without_amx if read("frontier", run=limited) else tables
+    columns = {**RECALLS, "categories": "categories, %", "cosine": "cosine"}
+    tables, limited = _frontier("minilm", columns, " x 128"), "minilm, avx512"
+    if read("frontier", run=limited):
+        tables += f"\n\nAll engines limited to VNNI:\n\n{_frontier(limited, columns, ' x 128')}"
+    return tables
 
 
 def embeddings() -> str:
     """`encode` of sentence-transformers with each engine: quality of the very model that was timed, and texts/s."""
-    rows = latest(read("embeddings"), "label") if (RESULTS / "embeddings.jsonl").is_file() else []
 
     def make(rows: list[Row]) -> str:
         row = rows[-1]
@@ -286,24 +351,25 @@ def embeddings() -> str:
                     f"{number(one_ms)} ({faster[1]:.2f}x)",
                 ]
             )
-        return table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
+        text = table(["MiniLM", "cosine", "R@1 articles, %", "texts/s", "one text, ms"], cells)
+        return f"{text}\n\n{tried([row])}".rstrip()
 
-    return per_machine(rows, make) if rows else "Not measured yet: `python bench/embeddings.py`."
+    return per_machine(latest(required("embeddings"), "label"), make)
 
 
 def spread() -> str:
     """How many more of the queries each model answers than the dense one, with its interval, for each seed."""
-    rows = latest(read("spread"), "label", "name", "seed") if (RESULTS / "spread.jsonl").is_file() else []
 
     def gains(same: list[Row], test: str) -> str:
         return "; ".join("{gain:+.1f} ({0:+.1f} to {1:+.1f})".format(*r[test]["interval"], **r[test]) for r in same)
 
     def make(rows: list[Row]) -> str:
         models = [(name, same) for name, same in by(rows, "name").items() if name != "eager"]
-        cells = [[model_name(name), gains(same, "articles"), gains(same, "brown")] for name, same in models]
-        return table(["model", "R@1 articles, beside dense", "R@1 Brown, beside dense"], cells)
+        tests = [test for test in RECALLS if all(test in r for r in rows)]
+        cells = [[model_name(name), *(gains(same, test) for test in tests)] for name, same in models]
+        return table(["model", *(f"{RECALLS[test]}, beside dense" for test in tests)], cells)
 
-    return per_machine(rows, make) if rows else "Not measured yet: `python bench/spread.py`."
+    return per_machine(latest(required("spread"), "label", "name", "seed"), make)
 
 
 def dynamo() -> str:
@@ -321,7 +387,7 @@ def dynamo() -> str:
         ]
         return table(["model", "eager, ms", "compiled, ms", "eager graphs by Dynamo"], cells)
 
-    return per_machine(latest(read("dynamo", precision=None), "label", "model"), make)
+    return per_machine(latest(required("dynamo", precision=None), "label", "model"), make)
 
 
 def frontier_images() -> str:
@@ -330,8 +396,13 @@ def frontier_images() -> str:
         "efficientnet": ("EfficientNet-Lite0", {"agreement": "agreement, %", "probe": "probe, %"}),
         "fashion": ("Small ResNet, Fashion-MNIST", {"accuracy": "accuracy, %"}),
     }
-    measured = {run: label for run, label in labels.items() if read("frontier", run=run)}
-    return "\n\n".join(f"### {title}\n\n{_frontier(run, columns)}" for run, (title, columns) in measured.items())
+    parts = []
+    for run, (title, columns) in labels.items():
+        try:
+            parts.append(f"### {title}\n\n{_frontier(run, columns)}")
+        except NotMeasured as error:
+            parts.append(f"### {title}\n\n{error}")
+    return "\n\n".join(parts)
 
 
 def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
@@ -350,16 +421,40 @@ def _frontier(run: str, columns: dict[str, str], size: str = "") -> str:
             + [_beside(times[batch].get(name), best[batch]) for batch in times]
             for name in names
         ]
-        return table(
-            ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)], cells
-        )
+        head = ["model", *known.values(), *(f"{batch}{'' if 'x' in batch else size}, ms" for batch in times)]
+        return "\n\n".join(filter(None, [table(head, cells), _model_and_engine(row), tried([row])]))
 
-    return per_machine(latest(read("frontier", run=run), "label"), make)
+    return per_machine(latest(required("frontier", run=run), "label"), make)
 
 
 def _fastest_rival(times: dict[str, list[float]]) -> list[float]:
-    """Return the times of the fastest engine in 8 bits that is not Rarefy."""
-    return min((t for name, t in times.items() if "int8" in name and not name.startswith("ours")), key=lambda t: t[1])
+    """Return the times of the dense model in the fastest engine in 8 bits that is not Rarefy."""
+    others = (
+        t for name, t in times.items() if "int8" in name and not name.startswith("ours") and "trained" not in name
+    )
+    return min(others, key=lambda t: t[1])
+
+
+def _model_and_engine(row: Row) -> str:
+    """Return a table of what a student's cut gives and what the engine gives; "" without students in other engines.
+
+    The cut: the dense model over the student, both in the fastest other engine in 8 bits. The engine: the student there
+    over the student in Rarefy.
+    """
+    cells, sizes = [], row["milliseconds"]
+    for name in row["quality"]:
+        student = name.removeprefix("ours, ").removesuffix(", int8")
+        others = [n for n in row["quality"] if n.endswith(f"int8, {student}")]
+        if name.startswith("ours") and others:
+            cells.append([model_name(student)])
+            for times in sizes.values():
+                dense, cut = _fastest_rival(times)[1], min(times[n][1] for n in others)
+                ours = times[name][1]
+                cells[-1].append(f"{dense / cut:.2f}x · {cut / ours:.2f}x = {dense / ours:.2f}x")
+    if not cells:
+        return ""
+    text = "The cut (dense over student, in the fastest other engine) · the engine (student there over student here):"
+    return f"{text}\n\n{table(['student in 8 bits', *sizes], cells)}"
 
 
 def _beside(time: list[float] | None, other: list[float]) -> str:
@@ -379,11 +474,12 @@ def _quality(key: str, quality: str, rows: list[Row]) -> str:
     return ", ".join(f"{model} {cosine:.4f}" for model, cosine in cosines.items()) or "not recorded"
 
 
-README_MACHINE = "AMD EPYC, AVX-512 VNNI"
 README_ENGINES = (
     "openvino fp32",
     "onnxruntime int8",
     "openvino int8",
+    "openvino int8, narrower-0, trained",
+    "openvino int8, narrowest-0, trained",
     "ours, int8",
     "ours, narrower-0, trained, int8",
     "ours, narrowest-0, trained, int8",
@@ -392,20 +488,22 @@ README_ENGINES = (
 
 def readme_minilm() -> str:
     """README's table of MiniLM: engines at their best settings, each with the quality of what was timed."""
-    row = next(r for r in reversed(read("frontier", run="minilm")) if r["label"] == README_MACHINE)
+    row = required("frontier", run="minilm")[-1]
     best = {batch: _fastest_rival(times) for batch, times in row["milliseconds"].items()}
+    tests = [test for test in RECALLS if test in row["quality"]["eager"]]
     cells = [
         [
             model_name(key),
-            *(f"{row['quality'][key][q]:.1f}" for q in ("articles", "brown")),
+            *(f"{row['quality'][key][q]:.1f}" for q in tests),
             f"{row['quality'][key]['cosine']:.3f}",
             *(_beside(row["milliseconds"][batch][key], time) for batch, time in best.items()),
         ]
         for key in README_ENGINES
         if key in row["quality"]
     ]
-    head = [f"MiniLM on {README_MACHINE}", "R@1 articles, %", "R@1 Brown, %", "cosine"]
-    return table([*head, *(f"{size} tokens, ms" for size in best)], cells)
+    head = [f"MiniLM on {row['label']}", *(f"{RECALLS[test]}, %" for test in tests), "cosine"]
+    text = table([*head, *(f"{size} tokens, ms" for size in best)], cells)
+    return "\n\n".join(filter(None, [text, mark([row]), _model_and_engine(row), tried([row])]))
 
 
 def memory() -> str:
@@ -423,7 +521,7 @@ def memory() -> str:
         ]
         return table(["model", *(f"{n}, MB" for n in names.values()), "peak / (weights + work space + outputs)"], cells)
 
-    return per_machine(latest(read("memory"), "label", "model"), make)
+    return per_machine(latest(required("memory"), "label", "model"), make)
 
 
 def conformance() -> str:
@@ -434,7 +532,8 @@ def conformance() -> str:
         equal = [r for r in rows if r["status"] == "equal"]
         others = ", ".join(f"{r['model']} ({r['status']})" for r in rows if r["status"] != "equal") or "none"
         worst = max(r["distance"] for r in equal)
-        speeds = [f"{label.capitalize()}: {text}." for label, text in eager_speedups(every).items()]
+        quiet = [r for r in every if is_quiet(r)]
+        speeds = [f"{label.capitalize()}: {text}." for label, text in eager_speedups(quiet).items()]
         counts = table(
             [
                 "models tried",
@@ -446,7 +545,7 @@ def conformance() -> str:
         )
         return "\n\n".join([counts, *speeds])
 
-    return per_machine(latest(read("conformance"), "label", "model", "threads"), make)
+    return per_machine(latest(required("conformance"), "label", "model", "threads"), make)
 
 
 # Sparse layers in eager torch
@@ -480,7 +579,7 @@ def accelerate() -> str:
         names = [f"{p}, {percent(s)}" + ("" if n == "fp32" else f", {n}") for n, p, s in columns]
         return table(["dense -> sparse, ms", *names], cells)
 
-    rows = [r for r in read("models") if "compiled" not in r]  # without other engines' threads in the process
+    rows = [r for r in required("models") if "compiled" not in r]  # without other engines' threads in the process
     rows = latest(rows, "label", "model", "batch", "numbers", "pattern", "sparsity")
     return per_machine(rows, make)
 
@@ -495,9 +594,12 @@ def accelerate_engines() -> str:
             for r in rows
         ]
         head = ["ms", "Rarefy, eager torch, 80 % zeros", "torch.compile", "ONNX Runtime", "OpenVINO"]
-        return table(head, cells)
+        return f"{table(head, cells)}\n\n{tried(rows)}".rstrip()
 
-    return per_machine(latest([r for r in read("models") if "compiled" in r], "label", "model", "batch"), make)
+    rows = [r for r in read("models") if "compiled" in r]
+    if not rows:
+        raise NotMeasured(not_measured(BENCHMARKS["models/engines"]))
+    return per_machine(latest(rows, "label", "model", "batch"), make)
 
 
 def kernels() -> str:
@@ -518,33 +620,30 @@ def kernels() -> str:
         head = ["storage", "number format", "pattern", "batch"]
         return table([*head, *(percent(s) for s in sparsities)], cells)
 
-    rows = [r for r in read("runtime") if r["format"] != "overhead"]
+    rows = [r for r in required("runtime") if r["format"] != "overhead"]
     return per_machine(latest(rows, "label", "format", "kind", "shape", "batch", "pattern", "sparsity"), make)
 
 
 def demo() -> str:
     """The receipt of `make demo`."""
-    receipt = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    quality, disk, settings = receipt["quality"], receipt["disk"], receipt["settings"]
-    row = {"machine": settings["machine"], "commit": ""}
+    row = receipt("demo")
+    quality, disk, settings = row["quality"], row["disk"], row["settings"]
     lines = [
         ("perplexity", f"{quality['before']:.2f}", f"{quality['after']:.2f}", f"{quality['change']:+.1%}"),
         ("bytes on disk", f"{disk['before']:,}", f"{disk['after']:,}", f"{disk['after'] / disk['before']:.2f}x"),
     ]
-    for item in receipt["speed"]:
+    for item in row["speed"]:
         before, after = (item[side]["tokens_per_second"] for side in ("before", "after"))
         lines.append((f"{item['what']}, {item['unit']}", number(before), number(after), f"{after / before:.2f}x"))
         if "accelerated" in item:
             after = item["accelerated"]["tokens_per_second"]
             lines.append(("  with sparse layers", number(before), number(after), f"{after / before:.2f}x"))
     text = "\n".join(f"{a:<32} {b:>14} {c:>14} {d:>8}" for a, b, c, d in [("", "before", "after", "change"), *lines])
-    for sample in receipt.get("samples", ()):
+    for sample in row.get("samples", ()):
         text += "".join(f"\n{side + ':':<8} {sample['prompt']} {sample[side]}" for side in ("before", "after"))
-    pruned = f"{receipt['sparsity']['achieved']:.0%} of the weights zero, ".replace("%", " %")
-    threads, load = settings["machine"]["threads"], settings["machine"]["load"]
-    where = f"{machine(row)}, {threads} thread(s), {settings['seconds']:.0f} s"
-    busy = f" The machine was busy (load {load:.0f}): sizes and perplexity hold, speeds vary." if load > 4 else ""
-    return f"```\n{text}\n```\n\nBefore: eager torch, fp32. After: the engine, {pruned}8 bits. {where}.{busy}"
+    pruned = f"{row['sparsity']['achieved']:.0%} of the weights zero, ".replace("%", " %")
+    where = f"{row['label']}, {row['threads']} thread(s), {settings['seconds']:.0f} s"
+    return f"```\n{text}\n```\n\nBefore: eager torch, fp32. After: the engine, {pruned}8 bits. {where}. {mark([row])}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

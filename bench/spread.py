@@ -24,12 +24,11 @@ import peers
 import rarefy
 import tables
 import texts
-from frontier import READY, TOKENS, calibration, example, made, points
+from frontier import READY, TESTS, calibration, embeddings, example, made, points
 from rarefy.data import builtin
-from rarefy.data.text_pairs import token_batches
-from rarefy.evaluation.retrieval import embed, ranks
+from rarefy.evaluation.retrieval import ranks
 from rarefy.model import hf
-from values import keep
+from recording import keep
 
 RESULTS = Path(__file__).parent / "results" / "spread.jsonl"
 OURS = ["int8", "narrower-0, trained, int8", "narrowest-0, trained, int8"]  # the same with every seed
@@ -40,14 +39,7 @@ Hits = dict[str, Tensor]  # by test: 1 for each query whose text is nearest, els
 
 def hits(encode: Callable[[Any], Tensor], tokenizer: Any) -> Hits:
     """Return which queries of each test a model answers."""
-    result = {}
-    for name, pairs in (("articles", texts.judged_articles()), ("brown", texts.judged_brown())):
-        queries, passages = (
-            embed(lambda **x: encode(x), token_batches([p[side] for p in pairs], tokenizer, tokens=TOKENS))
-            for side in (0, 1)
-        )
-        result[name] = (ranks(queries, passages) == 1).float()
-    return result
+    return {name: (ranks(*embeddings(encode, tokenizer, pairs())) == 1).float() for name, pairs in TESTS.items()}
 
 
 def interval(difference: Tensor) -> list[float]:
@@ -88,8 +80,12 @@ def spread() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         data = calibration(tokenizer, 128, seed)
         with TemporaryDirectory() as place:
-            encode, _ = peers.openvino_int8(model, data, examples, Path(place))
-            yield {"name": "openvino int8", "seed": seed, **beside(hits(encode, tokenizer), dense)}
+            file = Path(place) / "model.onnx"
+            peers.exported(model, data[0], file)
+            for name, engine in peers.engines(file, data, examples, ["openvino int8"]).items():
+                settings = peers.settings_of({name: engine})
+                yield {"name": name, "seed": seed, "settings": settings,
+                       **beside(hits(engine.encode, tokenizer), dense)}  # fmt: skip
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ from rarefy.evaluation.profiling import compare
 from rarefy.model import hf
 from rarefy.train.fit import Steps
 from rarefy.train.optimizers import optimizer_of
-from values import keep, perplexities, plain
+from recording import keep
+from values import perplexities, plain
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.jsonl"

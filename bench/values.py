@@ -18,7 +18,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ import texts
 from rarefy.checkpoint.export import side_files
 from rarefy.data import builtin, sources
 from rarefy.data.text_pairs import token_batches
-from rarefy.evaluation.profiling import commit, compare, decode_and_prefill, machine
+from rarefy.evaluation.profiling import compare, decode_and_prefill
 from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
+from recording import keep
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "values.jsonl"
@@ -392,20 +393,6 @@ def decode() -> Iterator[Line]:
                "perplexity": perplexities(copy.deepcopy(model).eval(), tokenizer)}  # fmt: skip
     for way, rates in decode_and_prefill(models, prompt=64, new=24, repeats=7).items():
         yield {"run": "decode", "way": way, **{k: rates[k]["tokens_per_second"] for k in ("prefill", "decode")}}
-
-
-def keep(results: Path, runs: Iterable[Callable[[], Iterable[Line]]]) -> None:
-    """Append the records of each run to a file as they are measured."""
-    for run in runs:
-        for line in run():
-            print(line, flush=True)
-            with results.open("a") as file:
-                print(json.dumps({**line, "commit": commit(HERE), "machine": machine()}), file=file)
-
-
-def kept(results: Path) -> list[Line]:
-    """Return the records of a file; none if it does not exist."""
-    return [json.loads(l) for l in results.read_text().splitlines()] if results.is_file() else []
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import rarefy
 import tables
-from rarefy.evaluation.profiling import commit, machine
 from rarefy.runtime import bindings
 from rarefy.train.optimizers import optimizer_of
+from recording import recorded, start
 from vision_net import SmallResNet, accuracy, augment, load
 
 HERE = Path(__file__).parent
@@ -114,14 +114,13 @@ def line(
         "accuracy": accuracy(model, images[2], images[3]),
         "conv_zeros": sum(int((m.weight == 0).sum()) for m in convs),
         "seconds": round(time.perf_counter() - began, 1),
-        "commit": commit(HERE),
-        "machine": machine(),
     }
 
 
 def bench(seeds: list[int], scores: tuple[str, ...], out: Path) -> None:
     """Run everything, one process with one thread per core, and write one record per run to `out`."""
     out.parent.mkdir(exist_ok=True)
+    start(out)
     # on shared machines two processes of one thread are much faster than one of two threads
     with ProcessPoolExecutor(
         2, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -134,7 +133,7 @@ def bench(seeds: list[int], scores: tuple[str, ...], out: Path) -> None:
         done = pool.map(run, names, criteria, of, [bases[s][1] for s in of])
         with out.open("w") as file:
             for found in [*(l for l, _ in bases.values()), *done]:
-                print(json.dumps(found), file=file, flush=True)
+                print(json.dumps(recorded(found)), file=file, flush=True)
                 print(
                     f"seed {found['seed']} {found['run']:<22} {found['score']:<10} {found['accuracy']:.2%}", flush=True
                 )

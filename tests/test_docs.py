@@ -5,8 +5,6 @@ import doctest
 import io
 import re
 import shlex
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -162,22 +160,6 @@ def test_every_page_is_linked():
         if target and not target.startswith("http")
     }
     assert not [name_of(p) for p in PAGES if p.name != "README.md" and p.resolve() not in linked]
-
-
-def test_tables_are_up_to_date():
-    script = [sys.executable, str(ROOT / "bench" / "tables.py"), "--check"]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_stale_table_is_noticed(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import tables
-
-    text = "<!-- table: train-minilm -->\nold\n<!-- end table -->\n"
-    new = tables.render(text)
-    assert new != text and "MiniLM" not in new and "| --- |" in new
-    assert tables.render(new) == new
 
 
 def test_readme_is_short():

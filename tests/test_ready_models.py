@@ -34,5 +34,5 @@ def test_a_ready_model_is_small_and_described(folder):
     assert sum(f.stat().st_size for f in folder.iterdir()) < 20e6
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert rarefy.inspect(folder)
-    for part in ("Licence", "Data", "How it was made", "Limits", "R@1", "ms"):
+    for part in ("Licence", "Data", "How it was made", "Limits", "R@1", "Measured at "):
         assert part in card

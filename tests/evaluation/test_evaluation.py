@@ -237,26 +237,6 @@ def test_the_machine_says_what_figures_depend_on():
     json.dumps(here)
 
 
-def test_the_commit_of_a_folder(tmp_path):
-    assert profiling.commit(tmp_path) == "" and profiling.commit(tmp_path / "none") == ""
-
-    def git(*words):
-        subprocess.run(
-            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
-            check=True,
-            capture_output=True,
-        )
-
-    git("init", "-q")
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-qm", "one")
-    clean = profiling.commit(tmp_path)
-    assert len(clean) == 12 and int(clean, 16)
-    (tmp_path / "a").write_text("2")
-    assert profiling.commit(tmp_path) == f"{clean}-dirty"
-
-
 # quality
 
 

@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -232,20 +231,6 @@ def cpu_flags() -> set[str]:
 def native_bf16() -> bool:
     """Return whether this CPU has bf16 instructions; without them torch's bf16 can be 50 times slower than fp32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & cpu_flags())
-
-
-def commit(folder: str | Path) -> str:
-    """Return the git commit of a folder, with `-dirty` if files were changed; empty outside git."""
-    try:
-        ran = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
 @contextmanager

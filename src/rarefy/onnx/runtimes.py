@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -87,18 +88,30 @@ def session_of(path: Path) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def session_for_timing(path: Path, threads: int, exact_sums: bool = False) -> Any:
-    """Return a session of ONNX Runtime with so many threads, which do not spin: that would slow the engine that is
-    next.
+def session_for_timing(
+    path: Path,
+    threads: int,
+    exact_sums: bool = False,
+    spinning: bool = False,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
+    """Return a session of ONNX Runtime.
 
-    Its 8-bit sums overflow on CPUs without VNNI; `exact_sums` prevents it there, for 13 % of the time (AVX2).
+    Args:
+        path: the file.
+        threads: their number.
+        exact_sums: on CPUs without VNNI its 8-bit sums overflow; this prevents it, for 13 % of the time (AVX2).
+        spinning: its default: threads wait in loops for 50 ms after a call, which slows an engine that is next.
+        sizes: of named dimensions of the inputs, which are fixed.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is raised
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
     options.add_session_config_entry("session.x64quantprecision", "1" if exact_sums else "0")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
