@@ -203,16 +203,18 @@ def tried(rows: Iterable[Row]) -> str:
         for name, settings in row.get("settings", {}).items():
             counts = chosen.setdefault(model_name(name), Counter(dict.fromkeys(settings["tried"], 0)))
             counts[settings["setting"]] += 1
-    texts = []
+    engines: dict[str, list[str]] = {}  # what is said of them: their names
     for name, counts in chosen.items():
         if len(counts) > 1:
             cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
             best, times = counts.most_common(1)[0]
             others = " / ".join(setting for setting in counts if setting != best)
-            texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
-    return (
-        f"Settings of other engines, with the number of cases where they differ: {'; '.join(texts)}." if texts else ""
-    )
+            text = f"{best} (also tried: {others})" if times == counts.total() else cases
+            engines.setdefault(text, []).append(name)
+    differ = any(len(+counts) > 1 for counts in chosen.values())
+    head = f"Settings of other engines{', with the number of cases where they differ' if differ else ''}"
+    texts = [f"{' and '.join(names)}: {text}" for text, names in engines.items()]
+    return f"{head}: {'; '.join(texts)}." if texts else ""
 
 
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:

@@ -165,6 +165,9 @@ def large_language() -> str:
     return per_machine(rows, make)
 
 
+TRIED = "Other engines run with the fastest of [several settings](docs/results/{page}.md)."  # below README's tables
+
+
 def readme() -> str:
     """README's table: the rows of `language` of the machine that was measured last, perplexity beside each speed.
 
@@ -179,7 +182,8 @@ def readme() -> str:
         for r in shown
     ]
     head = ["SmolLM2-135M, engine and weights", "MB", "perplexity", f"{label}: decode, tokens/s", "prompt, tokens/s"]
-    return "\n\n".join(filter(None, [table(head, cells), mark(rows), tried(shown), _readme_gains(rows, label)]))
+    below = f"{mark(rows)} {TRIED.format(page='language-models')}"
+    return "\n\n".join(filter(None, [table(head, cells), below, _readme_gains(rows, label)]))
 
 
 def _readme_gains(rows: list[Row], label: str) -> str:
@@ -205,8 +209,8 @@ def _readme_gains(rows: list[Row], label: str) -> str:
 
 def _losses_in_readme(rows: list[Row]) -> str:
     """Return a line of README's list about where llama.cpp is faster; "" if nowhere."""
-    losses = _losses(rows)
-    return f"\n- **Where llama.cpp is better**: {losses}" if losses else ""
+    losses = _losses(rows).partition(": ")[2]
+    return f"\n- **Where llama.cpp is faster**: {losses}" if losses else ""
 
 
 def _readme_search(label: str) -> str:
@@ -476,6 +480,7 @@ def _quality(key: str, quality: str, rows: list[Row]) -> str:
 
 README_ENGINES = (
     "openvino fp32",
+    "openvino bf16",
     "onnxruntime int8",
     "openvino int8",
     "openvino int8, narrower-0, trained",
@@ -503,7 +508,8 @@ def readme_minilm() -> str:
     ]
     head = [f"MiniLM on {row['label']}", *(f"{RECALLS[test]}, %" for test in tests), "cosine"]
     text = table([*head, *(f"{size} tokens, ms" for size in best)], cells)
-    return "\n\n".join(filter(None, [text, mark([row]), _model_and_engine(row), tried([row])]))
+    below = f"{mark([row])} {TRIED.format(page='frontier')}"
+    return "\n\n".join(filter(None, [text, below, _model_and_engine(row)]))
 
 
 def memory() -> str:

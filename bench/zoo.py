@@ -1,6 +1,6 @@
 """The models of zoo/: students of MiniLM that recover.py has trained, packed in 8 bits for the engine.
 
-    python recover.py narrower          first: trains the student, an hour on one core
+    python recover.py narrower          first: trains the student, some hours on one core
     python zoo.py narrower              writes zoo/minilm-narrower and its model card
     python zoo.py --cards               only writes the model cards anew, from results/frontier.jsonl
 
@@ -53,17 +53,17 @@ vectors = (hidden * mask).sum(1) / mask.sum(1)
 {rows}
 
 {where} R@1: how many of 1,000 descriptions of articles find their article first, and how many of 1,000 passages of the
-Brown corpus find the passage that follows. Nothing of either was used for training or calibration.
+Brown corpus, or of manuals, find the passage that follows. Nothing of these was used for training or calibration.
 
 - **Size**: {megabytes:.1f} MB (original: 90.9 MB).
 - **Limits**: English; at most 512 tokens, trained on texts of up to 128. Vectors are near the original's, but not
   equal: compute those of a database anew.
-- **How it was made**: `python bench/recover.py {name}` (50 minutes on one core), then `python bench/zoo.py {name}`.
+- **How it was made**: `python bench/recover.py {name}` (some hours on one core), then `python bench/zoo.py {name}`.
   Neurons and heads are removed by their effect on the outputs (OBS) on 256 articles. The rest is trained on {texts:,}
   texts: loss on hidden states (SquareHead), on embeddings, and on similarities in a batch. Seed {seed}, commit
   {commit}.
 - **Data**: encyclopedia articles (CC BY-SA 4.0), presidential speeches, reviews, editorials, mails, novels,
-  definitions, quotations and other texts of packages, which `bench/texts.py` lists with their licences.
+  definitions, quotations, manuals and other texts of packages, which `bench/texts.py` lists with their licences.
 - **Licence**: Apache-2.0, as the original's.
 """
 

@@ -139,11 +139,15 @@ def settings(setting: str) -> dict:
 def test_tables_say_which_settings_were_tried():
     one = {"settings": {"onnxruntime int8": settings("threads spin"), "compiled": {"setting": "a", "tried": {"a": {}}}}}
     assert records.tried([one, one]) == (
-        "Settings of other engines, with the number of cases where they differ: "
-        "ONNX Runtime, 8 bits: threads spin (also tried: threads sleep)."
+        "Settings of other engines: ONNX Runtime, 8 bits: threads spin (also tried: threads sleep)."
     )
     other = {"settings": {"onnxruntime int8": settings("threads sleep")}}
-    assert "ONNX Runtime, 8 bits: threads spin 2, threads sleep 1." in records.tried([one, one, other])
+    assert records.tried([one, one, other]) == (
+        "Settings of other engines, with the number of cases where they differ: "
+        "ONNX Runtime, 8 bits: threads spin 2, threads sleep 1."
+    )
+    both = {"settings": one["settings"] | {"onnxruntime fp32": settings("threads spin")}}
+    assert "ONNX Runtime, 8 bits and ONNX Runtime, fp32: threads spin (also" in records.tried([both])
     assert records.tried([{}]) == ""
 
 
