@@ -196,24 +196,30 @@ def model_name(name: str) -> str:
     return name
 
 
+MAX_WORSE = 0.05  # cosine below the most exact setting at which peers.py refuses one
+
+
 def tried(rows: Iterable[Row]) -> str:
     """Return a sentence about the settings of other engines, and how often each was chosen; "" for older records."""
     chosen: dict[str, Counter[str]] = {}
+    inexact: dict[tuple[str, str], float] = {}  # engine and setting: cosine of those that do not count
     for row in rows:
         for name, settings in row.get("settings", {}).items():
+            cosines = settings.get("cosines", {})
+            far = {s: c for s, c in cosines.items() if c < max(cosines.values()) - MAX_WORSE}
+            inexact |= {(model_name(name), setting): cosine for setting, cosine in far.items()}
             counts = chosen.setdefault(model_name(name), Counter(dict.fromkeys(settings["tried"], 0)))
             counts[settings["setting"]] += 1
-    engines: dict[str, list[str]] = {}  # what is said of them: their names
+    texts = []
     for name, counts in chosen.items():
         if len(counts) > 1:
             cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
             best, times = counts.most_common(1)[0]
-            others = " / ".join(setting for setting in counts if setting != best)
-            text = f"{best} (also tried: {others})" if times == counts.total() else cases
-            engines.setdefault(text, []).append(name)
+            notes = {s: f", refused: cosine {inexact[name, s]:.2f}" for s in counts if (name, s) in inexact}
+            others = " / ".join(f"{setting}{notes.get(setting, '')}" for setting in counts if setting != best)
+            texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
     differ = any(len(+counts) > 1 for counts in chosen.values())
     head = f"Settings of other engines{', with the number of cases where they differ' if differ else ''}"
-    texts = [f"{' and '.join(names)}: {text}" for text, names in engines.items()]
     return f"{head}: {'; '.join(texts)}." if texts else ""
 
 

@@ -146,8 +146,12 @@ def test_tables_say_which_settings_were_tried():
         "Settings of other engines, with the number of cases where they differ: "
         "ONNX Runtime, 8 bits: threads spin 2, threads sleep 1."
     )
-    both = {"settings": one["settings"] | {"onnxruntime fp32": settings("threads spin")}}
-    assert "ONNX Runtime, 8 bits and ONNX Runtime, fp32: threads spin (also" in records.tried([both])
+    refused = {
+        "setting": "dynamic",
+        "tried": {"static": {}, "dynamic": {}},
+        "cosines": {"static": 0.4, "dynamic": 0.99},
+    }
+    assert "dynamic (also tried: static, refused: cosine 0.40)." in records.tried([{"settings": {"a": refused}}])
     assert records.tried([{}]) == ""
 
 

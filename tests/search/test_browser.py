@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import frontier_samples as samples
-from rarefy.evaluation.receipt import receipt_from_dict
+from rarefy.evaluation.receipt import Receipt, receipt_from_dict
 from rarefy.evaluation.receipt_page import receipt_page
 from rarefy.search.bench_report import bench_from_lines, bench_page
 from rarefy.search.html_report import frontier_page
@@ -46,12 +46,13 @@ def browse(file: Path, *flags: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    receipt = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    receipt = {k: v for k, v in record.items() if k in Receipt.__dataclass_fields__}
     return {
         "realistic": frontier_page(samples.realistic()),
         "hostile": frontier_page(samples.hostile()),
         "no points": frontier_page(samples.small(0)),
-        "receipt": receipt_page(receipt_from_dict({k: v for k, v in receipt.items() if k != "commit"})),
+        "receipt": receipt_page(receipt_from_dict(receipt)),
         "bench": bench_page(bench_from_lines((RESULTS / "frontier.jsonl").read_text(encoding="utf-8"))),
     }
 
