@@ -8,6 +8,7 @@ import rarefy
 from checkpoint.test_gguf_export import EXAMPLE, IDS, MODELS, TEXTS, UNEVEN, build, byte_tokenizer, eager, far, splits
 from conftest import sample
 from helpers import llama_cpp
+from helpers.marks import slow_except
 from rarefy.checkpoint import gguf_tokenizer
 from rarefy.common.errors import ContainerError, ModelError
 from rarefy.data import builtin
@@ -83,7 +84,7 @@ def test_decoders_of_files(kind, precision, limit, tmp_path):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize("kind", slow_except(["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K"], "Q4_0", "Q5_K"))
 def test_decoders_keep_the_bits_of_files(kind, isa, tmp_path):
     """Files that llama.cpp has rounded: the codes stay, scales and minimums lose less than a sixth of a step."""
     model = build("Llama", hidden_size=256, intermediate_size=512, num_key_value_heads=1)
