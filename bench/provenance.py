@@ -182,12 +182,17 @@ def begin(wait: bool = False) -> Row:
         run = {
             "run_id": secrets.token_hex(4),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": _git_or_none("rev-parse", "--short=12", "HEAD").strip(),
+            "commit": head(),
             "changed": changed_files(),
             "load": round(load, 2),
         }
         os.environ[SHARED_RUN] = json.dumps(run)
     return json.loads(os.environ[SHARED_RUN])
+
+
+def head() -> str:
+    """Return twelve digits of the commit that is checked out; "" outside of a repository."""
+    return _git_or_none("rev-parse", "--short=12", "HEAD").strip()
 
 
 def changed_files(folder: Path = ROOT) -> list[str]:

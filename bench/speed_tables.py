@@ -101,7 +101,9 @@ def language() -> str:
             for r in rows
         ]
         head = ["engine, weights", "MB", "perplexity", "decode, tokens/s", "prompt of 512, tokens/s"]
-        return "\n\n".join(filter(None, [table(head, cells), _losses(rows), _zeros(rows), tried(rows)]))
+        return "\n\n".join(
+            filter(None, [table(head, cells), _losses(rows, "llama.cpp is faster"), _zeros(rows), tried(rows)])
+        )
 
     return per_machine(_language(), make)
 
@@ -121,15 +123,15 @@ def _beside_rivals(row: Row, rows: list[Row]) -> dict[str, float]:
     return {p: min(ratio(row, r, lambda r, p=p: r[p][1]) for r in rivals) for p in PHASES} if rivals else {}
 
 
-def _losses(rows: list[Row]) -> str:
-    """Return a paragraph about where llama.cpp is faster in one run; "" if nowhere."""
+def _losses(rows: list[Row], start: str) -> str:
+    """Return a paragraph, which starts so, about where llama.cpp is faster in one run; "" if nowhere."""
     losses = [
         f"{WEIGHTS[row['file']]}, {PHASES[phase]} ({times:.2f}x)"
         for row in rows
         for phase, times in _beside_rivals(row, rows).items()
         if times < 1
     ]
-    return f"llama.cpp is faster: {'; '.join(losses)}." if losses else ""
+    return f"{start}: {'; '.join(losses)}." if losses else ""
 
 
 def _zeros(rows: list[Row]) -> str:
@@ -204,15 +206,9 @@ def _readme_gains(rows: list[Row], label: str) -> str:
         f"{four[0]} and {four[1]} as fast as the fastest of llama.cpp's 4-bit files. Perplexity: "
         f"{found['rarefy', '4 bits, calibrated']['perplexity']:.2f}; with an importance matrix of the same articles "
         f"{qualities}. These weights were published in Q4_1, so Q4_1 loses nothing here."
-        + _losses_in_readme(rows)
+        + _losses(rows, "\n- **Where llama.cpp is faster**")
         + _readme_search(label)
     )
-
-
-def _losses_in_readme(rows: list[Row]) -> str:
-    """Return a line of README's list about where llama.cpp is faster; "" if nowhere."""
-    losses = _losses(rows).partition(": ")[2]
-    return f"\n- **Where llama.cpp is faster**: {losses}" if losses else ""
 
 
 def _readme_search(label: str) -> str:

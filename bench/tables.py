@@ -30,7 +30,7 @@ import figures
 import quality_tables
 import search_tables
 import speed_tables
-from provenance import BENCHMARKS, REASONS, Benchmark, NoHistoryError, benchmark_of
+from provenance import BENCHMARKS, REASONS, Benchmark, NoHistoryError, benchmark_of, head
 from records import RESULTS, NotMeasured, every, receipt, showing
 
 ROOT = Path(__file__).parents[1]
@@ -119,10 +119,7 @@ def print_stale() -> None:
 
 def measure(keys: Iterable[str]) -> list[str]:
     """Run benchmarks that have not run to their end at this commit; return the commands whose records do not stand."""
-    run = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    commit, without = run.stdout.strip(), []
+    commit, without = head(), []
     for key in keys:
         command, done = BENCHMARKS[key].command, json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
         if done.get(command) == commit and has_standing_record(key, commit):

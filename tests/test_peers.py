@@ -177,7 +177,7 @@ def test_a_row_stands_beside_the_fastest_file_of_its_size():
     ours = row("rarefy", "4 bits", 150.0, 600.0)
     rows = [ours, row("llama.cpp", "Q4_0", 100.0, 300.0), row("llama.cpp", "IQ4_NL", 75.0, 1200.0)]
     assert speed_tables._beside_rivals(ours, rows) == {"decode": 1.5, "prefill": 0.5}
-    assert "prompts (0.50x)" in speed_tables._losses(rows)
+    assert "prompts (0.50x)" in speed_tables._losses(rows, "llama.cpp is faster")
 
 
 def test_a_measurement_that_was_interrupted_goes_on(tmp_path, monkeypatch):

@@ -112,15 +112,7 @@ PURE_WITH: dict[str, dict[str, Any]] = {  # arguments with which these are pure
     "aten.instance_norm.default": {"running_mean": None, "running_var": None},
     "aten._native_batch_norm_legit.no_stats": {"training": True},
 }
-SIZES = (
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "output_size",
-    "output_padding",
-    "pad",
-)  # ATen's names for them
+SIZES = ("kernel_size", "stride", "padding", "dilation", "output_size", "output_padding", "pad")  # ATen's names
 
 
 def find(name: str) -> Any:

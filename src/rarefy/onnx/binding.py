@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError, first_line
+from rarefy.onnx.dtypes import stored_array
 from rarefy.onnx.operators.shape import MAX_ELEMENTS
 from rarefy.onnx.operators.signature import Function, Signature, signature_of
 from rarefy.onnx.operators.table import FUSED_OPERATORS, OPERATORS
@@ -36,7 +37,7 @@ def function_of(node: Any) -> Function | None:
 
 def attributes_of(node: Any) -> dict[str, Any]:
     """Return the attributes of a node as numbers, strings and tuples; of an array of one number, that and its type."""
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     values: dict[str, Any] = {}
     for item in node.attribute:
@@ -46,10 +47,7 @@ def attributes_of(node: Any) -> dict[str, Any]:
         elif isinstance(value, list | tuple) or hasattr(value, "append"):
             value = tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value)
         elif item.HasField("t"):
-            try:
-                array = numpy_helper.to_array(item.t)
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"{node_label(node)}: {item.name} is damaged: {first_line(error)}") from None
+            array = stored_array(item.t, f"{node_label(node)}: {item.name} is damaged")
             if array.size != 1:
                 raise ModelError(f"{node_label(node)}: {item.name} holds {array.size} numbers, one is read")
             values["dtype"], value = item.t.data_type, array.reshape(-1)[0].item()

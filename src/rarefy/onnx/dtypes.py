@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.common.errors import ModelError
+from rarefy.common.errors import ModelError, first_line
 
 DTYPES: dict[int, torch.dtype] = {  # TensorProto.DataType: torch's type
     1: torch.float32,
@@ -60,6 +62,20 @@ def to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "fiubc":
         raise ModelError(f"a constant is not an array of numbers: it holds {kind}")
     return torch.from_numpy(np.array(array))
+
+
+def stored_array(tensor: Any, otherwise: str = "a constant is not an array of numbers") -> np.ndarray:
+    """Return a TensorProto as an array.
+
+    Raises:
+        ModelError: its type, sizes and bytes do not fit each other; `otherwise` begins the message.
+    """
+    from onnx import numpy_helper
+
+    try:
+        return numpy_helper.to_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{otherwise}: {first_line(error)}") from None
 
 
 def to_array(tensor: Tensor) -> np.ndarray:

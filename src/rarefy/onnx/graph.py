@@ -13,7 +13,7 @@ from rarefy.common.errors import ModelError
 from rarefy.model.activation_quant import ActivationQuant
 from rarefy.model.quant_grid import Grid
 from rarefy.onnx.binding import evaluate, node_label
-from rarefy.onnx.dtypes import to_array, to_tensor
+from rarefy.onnx.dtypes import stored_array, to_array, to_tensor
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def constants_of(proto: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
     """Return the constants of a graph, and its other nodes."""
     if proto.sparse_initializer:
         raise ModelError("sparse initializers are not read: write the zeros out")
-    constants = {i.name: _array(i) for i in proto.initializer}
+    constants = {i.name: stored_array(i) for i in proto.initializer}
     nodes = []
     for node in proto.node:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
@@ -139,22 +139,12 @@ def constants_of(proto: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
     return constants, nodes
 
 
-def _array(tensor: Any) -> np.ndarray:
-    """Return a stored tensor as an array; ModelError for one whose type, sizes and bytes do not fit each other."""
-    from onnx import numpy_helper
-
-    try:
-        return numpy_helper.to_array(tensor)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"a constant is not an array of numbers: {error}") from None
-
-
 def _constant(node: Any) -> np.ndarray:
     if len(node.attribute) != 1:
         raise ModelError(f"Constant {node_label(node)} holds {len(node.attribute)} values")
     value = node.attribute[0]
     kinds: dict[str, Callable[[], np.ndarray]] = {
-        "value": lambda: _array(value.t),
+        "value": lambda: stored_array(value.t),
         "value_float": lambda: np.array(value.f, np.float32),
         "value_int": lambda: np.array(value.i, np.int64),
         "value_floats": lambda: np.array(list(value.floats), np.float32),
