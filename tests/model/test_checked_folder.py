@@ -20,6 +20,7 @@ from rarefy.model.embedding_modules import head_of
 
 st = pytest.importorskip("sentence_transformers")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
@@ -327,6 +328,26 @@ def test_text_in_another_encoding_is_refused(copy):
         for read in (engine_files, hf.load_config):
             with pytest.raises(RarefyError, match=message):
                 read(folder)
+
+
+@pytest.mark.parametrize("merges", [["a Ġb"], [["a", "Ġb"]], [["a", 1]], ["a"], [1]])
+def test_merges_begin_with_the_prefix_of_parts_inside_a_word(merges, copy):
+    """tokenizers cuts the prefix's bytes from them: half of a character ended the process."""
+    file = copy / "reranker" / "tokenizer.json"
+    model = {"type": "BPE", "continuing_subword_prefix": "e", "vocab": {"a": 0, "Ġb": 1}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": {**model, "merges": merges}}))
+    with pytest.raises(
+        ContainerError, match="expected second parts that begin with continuing_subword_prefix, 'e', got"
+    ):
+        tokenizer_of(copy)
+
+
+def test_tokenizers_with_a_prefix_of_parts_inside_a_word_load(copy):
+    model = tokenizers.models.BPE(
+        {"a": 0, "##b": 1, "ab": 2, "[UNK]": 3}, [("a", "##b")], continuing_subword_prefix="##", unk_token="[UNK]"
+    )
+    tokenizers.Tokenizer(model).save(str(copy / "reranker" / "tokenizer.json"))
+    assert tokenizer_of(copy).tokenize("ab") == ["ab"]
 
 
 DOWNLOADS = """
