@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -198,6 +199,72 @@ def test_tokenizers_of_other_places_are_not_read(copy, told):
     refused(lambda: embeddings(copy), "tokenizer_name_or_path: files of another place are not read .*: remove it", told)
 
 
+@pytest.mark.parametrize("config", [{"base_model_name_or_path": "a/b"}, {"architectures": ["RagRetriever"]}])
+def test_no_class_is_looked_up_for_retrieval(config, copy, told):
+    from sentence_transformers.base.modules import transformer
+
+    told(transformer, "_resolve_retrieval_model_class", transformers.BertModel)
+    change(copy / "embeddings" / "sentence_bert_config.json", transformer_task="retrieval")
+    change(copy / "embeddings" / "config.json", **config)
+    refused(lambda: embeddings(copy), "transformer_task: expected feature-extraction.*, got 'retrieval'", told)
+
+
+def test_no_model_is_loaded_as_an_audio_tokenizer(copy, told):
+    told(transformers.AutoModel, "from_pretrained")
+    part = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(copy / "bert")}
+    folder = copy / "embeddings"
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"processor_class": "CLIPProcessor", "audio_tokenizer": part}))
+    refused(lambda: embeddings(copy), "audio_tokenizer: files of another place are not read .*: remove it", told)
+
+
+@pytest.mark.parametrize(
+    "values", [{"model_type": "dpt"}, {"model_type": "detr", "use_timm_backbone": False}, {"model_type": "upernet"}]
+)
+def test_backbones_are_not_looked_up_on_the_hub(values, copy, told):
+    hub = pytest.importorskip("huggingface_hub")
+    told(hub.HfApi, "repo_exists", False)
+    file = copy / "reranker" / "config.json"
+    file.write_text(json.dumps({**values, "backbone": "gpt2"}))
+    refused(
+        lambda: hf.load_config(copy / "reranker"), "backbone: 'gpt2' would be looked up on the hub: state its", told
+    )
+    file.write_text(json.dumps({"model_type": "detr", "backbone": "resnet50", "use_timm_backbone": True}))
+    assert hf.load_config(copy / "reranker").backbone_config.backbone == "resnet50"
+    assert told.calls == []
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "GPT2Tokenizer", "BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "key", ["fast_tokenizer_files", "tokenizer_file", "vocab", "vocab_file", "merges", "merges_file", "gguf_file"]
+)
+def test_tokenizers_open_files_of_their_folder_alone(kind, file, key, copy):
+    folder, other = copy / "reranker", copy / "tokenizer.1.json"
+    other.write_text((folder / "tokenizer.json").read_text().replace('"ship"', '"secret"'))
+    change(folder / "tokenizer_config.json", tokenizer_class=kind)
+    (folder / "special_tokens_map.json").write_text("{}")
+    change(folder / file, **{key: [str(other)] if key.endswith("files") else str(other)})
+    opened = opened_files(lambda: tokenizer_of(copy))
+    assert str(other) not in opened
+    assert "secret" not in tokenizer_of(copy).get_vocab()
+    (folder / "tokenizer.json").unlink()
+    with suppress(ModelError):  # some classes need the file
+        assert str(other) not in opened_files(lambda: tokenizer_of(copy))
+
+
+def opened_files(call):
+    """Return the files that Python opens during a call."""
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and not done else None)
+    done = False
+    try:
+        call()
+    finally:
+        done = True
+    return opened
+
+
 @pytest.mark.parametrize("shard", ["part.bin", "../other.safetensors"])
 def test_weights_are_those_of_the_folder_in_safetensors(shard, copy, told):
     folder = copy / "reranker"
@@ -273,6 +340,24 @@ def test_links_are_followed_before_the_check(copy, told):
             {"processor_class": "pipeline"},
             "processor_class: expected the class of a tokenizer",
         ),
+        ("1_Pooling/adapter_config.json", {}, "adapters are not read: merge it into the model, and save that"),
+        ("2_Dense/config.json", {"path": "a/b.json"}, "path: files of another place are not read .'a/b.json'.: remove"),
+        ("sentence_bert_config.json", {"processor_name": "a/b"}, "processor_name: files of another place are not read"),
+        ("tokenizer_config.json", {"init_inputs": ["/a"]}, "init_inputs: files of another place are not read"),
+        ("tokenizer_config.json", {"mecab_kwargs": {"mecab_option": "-d /a"}}, "mecab_option: files of another place"),
+        (
+            "tokenizer_config.json",
+            {"mecab_kwargs": {"mecab_dic": "os"}},
+            "mecab_dic: expected unidic_lite.unidic.ipadic",
+        ),
+        ("preprocessor_config.json", {"tesseract_config": "--x"}, "tesseract_config: files of another place are not"),
+        ("preprocessor_config.json", {"ocr_lang": "../x"}, "ocr_lang: expected .*, got '../x'"),
+        ("config.json", {"bnb_4bit_compute_dtype": "seed"}, "bnb_4bit_compute_dtype: expected a type such as float32"),
+        (
+            "processor_config.json",
+            {"audio_tokenizer_class": "AutoModel"},
+            "audio_tokenizer_class: expected the class of",
+        ),
     ],
 )
 def test_names_that_are_refused(file, values, message, copy):
@@ -303,19 +388,14 @@ def test_code_pickles_and_other_files_are_not_shown(copy):
     from rarefy.model.checked_folder import checked_folder
 
     folder = copy / "embeddings"
-    for name in ("modeling.py", "pytorch_model.bin", "vocab.pkl", "model.onnx", ".hidden.json", "2_Dense/x.pt"):
+    others = {"modeling.py", "pytorch_model.bin", "vocab.pkl", "model.onnx", ".hidden.json", "2_Dense/x.pt"}
+    others |= {"tokenizer.1.json", "config.1.0.json", "speaker_embeddings_path.json", "1_Pooling/idf.json"}
+    for name in others:
         (folder / name).write_bytes(b"{}")
     with checked_folder(folder) as shown:
         names = {p.relative_to(shown).as_posix() for p in shown.rglob("*") if p.is_file()}
         assert {"modules.json", "model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= names
-        assert not names & {
-            "modeling.py",
-            "pytorch_model.bin",
-            "vocab.pkl",
-            "model.onnx",
-            ".hidden.json",
-            "2_Dense/x.pt",
-        }
+        assert not names & others
         kept = shown
     assert not kept.exists()
 

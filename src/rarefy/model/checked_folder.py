@@ -7,6 +7,7 @@ files of tokenizers; links to weights in safetensors. Code, pickles, adapters an
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from rarefy.common.atomic_io import MODULES
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.json_text import parse_json, read_bytes, read_json_file
-from rarefy.model.config_names import check_module_class, check_names
+from rarefy.model.config_names import check_module_class, check_names, without_places
 
 CONFIG = "config.json"
 ROUTER = "router_config.json"
@@ -26,13 +27,17 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_DATA_BYTES = 1 << 28  # of vocabularies and of the files of a tokenizer
 TEXT_SUFFIXES = (".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".md")  # of tokenizers, and the model card
-# JSON that a library needs if it is there; other files that are no JSON are left out, such as logs of a training
+# JSON that a library needs if it is there; GENERATION is left out if it is damaged, and further files always are
 NEEDED = re.compile(
     r"((tokenizer|(video_)?preprocessor|processor|router|cnn|lstm|\w*embedding|\w*tokenizer|quantize|sentence_.*)_)?"
     r"config\.json|config_sentence_transformers\.json|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template)"
     r"\.json|.*\.safetensors\.index\.json"
 )
-DATA = ("tokenizer.json", "vocab.json", "added_tokens.json")  # JSON without names of classes or functions
+DATA = (  # JSON of tokenizers, without names of classes or functions
+    *("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", "normalizer.json", "entity_vocab.json"),
+    *("emoji.json", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "byte_maps.json", "word_shape.json"),
+    "word_pronunciation.json",
+)
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"  # folder of further templates
 MODULE_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
@@ -114,8 +119,6 @@ def check_modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def _show(source: Path, target: Path) -> None:
-    if (source / ADAPTER).is_file():
-        raise ModelError(f"{source / ADAPTER}: adapters are not read: merge it into the model, and save that")
     modules: list[dict[str, Any]] = []
     if (source / MODULES).is_file():
         data = read_bytes(source / MODULES, MAX_CONFIG_BYTES)
@@ -141,15 +144,17 @@ def _show_file(file: Path, copy: Path) -> Mapping[str, Any]:
     """Copy a file if a library may read it, or link it if it holds weights; return its data if it is a config."""
     if file.name[0] == ".":
         return {}
+    if file.name == ADAPTER:
+        raise ModelError(f"{file}: adapters are not read: merge it into the model, and save that")
     if file.suffix == ".safetensors":
         copy.symlink_to(file.resolve())
     elif file.suffix in TEXT_SUFFIXES:
         copy.write_bytes(read_bytes(file, MAX_DATA_BYTES))
-    elif file.suffix == ".json":
+    elif NEEDED.fullmatch(file.name) or file.name in (*DATA, GENERATION):
         try:
             data, values = _read_json(file)
         except (ContainerError, ModelError) as error:
-            if not NEEDED.fullmatch(file.name) or file.name == GENERATION:
+            if file.name == GENERATION:
                 return {}
             if isinstance(error, ModelError):
                 raise
@@ -162,7 +167,7 @@ def _show_file(file: Path, copy: Path) -> Mapping[str, Any]:
 
 
 def _read_json(file: Path) -> tuple[bytes, Any]:
-    """Return the content of a JSON file and its checked data."""
+    """Return the content of a JSON file, without names of other places, and its checked data."""
     is_index = file.name.endswith(INDEX_SUFFIX)
     data = read_bytes(file, MAX_DATA_BYTES if file.name in DATA or is_index else MAX_CONFIG_BYTES)
     values = parse_json(data, str(file))
@@ -171,9 +176,11 @@ def _read_json(file: Path) -> tuple[bytes, Any]:
     elif file.name == "tokenizer.json":
         _check_merges(file, values)
     elif file.name not in DATA:
-        if NEEDED.fullmatch(file.name) and file.name != GENERATION:
+        if file.name != GENERATION:
             _check_object(file, values)
         check_names(values, str(file))
+        shown = without_places(values)
+        data = data if shown == values else json.dumps(shown).encode()
     return data, values
 
 

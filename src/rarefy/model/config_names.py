@@ -35,12 +35,17 @@ ACTIVATIONS = frozenset(
 ACTIVATION_KEYS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")
 IMPLEMENTATIONS = ("", "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")  # those that torch itself has
 QUANT_METHODS = ("rarefy", "compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4", "fp8")
-DTYPE_KEYS = ("dtype", "torch_dtype", "router_dtype")
+DTYPE_KEYS = (
+    *("dtype", "torch_dtype", "router_dtype", "mel_filters_dtype", "mamba_ssm_cache_dtype", "mamba_ssm_dtype"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
+)
 DTYPES = (
     *("auto", "float32", "float", "float16", "half", "bfloat16", "float64", "double"),
     *("float8_e4m3fn", "float8_e5m2", "int8", "uint8"),
 )
-PROCESSOR_KEYS = re.compile(r"(slow_|fast_)?(tokenizer|(image_|video_)?processor|feature_extractor)_(class|type)")
+PROCESSOR_KEYS = re.compile(
+    r"(slow_|fast_|audio_)?(tokenizer|(image_|video_|audio_)?processor|feature_extractor)_(class|type)"
+)
 PROCESSOR = re.compile(
     r"[A-Z]\w*(Tokenizer|TokenizerFast|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"
     r"|TokenizersBackend|PythonBackend|SentencePieceBackend|MistralCommonBackend"
@@ -48,6 +53,17 @@ PROCESSOR = re.compile(
 METHODS = ("forward", *(f"get_{kind}_features" for kind in ("text", "image", "audio", "video", "vision", "multimodal")))
 ARCHITECTURE_KEYS = ("architecture", "backbone")  # names of timm; with a colon or slash those of repositories and files
 ARCHITECTURE = re.compile(r"\w[\w.-]*")
+# the configs that have timm build their backbone; others ask the hub for a model of its name
+TIMM_TYPES = (
+    *("timm_backbone", "conditional_detr", "dab-detr", "deformable_detr", "detr", "omdet-turbo", "table-transformer"),
+)
+# values out of a fixed table: of the task "retrieval" sentence-transformers fetches a config and calls any class
+CHOICES = {
+    "transformer_task": re.compile("feature-extraction|sequence-classification|text-generation|any-to-any|fill-mask"),
+    "mecab_dic": re.compile("unidic_lite|unidic|ipadic"),
+    "sudachi_dict_type": re.compile("small|core|full"),
+    "ocr_lang": re.compile(r"\w+([+]\w+)*"),
+}
 # arguments of constructors and of from_pretrained that a file gives; texts among them would be paths, names or code
 ARGUMENT_KEYS = re.compile(r"(model|tokenizer|processor|config|backbone)_(args|kwargs)")
 TEXT_ARGUMENTS = (*DTYPE_KEYS, "attn_implementation", "padding_side", "truncation_side", "act_layer", "norm_layer")
@@ -55,7 +71,16 @@ REFUSED_ARGUMENTS = ("use_kernels", "mistral_format", "weights_only", "pretraine
 FREE_KEYS = ("prompts", "id2label", "label2id", "added_tokens_decoder")  # their own keys are texts of the model
 COUNT_KEYS = re.compile(r"(.*_)?(layers?|depths?|blocks?|stages|experts|labels)")
 MAX_COUNT = 1 << 20  # that such a key may state: configs of transformers make lists of so many entries
-OTHER_PLACES = ("tokenizer_name_or_path",)  # where a library would read further files, which nobody has checked
+# where a library would read further files, which nobody has checked; options of other programs; unnamed arguments
+OTHER_PLACES = (
+    *("tokenizer_name_or_path", "processor_name", "audio_tokenizer", "path", "init_inputs"),
+    *("mecab_option", "sudachi_config_path", "sudachi_resource_dir", "tesseract_config"),
+)
+# such texts are left out of what a library sees: models have them as they were where somebody saved them
+PLACES = re.compile(
+    r"(.*_)?(paths?|files?|filename|urls?|uri|dir|directory|folder|repo|repo_id|hub_id|spm|vocab|merges)"
+    r"|rewriting_rules|font"
+)
 
 
 def check_names(values: Any, where: str) -> None:
@@ -65,10 +90,39 @@ def check_names(values: Any, where: str) -> None:
         values: the plain data of a config.json, tokenizer_config.json, modules.json or another of these files.
         where: what errors call it.
     """
+    _check_backbone(values, where)
     for key, value in _pairs(values):
         rule = _rule(key)
         if rule is not None:
             rule(key, value, where)
+        if isinstance(value, dict):
+            _check_backbone(value, where)
+
+
+def without_places(values: Any) -> Any:
+    """Return the plain data of a configuration without names of files, folders, addresses and repositories.
+
+    Libraries open such files, wherever they are. What a model needs lies in its folder under names that they know.
+
+    Example:
+        >>> without_places({"model_type": "bert", "vocab_file": "/etc/passwd", "vocab_size": 10})
+        {'model_type': 'bert', 'vocab_size': 10}
+    """
+    if isinstance(values, list):
+        return [without_places(v) for v in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: value if key in FREE_KEYS else without_places(value)
+        for key, value in values.items()
+        if not (PLACES.fullmatch(key) and _is_place(key, value))
+    }
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Return whether a value is a name or names; a list of words is the vocabulary itself."""
+    is_data = key.endswith(("vocab", "merges"))
+    return isinstance(value, str) or (not is_data and next(_texts(value), None) is not None)
 
 
 def check_module_class(name: str, where: str) -> None:
@@ -152,6 +206,23 @@ def _architecture(key: str, value: Any, where: str) -> None:
         raise ModelError(f"{where}: {key}: expected the name of an architecture of timm, got {value[:80]!r}")
 
 
+def _check_backbone(values: Any, where: str) -> None:
+    """Raise ModelError for a backbone by name in a config that would ask the hub for a model of this name."""
+    if not isinstance(values, dict) or values.get("backbone") is None or values.get("backbone_config") is not None:
+        return
+    by_timm = values.get("use_timm_backbone", True) and not values.get("backbone_kwargs")
+    if values.get("model_type") not in TIMM_TYPES or not by_timm:
+        raise ModelError(
+            f"{where}: backbone: {str(values['backbone'])[:80]!r} would be looked up on the hub: state its "
+            "backbone_config"
+        )
+
+
+def _choice(key: str, value: Any, where: str) -> None:
+    if value is not None and not (isinstance(value, str) and CHOICES[key].fullmatch(value)):
+        raise ModelError(f"{where}: {key}: expected {CHOICES[key].pattern}, got {str(value)[:80]!r}")
+
+
 def _modules(key: str, value: Any, where: str) -> None:  # of a router: classes by the names of folders
     for text in _texts(value):
         if "." in text:
@@ -172,7 +243,7 @@ def _count(key: str, value: Any, where: str) -> None:
 
 
 def _other_place(key: str, value: Any, where: str) -> None:
-    if value is not None:
+    if value:
         raise ModelError(f"{where}: {key}: files of another place are not read ({str(value)[:80]!r}): remove it")
 
 
@@ -181,6 +252,7 @@ RULES: dict[str, Callable[[str, Any, str], None]] = {
     **dict.fromkeys(DTYPE_KEYS, _dtype),
     **dict.fromkeys(ARCHITECTURE_KEYS, _architecture),
     **dict.fromkeys(OTHER_PLACES, _other_place),
+    **dict.fromkeys(CHOICES, _choice),
     "quantization_config": _quantization,
     "modality_config": _modalities,
     "types": _modules,

@@ -19,7 +19,7 @@ from rarefy.common.errors import ModelError, first_line
 from rarefy.common.extras import install
 from rarefy.model import embedding_modules, own_attention
 from rarefy.model.checked_folder import GENERATION, checked_folder, load_error, name_source_, source_of
-from rarefy.model.config_names import check_names
+from rarefy.model.config_names import check_names, without_places
 from rarefy.model.construction_limit import ConstructionLimit, Stored, stored_in
 
 # in order of preference where an architecture is in several
@@ -248,7 +248,7 @@ def build(saved: dict[str, Any], stored: Stored, *, empty: bool = False) -> nn.M
     options = {k: v for k, v in _without(values, CODE_KEYS).items() if k not in STAMPS}
     check_names(options, "the saved config")
     try:
-        config = transformers.AutoConfig.for_model(values["model_type"], **options)
+        config = transformers.AutoConfig.for_model(values["model_type"], **without_places(options))
         auto = _auto_class(config, str(saved.get("class")))
         with ConstructionLimit(stored), without_weights() if empty else nullcontext():
             return auto.from_config(config, dtype=dtype).eval()
