@@ -106,6 +106,7 @@ class HuggingFaceFolder:
         short = {n: n.removeprefix(prefix) for n in names if n not in self.files}  # as in files of BLOOM and GPT-2
         self.stored = {n: s for n, s in short.items() if s in self.files}
         self.files |= {n: self.files[s] for n, s in self.stored.items()}
+        self._check_shapes()
         other_names = aliases(self.model)
         absent = [n for n in names if n not in self.files and n not in other_names]
         tied = bool(self.model.config.tie_word_embeddings) and absent == ["lm_head.weight"]
@@ -114,6 +115,21 @@ class HuggingFaceFolder:
                 f"{path} has no tensor {absent[0]!r} ({len(absent)} are missing): load it with transformers, and pass "
                 "the model"
             )
+
+    def _check_shapes(self) -> None:
+        """Raise ModelError for a tensor of another shape than the config describes. O(tensors)."""
+        shapes = {n: list(p.shape) for n, p in self.model.state_dict().items() if n in self.files}
+        for file in {self.files[n] for n in shapes}:
+            with _opened(file) as opened:
+                stored = {
+                    n: opened.get_slice(self.stored.get(n, n)).get_shape() for n in shapes if self.files[n] == file
+                }
+            wrong = next((n for n, shape in stored.items() if shape != shapes[n]), None)
+            if wrong is not None:
+                raise ModelError(
+                    f"{self.path}: {wrong} has the shape {stored[wrong]}, config.json describes {shapes[wrong]}: the "
+                    "config is damaged, or of another model"
+                )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,9 +20,11 @@ from rarefy.common.errors import ContainerError, ModelError, nearest
 from rarefy.common.json_text import read_json_file
 from rarefy.common.version import __version__
 from rarefy.data import builtin
+from rarefy.formats import container
 from rarefy.integrations.compiled_transformer import DENSE_FILES
 from rarefy.model import hub
 from rarefy.model.checked_folder import MAX_CONFIG_BYTES, check_modules
+from rarefy.model.construction_limit import Stored, stored_in
 from rarefy.model.embedding_modules import refuse_pickles
 
 ENGINE = "rarefy"  # folder of the compiled model
@@ -84,6 +86,15 @@ def resolve(
         return hub.download(hub.HubName(named.repo, revision or named.revision), **options)
     except ModelError as error:
         raise ModelError(f"{missing}{hint}; {error}") from None
+
+
+def all_stored(folder: Path, shown: Path) -> Stored:
+    """Return what the files of a model hold, compressed ones too, of which `shown` is a checked copy. O(tensors)."""
+    dense = stored_in(shown)
+    if not (folder / INDEX).is_file():
+        return dense
+    own = container.read(folder, verify=False).stored
+    return Stored(dense.tensors + own.tensors, dense.bytes + own.bytes)
 
 
 def check_folder(folder: Path) -> None:

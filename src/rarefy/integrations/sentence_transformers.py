@@ -32,6 +32,7 @@ from rarefy.integrations.embedding_folder import (
     ENGINE,
     MARKER,
     NOTE,
+    all_stored,
     check_folder,
     config_labels,
     copy_missing,
@@ -43,6 +44,7 @@ from rarefy.integrations.embedding_folder import (
     resolve,
 )
 from rarefy.model.checked_folder import check_modules, checked_folder, load_error, name_source_
+from rarefy.model.construction_limit import ConstructionLimit
 from rarefy.model.embedding_modules import HEAD, apply_modules
 from rarefy.pipeline.compress import compress_
 
@@ -130,7 +132,8 @@ class _OnEngine:
         options["model_kwargs"] = {**(options.get("model_kwargs") or {}), "use_safetensors": True}
         with checked_folder(folder) as shown:
             try:
-                super().__init__(str(shown), device="cpu", local_files_only=True, **options)  # type: ignore[call-arg]
+                with ConstructionLimit(all_stored(folder, shown), folder):
+                    super().__init__(str(shown), device="cpu", local_files_only=True, **options)  # type: ignore[call-arg]
             except RarefyError:
                 raise
             except Exception as error:  # a damaged folder makes it raise anything
@@ -154,7 +157,11 @@ class _OnEngine:
             batches = _batches(data, module)
             self.receipt = compress_(dense, recipe, batches, tokenizer=module.tokenizer)
             del dense.__dict__[HEAD]
-        compiled = compile(dense, _example(module, self), precision=self.precision, tune=tune)
+        try:
+            example = _example(module, self)
+        except Exception as error:  # damaged settings make it raise anything
+            raise ModelError(f"{self.source_folder}: the model does not run on a text: {first_line(error)}") from error
+        compiled = compile(dense, example, precision=self.precision, tune=tune)
         is_first = module is next(iter(self.children()))  # type: ignore[attr-defined]
         on_disk = recipe is None and is_first and not (self.source_folder / INDEX).is_file()
         where = _module_folder(self.source_folder) if on_disk else None

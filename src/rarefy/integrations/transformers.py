@@ -23,6 +23,7 @@ from rarefy.data import builtin
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf, hub
 from rarefy.model.checked_folder import checked_folder, load_error, name_source_
+from rarefy.model.construction_limit import ConstructionLimit
 from rarefy.model.embedding_modules import refuse_pickles
 
 try:
@@ -30,6 +31,7 @@ try:
 except ImportError as error:
     raise ModelError(f"pipelines need transformers: {install('hf')} ({first_line(error)})") from None
 
+from rarefy.integrations.embedding_folder import all_stored
 from rarefy.integrations.hf_adapter import OnEngine, adapter
 from rarefy.integrations.hf_quantizer import register
 
@@ -227,7 +229,8 @@ def _load(folder: Path, classes: tuple[Any, ...], task: str) -> Any:
     refuse_pickles(folder)
     with checked_folder(folder) as shown:
         try:
-            model, info = auto.from_pretrained(shown, config=config, output_loading_info=True, **options)
+            with ConstructionLimit(all_stored(folder, shown), folder):
+                model, info = auto.from_pretrained(shown, config=config, output_loading_info=True, **options)
         except RarefyError:
             raise
         except Exception as error:  # a damaged folder makes transformers raise anything

@@ -70,7 +70,7 @@ TEXT_ARGUMENTS = (*DTYPE_KEYS, "attn_implementation", "padding_side", "truncatio
 REFUSED_ARGUMENTS = ("use_kernels", "mistral_format", "weights_only", "pretrained", "state_dict")
 FREE_KEYS = ("prompts", "id2label", "label2id", "added_tokens_decoder")  # their own keys are texts of the model
 COUNT_KEYS = re.compile(r"(.*_)?(layers?|depths?|blocks?|stages|experts|labels)")
-MAX_COUNT = 1 << 20  # that such a key may state: configs of transformers make lists of so many entries
+MAX_COUNT = 1 << 17  # that such a key may state: configs of transformers make lists of so many entries
 # where a library would read further files, which nobody has checked; options of other programs; unnamed arguments
 OTHER_PLACES = (
     *("tokenizer_name_or_path", "processor_name", "audio_tokenizer", "path", "init_inputs"),

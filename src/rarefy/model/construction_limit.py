@@ -32,10 +32,13 @@ class Stored(NamedTuple):
 
 
 def stored_in(folder: Path) -> Stored:
-    """Return what the safetensors files of a folder hold; safetensors' own errors for damaged ones. O(tensors)."""
+    """Return what the safetensors files of a folder and its folders hold; safetensors' own errors for damaged ones.
+
+    Cost: O(tensors).
+    """
     from safetensors import safe_open
 
-    files, tensors = list(folder.glob("*.safetensors")), 0
+    files, tensors = list(folder.rglob("*.safetensors")), 0
     for file in files:
         with safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
@@ -45,10 +48,10 @@ def stored_in(folder: Path) -> Stored:
 class ConstructionLimit(TorchFunctionMode):
     """A context that counts the tensors that are made in it, and raises ModelError for too many."""
 
-    def __init__(self, stored: Stored):
-        """Allow what files with these tensors explain."""
+    def __init__(self, stored: Stored, where: str | Path = ""):
+        """Allow what files with these tensors explain; errors name `where` they are."""
         super().__init__()
-        self.stored = stored
+        self.stored, self.where = stored, where
         self.tensors = TENSORS[0] + TENSORS[1] * stored.tensors
         self.elements = ELEMENTS[0] + ELEMENTS[1] * stored.bytes
 
@@ -62,8 +65,9 @@ class ConstructionLimit(TorchFunctionMode):
             self.elements -= func(*args, **{**kwargs, "device": "meta"}).numel()
             if self.tensors < 0 or self.elements < 0:
                 what = "tensors" if self.tensors < 0 else "elements"
-                raise ModelError(
+                problem = (
                     f"its config describes a model of far more {what} than its files explain, which hold "
                     f"{self.stored.tensors} tensors: the config is damaged, or of another model"
                 )
+                raise ModelError(f"{self.where}: {problem}" if self.where else problem)
         return func(*args, **kwargs)

@@ -16,6 +16,7 @@ from rarefy.common.atomic_io import MODULES, PICKLE_SUFFIXES
 from rarefy.common.errors import ModelError
 from rarefy.common.extras import install
 from rarefy.model.checked_folder import check_modules, checked_folder, load_error, read_config
+from rarefy.model.construction_limit import ConstructionLimit, stored_in
 from rarefy.model.hub import check_link
 
 ROOT_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
@@ -132,7 +133,7 @@ def _load_modules(folder: Path) -> nn.Module:
     except ImportError:
         raise ModelError(f"{folder / MODULES}: {NEEDS}") from None
     parts = []
-    with checked_folder(folder) as shown:
+    with checked_folder(folder) as shown, ConstructionLimit(stored_in(shown)):
         for entry in check_modules(shown)[1:]:
             name = entry["type"].rpartition(".")[2]
             if name not in HEADS:

@@ -127,10 +127,11 @@ def load_folder(path: str | Path, *, meta: bool = False) -> nn.Module:
         config = _config(shown)
         auto = _auto_class(config, (getattr(config, "architectures", None) or [""])[0])
         try:
-            if meta:
-                with torch.device("meta"):
+            stored = stored_in(shown)
+            if meta:  # which folders without weights have, too
+                with torch.device("meta"), ConstructionLimit(stored) if stored.tensors else nullcontext():
                     return auto.from_config(config).eval()
-            with ConstructionLimit(stored_in(shown)):
+            with ConstructionLimit(stored):
                 model, info = auto.from_pretrained(
                     shown,
                     local_files_only=True,
