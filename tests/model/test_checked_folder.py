@@ -14,6 +14,7 @@ import torch
 
 from helpers.hub_server import serving
 from rarefy.checkpoint.engine_files import engine_files
+from rarefy.checkpoint.streamed_decoder import decoder_from_files
 from rarefy.common.errors import ContainerError, ModelError, RarefyError
 from rarefy.model import hf
 from rarefy.model.construction_limit import Stored
@@ -422,12 +423,148 @@ def test_merges_begin_with_the_prefix_of_parts_inside_a_word(merges, copy):
         tokenizer_of(copy)
 
 
+def replace(text, content, kind="String"):
+    return {"type": "Replace", "pattern": {kind: text}, "content": content}
+
+
+PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+LOWER = {"type": "Lowercase"}
+WORDY = [replace(c, f" {word} ") for c, word in (("&", "and"), ("%", "percent"), ("+", "plus"), ("=", "equals"))]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [replace("a", "aa")] * 26},
+            "normalizer and pre_tokenizer: rep",
+        ),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [replace("a", "AA"), LOWER] * 26},
+            "up to 67,108,864 times as",
+        ),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [replace("", "a", "Regex")] * 13},
+            "up to 8,192 times as long",
+        ),
+        ("normalizer", replace("a", "b" * 5000), "up to 5,000 times as long, expected at most 4,096"),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 13},
+            "up to 8,192 times as lo",
+        ),
+        (
+            "decoder",
+            {"type": "Sequence", "decoders": [replace("a", "aa")] * 13},
+            "decoder: replacements make a text up",
+        ),
+        (
+            "post_processor",
+            {"type": "TemplateProcessing", "single": [PIECE] * 65},
+            "templates of at most 64 parts, got 65",
+        ),
+        ("post_processor", {"processors": [{"single": [PIECE] * 33}] * 2}, "templates of at most 64 parts, got 66"),
+        ("padding", {"strategy": {"Fixed": 10**9}}, "padding: expected at most 1,048,576 tokens, got 1,000,000,000"),
+        (
+            "padding",
+            {"strategy": "BatchLongest", "pad_to_multiple_of": 10**8},
+            "padding: expected at most 1,048,576 tok",
+        ),
+    ],
+)
+def test_tokenizers_that_would_fill_the_memory(part, value, message, copy):
+    change(copy / "reranker" / "tokenizer.json", **{part: value})
+    with pytest.raises(ContainerError, match=message):
+        tokenizer_of(copy)
+
+
+def test_replacements_that_do_not_meet_each_other_are_accepted(copy):
+    steps = [*WORDY * 4, replace(" {2,}", " ", "Regex"), LOWER, {"type": "NFKC"}]
+    change(copy / "reranker" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    change(copy / "reranker" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert tokenizer_of(copy)("A & noon")["input_ids"]
+
+
 def test_tokenizers_with_a_prefix_of_parts_inside_a_word_load(copy):
     model = tokenizers.models.BPE(
         {"a": 0, "##b": 1, "ab": 2, "[UNK]": 3}, [("a", "##b")], continuing_subword_prefix="##", unk_token="[UNK]"
     )
     tokenizers.Tokenizer(model).save(str(copy / "reranker" / "tokenizer.json"))
     assert tokenizer_of(copy).tokenize("ab") == ["ab"]
+
+
+def module_of(name, **config):
+    def prepare(folder):
+        file = folder / "embeddings" / "modules.json"
+        (folder / "embeddings" / f"3_{name}").mkdir()
+        for part in ("config.json", f"{name.lower()}_config.json"):
+            (folder / "embeddings" / f"3_{name}" / part).write_text(json.dumps(config))
+        entry = {"idx": 3, "name": "3", "path": f"3_{name}", "type": f"sentence_transformers.models.{name}"}
+        file.write_text(json.dumps([*json.loads(file.read_text()), entry]))
+
+    return prepare
+
+
+LSTM = {"word_embedding_dimension": 8, "hidden_dim": 10**5, "num_layers": 1, "dropout": 0, "bidirectional": True}
+CNN = {"in_word_embedding_dimension": 20000, "out_channels": 20000, "kernel_sizes": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "load", "what"),
+    [
+        (lambda f: change(f / "embeddings/config.json", num_hidden_layers=10**5), embeddings, "tensors"),
+        (lambda f: change(f / "reranker/config.json", num_hidden_layers=10**5), reranker, "tensors"),
+        (
+            lambda f: change(f / "reranker/config.json", num_hidden_layers=10**5),
+            lambda f: load_for_task(f / "reranker", task="text-classification"),
+            "tensors",
+        ),
+        (
+            lambda f: change(f / "reranker/config.json", num_hidden_layers=10**5),
+            lambda f: hf.load_folder(f / "reranker", meta=True),
+            "tensors",
+        ),
+        (lambda f: change(f / "embeddings/2_Dense/config.json", out_features=10**10), embeddings, "elements"),
+        (
+            lambda f: change(f / "embeddings/2_Dense/config.json", out_features=10**10),
+            lambda f: head_of(f / "embeddings")(torch.zeros(1, 2, 16), torch.ones(1, 2)),  # type: ignore[reportOptionalCall]
+            "elements",
+        ),
+        (module_of("LSTM", **LSTM), embeddings, "elements"),
+        (module_of("CNN", **CNN), embeddings, "elements"),
+    ],
+)
+def test_models_are_as_large_as_their_files_explain(prepare, load, what, copy):
+    prepare(copy)
+    with pytest.raises(ModelError, match=f"its config describes a model of far more {what} than its files explain"):
+        load(copy)
+
+
+def test_numbers_of_labels_are_limited(copy):
+    change(copy / "reranker" / "config.json", num_labels=1 << 18)
+    with pytest.raises(ModelError, match="num_labels: expected at most 131,072, got 262,144: the file is damaged"):
+        hf.load_config(copy / "reranker")
+
+
+def test_settings_with_which_a_model_does_not_run(copy):
+    change(copy / "embeddings" / "sentence_bert_config.json", max_seq_length="inf")
+    with pytest.raises(ModelError, match="the model does not run on a text: '>' not supported between"):
+        embeddings(copy)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_have_the_shapes_that_the_config_describes(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=10, **sizes)).save_pretrained(tmp_path)
+    for values in ({"hidden_size": 0}, {"hidden_size": 32}, {"intermediate_size": 16}, {"vocab_size": 0}):
+        config = (tmp_path / "config.json").read_text()
+        change(tmp_path / "config.json", **values)
+        with pytest.raises(ModelError, match=r"has the shape \[\d+, 16\], config.json describes \[\d+, \d+\]: the con"):
+            decoder_from_files(tmp_path)
+        (tmp_path / "config.json").write_text(config)
 
 
 DOWNLOADS = """

@@ -19,6 +19,7 @@ from rarefy.common.atomic_io import MODULES
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.json_text import parse_json, read_bytes, read_json_file
 from rarefy.model.config_names import check_module_class, check_names, without_places
+from rarefy.model.tokenizer_limits import check_tokenizer
 
 CONFIG = "config.json"
 ROUTER = "router_config.json"
@@ -174,7 +175,7 @@ def _read_json(file: Path) -> tuple[bytes, Any]:
     if is_index:
         _check_index(file, values)
     elif file.name == "tokenizer.json":
-        _check_merges(file, values)
+        check_tokenizer(values, str(file))
     elif file.name not in DATA:
         if file.name != GENERATION:
             _check_object(file, values)
@@ -217,25 +218,4 @@ def _check_index(file: Path, values: Any) -> None:
     ):
         raise ContainerError(
             f"{file}: expected weight_map: names of .safetensors files in this folder, by names of tensors"
-        )
-
-
-def _check_merges(file: Path, values: Any) -> None:
-    """Raise ContainerError unless the second part of each merge begins with the prefix of parts inside a word.
-
-    The library tokenizers cuts as many bytes from it unseen, and ends the process if they end inside a character.
-    """
-    model = values.get("model") if isinstance(values, dict) else None
-    prefix, merges = (
-        model.get(k) if isinstance(model, dict) else None for k in ("continuing_subword_prefix", "merges")
-    )
-    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
-        return
-    parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    seconds = [p[1] if isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) else "" for p in parts]
-    wrong = next((p for p, second in zip(parts, seconds) if not second.startswith(prefix)), None)
-    if wrong is not None:
-        raise ContainerError(
-            f"{file}: model.merges: expected second parts that begin with continuing_subword_prefix, {prefix[:80]!r}, "
-            f"got {str(wrong)[:80]}"
         )
