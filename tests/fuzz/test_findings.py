@@ -237,8 +237,8 @@ def test_graphs_of_files_call_what_checks(convolution):
     [
         ({"num_hidden_layers": 1000}, "describes a model of far more tensors than its files explain, which hold 12"),
         ({"hidden_size": 1 << 20}, "describes a model of far more elements than its files explain"),
-        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers: expected at most 1,048,576, got 1,099,511,627,776"),
-        ({"num_labels": 1 << 31}, "num_labels: expected at most 1,048,576"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers: expected at most 131,072, got 1,099,511,627,776"),
+        ({"num_labels": 1 << 31}, "num_labels: expected at most 131,072"),
     ],
 )
 @pytest.mark.parametrize("reader", ["weights", "model"])
