@@ -143,6 +143,24 @@ def test_no_private_or_deprecated_part_of_torch_for_onnx(folder):
     assert not [(p, n) for p, n in names if n.startswith(("torch.ao", "torch.onnx._", "torch.onnx.symbolic"))]
 
 
+# units that native calls, or the tensors that they read, come from; other threads may set torch's default type
+OF_NATIVE_CALLS = ("runtime", "compiler", "generation", "formats", "onnx", "checkpoint", "integrations")
+NEW_TENSORS = ("empty", "zeros", "ones", "full", "tensor", "eye", "linspace", "rand", "randn")
+
+
+def test_new_tensors_name_their_type():
+    """Without one, a tensor has torch's default type, which transformers changes for all threads while it loads."""
+    unnamed = [
+        f"{path.relative_to(SRC)}: {ast.unparse(node)}"
+        for path in FILES
+        if unit_of(path) in OF_NATIVE_CALLS
+        for node in nodes_of(path)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{n}" for n in NEW_TENSORS}
+        if not {"dtype", None} & {k.arg for k in node.keywords}
+    ]
+    assert not unnamed
+
+
 def imported(node: ast.AST) -> list[str]:
     """Return the full names that an import statement names."""
     if isinstance(node, ast.ImportFrom):

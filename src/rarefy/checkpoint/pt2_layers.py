@@ -57,7 +57,7 @@ def _batch_norm(values: Mapping[str, Any], weight: Tensor) -> nn.Module:
     layer = BATCH_NORMS[values["input"].meta[RANK]](
         len(weight), eps=values["eps"], momentum=values["momentum"], device="meta"
     )
-    layer.num_batches_tracked = torch.tensor(0)
+    layer.num_batches_tracked = torch.tensor(0, dtype=torch.int64)
     return layer
 
 

@@ -28,6 +28,7 @@ from rarefy.compiler.scheduling import schedule
 from rarefy.compiler.shape_guards import parse
 from rarefy.compiler.subgraph import MAX_SHAPES, Check, FusedSubgraph, SingleOp
 from rarefy.model import nesting
+from rarefy.runtime.native_calls import without_modes
 from rarefy.runtime.packed_formats import skips_zeros
 
 Native = FusedSubgraph | SingleOp
@@ -246,6 +247,7 @@ class Compiled:
             leaves.append(io_names.to_tensor(name, next(arrays), want.dtype, str(want)) if is_tensor else want)
         return leaves
 
+    @without_modes
     def run_leaves(self, leaves: list[Any], cache: Any = None, recorder: Recorder | None = None) -> list[Any]:
         """Return the output tensors for input tensors in the graph's order.
 

@@ -347,7 +347,7 @@ def _set_outputs(p: Program, step: Nhwc, scales: Tensor, row_sums: Tensor, bias:
 
 def _set_bias(p: Program, step: Nhwc, bias: Tensor | None, outputs: int) -> None:
     padded = -(-outputs // 64) * 64
-    bias = torch.zeros(padded) if bias is None else F.pad(bias.float(), (0, padded - len(bias)))
+    bias = torch.zeros(padded, dtype=torch.float32) if bias is None else F.pad(bias.float(), (0, padded - len(bias)))
     p.held += [step, bias]
     step.bias = bias.data_ptr()
 

@@ -58,4 +58,4 @@ class PackedProgram(Program):
     def _new_outputs(self) -> list[Tensor]:
         assert self.packing is not None
         batch, tokens = self.packing.batch, self.packing.tokens
-        return [torch.zeros(batch, tokens, shape[-1]) for shape in self.out_shapes]
+        return [torch.zeros(batch, tokens, shape[-1], dtype=torch.float32) for shape in self.out_shapes]

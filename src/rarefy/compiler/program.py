@@ -21,10 +21,11 @@ from rarefy.common.errors import ModelError
 from rarefy.compiler.fx_utils import Node
 from rarefy.compiler.operators.spec import ELEMENTWISE, IMAGES_TO_ROWS, PIXELS, OpSpec, describe
 from rarefy.compiler.row_layout import few_tokens
-from rarefy.compiler.step_structs import OPS, Attention, KVCache, Step, View, data_pointer
+from rarefy.compiler.step_structs import OPS, Attention, KVCache, Step, View, data_pointer, set_mask
 from rarefy.runtime import bindings
 from rarefy.runtime.bindings import FORMATS, _Dense, _Sell, _Tiles
 from rarefy.runtime.huge_pages import allocate
+from rarefy.runtime.native_calls import address
 from rarefy.runtime.packed_formats import DTYPES, LANE, SLAB, Bitmask, ConvTiles, Dense, QuantizedPanels, Sell, Tiles
 
 NT = 64  # tokens of a tile
@@ -435,6 +436,7 @@ class Program:
 
         Raises:
             ModelError: if the cache is missing, or is for another batch, or has too little room.
+            DataError: an input has no memory.
             MemoryError: if the native code finds no memory.
         """
         for batch, tokens in self.cache_reads:
@@ -448,15 +450,15 @@ class Program:
             c.data, c.codes, c.scales, c.starts, c.pages = cache.pointers()
         alive = []  # tensors whose addresses the steps hold during the call
         for node, pointers in self.read_at.items():
-            x = inputs[node].contiguous()
+            x = inputs[node].resolve_neg().contiguous()
             alive.append(x)
             for pointer in pointers:
-                pointer.value = x.data_ptr()
+                pointer.value = address(x)
         for node, a in self.masks:
-            alive.append(_set_mask(a, inputs[node]))
+            alive.append(set_mask(a, inputs[node]))
         out = self._new_outputs()
         for y, pointer in zip(out, self.written_at):
-            pointer.value = y.data_ptr()
+            pointer.value = address(y)
         began = 0 if times is None else perf_counter_ns()
         if self.call(self.array, len(self.array), None if times is None else times.data_ptr()):
             raise MemoryError("not enough memory to run a compiled model")
@@ -465,7 +467,7 @@ class Program:
         return out
 
     def _new_outputs(self) -> list[Tensor]:
-        return [torch.empty(s) for s in self.out_shapes]
+        return [torch.empty(s, dtype=torch.float32) for s in self.out_shapes]
 
 
 def _is_dense_int8(step: Step) -> bool:
@@ -478,17 +480,6 @@ def is_depthwise(conv: Node, constants: Mapping[str, Tensor]) -> bool:
     """Return whether a convolution is a depthwise one, a channel by itself, that could read codes."""
     weight = constants[conv.args[1].name]  # type: ignore[union-attr]
     return weight.shape[1] == 1 and conv.args[-1] == len(weight) and weight[0].numel() <= MAX_TAPS
-
-
-def _set_mask(a: Attention, mask: Tensor) -> Tensor:
-    """Write a mask's address and strides; return the expanded mask, which the caller keeps alive."""
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask.expand(a.batch, mask.shape[1], a.queries, a.keys)
-    a.mask = mask.data_ptr()
-    a.mask_batch_stride, a.mask_head_stride, a.mask_query_stride, a.mask_key_stride = mask.stride()
-    if mask.shape[1] == 1:
-        a.mask_head_stride = 0
-    return mask
 
 
 def _depends_on(spans: Sequence[Sequence[Span]], i: int) -> int:

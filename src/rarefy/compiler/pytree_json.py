@@ -128,7 +128,7 @@ def _is(value: Any, kind: str) -> bool:
 def _example_of(value: Any, depth: int) -> Any:
     """Return an object that is nested so, with empty tensors in it."""
     if value == LEAF:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     if type(value) is not dict or len(value) != 1 or depth > MAX_DEPTH:
         raise ValueError(f"{str(value)[:80]!r} is not a valid structure")
     ((kind, entry),) = value.items()

@@ -106,7 +106,7 @@ def _gram_matrices(
             n = graph.exported.constants[name][0].numel()
             wanted = -(-max(ROWS, ROWS_PER_INPUT * n) // len(batches))
             x, kernel = x if grid is None else grid(x), graph.exported.constants[name].shape[2:]
-            gram = H.setdefault(name, torch.zeros(n, n))
+            gram = H.setdefault(name, torch.zeros(n, n, dtype=torch.float32))
             for rows in _rows(node, x, kernel, wanted, random):
                 gram.addmm_(rows.T, rows)
     return H

@@ -113,14 +113,14 @@ def stored_products(matrix: Any, decode: bool) -> int:
     """
     dense = prod(matrix.shape)
     if isinstance(matrix, Tiles):
-        bits = torch.tensor([i.bit_count() for i in range(16)])  # rows of a pattern
+        bits = torch.tensor([i.bit_count() for i in range(16)], dtype=torch.int64)  # rows of a pattern
         return int(((matrix.counts.long() & 0xFFFF) * bits).sum()) * LANE[matrix.kind]
     if isinstance(matrix, Sell):
         return 2 * int((matrix.counts.long() & 0xFFFF).sum()) * LANE[matrix.kind]
     if isinstance(matrix, Csr):
         return matrix.columns.numel()
     if isinstance(matrix, Bitmask) and decode:
-        bits = torch.tensor([i.bit_count() for i in range(256)])
+        bits = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64)
         return int(bits[matrix.masks.view(torch.uint8).long()].sum())
     return dense
 

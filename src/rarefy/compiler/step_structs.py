@@ -5,6 +5,10 @@ from __future__ import annotations
 from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
+from torch import Tensor
+
+from rarefy.runtime.native_calls import address
+
 NAMES = (  # rarefy_op
     "pack", "unpack", "linear", "convert", "norm", "add", "mul", "attention", "rope", "kv_store", "pad_planes", "conv",
     "max_pool", "depthwise_conv", "global_avg_pool", "image_absmax", "channel_affine", "channel_scale", "rearrange",
@@ -69,3 +73,14 @@ class Attention(Structure):
 def data_pointer(step: Step, operand: Any) -> c_void_p:
     """Return the address of an operand's data as it stands in a step, which may be written."""
     return c_void_p.from_address(addressof(step) + operand.offset + View.data.offset)
+
+
+def set_mask(a: Attention, mask: Tensor) -> Tensor:
+    """Write a mask's address and strides; return the expanded mask, which the caller keeps alive."""
+    mask = mask.resolve_neg()[(None,) * (4 - mask.dim())]
+    mask = mask.expand(a.batch, mask.shape[1], a.queries, a.keys)
+    a.mask = address(mask)
+    a.mask_batch_stride, a.mask_head_stride, a.mask_query_stride, a.mask_key_stride = mask.stride()
+    if mask.shape[1] == 1:
+        a.mask_head_stride = 0
+    return mask

@@ -25,16 +25,16 @@ class Finished:
 
     def __init__(self, batch: int, beams: int, tokens: int, pad: int):
         self.pad = pad
-        self.ids = torch.full((batch, beams, tokens), pad)
+        self.ids = torch.full((batch, beams, tokens), pad, dtype=torch.int64)
         self.lengths = torch.zeros(batch, beams, dtype=torch.int64)
-        self.scores = torch.full((batch, beams), NEVER)
+        self.scores = torch.full((batch, beams), NEVER, dtype=torch.float32)
         self.stopped = torch.zeros(batch, beams, dtype=torch.bool)
 
     def add(self, ids: Tensor, scores: Tensor, stopped: Tensor) -> None:
         """Keep the best of these texts [batch, candidates, tokens] and the earlier ones."""
         missing = self.ids.shape[2] - ids.shape[2]
         padded = nn.functional.pad(ids, (0, missing), value=self.pad)
-        lengths = torch.full(scores.shape, ids.shape[2])
+        lengths = torch.full(scores.shape, ids.shape[2], dtype=torch.int64)
         self.scores, order = torch.cat([self.scores, scores], 1).topk(self.scores.shape[1])
         self.ids = _rows_of(torch.cat([self.ids, padded], 1), order)
         self.lengths = torch.cat([self.lengths, lengths], 1).gather(1, order)
@@ -54,7 +54,7 @@ def search(decoder: LanguageModel, task: Task, options: Options) -> tuple[Tensor
     with prompt_of(decoder, task, nn.functional.pad(task.ids, (0, task.max_new_tokens))) as (cache, logits):
         cache, logits = cache.repeated(beams), logits[:, -1].repeat_interleave(beams, 0)
     ids = task.ids[:, None].expand(batch, beams, prompt)
-    total = torch.full((batch, beams), NEVER)
+    total = torch.full((batch, beams), NEVER, dtype=torch.float32)
     total[:, 0] = 0.0  # all beams are equal at first: extend one
     finished = Finished(batch, beams, tokens, task.pad_token)
     open_prompts = torch.ones(batch, 1, dtype=torch.bool)  # their texts may still become better

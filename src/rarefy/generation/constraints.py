@@ -63,7 +63,7 @@ class Constraint:
     def ends(self, ids: Tensor, scores: Any) -> Tensor:
         """Return which texts are complete and cannot go on, bool [rows]; a criterion."""
         self._read(ids)
-        return torch.tensor([m.is_stopped() for m in self.rows])
+        return torch.tensor([m.is_stopped() for m in self.rows], dtype=torch.bool)
 
     def _read(self, ids: Tensor) -> None:
         """Have each row's matcher read its new tokens."""

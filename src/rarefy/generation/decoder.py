@@ -38,6 +38,7 @@ from rarefy.model.compare import relative_distance
 from rarefy.model.layout import is_hf_conv1d
 from rarefy.model.quant_grid import Grid, OffsetGrid
 from rarefy.runtime.candidates import grid_of
+from rarefy.runtime.native_calls import without_modes
 
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # types of models of transformers
 EXAMPLE_TOKENS = 7  # tokens with which a model is exported; three times as many verify the decoder
@@ -306,6 +307,7 @@ class Decoder:
         """Return the decoder: it is always in evaluation mode. There is no `train()`, because it cannot be trained."""
         return self
 
+    @without_modes
     def cache(self, batch: int, capacity: int, mask: Tensor | None = None, cache_precision: str | None = None) -> Cache:
         """Return an empty KV cache.
 
@@ -335,6 +337,7 @@ class Decoder:
         precision = self.cache_precision if cache_precision is None else cache_precision
         return Cache(features, batch, capacity, starts if padded else None, self.slots, precision)
 
+    @without_modes
     def __call__(self, ids: Tensor, cache: Cache | None = None, *, last: bool = False) -> Tensor:
         """Return the logits of the next tokens, and append these to the cache.
 
@@ -413,7 +416,7 @@ class Decoder:
         positions = cache.past + torch.arange(padded).clamp(max=tokens - 1).expand(batch, -1)
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp(min=0)
-        keep = torch.tensor([tokens - 1]) if last else torch.arange(tokens)
+        keep = torch.tensor([tokens - 1], dtype=torch.int64) if last else torch.arange(tokens)
         leaves = [nn.functional.pad(ids, (0, padded - tokens)), positions, keep]
         return self._read(cache, tokens, len(keep), self.compiled.run_leaves(leaves, cache, recorder)[0])
 

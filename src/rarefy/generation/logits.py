@@ -34,7 +34,7 @@ def penalize_repetition(ids: Tensor, scores: Tensor, penalty: float, starts: Ten
 def penalize_new_tokens(ids: Tensor, scores: Tensor, prompt: int, presence: float, frequency: float) -> Tensor:
     """Subtract `presence` from the scores of tokens that occur behind the prompt, and `frequency` for each time."""
     new = ids[:, prompt:]
-    counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape))
+    counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape, dtype=torch.float32))
     return scores - presence * (counts > 0) - frequency * counts
 
 

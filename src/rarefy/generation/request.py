@@ -16,6 +16,7 @@ from rarefy.generation.constraints import KINDS, Constraint
 from rarefy.generation.loop import LanguageModel, Step, Task, generate_steps
 from rarefy.generation.options import MAX_NEW_TOKENS, NAMES, Options, call_defaults, resolve
 from rarefy.generation.prompt_cache import PromptCache
+from rarefy.runtime.native_calls import without_modes
 
 OBJECTS = (
     *("tokenizer", "logits_processor", "stopping_criteria", "generation_config", "assistant_model", "prompt_cache"),
@@ -65,6 +66,7 @@ def stream_steps(decoder: LanguageModel, ids: Tensor | None, **options: Any) -> 
     yield from generate_steps(request.decoder, request.task)
 
 
+@without_modes
 def generate_ids(
     decoder: LanguageModel, ids: Tensor | None, *, streamer: Any = None, details: bool = False, **options: Any
 ) -> Any:

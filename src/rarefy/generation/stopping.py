@@ -30,7 +30,7 @@ def contains_string(ids: Tensor, scores: Any, tokenizer: Any, strings: Sequence[
     before = max(0, start - CONTEXT)  # some tokenizers drop a blank at the beginning
     tails = ids[:, before:].tolist()
     texts = [decode(tokenizer, t)[len(decode(tokenizer, t[: start - before])) :] for t in tails]
-    return torch.tensor([any(s in text for s in strings) for text in texts])
+    return torch.tensor([any(s in text for s in strings) for text in texts], dtype=torch.bool)
 
 
 def criteria(
@@ -54,7 +54,7 @@ def criteria(
     tokens = [*eos, *(added[s] for s in strings if s in added)]
     result: list[Criterion] = []
     if tokens:
-        result.append(partial(ends_with_token, tokens=torch.tensor(tokens)))
+        result.append(partial(ends_with_token, tokens=torch.tensor(tokens, dtype=torch.int64)))
     texts = [s for s in strings if s not in added]
     if texts:
         result.append(partial(contains_string, tokenizer=tokenizer, strings=texts, prompt=prompt))
@@ -73,7 +73,7 @@ def _checked(ids: Tensor, scores: Any, criterion: Any) -> Tensor:
     """Call a caller's criterion; DataError unless it returns a bool, or one for each row."""
     result = criterion(ids, scores)
     if isinstance(result, bool):
-        return torch.full((len(ids),), result)
+        return torch.full((len(ids),), result, dtype=torch.bool)
     if not isinstance(result, Tensor) or result.dtype != torch.bool or result.shape != ids.shape[:1]:
         got = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         name = getattr(criterion, "__name__", type(criterion).__name__)

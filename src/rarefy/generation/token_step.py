@@ -78,7 +78,7 @@ class TokenStep:
             self.tables = {**dict(list(self.tables.items())[1 - TABLES :]), first: table}
         leaves = [ids]
         if self.reads_positions:
-            leaves.append(torch.full((batch, 1), cache.past))
+            leaves.append(torch.full((batch, 1), cache.past, dtype=torch.int64))
         if self.reads_keep:
             leaves.append(torch.zeros(1, dtype=torch.int64))
         at = cache.past - first

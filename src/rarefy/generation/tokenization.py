@@ -133,6 +133,6 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tenso
     [[5, 6], [0, 7]]
     """
     length = max(map(len, prompts))
-    ids = torch.tensor([[pad_token] * (length - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad_token] * (length - len(p)) + list(p) for p in prompts], dtype=torch.int64)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], dtype=torch.int64)
     return ids, None if bool(mask.all()) else mask

@@ -75,15 +75,16 @@ def skipping_zeros_is_faster(precision: str | None, bits: int, zeros: float, two
 def _seconds(precision: str | None, bits: int, zeros: float, two_terms: bool) -> dict[str, float]:
     """Return the seconds of a product with one input, by format."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(TIMED_SHAPE, generator=generator)
-    weight[torch.rand(TIMED_SHAPE, generator=generator) < zeros] = 0
+    weight = torch.randn(TIMED_SHAPE, generator=generator, dtype=torch.float32)
+    weight[torch.rand(TIMED_SHAPE, generator=generator, dtype=torch.float32) < zeros] = 0
     grid = Grid(bits, weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1))
     weight = grid.snap(weight)
     packed = {
         BITMASK: pack_bitmask(weight, precision or "fp32", grid),
         PANELS: pack_quantized(weight, grid, precision != "int8", two_terms),
     }
-    x, flush = torch.randn(1, TIMED_SHAPE[1], generator=generator), torch.zeros(FLUSH_BYTES // 4)
+    x = torch.randn(1, TIMED_SHAPE[1], generator=generator, dtype=torch.float32)
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32)
     runs = {name: partial(Kernel(p).run, x) for name, p in packed.items()}
     return {n: t.median for n, t in compare(runs, repeats=REPEATS, warmup=2, before=flush.sum).items()}
 

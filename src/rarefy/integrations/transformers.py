@@ -280,6 +280,6 @@ def _example_images(config: Any, image_processor: Any) -> dict[str, Any]:
     channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     if image_processor is None:
-        return {"pixel_values": torch.rand(2, channels, height, width)}
+        return {"pixel_values": torch.rand(2, channels, height, width, dtype=torch.float32)}
     image = torch.randint(0, 256, (channels, height, width), dtype=torch.uint8)
     return {"pixel_values": image_processor([image, image], return_tensors="pt")["pixel_values"]}

@@ -173,7 +173,7 @@ class QuantizedBias(nn.Module):
 
 def quantize_static(x: Tensor, scale: float, zero: int) -> Tensor:
     """Return x rounded to codes of 8 bits with one scale and zero point."""
-    grid = torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8)
+    grid = torch.tensor(scale, dtype=torch.float32), torch.tensor(zero, dtype=torch.uint8)
     codes = call_onnx("QuantizeLinear", (x, *grid), torch.uint8, x.shape)
     return call_onnx("DequantizeLinear", (codes, *grid), torch.float32, x.shape)
 

@@ -46,7 +46,7 @@ class Autotuner:
     @classmethod
     def for_model(cls, repeats: int, model_bytes: int, file: Path | None = None) -> Autotuner:
         """Return a tuner for a model whose tensors have so many bytes."""
-        flush = torch.zeros(FLUSH_BYTES // 4) if model_bytes > CACHED_BYTES else None
+        flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32) if model_bytes > CACHED_BYTES else None
         return cls(repeats, flush, file, {} if file is None else tuning_cache.read(file))
 
     def choose(self, dense: Any, candidates: Sequence[Candidate], inputs: Mapping[int, Tensor]) -> Choice:
@@ -98,7 +98,7 @@ def fastest(
 def example_inputs(weight: Tensor, batch: int, image: Tensor | None) -> Tensor:
     """Return random inputs to time a layer on; `image`: an empty tensor like what the example gives the layer."""
     if image is None:
-        return torch.randn(batch, weight.shape[1]).to(weight.dtype)
+        return torch.randn(batch, weight.shape[1], dtype=torch.float32).to(weight.dtype)
     layout = torch.channels_last if image.dim() == 4 and not image.is_contiguous() else torch.contiguous_format
     return torch.randn(batch, *image.shape[1:], dtype=image.dtype).contiguous(memory_format=layout)
 

@@ -158,7 +158,8 @@ def activation(module: nn.Module) -> str | None:
     """
     known = type(module).__module__ == "transformers.activations" and type(module).__name__ in TRANSFORMERS
     if type(module) in (nn.ReLU, nn.GELU, nn.SiLU) or known:
-        x = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([-1e4, -100, 100, 1e4])])
+        far = torch.tensor([-1e4, -100, 100, 1e4], dtype=torch.float32)
+        x = torch.cat([torch.linspace(-6, 6, 121, dtype=torch.float32), far])
         with torch.no_grad():
             y = module(x.clone())
         return next((n for n, f in ACTIVATIONS.items() if n and torch.allclose(y, f(x), 1e-6, 1e-6)), None)

@@ -26,6 +26,7 @@ from rarefy.runtime.bindings import (
     library,
 )
 from rarefy.runtime.int16_codes import check_sums
+from rarefy.runtime.native_calls import address
 from rarefy.runtime.packed_formats import (
     BLOCK_LANES,
     BLOCK_OUTPUTS,
@@ -148,7 +149,7 @@ class Kernel:
         y, N = x.new_empty((*lead, O)), x.numel() // C
         added = None if residual is None else _check_residual(y, residual)
         if N and self.call(
-            self.at, x.data_ptr(), row_stride, None if added is None else added.data_ptr(), y.data_ptr(), O, N
+            self.at, address(x), row_stride, None if added is None else address(added), address(y), O, N
         ):
             raise MemoryError(f"no memory to run a layer of {O} outputs on {N} inputs")
         return y
@@ -157,9 +158,9 @@ class Kernel:
         """Return rows of a quantized weight, fp32 [..., C], for ids [...]; IndexError for one out of range."""
         if not ids.is_cpu or ids.is_floating_point() or ids.is_complex():
             raise FormatError(f"ids must be integers on the CPU, got {ids.dtype} on {ids.device}")
-        ids = ids.to(torch.int64).contiguous()
+        ids = ids.to(torch.int64).resolve_neg().contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float32, device="cpu")
-        if library().rarefy_dequantize_rows(self.at, ids.data_ptr(), ids.numel(), out.data_ptr()):
+        if library().rarefy_dequantize_rows(self.at, address(ids), ids.numel(), address(out)):
             raise IndexError(f"expected ids from 0 to {self.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}")
         return out
 
@@ -181,10 +182,10 @@ class Kernel:
             )
         if min(out) < 1:
             raise FormatError(f"a kernel of {kernel[0]}x{kernel[1]} does not run over images of {image[0]}x{image[1]}")
-        x = x.float().contiguous()
+        x = x.float().resolve_neg().contiguous()
         y = torch.empty(N, O, *out, dtype=torch.float32, device="cpu")
         added = None if residual is None else _check_residual(y, residual)
-        if N and self.call(self.at, x.data_ptr(), *image, None if added is None else added.data_ptr(), y.data_ptr(), N):
+        if N and self.call(self.at, address(x), *image, None if added is None else address(added), address(y), N):
             raise MemoryError(f"no memory to run a convolution of {O} outputs on {N} images")
         return y
 
@@ -218,8 +219,8 @@ class GroupedKernels:
         *lead, C = x.shape
         x, row_stride = _fp32_rows(x, self.shape[1])
         ys, N = [x.new_empty((*lead, O)) for O in self.outputs], x.numel() // C
-        to = self.pointers(*(y.data_ptr() for y in ys))
-        if N and self.call(self.format, self.structs, len(ys), x.data_ptr(), row_stride, to, N):
+        to = self.pointers(*map(address, ys))
+        if N and self.call(self.format, self.structs, len(ys), address(x), row_stride, to, N):
             raise MemoryError(f"no memory to run layers of {self.outputs} outputs on {N} inputs")
         return ys
 
@@ -231,8 +232,7 @@ def _fp32_rows(x: Tensor, inputs: int) -> tuple[Tensor, int]:
         raise FormatError(f"the weight has {inputs} inputs, x has {C}")
     if not x.is_cpu:
         raise FormatError(f"the kernels run on the CPU, x is on {x.device}")
-    if x.dtype is not torch.float32:
-        x = x.float()
+    x = x.float().resolve_neg()
     if x.is_contiguous():
         return x, C
     if x.dim() == 2 and x.stride(1) == 1:
@@ -244,7 +244,7 @@ def _check_residual(y: Tensor, residual: Tensor) -> Tensor:
     if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
         got = f"{str(residual.dtype).removeprefix('torch.')} {list(residual.shape)} on {residual.device}"
         raise FormatError(f"the residual is fp32 {list(y.shape)} on the CPU, got {got}")
-    return residual.contiguous()
+    return residual.resolve_neg().contiguous()
 
 
 def _conv_struct(packed: ConvTiles, weight: Any) -> Conv:

@@ -126,6 +126,6 @@ def _sparsities(pattern: Pattern, sparsities: Sequence[float]) -> Sequence[float
 
 def _random(weight: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """Return a weight of this shape and dtype with random zeros in the pattern."""
-    score = torch.rand(1, 1, len(weight), weight[0].numel())
+    score = torch.rand(1, 1, len(weight), weight[0].numel(), dtype=torch.float32)
     mask = masks_at_sparsity([score], pattern, sparsity, "layer")[0].reshape(weight.shape)
-    return torch.randn(weight.shape).to(weight.dtype) * mask
+    return torch.randn(weight.shape, dtype=torch.float32).to(weight.dtype) * mask

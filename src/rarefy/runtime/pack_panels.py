@@ -48,11 +48,11 @@ def pack_quantized(
     scale = grid.scale.float().expand(O, groups)
     row_scales = scale[:, 0].contiguous() if groups == 1 else None
     scales = zeros = None
-    by = torch.ones(O, 1)
+    by = torch.ones(O, 1, dtype=torch.float32)
     if scale_groups:
         each = 64 // scale_groups
         index = (torch.arange(col_blocks * scale_groups) * each).clamp(max=C - 1) // group
-        by = torch.ones(O, col_blocks * scale_groups) if row_scales is not None else scale[:, index]
+        by = scale[:, index] if row_scales is None else torch.ones(O, len(index), dtype=torch.float32)
         zero = None if grid.zero is None else grid.zero.expand(O, groups)[:, index]
         scales = _panel_cells(by.bfloat16(), col_blocks, 0.0)
         zeros = None if zero is None else _panel_cells(zero, col_blocks, 8)

@@ -105,7 +105,7 @@ def _unpack_nibbles(packed: Bitmask) -> Tensor:
     starts = (bytes_.flatten().cumsum(0) - bytes_.flatten()).reshape(bytes_.shape)
     index = (2 * starts[..., None] + nonzero.cumsum(-1) - 1)[nonzero]
     nibbles = torch.stack([packed.values & 15, packed.values >> 4], -1).flatten()
-    W = torch.zeros(nonzero.shape)
+    W = torch.zeros(nonzero.shape, dtype=torch.float32)
     W[nonzero] = nibbles[index].float() - 8
     scales: Any = packed.scales
     return (W * scales.float()[..., None]).transpose(1, 2).reshape(-1, nonzero.shape[1] * 64)[:O, :C]

@@ -66,7 +66,7 @@ def additive_mask(mask: Tensor) -> Tensor:
     compact = mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in mask.stride())]
     if compact.shape[-2] > 1 and _same_for_all_queries(compact):
         compact = compact[..., :1, :]  # the same for all queries
-    return torch.zeros(compact.shape).masked_fill_(~compact, float("-inf")).expand(mask.shape)
+    return torch.zeros(compact.shape, dtype=torch.float32).masked_fill_(~compact, float("-inf")).expand(mask.shape)
 
 
 def _same_for_all_queries(mask: Tensor) -> bool:
@@ -134,7 +134,7 @@ def alibi_slopes(heads: int, max_bias: float) -> Tensor:
     """
     power = 1 << (heads.bit_length() - 1)
     steps = [h + 1.0 if h < power else h - power + 0.5 for h in range(heads)]
-    return torch.tensor([2 ** (-max_bias * s / power) for s in steps])
+    return torch.tensor([2 ** (-max_bias * s / power) for s in steps], dtype=torch.float32)
 
 
 def _changed_scores(

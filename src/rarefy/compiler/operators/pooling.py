@@ -57,8 +57,14 @@ def _lower_avg_pool2d(p: Program, node: Node) -> None:
     x, kernel, stride, padding = node.args
     planes, image = pad_planes(p, x, conv_geometry(kernel, stride, padding, (1, 1)), 0.0)
     out = p.make(node)
-    weights = torch.ones(out.features, prod(kernel))
-    inside = F.conv2d(torch.ones(1, 1, *p.shape(x)[2:]), torch.ones(1, 1, *kernel), None, stride, padding)
+    weights = torch.ones(out.features, prod(kernel), dtype=torch.float32)
+    inside = F.conv2d(
+        torch.ones(1, 1, *p.shape(x)[2:], dtype=torch.float32),
+        torch.ones(1, 1, *kernel, dtype=torch.float32),
+        None,
+        stride,
+        padding,
+    )
     factors = (1 / inside).flatten()
     p.held += [weights, factors]
     fields = {"depthwise_weights": weights.data_ptr(), "gamma": factors.data_ptr(), "batch": p.shape(x)[0]}

@@ -96,7 +96,7 @@ def _segments(columns: Tensor, places: Tensor, tokens: Tokens, source: Value) ->
 
     O(columns of the output).
     """
-    read = torch.full((tokens.tiles * NT,), PADDING)
+    read = torch.full((tokens.tiles * NT,), PADDING, dtype=torch.int64)
     read[places] = torch.where(columns < 0, PADDING, columns // NT * source.stride + columns % NT)
     at = torch.arange(len(read))
     before = torch.cat([read[:1], read[:-1]])
@@ -105,7 +105,7 @@ def _segments(columns: Tensor, places: Tensor, tokens: Tokens, source: Value) ->
     run = torch.where(begins, at, 0).cummax(0).values  # where the run of each column begins
     begins = (at - run) % MAX_SEGMENT == 0
     start = at[begins]
-    size = torch.diff(start, append=torch.tensor([len(read)]))
+    size = torch.diff(start, append=torch.tensor([len(read)], dtype=torch.int64))
     segments = torch.stack([read[start], start % NT | size << 32], 1).contiguous()
     return segments, torch.searchsorted(start, torch.arange(tokens.tiles + 1) * NT)
 

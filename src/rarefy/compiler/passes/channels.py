@@ -37,7 +37,7 @@ def _vector(exported: ExportedGraph, x: Any, channels: Any) -> Tensor | None:
     """Return a number, or a constant with a number for each channel of images, as a vector; None for anything else."""
     if not isinstance(x, fx.Node):
         fixed = isinstance(x, float | int) and str(channels).isdigit()
-        return torch.full((int(channels),), float(x)) if fixed else None
+        return torch.full((int(channels),), float(x), dtype=torch.float32) if fixed else None
     value = exported.constants.get(x.name)
     if value is None or value.dim() not in (3, 4) or value.numel() != value.shape[-3] or value.numel() != channels:
         return None
@@ -103,7 +103,8 @@ def convert_constants(exported: ExportedGraph, node: Node) -> None:
         return
     if vector is None:
         channels = int(shape(node)[1])
-        negative = _affine(exported, node, y, torch.full((channels,), -1.0), torch.zeros(channels))
+        zeros = torch.zeros(channels, dtype=torch.float32)
+        negative = _affine(exported, node, y, zeros - 1, zeros)
         replace_node(exported, node, ops.add, x, negative, None)
     elif node.target is aten.mul.Tensor:
         replace_uses(exported, node, _affine(exported, node, x, vector, torch.zeros_like(vector)))
@@ -139,8 +140,8 @@ def convert_unit_clamp(exported: ExportedGraph, node: Node) -> None:
         return
     x, channels = node.args[0], shape(node)[1]
     if is_node(x) and is_of_images(x) and str(channels).isdigit():
-        n = int(channels)  # type: ignore[call-overload]
-        moved = _affine(exported, node, x, torch.full((n,), 6.0), torch.full((n,), -3.0))
+        zeros = torch.zeros(int(channels), dtype=torch.float32)  # type: ignore[call-overload]
+        moved = _affine(exported, node, x, zeros + 6, zeros - 3)
         replace_node(exported, node, ops.activation, moved, "hardsigmoid")
 
 

@@ -115,7 +115,7 @@ def fold_constants(exported: ExportedGraph, node: Node) -> None:
     if not str(value.numel()).isdigit() or value.numel() > MAX_FOLDED:
         return
     if node.target in FILLED and node.all_input_nodes:
-        filled = torch.full([int(s) for s in value.shape], FILLED[node.target]).to(value.dtype)
+        filled = torch.full([int(s) for s in value.shape], FILLED[node.target], dtype=torch.float32).to(value.dtype)
         replace_uses(exported, node, add_constant(exported, f"{node.name}_known", filled))
         return
     if not known or not (node.all_input_nodes or node.target is aten.scalar_tensor.default):

@@ -192,7 +192,7 @@ def convert_avg_pool(exported: ExportedGraph, node: Node) -> None:
     if max(padding) and not counts_padding:
         replace_node(exported, node, ops.avg_pool2d, x, kernel, stride, padding)
     elif channels > 1 and str(channels).isdigit():
-        mean = torch.full((int(channels), 1, *kernel), 1 / (kernel[0] * kernel[1]))
+        mean = torch.full((int(channels), 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=torch.float32)
         weight = add_constant(exported, f"{node.name}_mean", mean)
         replace_node(exported, node, ops.conv2d, x, weight, None, None, None, stride, padding, (1, 1), int(channels))
 

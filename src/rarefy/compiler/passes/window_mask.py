@@ -41,5 +41,5 @@ def window_mask(exported: ExportedGraph, node: Node, scores: Node) -> tuple[Node
     known = add_constant(exported, f"{total.name}_windows", mask)
     with exported.graph.inserting_before(node):
         repeated = exported.graph.call_function(aten.repeat.default, (known, [count, 1, 1, 1]))
-    repeated.meta["val"] = torch.empty((*shape(scores)[:1], *mask.shape[1:]), device="meta")
+    repeated.meta["val"] = torch.empty((*shape(scores)[:1], *mask.shape[1:]), device="meta", dtype=torch.float32)
     return inner, repeated

@@ -188,7 +188,7 @@ def _flags_work() -> bool:
     """Return whether this version of torch tells of writes and of arrays as this module expects."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            t = torch.zeros(4)
+            t = torch.zeros(4, dtype=torch.float32)
             view, address, owners = t[1:], t.data_ptr(), _num_owners([t])
             Tensor._lazy_clone(t)
             read = t.sum() == 0 and _is_flagged(t) and _is_flagged(view) and _address(t) == address

@@ -84,7 +84,10 @@ def modulo(a: Number, b: Number, *, fmod: int = 0) -> Any:
 def power(x: Tensor, exponent: Number) -> Tensor:
     if isinstance(exponent, Tensor):
         return torch.pow(signed(x), signed(exponent)).to(x.dtype)
-    return torch.pow(x, exponent) if x.is_floating_point() else torch.pow(x, torch.tensor(exponent)).to(x.dtype)
+    if x.is_floating_point():
+        return torch.pow(x, exponent)
+    dtype = torch.int64 if isinstance(exponent, int) else torch.float32
+    return torch.pow(x, torch.tensor(exponent, dtype=dtype)).to(x.dtype)
 
 
 def bitwise_not(x: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ def to_float8(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
 
 def _half_step(dtype: torch.dtype) -> float:
     """Half the distance of the largest number to the one that would come next."""
-    largest = torch.tensor(torch.finfo(dtype).max).to(dtype)
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float32).to(dtype)
     before = (largest.view(torch.uint8) - 1).view(dtype)
     return (largest.float() - before.float()).item() / 2
 

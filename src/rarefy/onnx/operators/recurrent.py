@@ -98,7 +98,7 @@ def lstm(
     def make_step(d: int) -> Step:
         f, g, h = kinds[d]
         bias = 0 if b is None else b[d, : 4 * n] + b[d, 4 * n :]
-        peep = [torch.zeros(n)] * 3 if p is None else list(p[d].split(n))  # of i, o and f
+        peep = [torch.zeros(n, dtype=torch.float32)] * 3 if p is None else list(p[d].split(n))  # of i, o and f
 
         def step(xt: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             ht, ct = states
@@ -127,8 +127,8 @@ def gru(
 
     def make_step(d: int) -> Step:
         f, g = kinds[d]
-        of_input = torch.zeros(3 * n) if b is None else b[d, : 3 * n]
-        of_state = torch.zeros(3 * n) if b is None else b[d, 3 * n :]
+        of_input = torch.zeros(3 * n, dtype=torch.float32) if b is None else b[d, : 3 * n]
+        of_state = torch.zeros(3 * n, dtype=torch.float32) if b is None else b[d, 3 * n :]
 
         def step(xt: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (h,) = states

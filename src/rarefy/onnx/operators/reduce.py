@@ -49,7 +49,7 @@ def _extreme(x: Tensor, dims: Any, keep: bool, largest: bool) -> Tensor:
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
         shape = shape if keep else [n for d, n in enumerate(x.shape) if d not in dims]
         if x.dtype == torch.bool:
-            return torch.full(shape, not largest)
+            return torch.full(shape, not largest, dtype=torch.bool)
         info = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
         limit = torch.inf if x.is_floating_point() else info.max
         return torch.full(shape, (-limit if x.is_floating_point() else info.min) if largest else limit, dtype=x.dtype)
