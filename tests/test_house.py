@@ -144,7 +144,18 @@ def test_no_private_or_deprecated_part_of_torch_for_onnx(folder):
 
 
 # units that native calls, or the tensors that they read, come from; other threads may set torch's default type
-OF_NATIVE_CALLS = ("runtime", "compiler", "generation", "formats", "onnx", "checkpoint", "integrations")
+OF_NATIVE_CALLS = (
+    "runtime",
+    "compiler",
+    "generation",
+    "formats",
+    "onnx",
+    "checkpoint",
+    "integrations",
+    "calibration",
+    "quantization",
+    "evaluation",
+)
 NEW_TENSORS = ("empty", "zeros", "ones", "full", "tensor", "eye", "linspace", "rand", "randn")
 
 

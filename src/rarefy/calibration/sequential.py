@@ -291,7 +291,7 @@ class _SequentialCalibration:
                 if self.attributes is None:
                     probe = partial(call, self.model, first_samples(batch))
                     self.attributes = attributes_set_by(self.model, probe)
-                torch.rand((), generator=numbers)
+                torch.rand((), generator=numbers, dtype=torch.float32)
                 for side in (0, 1) if self.dense else (1,):
                     self.start(index, batch, side, numbers.get_state())
             replaced = set() if self.assign else {id(l.original) for g in groups for l in g.layers}

@@ -24,7 +24,8 @@ class Sample:
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
         self.per_batch = SAMPLES  # values of a batch, at most
-        self.low, self.high = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
+        self.low = torch.tensor([torch.inf], dtype=torch.float32)
+        self.high = -self.low
 
     def add(self, x: Tensor, rng: torch.Generator) -> None:
         """Add values of a batch."""

@@ -26,7 +26,7 @@ def int8_grid(weight: Tensor) -> Grid | None:
     W = weight.detach().float().flatten(1).abs()
     largest = W.amax(1)
     sample = W.topk(min(SAMPLE, W.shape[1]), 1).values
-    scale = torch.where(largest > 0, 0.0, 1.0)
+    scale = (largest <= 0).float()
     for code in range(MAX_CODE, 0, -1):
         rows = (scale == 0).nonzero().flatten()
         if not len(rows):

@@ -31,7 +31,7 @@ def example_of(model: nn.Module, tokens: int, batch: int) -> Any:
     noise = torch.Generator().manual_seed(0)
     images = image_config_of(model)
     if images is not None and not hf.is_model(model):
-        return torch.randn(images.shape(batch), generator=noise)
+        return torch.randn(images.shape(batch), generator=noise, dtype=torch.float32)
     if not hf.is_model(model):
         raise ModelError(
             f"{type(model).__name__} does not say what it is called with: expected a Hugging Face model, an ONNX file, "
@@ -42,7 +42,7 @@ def example_of(model: nn.Module, tokens: int, batch: int) -> Any:
         size = getattr(config, "image_size", None) or IMAGE_SIZE
         height, width = size if isinstance(size, list | tuple) else (size, size)
         shape = (batch, getattr(config, "num_channels", None) or 3, height, width)
-        return {"pixel_values": torch.randn(shape, generator=noise)}
+        return {"pixel_values": torch.randn(shape, generator=noise, dtype=torch.float32)}
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int):
         raise ModelError(
@@ -68,7 +68,7 @@ def random_inputs(signature: Signature, tokens: int, batch: int) -> dict[str, Te
 
 def _random(described: ModelInput, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
     if described.dtype.is_floating_point:
-        return torch.randn(shape, generator=noise).to(described.dtype)
+        return torch.randn(shape, generator=noise, dtype=torch.float32).to(described.dtype)
     if described.dtype == torch.bool or "mask" in described.name.lower():
         return torch.ones(shape, dtype=described.dtype)
     return torch.randint(0, described.num_values, shape, generator=noise).to(described.dtype)

@@ -223,8 +223,9 @@ def _table(x: Tensor, w: Tensor, bits: int) -> Tensor:
 
 def _histogram(x: Tensor, w: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Return the means and weights of bins of sorted x: half of equal width, for the tails, half of equal count."""
-    equal_width = torch.searchsorted(x, torch.linspace(float(x[0]), float(x[-1]), bins // 2 + 1)[1:-1])
-    equal_count = torch.linspace(0, len(x), bins // 2 + 1)[1:-1].long()
+    places = torch.linspace(float(x[0]), float(x[-1]), bins // 2 + 1, dtype=torch.float32)
+    equal_width = torch.searchsorted(x, places[1:-1])
+    equal_count = torch.linspace(0, len(x), bins // 2 + 1, dtype=torch.float32)[1:-1].long()
     edges = torch.cat([equal_width, equal_count]).unique()
     bin_of = torch.searchsorted(edges, torch.arange(len(x)), right=True)
     mass = torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, bin_of, w.double())

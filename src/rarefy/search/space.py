@@ -267,7 +267,7 @@ def measured_rank_loss(
 def factorized_weight(layer: Layer, level: float, stats: Mapping[str, LayerStats]) -> torch.Tensor:
     """Return the product of a Linear layer's factors, with each input weighted by its size in the data."""
     weight = layer.weight.detach().float()
-    scale = torch.ones(weight.shape[1])
+    scale = torch.ones(weight.shape[1], dtype=torch.float32)
     if layer.full_name in stats and stats[layer.full_name].in_square is not None:
         scale = stats[layer.full_name].in_norm.flatten().float().clamp_min(1e-6)
     rank = max(1, int((1 - level) * weight.numel() / sum(weight.shape)))
