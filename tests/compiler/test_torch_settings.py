@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rarefy
 from conftest import tiny_llama
-from rarefy.common.errors import DataError
+from rarefy.common.errors import DataError, ModelError
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packing import pack_tiles
 
@@ -101,6 +101,14 @@ def test_models_are_compiled_and_loaded_under_other_defaults(name, setting, prec
         again = rarefy.load(tmp_path / "model")
         got = fast(*call), again(*call)
     assert all(distance(y, want) < (0.05 if precision else 1e-5) for y in got)
+
+
+@pytest.mark.parametrize(
+    "setting, message", [("autocast", "outside of torch.autocast"), ("device", "default device is meta")]
+)
+def test_compiling_under_settings_that_change_the_model_is_refused(setting, message):
+    with SETTINGS[setting](), pytest.raises(ModelError, match=message):
+        rarefy.compile(MODELS["linear"]().eval(), call_of("linear", 4))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,7 +29,7 @@ def check_precision(precision: Any, known: Sequence[str] = PRECISIONS) -> None:
 
 
 def check_module(model: Any) -> None:
-    """Raise ModelError for what is not a torch module."""
+    """Raise ModelError for what is not a torch module, or under settings of torch that change what a model computes."""
     if not isinstance(model, nn.Module):
         reader = "from_onnx(file)" if str(model).endswith(".onnx") else "load(folder)"
         hints = {str | PathLike: f": rarefy.{reader} reads one", Compiled: ": it is compiled already"}
@@ -38,6 +38,13 @@ def check_module(model: Any) -> None:
     if unwrap(model) is not model:
         inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ModelError(f"{type(model).__name__} wraps a model: compile the model itself, model.{inside}")
+    if torch.is_autocast_enabled("cpu"):
+        raise ModelError("autocast is on: compile outside of torch.autocast, with precision= instead")
+    if torch.get_default_device().type != "cpu":
+        got = torch.get_default_device()
+        raise ModelError(
+            f"torch's default device is {got}, the engine runs on the CPU: compile under torch.device('cpu')"
+        )
 
 
 def check_example(leaves: Sequence[Any]) -> None:
