@@ -169,8 +169,11 @@ def test_numbers_of_another_type_are_other_constants():
 
     compiled = rarefy.compile(Power().eval(), (torch.arange(1, 5), 1), tune=False)
     for other in (True, 1.0, 2):
-        with pytest.raises(DataError, match="n: compiled for 1"):
+        says = f"n: compiled for 1, got {other}: this argument is no tensor .* with an example that has the other value"
+        with pytest.raises(DataError, match=says):
             compiled(torch.arange(1, 5), other)
+    with pytest.raises(DataError, match=r"n: compiled for 1, got a tensor float32 \[99, 99\]: "):
+        compiled(torch.arange(1, 5), torch.zeros(99, 99))
 
 
 # ---- other branches -------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import rarefy
 from rarefy.common.errors import DataError, ModelError, OutputsDifferError
+from rarefy.compiler.executor import run_call
 
 x = torch.randn(4, 8)
 images = torch.randn(2, 3, 8, 8)
@@ -152,3 +153,20 @@ def test_a_layer_that_torch_runs_faster_is_told(monkeypatch):
     monkeypatch.setattr(tuning, "slow_nodes", lambda compiled, *_: list(compiled.kernels))
     made = rarefy.compile(mlp(), x, precision="int8")
     assert "nothing runs in 8 bits: torch is faster in fp32 on the example" in repr(made)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError])
+def test_what_torch_raises_in_a_call_names_the_operator(error):
+    def operator():
+        raise error("sizes do not fit")
+
+    with pytest.raises(DataError, match="operator failed on these inputs: .*sizes do not fit"):
+        run_call(fx.Graph().call_function(operator), {}, lambda node: node)
+
+
+def test_errors_of_rarefy_in_a_call_stay_as_they_are():
+    def operator():
+        raise ModelError("the saved graph is inconsistent")
+
+    with pytest.raises(ModelError, match="^the saved graph is inconsistent$"):
+        run_call(fx.Graph().call_function(operator), {}, lambda node: node)

@@ -243,9 +243,12 @@ def compile(
     calibrate = list(calibrate) if isinstance(calibrate, Iterator) else calibrate  # it may be read again
     options = {"precision": precision, "ignore": ignore, "per_layer": per_layer, "calibrate": calibrate}
     compile_call = partial(_compile_call, **options, solver=solver, tune=tune, max_error=max_error)
-    compiled = compile_call(model, *split_example(example), dynamic=dynamic)
-    if dynamic and calibrate is None:
-        compiled.branches = Branches(model, compile_call)
+    arguments = split_example(example)
+    if not dynamic or calibrate is not None:
+        return compile_call(model, *arguments, dynamic=dynamic)
+    branches = Branches(model, compile_call)
+    compiled = branches.compile(model, *arguments)
+    compiled.branches = branches
     return compiled
 
 

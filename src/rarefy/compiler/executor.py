@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.common.errors import DataError, OtherSizesError, first_line
+from rarefy.common.errors import DataError, OtherSizesError, RarefyError, first_line
 from rarefy.compiler import io_names
 from rarefy.compiler.branches import Branches
 from rarefy.compiler.export import layer_names
@@ -460,7 +460,9 @@ def run_call(
             args, kwargs = fx.map_arg((call.args, call.kwargs), lookup)
             run = function or call.target
             values[call] = run(*args, **kwargs) if recorder is None else recorder.run_torch(call, run, args, kwargs)
-    except (RuntimeError, IndexError, TypeError) as error:  # raised by torch
+    except RarefyError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AssertionError) as error:  # raised by torch
         name = _op_name(call.nodes[0] if isinstance(call, Native) else call)
         raise DataError(f"{name} failed on these inputs: {first_line(error)}") from error
 

@@ -24,7 +24,7 @@ from rarefy.compiler import ops
 from rarefy.compiler.fx_utils import MODULES, ExportedGraph, Node, shape
 from rarefy.compiler.operators.table import BY_TARGET
 from rarefy.compiler.passes.quantization import FAKE_QUANTIZE
-from rarefy.compiler.torch_guards import TORCH, recorded_decisions
+from rarefy.compiler.torch_guards import TORCH, plain_texts, recorded_decisions
 from rarefy.compiler.traced_graph import TracedGraph, copy_of, key_of, remembered, tensors_of, traced
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.batches import distinct_tensors
@@ -156,7 +156,8 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, rounding: A
     with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), rounding_by(rounding):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # outputs are verified
-        program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+        with plain_texts():
+            program = export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
         mutable = any(_is_mutable(n.target) for n in program.graph.nodes if n.op == "call_function")
         return program.run_decompositions({}) if mutable else program
 

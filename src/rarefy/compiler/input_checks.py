@@ -15,6 +15,7 @@ from rarefy.compiler.shape_guards import MAX_SIZE, Guard, parse
 from rarefy.compiler.torch_guards import from_torch
 
 WHAT_TO_DO = "compile the model with an example of these sizes, or pad or cut the inputs"
+MAX_SHOWN = 80  # characters of a value in an error
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ def check_inputs(
     for name, want, value in inputs:
         if not isinstance(want, InputSpec):
             if not _is_constant(value, want):
-                raise DataError(f"{name}: compiled for {want!r}, got {value!r}")
+                raise DataError(
+                    f"{name}: compiled for {_described(want)}, got {_described(value)}: this argument is no tensor in "
+                    "the example, so it is fixed: compile the model with an example that has the other value"
+                )
             continue
         _check_type(name, want, value)
         for d, (n, size) in enumerate(zip(value.shape, want.sizes)):
@@ -80,9 +84,8 @@ def check_inputs(
             elif not size.isidentifier():
                 dependent.append((place, size, n))
             elif sizes.setdefault(size, n) != n:
-                raise DataError(
-                    f"{name}: expected a size of {sizes[size]}, as in another input, got {n}: {list(value.shape)}"
-                )
+                got = f"as in another input, got {n}: {list(value.shape)}"
+                raise OtherSizesError(f"{name}: expected a size of {sizes[size]}, {got}: {WHAT_TO_DO}")
             else:
                 places.setdefault(size, place)
                 low, high = ranges.get(size, (1, MAX_SIZE))
@@ -104,6 +107,13 @@ def _is_constant(value: Any, want: Any) -> bool:
     """Return whether a value is the constant that a graph was traced with: 2 is neither True nor 2.0."""
     kind = type(value.item()) if isinstance(value, Tensor) and value.dim() == 0 else type(value)
     return kind is type(want) and bool(value == want or (value != value and want != want))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _check_type(name: str, want: InputSpec, value: Any) -> None:

@@ -1,7 +1,8 @@
-"""Inputs of other sizes than the example's, made from the example: for checks of compiled models."""
+"""Inputs of other sizes and values than the example's, made from the example: for checks of compiled models."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ from rarefy.compiler.shape_guards import parse
 STEPS = (1, 2, 3, 4, 8, 16, 32, 64, -1, -2, -4, -8)  # what is added to a size of the example, until it is allowed
 TRIES = 3  # sizes at which the model itself may raise an error
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, AssertionError, TypeError)  # of a model at sizes it cannot take
+
+DRAWN = (
+    (1, 0),
+    (-1, 0),
+    (0.01, 0),
+    (4, 0),
+    (100, 100),
+    (-100, -100),
+)  # factors of values, and offsets: times the largest
+MAX_NUMBER = 1e4  # of an example whose values are drawn and multiplied; masks that are added have larger ones
 
 Sizes = dict[str, int]
 
@@ -98,6 +109,29 @@ def _resized(t: Any, want: Any, sizes: Mapping[str, int]) -> Any:
         t = t.clone()
         t[0, t.shape[1] - max(1, t.shape[1] // 4) :] = 0
     return t
+
+
+def other_values(leaves: Sequence[Any], example: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield inputs of the same sizes with other values: of the other sign, drawn from the example's range, small ones,
+    and large ones, of one sign too. Masks end elsewhere. O(inputs)."""
+    random = torch.Generator().manual_seed(0)
+    yield [-t if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
+    for scale, offset in DRAWN:
+        yield [_drawn(t, of, scale, offset, random) if isinstance(t, Tensor) else t for t, of in zip(leaves, example)]
+
+
+def _drawn(t: Tensor, of: Tensor, scale: float, offset: float, random: torch.Generator) -> Tensor:
+    """Return a tensor of the sizes and type of `t` with values like those of another; numbers are changed."""
+    if _is_mask(of) and t.dim() > 1 and t.shape[-1] > 1:
+        ends = torch.randint(1, t.shape[-1] + 1, (*t.shape[:-1], 1), generator=random)
+        return (torch.arange(t.shape[-1]) < ends).to(t.dtype)
+    largest = math.inf if of.is_complex() else float(of.abs().max()) if of.is_floating_point() else 0.0
+    if 0 < largest <= MAX_NUMBER:
+        drawn = torch.rand(t.shape, generator=random, dtype=torch.float64) * (of.max() - of.min()) + of.min()
+        return (scale * drawn + offset * max(largest, 1.0)).to(t.dtype)
+    if of.is_floating_point() or of.is_complex():  # zeros, or a mask that is added to scores
+        return of.flatten()[torch.randint(of.numel(), t.shape, generator=random)]
+    return torch.randint(int(of.min()), int(of.max()) + 1, t.shape, generator=random).to(t.dtype)
 
 
 def _is_mask(t: Tensor) -> bool:

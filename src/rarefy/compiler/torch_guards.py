@@ -6,8 +6,8 @@ import ast
 import operator
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,11 @@ from rarefy.compiler.shape_guards import MAX_SIZE, parse
 TORCH = os.path.dirname(torch.__file__) + os.sep
 LAYERS = os.path.join(TORCH, "nn", "")
 SYMBOLIC = (os.path.join(TORCH, "__init__.py"), os.path.join(TORCH, "fx", "experimental", ""), __file__)
+STANDARD = (os.path.dirname(os.__file__) + os.sep, "<frozen ")  # modules of Python, which format and hash for callers
+INSTALLED = tuple(os.path.join(STANDARD[0], n, "") for n in ("site-packages", "dist-packages"))
+LOGGING = os.path.join("logging", "__init__.py")  # to which a text is no more than a text
+EINOPS = f"{os.sep}einops{os.sep}"  # which asks for hashes of sizes, and does without
+NUMBERS = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}  # that stand for numbers while torch traces
 RELATIONS = {
     sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
 }  # fmt: skip
@@ -51,13 +56,42 @@ def recorded_decisions() -> Iterator[list[Any]]:
         yield decisions
 
 
-def _is_asked_by_model() -> bool:
-    """Return whether a condition on sizes is evaluated by a model's code, or that of torch's layers."""
+def _is_asked_by_model(on_the_way: tuple[str, ...] = ()) -> bool:
+    """Return whether a condition on sizes is evaluated by a model's code, or that of torch's layers.
+
+    on_the_way: files whose code asks for its callers.
+    """
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(SYMBOLIC):
-        frame = frame.f_back
     path = frame.f_code.co_filename
-    return not path.startswith(TORCH) or path.startswith(LAYERS)
+    while frame.f_back is not None and path.startswith((*SYMBOLIC, *on_the_way)) and not path.startswith(INSTALLED):
+        if path.endswith(LOGGING):
+            return False
+        frame = frame.f_back
+        path = frame.f_code.co_filename
+    return (not path.startswith(TORCH) or path.startswith(LAYERS)) and EINOPS not in path
+
+
+@contextmanager
+def plain_texts() -> Iterator[None]:
+    """Let text and hash of a size be those of its number, where a model's code asks for them, and fix the size.
+
+    torch's text of a size is its symbol, "s27", and it keeps no guard: a layer by the name `str(n)`, or a dictionary by
+    size, would be looked up once for all sizes. Sizes that depend on values keep their symbols.
+    """
+
+    def plain(kind: type, name: str, original: Callable[..., Any], number: type) -> Any:
+        def plain_one(self: Any, *args: Any) -> Any:
+            if not self.node.has_hint() or not _is_asked_by_model(STANDARD):
+                return original(self, *args)
+            return getattr(number, name)(number(self), *args)
+
+        return patch.object(kind, name, plain_one)
+
+    with ExitStack() as stack:
+        for kind, number in NUMBERS.items():
+            for name in ("__repr__", "__format__", "__hash__"):
+                stack.enter_context(plain(kind, name, getattr(kind, name), number))
+        yield
 
 
 def conditions(

@@ -13,7 +13,15 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.errors import OutputsDifferError, RarefyError
 from rarefy.compiler.input_checks import readable_guards
-from rarefy.compiler.other_sizes import MODEL_ERRORS, Sizes, connected_sizes, is_allowed, resized, second_sizes
+from rarefy.compiler.other_sizes import (
+    MODEL_ERRORS,
+    Sizes,
+    connected_sizes,
+    is_allowed,
+    other_values,
+    resized,
+    second_sizes,
+)
 from rarefy.model.compare import relative_distance
 from rarefy.model.rounding_noise import is_excused, noise_of_sums
 
@@ -117,14 +125,14 @@ def _compare_example(
 
 def _agrees(model: nn.Module, compiled: Any, leaves: list[Any], spec: Any, sizes: Sizes, tolerance: float) -> bool:
     """Return whether model and compiled model run and agree at other sizes, with each of the other open sizes too, and
-    for negative inputs: comparisons and maxima may hide a difference for those of the example."""
+    for other values: comparisons and maxima may hide a difference for those of the example."""
     inputs = resized(compiled.input_specs, leaves, sizes)
-    negative = [-t if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     try:
         if not distance(model, compiled, inputs, spec) <= tolerance:
             return False
         others = [other for other, _ in second_sizes(compiled, inputs, lambda _: True)]
-        for values in (negative, *(resized(compiled.input_specs, inputs, {**other, **sizes}) for other in others)):
+        of_sizes = (resized(compiled.input_specs, inputs, {**other, **sizes}) for other in others)
+        for values in (*of_sizes, *other_values(inputs, leaves)):
             if _runs(model, values, spec) and is_allowed(compiled, values):
                 d = distance(model, compiled, values, spec)
                 if not d <= tolerance and not _excused(model, values, spec, d):
