@@ -207,7 +207,7 @@ def test_lists_without_tensors(value):
     }
     assert {"cat.default", "stack.default", "meshgrid.indexing", "index.Tensor"} <= {name for name, _ in lists}
     x = torch.fx.Graph().placeholder("x")
-    for (name, argument), operator in lists.items():
+    for (_, argument), operator in lists.items():
         others = {"self": x, "indexing": "ij", "equation": "a->a"}
         given = {a.name: others[a.name] for a in operator._schema.arguments if a.name in others}
         with pytest.raises(ValueError, match=f"argument {argument}: expected (at least one tensor|List.Tensor.), got"):
