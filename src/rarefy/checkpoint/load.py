@@ -15,6 +15,7 @@ from rarefy.checkpoint.fit_structure import RECORDS, restore_structure_, skeleto
 from rarefy.checkpoint.tensor_slots import Slots, aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.plain_file import usable_path
 from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.formats import container
 from rarefy.model import embedding_modules, hf, vision
@@ -66,6 +67,7 @@ def load(
         >>> load(folder, torch.nn.Linear(2, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    usable_path(path)
     if pt2_load.is_file(path):
         _check_file_options(path, model, accelerate, verify)
         return pt2_load.load_pt2(path)

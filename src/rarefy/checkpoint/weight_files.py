@@ -20,6 +20,7 @@ from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.json_text import read_json_file
 from rarefy.common.machine_errors import raise_memory_error
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
 from rarefy.model.construction_limit import Stored
@@ -51,7 +52,7 @@ class WeightFiles(Protocol):
 def open_weights(path: str | Path) -> WeightFiles:
     """Return the weights of a folder or GGUF file without reading them; ContainerError or ModelError where there are
     none that can be read one at a time."""
-    if not Path(path).exists():
+    if not usable_path(path).exists():
         raise ModelError(f"no file or folder {str(path)!r}")
     if gguf_file.is_file(path):
         return GgufModel(path)
@@ -212,7 +213,9 @@ def parameter_names(model: nn.Module) -> Mapping[int, list[str]]:
 
 def _opened(file: Path) -> Any:
     try:
-        return safe_open(file, "pt")
+        return safe_open(plain_file(file), "pt")
+    except ContainerError:
+        raise
     except Exception as error:  # safetensors raises several kinds
         raise_memory_error(error)
         raise ContainerError(f"{file}: not a valid safetensors file: {first_line(error)}") from None

@@ -41,6 +41,7 @@ from rarefy.common.atomic_io import (
 from rarefy.common.errors import ContainerError, FormatError, nearest
 from rarefy.common.json_text import parse_json
 from rarefy.common.machine_errors import raise_memory_error
+from rarefy.common.plain_file import usable_path
 from rarefy.formats.aligned_file import NAMES, write_aligned
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
@@ -169,7 +170,7 @@ def write(
     >>> read(folder).tensor("tied").sum()
     tensor(3.)
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(usable_path(path)))
     with container_errors(target):
         check_output_folder(target, overwrite)
     _check_files(files)
