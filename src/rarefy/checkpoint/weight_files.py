@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_build
 from rarefy.checkpoint.gguf_load import GgufModel
-from rarefy.checkpoint.load import attach_receipt_
+from rarefy.checkpoint.load import attach_receipt_, check_current
 from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError, first_line
@@ -183,7 +183,8 @@ class RarefyFolder:
         self.model: Any = hf.build(structure_now, self.saved.stored, empty=True)
         restore_structure_(self.saved, self.model, structure, path)
         hf.load_generation_config_(self.model, Path(path))
-        attach_receipt_(self.model, Path(path) / "receipt.json", self.saved.meta.get("recipe"))
+        check_current(self.saved)
+        attach_receipt_(self.model, self.saved)
         self.stated = str(structure.get("dtype"))
 
     @property
@@ -194,7 +195,8 @@ class RarefyFolder:
     @cached_property
     def verified(self) -> container.Container:
         """Return the folder after a pass over its files for their hashes, which only those who read weights need."""
-        return container.read(self.saved.path)
+        container.verify(self.saved)
+        return self.saved
 
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:
         """Return a weight and its grid."""
