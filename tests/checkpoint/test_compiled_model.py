@@ -22,6 +22,8 @@ from rarefy.compiler.executor import Compiled
 from rarefy.compiler.subgraph import FusedSubgraph, SingleOp
 from rarefy.data import builtin
 from rarefy.evaluation.profiling import threads
+from rarefy.evaluation.receipt import Receipt
+from rarefy.formats import container
 from rarefy.model import hf
 from rarefy.pipeline import train_stage
 from rarefy.runtime import bindings
@@ -55,6 +57,34 @@ def test_the_same_bits_for_other_batches(tmp_path, make, precision):
         assert torch.equal(back(x), made(x))
     with pytest.raises(DataError, match=r"expected float32 \[any, 30\] on the CPU, got \[2, 31\]: 31 is not 30"):
         back(torch.randn(2, 31))
+
+
+def test_a_folder_that_is_replaced_while_it_is_loaded(tmp_path, monkeypatch):
+    """The graph of one model with the weights of another, or a receipt that is not the model's."""
+    folder, nets = tmp_path / "m", [mlp() for _ in range(3)]
+    x, read = torch.randn(2, 30), container.read
+    for net in nets:
+        net.rarefy_receipt = Receipt(name=str(id(net)))
+
+    def load_between(first, second, save, make=lambda: None):
+        """Save one, and the other in the middle of a load; return what is loaded."""
+        save(first, folder)
+
+        def replaced(path, **options):
+            saved = read(path, **options)
+            save(second, folder)
+            return saved
+
+        with monkeypatch.context() as patch:
+            patch.setattr(container, "read", replaced)
+            loaded = rarefy.load(folder, make())
+        assert torch.allclose(loaded(x), first(x), atol=1e-5)
+        assert torch.allclose(rarefy.load(folder, make())(x), second(x), atol=1e-5)
+        return loaded
+
+    loaded = load_between(nets[0], nets[1], lambda net, out: rarefy.save(net, out, overwrite=True), mlp)
+    assert loaded.rarefy_receipt == nets[0].rarefy_receipt
+    load_between(nets[1], nets[2], lambda net, out: rarefy.save(rarefy.compile(net, x), out, overwrite=True))
 
 
 @pytest.mark.parametrize("how", [{}, {"causal": True}, {"kv_heads": 2}], ids=str)

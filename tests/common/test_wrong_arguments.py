@@ -282,7 +282,7 @@ def test_a_recipe_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(file), "read_text", refused)
     for read in (recipes.load, rarefy.migrate):
-        with pytest.raises(RecipeError, match=r"r.yaml: cannot be read: Permission denied"):
+        with pytest.raises(RecipeError, match=r"r.yaml cannot be read: Permission denied"):
             read(file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import lzma
@@ -20,7 +21,7 @@ from helpers.folders import SHARD, edit_compressed_index, edit_index, sample, se
 from helpers.folders import small_container as small
 from rarefy.common import atomic_io
 from rarefy.common.errors import ContainerError
-from rarefy.formats import container
+from rarefy.formats import container, held_files
 from rarefy.formats.container import INDEX, read, write
 from rarefy.formats.sparse_encodings import FORMATS, Packed, encode
 
@@ -232,7 +233,7 @@ FULL_DISK = """
 import sys, pathlib, torch
 from rarefy.common.errors import ContainerError
 from rarefy.common import atomic_io
-from rarefy.formats import container
+from rarefy.formats import container, held_files
 from rarefy.formats.sparse_encodings import encode
 root = pathlib.Path(sys.argv[1])
 container.write(root / "old", [("a", encode(torch.ones(9), "dense"))])
@@ -586,20 +587,69 @@ def test_a_name_that_is_not_there(tmp_path):
         read(tmp_path / "m").packed("bitmsk")
 
 
-def test_a_shard_that_vanishes_after_reading(tmp_path):
+def test_a_folder_that_is_removed_after_reading(tmp_path):
     small(tmp_path / "m")
     saved = read(tmp_path / "m")
-    (tmp_path / "m" / SHARD).unlink()
-    with pytest.raises(ContainerError, match=f"{SHARD}: not a valid safetensors file"):
-        saved.tensor("csr")
+    expected = read(tmp_path / "m").tensor("csr")
+    shutil.rmtree(tmp_path / "m")
+    assert torch.equal(saved.tensor("csr"), expected) and not saved.files.is_current()
 
 
-def test_no_file_stays_open(tmp_path):
+def test_no_file_stays_open_after_its_container(tmp_path):
     small(tmp_path / "m")
+
+    def is_open():
+        return any(str(tmp_path) in os.path.realpath(f) for f in Path("/proc/self/fd").iterdir())
+
     saved = read(tmp_path / "m")
     kept = [saved.packed(name) for name in saved.names]
-    links = [os.path.realpath(f) for f in Path("/proc/self/fd").iterdir()]
-    assert kept and not any(str(tmp_path) in link for link in links)
+    assert is_open()
+    del saved
+    gc.collect()
+    assert kept and not is_open()
+
+
+def shards(folder, value):
+    tensors = [(n, encode(torch.full((3, 3), value), "dense")) for n in "abc"]
+    container.write(folder, tensors, overwrite=True, shard_bytes=1)
+
+
+@pytest.mark.parametrize("held", [256, 1])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_folder_that_is_replaced_while_it_is_read(at, verify, held, tmp_path, monkeypatch):
+    """The index of one save and the shards of another: a model that nobody saved."""
+    shards(tmp_path / "m", 1.0)
+    opened, calls = held_files.open_plain, []
+
+    def replace(*args, **options):
+        calls.append(1)
+        if len(calls) == at:
+            shards(tmp_path / "m", 2.0)
+        return opened(*args, **options)
+
+    monkeypatch.setattr(held_files, "open_plain", replace)
+    monkeypatch.setattr(held_files, "MAX_HELD", held)  # others are opened again
+    saved = read(tmp_path / "m", verify=verify)
+    try:
+        values = {saved.tensor(n)[0, 0].item() for n in saved.names}
+    except ContainerError as error:  # removed with the old folder before it was opened again
+        assert held == 1 and len(calls) >= at and "No such file" in str(error)
+    else:
+        assert len(values) == 1 and values <= {1.0, 2.0}
+
+
+def test_a_folder_that_is_replaced_all_the_time(tmp_path, monkeypatch):
+    shards(tmp_path / "m", 1.0)
+    opened = held_files.open_plain
+
+    def replace(name, **options):
+        shards(tmp_path / "m", 2.0)
+        return opened(name, **options)
+
+    monkeypatch.setattr(held_files, "open_plain", replace)
+    with pytest.raises(ContainerError, match="m was replaced 10 times while it was read: load it when that has ended"):
+        read(tmp_path / "m")
 
 
 def test_a_decompression_bomb_with_matching_index_is_refused(tmp_path):

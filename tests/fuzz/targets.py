@@ -40,6 +40,7 @@ from rarefy.checkpoint.weight_files import open_weights
 from rarefy.cli import report
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, FormatError, ModelError, RarefyError, RecipeError
+from rarefy.common.json_text import read_bytes
 from rarefy.data import sources, text_pairs
 from rarefy.formats import container
 from rarefy.formats.index import digest
@@ -335,7 +336,7 @@ def mutate_recipe(part: str, files: Files, rng: random.Random) -> Change:
 def read_recipe(path: Path) -> None:
     """Read a recipe; what it was read as can be written and read again, and an error says where."""
     try:
-        recipe = recipes.from_yaml(path.read_bytes().decode("utf-8", "replace"))
+        recipe = recipes.from_yaml(read_bytes(path, 1 << 20).decode("utf-8", "replace"))
     except RecipeError as error:
         assert "recipe" in str(error) or "line" in str(error)
         raise

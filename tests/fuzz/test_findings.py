@@ -193,6 +193,27 @@ def test_sizes_of_operators_of_torch(target, arguments, number):
         op_registry.check_call(op_registry.find(target), args, {}, kinds, {})
 
 
+@pytest.mark.parametrize("value", [[], (), [None]])
+def test_lists_without_tensors(value):
+    """torch.cat of none raises a ValueError of torch's when it runs, index an IndexError, others other errors."""
+    from rarefy.compiler import op_registry
+
+    operators = {name: op_registry.find(f"aten.{name}") for name in sorted(op_registry.ATEN)}
+    lists = {
+        (name, argument.name): operator
+        for name, operator in operators.items()
+        for argument in ([] if operator is None else operator._schema.arguments)
+        if "Tensor" in str(argument.real_type) and "List" in str(argument.real_type)
+    }
+    assert {"cat.default", "stack.default", "meshgrid.indexing", "index.Tensor"} <= {name for name, _ in lists}
+    x = torch.fx.Graph().placeholder("x")
+    for (_, argument), operator in lists.items():
+        others = {"self": x, "indexing": "ij", "equation": "a->a"}
+        given = {a.name: others[a.name] for a in operator._schema.arguments if a.name in others}
+        with pytest.raises(ValueError, match=f"argument {argument}: expected (at least one tensor|List.Tensor.), got"):
+            op_registry.check_call(operator, (), {**given, argument: value}, {x: op_registry.TENSOR}, {})
+
+
 def test_operators_of_torch_that_check_nothing():
     """Vectors that are shorter than the channels: torch reads what lies behind them, or dies."""
     from rarefy.compiler import op_registry

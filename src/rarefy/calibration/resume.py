@@ -36,6 +36,7 @@ from rarefy.common.atomic_io import (
 )
 from rarefy.common.errors import ContainerError, DataError
 from rarefy.common.machine_errors import raise_memory_error
+from rarefy.common.plain_file import plain_file
 from rarefy.model.sparsity_pattern import Pattern
 
 START_OVER = "remove {} (shell: pass --fresh) to start anew, or give another name"
@@ -88,7 +89,7 @@ class ResumeState:
         assert self.folder is not None
         file = self.folder / name
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(plain_file(file), "pt") as opened:
                 tensors = {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118 (not a dict)
                 metadata = opened.metadata()
             intact = metadata["key"] == self.key and metadata["digest"] == digest(dict(sorted(tensors.items())))
@@ -130,7 +131,7 @@ class ResumeState:
         assert file.name in SETUP_FILES
         if file.exists():
             try:
-                record = json.loads(file.read_text(encoding="utf-8"))
+                record = json.loads(plain_file(file).read_text(encoding="utf-8"))
                 value = record["value"]
                 intact = record["key"] == self.key and record["digest"] == digest(json.dumps(value))
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

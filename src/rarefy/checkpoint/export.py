@@ -15,6 +15,7 @@ from rarefy.checkpoint.load import load
 from rarefy.checkpoint.tensor_slots import trusted_shape
 from rarefy.common.atomic_io import INDEX, atomic_folder, check_output_folder, container_errors
 from rarefy.common.errors import ContainerError, ModelError, unknown
+from rarefy.common.plain_file import usable_path
 from rarefy.common.version import __version__
 from rarefy.formats import container
 from rarefy.lowrank import layer_tying
@@ -119,7 +120,7 @@ def _export_gguf(
 
 def _model_of(source: str | Path) -> nn.Module:
     """Return the model of a folder of Rarefy or Hugging Face, or of a .pt2 file."""
-    saved = (Path(source) / INDEX).is_file() or not hf.is_folder(source)
+    saved = (usable_path(source) / INDEX).is_file() or not hf.is_folder(source)
     model = load(source) if saved else hf.load_folder(source)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{source} holds a decoder or compiled model: export what it was made from")

@@ -17,6 +17,7 @@ from rarefy.checkpoint import gguf_tokenizer
 from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.atomic_io import atomic_file, container_errors, sync
 from rarefy.common.errors import ContainerError, ModelError, unknown
+from rarefy.common.plain_file import usable_path
 from rarefy.formats import gguf_blocks
 from rarefy.lowrank import layer_tying
 from rarefy.model import hf, lowrank_modules
@@ -62,7 +63,7 @@ def write(
             so, or gguf is not installed.
         ContainerError: the file exists or cannot be written, or an unknown type.
     """
-    file = Path(out)
+    file = usable_path(out)
     if type is not None and type not in TYPES:
         raise ContainerError(unknown("type", type, TYPES))
     if file.is_dir() or (file.exists() and not overwrite):

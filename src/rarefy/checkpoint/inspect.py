@@ -14,6 +14,7 @@ from rarefy.checkpoint import compiled_model, gguf_architectures, legacy_layouts
 from rarefy.checkpoint.tensor_slots import aliases, layouts, trusted_shape
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.common.report import Report
 from rarefy.compiler.executor import Compiled
 from rarefy.evaluation.profiling import sparsity_of
@@ -77,7 +78,7 @@ def _tensors(what: str | Path | nn.Module, compiled: dict[str, Any]) -> Iterator
         raise ModelError("a compiled model: print it, or save it and inspect its folder")
     if not isinstance(what, str | os.PathLike):
         raise ModelError(f"inspect: expected a model or a path, got {type(what).__name__}")
-    path = Path(what)
+    path = usable_path(what)
     if gguf_file.is_file(path):
         yield from _gguf_tensors(path)
         return
@@ -114,7 +115,7 @@ def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str, int, in
 
 def _file_tensors(file: Path) -> Iterator[tuple[str, Tensor, str, int, int]]:
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(plain_file(file), "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 tensor = opened.get_tensor(name)
                 yield name, tensor, "dense", tensor.numel() * tensor.element_size(), -1

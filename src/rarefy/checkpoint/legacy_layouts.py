@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.formats.bitpacking import unpack_bits
 from rarefy.model import hf
 from rarefy.model.checked_folder import read_config
@@ -39,7 +40,7 @@ DROPPED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point
 
 def is_compressed(folder: str | Path) -> bool:
     """Return whether a folder has a config of compressed-tensors."""
-    file = Path(folder) / "config.json"
+    file = usable_path(folder) / "config.json"
     return file.is_file() and bool(_settings(_config(file)))
 
 
@@ -79,7 +80,7 @@ def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor, Grid | None, str,
         where: dict[str, Any] = {}  # the open file of each tensor
         for file in files:
             try:
-                opened = stack.enter_context(safe_open(file, "pt"))
+                opened = stack.enter_context(safe_open(plain_file(file), "pt"))
             except SafetensorError as error:
                 raise ContainerError(f"{file}: not a valid safetensors file: {error}") from None
             where |= dict.fromkeys(opened.keys(), opened)

@@ -15,6 +15,7 @@ from rarefy.checkpoint.fit_structure import RECORDS, restore_structure_, skeleto
 from rarefy.checkpoint.tensor_slots import Slots, aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.plain_file import usable_path
 from rarefy.evaluation.receipt import receipt_from_dict
 from rarefy.formats import container
 from rarefy.model import embedding_modules, hf, vision
@@ -66,6 +67,7 @@ def load(
         >>> load(folder, torch.nn.Linear(2, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    usable_path(path)
     if pt2_load.is_file(path):
         _check_file_options(path, model, accelerate, verify)
         return pt2_load.load_pt2(path)
@@ -89,9 +91,10 @@ def load(
         restore_structure_(saved, skeleton(model), structure, path)
     slots = restore_structure_(saved, model, structure, path)
     _load_tensors_(saved, model, slots, options, path)
-    attach_receipt_(model, Path(path) / "receipt.json", saved.meta.get("recipe"))
+    attach_receipt_(model, saved)
     head = embedding_modules.head_of(Path(path)) if hf.is_model(model) else None
     if head is not None:
+        check_current(saved)
         setattr(model, embedding_modules.HEAD, head)
     return model
 
@@ -207,14 +210,21 @@ def _set_tensor_(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, tensor)
 
 
-def attach_receipt_(model: nn.Module, file: Path, recipe: Any) -> None:
+def check_current(saved: container.Container) -> None:
+    """Raise ContainerError if another folder is in the place of one whose files were read by their paths."""
+    if not saved.files.is_current():
+        raise ContainerError(f"{saved.path} was replaced while it was read: load it again")
+
+
+def attach_receipt_(model: nn.Module, saved: container.Container) -> None:
     """Attach the receipt of a folder and its recipe to the model. A receipt that cannot be read is ignored: it is a
     record, not a part of the model."""
-    if not file.is_file() or file.is_symlink() or file.stat().st_size >= MAX_RECEIPT_BYTES:
-        return
     try:
+        file = saved.files.path("receipt.json")
+        if file.stat().st_size >= MAX_RECEIPT_BYTES:
+            return
         receipt = receipt_from_dict(json.loads(file.read_text(encoding="utf-8")))
-        recipe = old_names.upgrade(recipe)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        recipe = old_names.upgrade(saved.meta.get("recipe"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return
     model.rarefy_receipt, model.rarefy_recipe = receipt, recipe  # type: ignore[assignment]

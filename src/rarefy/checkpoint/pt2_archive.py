@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rarefy.common.errors import ContainerError, RarefyError, first_line
 from rarefy.common.json_text import parse_json
+from rarefy.common.plain_file import plain_file
 
 MODEL = "models/model.json"
 WEIGHTS, CONSTANTS = ("data/weights/", "model_weights_config.json"), ("data/constants/", "model_constants_config.json")
@@ -59,7 +60,7 @@ def read(path: str | Path) -> Archive:
     Raises:
         ContainerError: there is no such file, it is damaged, or it has records that are pickles or compiled code.
     """
-    file = Path(path)
+    file = plain_file(path)
     try:
         with zipfile.ZipFile(file) as archive:
             return _read(file, _records(file, archive))

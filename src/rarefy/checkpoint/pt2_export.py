@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.common.atomic_io import container_errors, folder_beside, sync
 from rarefy.common.errors import ContainerError, DataError, ModelError
+from rarefy.common.plain_file import usable_path
 from rarefy.compiler.export import export_program
 from rarefy.compiler.model_checks import check_example, check_module, check_ready, fold_copy
 from rarefy.evaluation.example_inputs import example_of
@@ -45,7 +46,7 @@ def write(model: Any, out: str | Path, example: Any = None, overwrite: bool = Fa
         DataError: the model cannot be called with the example.
         ModelError: torch cannot export the model, or outputs of the file differ.
     """
-    target = Path(out)
+    target = usable_path(out)
     if target.suffix != ".pt2":
         raise ContainerError(f"{target}: the name of an exported program ends in .pt2")
     if target.is_dir() or (target.exists() and not overwrite):

@@ -8,6 +8,7 @@ from rarefy.checkpoint.model_card import model_card
 from rarefy.checkpoint.origin import CARD
 from rarefy.common.atomic_io import PICKLE_SUFFIXES, container_errors, write_text_atomic
 from rarefy.common.errors import ContainerError, ModelError, first_line
+from rarefy.common.plain_file import plain_file
 from rarefy.model import hub
 
 
@@ -95,6 +96,7 @@ def _files(folder: Path) -> list[str]:
         if path.is_symlink() or path.suffix in PICKLE_SUFFIXES:
             what = "a link" if path.is_symlink() else "a pickle"
             raise ContainerError(f"{path} is {what}, which is not published: remove it")
+        plain_file(path)
         names.append(name)
     return names
 

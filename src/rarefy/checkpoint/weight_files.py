@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from rarefy.checkpoint.fit_structure import restore_structure_, structure_to_build
 from rarefy.checkpoint.gguf_load import GgufModel
-from rarefy.checkpoint.load import attach_receipt_
+from rarefy.checkpoint.load import attach_receipt_, check_current
 from rarefy.checkpoint.tensor_slots import aliases
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.json_text import read_json_file
 from rarefy.common.machine_errors import raise_memory_error
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.formats import container, gguf_file
 from rarefy.model import hf
 from rarefy.model.construction_limit import Stored
@@ -51,7 +52,7 @@ class WeightFiles(Protocol):
 def open_weights(path: str | Path) -> WeightFiles:
     """Return the weights of a folder or GGUF file without reading them; ContainerError or ModelError where there are
     none that can be read one at a time."""
-    if not Path(path).exists():
+    if not usable_path(path).exists():
         raise ModelError(f"no file or folder {str(path)!r}")
     if gguf_file.is_file(path):
         return GgufModel(path)
@@ -182,7 +183,8 @@ class RarefyFolder:
         self.model: Any = hf.build(structure_now, self.saved.stored, empty=True)
         restore_structure_(self.saved, self.model, structure, path)
         hf.load_generation_config_(self.model, Path(path))
-        attach_receipt_(self.model, Path(path) / "receipt.json", self.saved.meta.get("recipe"))
+        check_current(self.saved)
+        attach_receipt_(self.model, self.saved)
         self.stated = str(structure.get("dtype"))
 
     @property
@@ -193,7 +195,8 @@ class RarefyFolder:
     @cached_property
     def verified(self) -> container.Container:
         """Return the folder after a pass over its files for their hashes, which only those who read weights need."""
-        return container.read(self.saved.path)
+        container.verify(self.saved)
+        return self.saved
 
     def weight(self, name: str) -> tuple[Tensor, Grid | None]:
         """Return a weight and its grid."""
@@ -212,7 +215,9 @@ def parameter_names(model: nn.Module) -> Mapping[int, list[str]]:
 
 def _opened(file: Path) -> Any:
     try:
-        return safe_open(file, "pt")
+        return safe_open(plain_file(file), "pt")
+    except ContainerError:
+        raise
     except Exception as error:  # safetensors raises several kinds
         raise_memory_error(error)
         raise ContainerError(f"{file}: not a valid safetensors file: {first_line(error)}") from None

@@ -15,6 +15,7 @@ from rarefy.cli import shared
 from rarefy.cli.generate_output import Run, Text, print_results, run_steps
 from rarefy.cli.shared import CachePrecision, DecoderPrecision, Json, Offline, Quiet, Threads
 from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.plain_file import read_text
 
 if TYPE_CHECKING:
     from rarefy.cli.shared import Source
@@ -306,9 +307,11 @@ def _schema(value: str) -> str:
 
 def _file(option: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, RecipeError, "utf-8")
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{option}: {path} cannot be read: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{option}: {error}") from None
 
 
 def _read_prompts(prompts: list[str] | None, ids: list[str] | None, chat: bool) -> list[str] | list[list[int]]:

@@ -458,7 +458,7 @@ def _load_recipe(
 
 
 def _absolute(source: str) -> str:
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    return str(Path(source).absolute()) if os.path.exists(source) else source
 
 
 def _dry_run_with_cuts(

@@ -12,6 +12,7 @@ import typer
 
 from rarefy.cli.shared import Json
 from rarefy.common.errors import ContainerError, RecipeError
+from rarefy.common.plain_file import read_text, usable_path
 
 FILES = ("frontier.json", "receipt.json")  # of a folder, the first that there is
 MAX_BYTES = 1 << 26
@@ -80,7 +81,7 @@ def read_result(path: Path) -> tuple[Any, Callable[[Any], str]]:
 
 
 def _file_of(path: Path) -> Path:
-    if not path.exists():
+    if not usable_path(path).exists():
         raise ContainerError(f"no file or folder {path}")
     if not path.is_dir():
         return path
@@ -97,6 +98,6 @@ def _text_of(file: Path) -> str:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ContainerError(f"larger than a report can be ({MAX_BYTES >> 20} MiB)")
-        return file.read_text(encoding="utf-8")
+        return read_text(file, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ContainerError(f"cannot be read as text: {error}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rarefy.common.errors import ModelError, RecipeError
+from rarefy.common.plain_file import usable_path
 
 if TYPE_CHECKING:
     from rarefy.model.vision import VisionName
@@ -124,7 +125,7 @@ def source(
     from rarefy.model import hub
     from rarefy.model.vision import parse_vision_name
 
-    vision = None if Path(name).exists() else parse_vision_name(name)
+    vision = None if usable_path(name, ModelError).exists() else parse_vision_name(name)
     if vision is not None:
         options: dict[str, Any] = {"checkpoint": checkpoint, "random": random_weights, "offline": offline}
         return replace(vision, progress=not quiet, **options)

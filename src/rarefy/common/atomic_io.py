@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from rarefy.common.errors import ContainerError, RecipeError
 from rarefy.common.json_text import read_json_file
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.common.progress import say
 
 INDEX = "rarefy.json"
@@ -90,7 +91,7 @@ def _partial_name(target: Path) -> Path:
 def _lock(path: Path, wait: bool = False) -> int:
     """Return the handle of a file or folder that is locked until it is closed; OSError if it is gone or, unless this
     is to `wait`, in use. Where the file system has no locks, only who waits gets a handle."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         import fcntl
 
@@ -132,7 +133,7 @@ def remove_leftovers(target: Path) -> None:
 
 def write_new_file(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> Path:
     """Write a text file atomically and return its path; ContainerError where it exists or cannot be written."""
-    file = Path(path)
+    file = usable_path(path)
     if file.is_dir():
         raise ContainerError(f"{file} is a folder: give the name of a file")
     if file.exists() and not overwrite:
@@ -151,7 +152,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     With `overwrite`, an existing folder may be replaced if it is empty, if it contains the file `marker` and no
     subfolders but those of modules of sentence-transformers, or is the result of a search without its model.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(usable_path(path)))
     remove_leftovers(target)
     if not target.exists():
         return _check_writable(target)
@@ -208,7 +209,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False, mark
     `check_output_folder` does, and for system errors while creating or renaming the folder. Errors raised inside the
     block pass unchanged.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(usable_path(path)))
     with container_errors(target):
         check_output_folder(target, overwrite, marker)
     new_folders = [folder for folder in target.parents if not folder.exists()]
@@ -235,7 +236,7 @@ def resume_folder(path: str | os.PathLike[str], fresh: bool = False) -> Iterator
     The folder is removed when the block succeeds. When it fails, or has put a file UNFINISHED into it, the folder
     stays, so that the next run can resume. ContainerError if a run that goes on shall start again.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(usable_path(path)))
     work = target.with_name(f".{target.name}.work")
     new = [p for p in target.parents if not p.exists()]
     if fresh:
@@ -284,6 +285,8 @@ def lock_file(file: Path) -> Any:
     """Return a file that is open to read and append, and locked until it is closed; ContainerError if it is in use."""
     if file.is_symlink():  # it would be emptied and written
         raise ContainerError(f"{file} is a link: remove it, or give another name")
+    if os.path.lexists(file):
+        plain_file(file)
     with container_errors(file):
         opened = open(file, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (open as long as the run)
     try:

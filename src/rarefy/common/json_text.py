@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.common.errors import ContainerError, first_line
+from rarefy.common.plain_file import plain_file
 
 MAX_DEPTH = 100  # of lists and objects in each other
 
@@ -47,7 +48,7 @@ def parse_json(text: str | bytes, where: str = "") -> Any:
 def read_bytes(file: Path, max_bytes: int) -> bytes:
     """Return the content of a file, read in one go; ContainerError if it is larger or cannot be read."""
     try:
-        with file.open("rb") as stream:
+        with plain_file(file).open("rb") as stream:
             data = stream.read(max_bytes + 1)
             size = len(data) if len(data) <= max_bytes else max(len(data), file.stat().st_size)
     except OSError as error:

@@ -9,10 +9,12 @@ from mmap import PAGESIZE
 from pathlib import Path
 
 from rarefy.common.errors import RarefyError
+from rarefy.common.plain_file import shown
 
 NO_MEMORY = re.compile("can(no|')t allocate|out of memory|bad_alloc|failed to map segment|start new thread", re.I)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OF_THE_MACHINE = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
+OF_THE_MACHINE = (*NO_SPACE, *OF_PATHS, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 def memory_problem(error: BaseException) -> str | None:
@@ -45,10 +47,12 @@ def machine_problem(error: BaseException) -> str | None:
     if refused is None:
         problem = memory_problem(error)
         return _advice("out of memory") if problem is None and _is_at_limit() else problem
-    place = f"{refused.filename}: " if refused.filename is not None else ""
-    hint = "free some space, or set TMPDIR to a folder on another disk"
-    if refused.errno not in NO_SPACE:
-        hint = "check the rights, the limits (ulimit -a) and the disk"
+    place = f"{shown(str(refused.filename))}: " if refused.filename is not None else ""
+    hint = "check the rights, the limits (ulimit -a) and the disk"
+    if refused.errno in NO_SPACE:
+        hint = "free some space, or set TMPDIR to a folder on another disk"
+    elif refused.errno in OF_PATHS:
+        hint = "check the path"
     return f"{place}{refused.strerror}: {hint}"
 
 

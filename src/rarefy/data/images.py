@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rarefy.common.errors import DataError, first_line
 from rarefy.common.extras import install
+from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.model.image_config import NO_CLASS, ImageConfig, class_ids
 
 IN_MEMORY = 1 << 30  # bytes of prepared images that are held; more are read again in each pass
@@ -109,7 +110,7 @@ def folder_batches(
 
     def read(i: int) -> Pair:
         file, label = folder.samples[i]
-        with open(file, "rb") as opened:
+        with open(plain_file(file, DataError), "rb") as opened:
             return _decoded(opened.read(), transform, f"{what}: cannot read the image {file}"), classes[label]
 
     return _batches(read, len(folder), config, samples, batch, seed, f"{what} {path}")
@@ -193,7 +194,10 @@ def _library(what: str) -> Any:
 
 def _opened(source: str | Path, datasets: Any, what: str) -> Any:
     """Return the data set of a folder or a .parquet file."""
-    path = Path(source)
+    path = usable_path(source, DataError)
+    for file in path.rglob("*"):  # the library would wait for a named pipe
+        if not file.is_dir():
+            plain_file(file, DataError)
     if (path / DICT_FILE).is_file():
         splits = sorted(p.name for p in path.iterdir() if (p / DATASET_FILES[0]).is_file())
         if not splits:

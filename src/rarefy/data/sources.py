@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import DataError, nearest
+from rarefy.common.plain_file import read_text, usable_path
 from rarefy.data import builtin
 from rarefy.data.images import dataset_batches, folder_batches, is_dataset
 from rarefy.model.image_config import ImageConfig
@@ -70,7 +71,7 @@ def find(source: str, base: Path | None = None, what: str = "data") -> Path | No
     if source in builtin.DATA:
         builtin.find(source.removesuffix("-test"))
         return None
-    path = Path(source) if base is None or Path(source).is_absolute() else base / source
+    path = usable_path(source if base is None else base / source, DataError)
     if not path.exists():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(source, [*names, *builtin.DATA], 3)
@@ -105,7 +106,7 @@ def read_errors(path: Path, what: str) -> Iterator[None]:
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the object of each line of a file of JSON objects; blank lines are skipped."""
     # only line feeds end a line: other separators may stand inside a JSON string
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path, DataError).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -138,7 +139,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 READERS = {
-    ".txt": lambda path: [path.read_text(encoding="utf-8-sig")],
+    ".txt": lambda path: [read_text(path, DataError)],
     ".jsonl": _read_lines,
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import DataError
+from rarefy.common.plain_file import read_text
 from rarefy.data import builtin
 from rarefy.data.sources import Take, check_tokenizer, find, json_lines, read_errors
 
@@ -113,7 +114,7 @@ def _read(path: Path, what: str) -> list[Any]:
         raise DataError(f"{what}: retrieval needs texts, .txt or .jsonl, got {path}")
     with read_errors(path, what):
         if kind == ".txt":
-            return _paragraphs(path.read_text(encoding="utf-8-sig"))
+            return _paragraphs(read_text(path, DataError))
         texts = [_of_row(row, f"{path}, line {number}") for number, row in json_lines(path)]
     if len({isinstance(text, str) for text in texts}) > 1:
         raise DataError(f"{path}: expected pairs in all lines or in none, got both pairs and texts alone")

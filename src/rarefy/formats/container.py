@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,8 +40,10 @@ from rarefy.common.atomic_io import (
 from rarefy.common.errors import ContainerError, FormatError, nearest
 from rarefy.common.json_text import parse_json
 from rarefy.common.machine_errors import raise_memory_error
+from rarefy.common.plain_file import usable_path
 from rarefy.formats.aligned_file import NAMES, write_aligned
 from rarefy.formats.compression import SLACK, compress, decompress, max_decompressed
+from rarefy.formats.held_files import HeldFiles
 from rarefy.formats.index import SCHEMA, SHARD_NAME, check_fields, check_index, check_name, digest, short
 from rarefy.formats.quantized_encodings import check, decode, grid_of
 from rarefy.formats.sparse_encodings import DTYPES, Packed
@@ -50,6 +51,7 @@ from rarefy.model.construction_limit import Stored
 from rarefy.model.quant_grid import WeightGrid
 
 INDEX_BYTES = 64 * 2**20
+READINGS = 10  # of a folder that is replaced while it is read
 INDEX_XZ = "rarefy-index.json.xz"
 MAX_EXPANSION = 64  # decoded bytes per stored byte, unless the caller knows the shape
 TRIAL_BYTES = 1 << 24  # a larger tensor is not tried in several formats
@@ -59,10 +61,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Container:
-    """A validated folder; tensors are read one at a time, and no file stays open between calls."""
+    """A validated folder; tensors are read one at a time. Its files stay open, so that all are of one save."""
 
     path: Path
     index: dict[str, Any]
+    files: HeldFiles = field(compare=False, repr=False)
     decompressed: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # shards read so far
 
     @property
@@ -169,7 +172,7 @@ def write(
     >>> read(folder).tensor("tied").sum()
     tensor(3.)
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(usable_path(path)))
     with container_errors(target):
         check_output_folder(target, overwrite)
     _check_files(files)
@@ -196,16 +199,38 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
 
     ContainerError names what is wrong: not a Rarefy folder (and what it is instead), a newer schema, a field of the
     wrong type, a missing, truncated or altered shard, a link, an alias to nothing, a malformed safetensors header.
+    A folder that another save replaces meanwhile is read as it was before, or else again.
     """
-    folder = Path(os.path.abspath(path))
+    folder = Path(os.path.abspath(usable_path(path)))
+    for _ in range(READINGS):
+        if os.path.islink(folder / INDEX) or not os.path.isfile(folder / INDEX):
+            raise ContainerError(f"{folder} is not a Rarefy folder: {_what_is(folder)}")
+        try:
+            files = HeldFiles(folder)
+        except FileNotFoundError:  # between two renames, where the system cannot exchange folders
+            continue
+        if not files.is_current():  # some of them may have been removed before they were open
+            continue
+        try:
+            index = _read_index(files)
+            check_index(index, str(folder / INDEX))
+            saved = Container(folder, index, files)
+            _check_shards(saved, verify)
+            return saved
+        except (OSError, ContainerError) as error:
+            if files.is_current():
+                if isinstance(error, ContainerError):
+                    raise
+                raise ContainerError(f"{folder} cannot be read: {error}") from error
+    raise ContainerError(f"{folder} was replaced {READINGS} times while it was read: load it when that has ended")
+
+
+def verify(saved: Container) -> None:
+    """Compare the shards of a container that was read without `verify` with their hashes. O(bytes)."""
     try:
-        index = _read_index(folder)
-        check_index(index, str(folder / INDEX))
-        saved = Container(folder, index)
-        _check_shards(saved, verify)
+        _check_shards(saved, True)
     except OSError as error:
-        raise ContainerError(f"{folder} cannot be read: {error}") from error
-    return saved
+        raise ContainerError(f"{saved.path} cannot be read: {error}") from error
 
 
 def read_json(saved: Container, name: str, entry: Any) -> Any:
@@ -217,8 +242,7 @@ def read_json(saved: Container, name: str, entry: Any) -> Any:
     check_fields(entry, f"{saved.path / INDEX}: {name}", bytes=int, sha256=str)
     if entry["bytes"] > INDEX_BYTES:
         raise ContainerError(f"{saved.path / name}: {entry['bytes']:,} bytes, at most {INDEX_BYTES:,} are read")
-    _check_file(saved.path / name, entry, True)
-    return parse_json((saved.path / name).read_bytes(), str(saved.path / name))
+    return parse_json(saved.files.checked(name, entry).read_bytes(), str(saved.path / name))
 
 
 # writing
@@ -361,22 +385,19 @@ def _nbytes(held: dict[str, Tensor]) -> int:
 # reading
 
 
-def _read_index(folder: Path) -> Any:
-    file = folder / INDEX
-    if not _is_plain(file):
-        raise ContainerError(f"{folder} is not a Rarefy folder: {_what_is(folder)}")
-    if file.stat().st_size > INDEX_BYTES:
-        raise ContainerError(f"{file}: {file.stat().st_size:,} bytes, at most {INDEX_BYTES:,} are read")
-    index = parse_json(file.read_bytes(), str(file))
+def _read_index(files: HeldFiles) -> Any:
+    file, opened = files.folder / INDEX, files.path(INDEX)
+    if opened.stat().st_size > INDEX_BYTES:
+        raise ContainerError(f"{file}: {opened.stat().st_size:,} bytes, at most {INDEX_BYTES:,} are read")
+    index = parse_json(opened.read_bytes(), str(file))
     if type(index) is not dict or "index" not in index or index.get("schema") not in range(1, SCHEMA + 1):
         return index
     check_fields(index, str(file), format=str, schema=int, index=dict)
     check_fields(entry := index["index"], f"{file}: index", file=str, sha256=str, bytes=int, raw=int)
     if entry["file"] != INDEX_XZ:
         raise ContainerError(f"{file}: the index is in {short(entry['file'])}, must be {INDEX_XZ}")
-    inner = folder / INDEX_XZ
-    _check_file(inner, entry, True)
-    return parse_json(decompress(inner, entry["raw"], INDEX_BYTES), str(inner))
+    inner = files.checked(INDEX_XZ, entry)
+    return parse_json(decompress(inner, entry["raw"], INDEX_BYTES), str(files.folder / INDEX_XZ))
 
 
 def _what_is(folder: Path) -> str:
@@ -399,18 +420,11 @@ def _what_is(folder: Path) -> str:
     return f"it holds {', '.join(names[:3])}..." if names else "it is empty"
 
 
-def _is_plain(file: Path) -> bool:
-    try:
-        return stat.S_ISREG(file.lstat().st_mode)
-    except OSError:
-        return False
-
-
 def _check_shards(saved: Container, verify: bool) -> None:
     folder, index = saved.path, saved.index
     keys: dict[str, set[str]] = {}
     for file, known in index["shards"].items():
-        _check_file(folder / file, known, verify)
+        saved.files.checked(file, known, verify)
         with _opened(saved, file) as shard:
             keys[file] = set(shard.keys())
     for name, entry in index["tensors"].items():
@@ -420,17 +434,6 @@ def _check_shards(saved: Container, verify: bool) -> None:
                 raise ContainerError(f"{where}, part {part} of tensor {short(name)}")
 
 
-def _check_file(file: Path, known: dict[str, Any], verify: bool) -> None:
-    if not _is_plain(file):
-        raise ContainerError(f"{file}: " + ("a link or no plain file" if os.path.lexists(file) else "missing"))
-    if file.stat().st_size != known["bytes"]:
-        raise ContainerError(
-            f"{file}: {file.stat().st_size} bytes, expected {short(known['bytes'])}; was it truncated?"
-        )
-    if verify and sha256_of(file) != known["sha256"]:
-        raise ContainerError(f"{file}: its sha256 is not the one in the index; the file was altered")
-
-
 @contextmanager
 def _opened(saved: Container, name: str) -> Iterator[Any]:
     file = saved.path / name
@@ -438,11 +441,12 @@ def _opened(saved: Container, name: str) -> Iterator[Any]:
         if name.endswith(".xz"):
             if name not in saved.decompressed:
                 known = saved.index["shards"][name]
-                limit = max_decompressed(min(known["bytes"], file.stat().st_size))
-                saved.decompressed[name] = _Shard(load(decompress(file, known["raw"], limit)))
+                opened = saved.files.path(name)
+                limit = max_decompressed(min(known["bytes"], opened.stat().st_size))
+                saved.decompressed[name] = _Shard(load(decompress(opened, known["raw"], limit)))
             yield saved.decompressed[name]
             return
-        with safe_open(file, "pt") as shard:
+        with safe_open(saved.files.path(name), "pt") as shard:
             yield shard
     except ContainerError:
         raise

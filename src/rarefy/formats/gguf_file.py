@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ContainerError, ModelError
+from rarefy.common.plain_file import plain_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -100,7 +101,7 @@ def read(path: str | Path) -> GgufFile:
     Raises:
         ContainerError: the file is missing, truncated or damaged, or has a type of tensor that is not supported.
     """
-    path = Path(path)
+    path = plain_file(path)
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -18,6 +18,7 @@ from typing import Any
 from rarefy.common.atomic_io import INDEX, MODULES, PICKLE_SUFFIXES, sha256_of
 from rarefy.common.errors import ContainerError, ModelError, nearest
 from rarefy.common.json_text import read_json_file
+from rarefy.common.plain_file import usable_path
 from rarefy.common.version import __version__
 from rarefy.data import builtin
 from rarefy.formats import container
@@ -65,7 +66,7 @@ def resolve(
     """
     if not isinstance(name, str | os.PathLike) or not str(name):
         raise ModelError(f"expected the folder or the name of a model, got {name!r}")
-    path = Path(name).expanduser()
+    path = usable_path(Path(name).expanduser(), ModelError)
     if path.is_dir():
         return path
     if path.exists():

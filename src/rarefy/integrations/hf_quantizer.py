@@ -201,7 +201,7 @@ class RarefyQuantizer(HfQuantizer):
             layer_tying.forget_(self.part)
             layer_tying.restore_(self.part, self.records["tied"], self.saved.path)
         if self.part is model:
-            attach_receipt_(model, self.saved.path / "receipt.json", self.saved.meta.get("recipe"))
+            attach_receipt_(model, self.saved)
         del self.saved, self.part, self.remove  # the quantizer may stay with the model, which may be copied
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from rarefy.common.atomic_io import write_bytes_atomic
 from rarefy.common.errors import ContainerError, ModelError, RecipeError, first_line
+from rarefy.common.plain_file import plain_file
 from rarefy.integrations.rewind import refuse_rewind
 from rarefy.model.layers import unwrap
 from rarefy.model.masks import fold_
@@ -153,7 +154,7 @@ def _reread(model: Any, folder: Path) -> None:
         raise ContainerError(f"{folder} has no model.safetensors: save checkpoints as safetensors")
     state: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with safe_open(plain_file(file), "pt") as opened:
             state.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
     lost = model.load_state_dict(state, strict=False)
     known = {t.data_ptr() for n, t in model.state_dict().items() if n in state}

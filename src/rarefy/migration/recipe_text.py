@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rarefy.common.errors import RecipeError, nearest
+from rarefy.common.plain_file import read_text, usable_path
 
 MAX_BYTES = 256 << 10  # of a file; a recipe in it has at most 64 Ki characters
 MARKDOWN = (".md", ".markdown", ".mdx")
@@ -46,6 +47,7 @@ def read_file(path: Path) -> str:
     """Return the text of a file; RecipeError if there is none, or if it is too large or not text."""
     if "\n" in str(path):
         raise RecipeError("expected the name of a file, got the text of a recipe: save it to a file")
+    usable_path(path, RecipeError)
     if path.is_dir():
         raise RecipeError(f"{path} is a folder: give one of its files, or run `rarefy migrate {path}`, which does all")
     if not path.is_file():
@@ -59,13 +61,11 @@ def read_file(path: Path) -> str:
     if size > MAX_BYTES:
         raise RecipeError(f"{path.name} has {size:,} bytes; a recipe has at most 65,536 characters")
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark, any line ends
+        return read_text(path, RecipeError)  # with or without a byte order mark, any line ends
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path.name}: a recipe is UTF-8 text; byte {error.start} is not: {error.reason}. Save it as UTF-8"
         ) from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def find_recipes(text: str, name: str) -> list[RecipeText]:

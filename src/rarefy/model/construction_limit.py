@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rarefy.common.errors import ModelError
+from rarefy.common.plain_file import plain_file
 
 TENSORS = 300, 8  # that any model may have, and for each stored one: also those that are made and dropped
 ELEMENTS = 1 << 26, 64  # the same, and for each stored byte: sparse files are smaller than their tensors
@@ -40,7 +41,7 @@ def stored_in(folder: Path) -> Stored:
 
     files, tensors = list(folder.rglob("*.safetensors")), 0
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with safe_open(plain_file(file), "pt") as opened:
             tensors += len(opened.keys())
     return Stored(tensors, sum(f.stat().st_size for f in files))
 

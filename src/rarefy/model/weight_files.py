@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.common.errors import ModelError, first_line
+from rarefy.common.plain_file import usable_path
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys under which training scripts save weights
@@ -35,7 +36,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         >>> read_weights(file)
         {'w': tensor([1., 1.])}
     """
-    file = Path(path)
+    file = usable_path(path, ModelError)
     if not file.is_file():
         raise ModelError(f"no file of weights {str(file)!r}")
     if file.suffix.lower() not in SUFFIXES:

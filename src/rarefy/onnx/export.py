@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from rarefy.common.atomic_io import atomic_folder, check_output_folder, container_errors, folder_beside, sync
 from rarefy.common.errors import ContainerError, ModelError, first_line
 from rarefy.common.extras import install
+from rarefy.common.plain_file import usable_path
 from rarefy.common.report import Report
 from rarefy.model.activation_quant import rounding_by
 from rarefy.model.forward import check_batches, evaluating
@@ -175,6 +176,7 @@ def _check_options(model: Any, opset: Any, external_data: Any) -> None:
 
 def check_target(path: Path, overwrite: bool, external_data: bool) -> None:
     """Raise ContainerError if a file, or with external data its folder, must not be written."""
+    usable_path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise ContainerError(f"{path} exists: pass overwrite=True, or give another name")
     if not external_data:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rarefy.common.errors import ContainerError, ModelError, first_line, unknown
 from rarefy.common.extras import install
+from rarefy.common.plain_file import usable_path
 from rarefy.onnx.binding import function_of
 from rarefy.onnx.runtime_operators import split_fused_
 from rarefy.onnx.shape_inference import check_sizes, infer_kinds, without_weights
@@ -27,7 +28,7 @@ def read(path: Any) -> Any:
         raise ModelError(f"reading ONNX needs more packages: {install('onnx')} ({error})") from None
     if not isinstance(path, str | os.PathLike):
         raise ModelError(f"path: expected the path of an ONNX file, got {type(path).__name__}")
-    path = Path(path)
+    path = usable_path(path)
     if not path.is_file():
         raise ContainerError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     try:

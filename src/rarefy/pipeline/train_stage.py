@@ -16,6 +16,7 @@ from torch import nn
 from rarefy.checkpoint import load
 from rarefy.common.atomic_io import INDEX
 from rarefy.common.errors import DataError, ModelError, RecipeError
+from rarefy.common.plain_file import usable_path
 from rarefy.common.report import Report
 from rarefy.evaluation.metrics import BETTER, METRICS
 from rarefy.model import hf
@@ -148,7 +149,7 @@ def check_stage(stage: TrainStage, data: RunData, model: nn.Module | None) -> No
 
 def _teacher_folder(folder: str, base: Path | None) -> Path:
     path = Path(folder).expanduser()
-    path = path if path.is_absolute() or base is None else base / path
+    path = usable_path(path if base is None else base / path, ModelError)
     if not (path / INDEX).is_file() and not (path / "config.json").is_file():
         raise ModelError(f"teacher {folder!r} is not a model folder: it has neither config.json nor {INDEX}")
     return path

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from rarefy.common.errors import RecipeError, nearest, unknown
 from rarefy.common.options import Options, branches, dotted, expectation, problem_of, show
+from rarefy.common.plain_file import read_text, usable_path
 from rarefy.common.yaml_text import Document, plain, read_yaml
 from rarefy.recipe.old_names import FIELDS
 from rarefy.recipe.schema import STAGES, Recipe
@@ -161,7 +162,7 @@ def _from_file(source: Any) -> Recipe:
     if "\n" in str(source):
         raise RecipeError("recipe: expected the name of a file, got the YAML text itself: save it to a file")
     known = presets()
-    path = known.get(str(source), Path(source))
+    path = known.get(str(source)) or usable_path(source, RecipeError)
     if not path.is_file():
         if path.is_dir():
             raise RecipeError(f"{str(source)!r} is a folder; a recipe is a YAML file or a preset ({', '.join(known)})")
@@ -170,11 +171,9 @@ def _from_file(source: Any) -> Recipe:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"no recipe file {str(source)!r} and no preset of that name ({', '.join(known)}){hint}")
     try:
-        return from_yaml(path.read_text(encoding="utf-8-sig"), path.name)
+        return from_yaml(read_text(path, RecipeError), path.name)
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: a recipe is UTF-8 text") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _validated(document: Document) -> Recipe:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rarefy.common.atomic_io import write_text_atomic
+from rarefy.common.plain_file import plain_file
 from rarefy.evaluation.profiling import machine
 from rarefy.runtime import bindings
 
@@ -61,6 +62,6 @@ def write(file: Path, choices: Mapping[str, Choice]) -> None:
 def _entries(file: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
         if file.stat().st_size <= MAX_BYTES:
-            entries = json.loads(file.read_text(encoding="utf-8"))
+            entries = json.loads(plain_file(file).read_text(encoding="utf-8"))
             return entries if isinstance(entries, dict) else {}
     return {}
