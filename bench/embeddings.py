@@ -34,9 +34,10 @@ import tables
 import texts
 from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.evaluation.retrieval import recall
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "embeddings.jsonl"
 SHORTEST, LONGEST = 8, 128  # tokens of a text

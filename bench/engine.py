@@ -29,9 +29,10 @@ import tables
 from models import model_of
 from peers import call, cosine, of_model, settings_of
 from rarefy.data import builtin
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.model import hf
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.jsonl"

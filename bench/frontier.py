@@ -13,8 +13,8 @@ one that follows (R@1), how many passages of half of Brown a logistic regression
 puts into the right one of 15 categories ("categories"), and the mean cosine with the dense model's embeddings. Nothing
 of these was used for calibration or training (texts.py). Students of recover.py also run in other engines in 8 bits,
 so that what the cut gives and what the engine gives stand apart. Times are of one text of 16 tokens, as searches have,
-and of one and of sixteen texts of 128 tokens. Other engines run at their best settings (peers.py), with the same
-calibration. Appends one JSON line per run to results/frontier.jsonl.
+and of one and of sixteen texts of 128 tokens. Other engines run at the best settings for each of these sizes
+(peers.py), with the same calibration. Appends one JSON line per run to results/frontier.jsonl.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ import tables
 import texts
 from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.evaluation.retrieval import embed, recall
 from rarefy.model import hf
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 STUDENTS = Path(__file__).parent / "build" / "students"  # of recover.py
@@ -189,6 +190,8 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
     told: dict[str, Any] = {}
     runs: dict[str, dict[str, Callable[[], Any]]] = {size: {} for size in SIZES}
     told["eager"], want = judge(lambda x: dense(**x).last_hidden_state, tokenizer, None)
+    for size, x in examples.items():
+        runs[size]["eager"] = lambda x=x: dense(**x)
     with TemporaryDirectory() as place:
         file = Path(place) / "model.onnx"
         peers.exported(dense, data[0], file)

@@ -37,8 +37,9 @@ import tables
 import vision
 import vision_net
 from frontier import RESULTS
+from rarefy.evaluation.profiling import PAUSE
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 BUILD = Path(__file__).parent / "build"
 Predict = Callable[[Tensor], Tensor]

@@ -23,9 +23,10 @@ from torch import nn
 import rarefy
 from peers import call, of_model, settings_of
 from rarefy.data import builtin
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.model import hf
 from recording import append, start
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "models.jsonl"

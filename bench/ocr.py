@@ -33,9 +33,10 @@ import texts
 from onnx_models import RESULTS
 from peers import errors_alone, in_8_bits, onnxruntime, settings_of
 from rarefy.common.errors import ModelError, first_line
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.model.compare import relative_distance
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSerif-Italic")
 LINE, PAGE = (48, 320), (640, 640)  # height and width that the files read

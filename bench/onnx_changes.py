@@ -30,9 +30,10 @@ import tables
 from onnx_models import CASES, Case, onnx_runtime, reason, write_readable
 from peers import errors_alone, in_8_bits, onnxruntime, settings_of
 from rarefy.common.errors import RarefyError
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.model.compare import relative_distance
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "onnx_changes.jsonl"
 SPARSITY, KEPT, CALIBRATION, REPEATS = 0.8, 0.5, 4, 20

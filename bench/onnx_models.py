@@ -28,8 +28,9 @@ from torch import Tensor, nn
 import rarefy
 from peers import onnxruntime, settings_of
 from rarefy.common.errors import first_line
+from rarefy.evaluation.profiling import PAUSE
 from recording import keep
-from runtime import PAUSE, alternate
+from runtime import alternate
 from tables import show
 
 HERE = Path(__file__).parent

@@ -46,6 +46,7 @@ import vision_net
 from rarefy.data import builtin, sources
 from rarefy.data.text_pairs import text_pairs, token_batches
 from rarefy.dependency.graph import trace
+from rarefy.evaluation.profiling import PAUSE
 from rarefy.evaluation.quality import Metric, metric_of
 from rarefy.model import hf
 from rarefy.model.layers import all_layers
@@ -57,7 +58,7 @@ from rarefy.search.points import trains
 from rarefy.search.solve import in_spread_order
 from rarefy.search.targets import DECODE, parse_targets, times_tokens
 from recording import keep
-from runtime import PAUSE, alternate, keep_memory
+from runtime import alternate, keep_memory
 
 HERE = Path(__file__).parent
 RESULTS, BUILD = HERE / "results" / "optimize.jsonl", HERE / "build" / "optimize"

@@ -1,13 +1,13 @@
 """Other engines for a dense model, each at its best settings, judged on real data.
 
-Several settings of an engine are timed in turns before the benchmark. The fastest is kept, unless another one is much
-more exact (`fastest`); the record names all of them. Each engine gets torch's number of threads, and is started for the
-sizes of each example alone, which is faster than open sizes. The network that is started for the largest example is the
-one that is judged.
+Several settings of an engine are timed in turns before the benchmark. The fastest is kept for each example, unless
+another one is much more exact (`fastest`); the record names all of them. Each engine gets torch's number of threads. It
+is started for the sizes of each example alone, which is faster than open sizes. The network that is started for the
+largest example is the one that is judged.
 
 - ONNX Runtime: threads that spin while they wait, its default, and threads that sleep. 8 bits, a scale per channel of
-  the weights: ranges of activations from calibration ("static"), and those of each call ("dynamic"). Fusing MiniLM with
-  its optimizer for transformers first was no faster.
+  the weights: ranges of activations from calibration ("static"), also of layers with weights alone ("static, weights"),
+  and those of each call ("dynamic"). Fusing MiniLM with its optimizer for transformers first was no faster.
 - OpenVINO, the hint for latency: the precision that it chooses itself (bf16 where the CPU has it), bf16, and fp32. In
   8 bits by NNCF these are the precisions of operators that are not quantized. Networks with attention are quantized as
   transformers.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -29,15 +28,17 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.common.errors import first_line
-from rarefy.evaluation.profiling import cpu_flags
-from rarefy.onnx.runtimes import session_for_timing
-from runtime import PAUSE, alternate
+from rarefy.evaluation.profiling import PAUSE, cpu_flags
+from rarefy.onnx.engines import has_attention
+from rarefy.onnx.runtimes import THREADS, session_for_timing
+from runtime import alternate
 
 Inputs = Any  # tensors by name, or an image
 Encode = Callable[[Inputs], Tensor]
@@ -48,17 +49,18 @@ Start = Callable[[Inputs | None], Run]  # an example whose sizes are fixed; None
 LEAST = {"fp32": 0.9999, "bf16": 0.99}  # cosine with the dense model's output, to find exports that went wrong
 CHOICE_REPEATS = 9  # timed calls of each setting
 MAX_WORSE = 0.05  # cosine that the chosen setting may lose beside the most exact one
-FURTHEST = 4  # operators from a softmax to the product of matrices in attention
+WITH_WEIGHTS = {"op_types_to_quantize": ["MatMul", "Gemm", "Conv"], "extra_options": {"MatMulConstBOnly": True}}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine with the fastest of its settings.
+    """An engine with the fastest of its settings for each example.
 
     Attributes:
         encode: returns the first output for inputs of any number, and of at most the tokens of the largest example.
         timed: calls on the examples.
-        settings: the chosen one ("setting"), and milliseconds of each by example, or why it does not run ("tried").
+        settings: the chosen one by example ("setting"), milliseconds of each by example, or why it does not run
+            ("tried"), and the cosines of those that are not exact enough ("refused").
     """
 
     encode: Encode
@@ -69,14 +71,14 @@ class Engine:
 def fastest(
     starts: Mapping[str, Start], examples: Mapping[Any, Inputs], fixed: bool = True, want: Tensor | None = None
 ) -> Engine:
-    """Return the engine with the setting whose calls on the examples take least time: the geometric mean of medians.
+    """Return the engine with the setting whose call takes least time, for each example; encode is that of the largest.
 
     Args:
         starts: starts the engine with each setting.
         examples: what it is timed with.
         fixed: whether sizes of the examples are fixed.
         want: the dense model's output for the largest example. Settings whose cosine with it is more than MAX_WORSE
-            below that of the most exact setting are not chosen.
+            below that of the most exact setting are not chosen for any example.
 
     Raises:
         RuntimeError: no setting runs.
@@ -97,14 +99,16 @@ def fastest(
         times = alternate({s: timed[size] for s, (_, timed) in made.items()}, CHOICE_REPEATS, PAUSE)
         for setting, (_, median, _) in times.items():
             tried.setdefault(setting, {})[str(size)] = round(median, 4)
-    settings: dict[str, Any] = {"tried": tried}
-    exact = list(made)
+    last, more = largest(examples), dict[str, Any]()
     if want is not None:
-        x = examples[largest(examples)]
-        settings["cosines"] = cosines = {s: cosine(encode(x), want) for s, (encode, _) in made.items()}
-        exact = [s for s in made if cosines[s] >= max(cosines.values()) - MAX_WORSE]
-    best = min(exact, key=lambda s: statistics.geometric_mean(tried[s].values()))
-    return Engine(*made[best], {"setting": best, **settings})
+        cosines = {s: cosine(encode(examples[last]), want) for s, (encode, _) in made.items()}
+        refused = {s: c for s, c in cosines.items() if not c >= max(cosines.values()) - MAX_WORSE}
+        more = {"cosines": cosines, "refused": refused}
+    exact = [s for s in made if s not in more.get("refused", {})]
+    best = {size: min(exact, key=lambda s, size=size: tried[s][str(size)]) for size in examples}
+    setting = {str(size): s for size, s in best.items()}
+    timed = {size: made[s][1][size] for size, s in best.items()}
+    return Engine(made[best[last]][0], timed, {"setting": setting, "tried": tried, **more})
 
 
 def largest(examples: Mapping[Any, Inputs]) -> Any:
@@ -165,7 +169,7 @@ def onnxruntime(
     starts = {
         ", ".join(filter(None, [label, threads])): partial(start, cache(make), spinning)
         for label, make in files.items()
-        for threads, spinning in (("threads spin", True), ("threads sleep", False))
+        for threads, spinning in THREADS.items()
     }
     return fastest(starts, examples, fixed, want)
 
@@ -241,7 +245,7 @@ def _onnxruntime(is_quantized: bool, file: Path, data: list[Inputs], examples: A
 def _openvino(precision: str, file: Path, data: list[Inputs], examples: Any, fixed: bool) -> Engine:
     network = import_module("openvino").Core().read_model(str(file))
     if precision == "int8":
-        network = nncf_int8(network, [feed(x) for x in data])
+        network = nncf_int8(network, [feed(x) for x in data], has_attention(file))
     hints = {"fp32": ["f32"], "bf16": ["own", "bf16"], "int8": ["own", "f32", *["bf16"] * has_bf16()]}
     return openvino(network, hints[precision], examples, fixed)
 
@@ -353,18 +357,27 @@ def exported(model: nn.Module, x: Inputs, file: Path) -> None:
 
 def in_8_bits(file: Path, batches: list[dict[str, Any]]) -> dict[str, Callable[[], Path]]:
     """Return what makes ONNX Runtime's files with int8 weights: activations calibrated, or quantized in each call."""
-    return {"static": partial(quantized_statically, file, batches), "dynamic": partial(quantized_dynamically, file)}
+    return {
+        "static": partial(quantized_statically, file, batches),
+        "static, weights": partial(quantized_statically, file, batches, WITH_WEIGHTS),
+        "dynamic": partial(quantized_dynamically, file),
+    }
 
 
-def quantized_statically(file: Path, batches: Iterable[dict[str, Any]]) -> Path:
-    """Return the file of a model with int8 weights, a scale per channel, and activations, calibrated on batches."""
+def quantized_statically(
+    file: Path, batches: Iterable[dict[str, Any]], only: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
+    """Return the file of a model with int8 weights, a scale per channel, and activations, calibrated on batches.
+
+    `only` are options that leave some operators as they are.
+    """
     tools: Any = import_module("onnxruntime.quantization")
     shapes: Any = import_module("onnxruntime.quantization.shape_inference")
-    source, out = str(file.with_suffix(".shapes.onnx")), file.with_suffix(".static.onnx")
+    source, out = str(file.with_suffix(".shapes.onnx")), file.with_suffix(f".{'weights' if only else 'static'}.onnx")
     with errors_alone():  # it warns that the graph was not preprocessed, which was just done
         shapes.quant_pre_process(str(file), source, skip_symbolic_shape=True)
         kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
-        tools.quantize_static(source, str(out), Reader(batches), per_channel=True, **kinds)
+        tools.quantize_static(source, str(out), Reader(batches), per_channel=True, **kinds, **only)
     return out
 
 
@@ -399,25 +412,10 @@ class Reader:
         return next(self.inputs, None)
 
 
-def nncf_int8(network: Any, batches: list[dict[str, Any]]) -> Any:
+def nncf_int8(network: Any, batches: list[dict[str, Any]], is_transformer: bool) -> Any:
     """Return the network quantized after training, calibrated on batches of numpy arrays by name."""
     nncf: Any = import_module("nncf")
     nncf.set_log_level(logging.ERROR)
-    kind = nncf.ModelType.TRANSFORMER if has_attention(network) else None
+    kind = nncf.ModelType.TRANSFORMER if is_transformer else None
     with redirect_stdout(io.StringIO()):  # progress bars
         return nncf.quantize(network, nncf.Dataset(batches), model_type=kind, subset_size=len(batches))
-
-
-def has_attention(network: Any) -> bool:
-    """Return whether an OpenVINO network has an operator for attention, or multiplies matrices with a softmax.
-
-    Operators between the two, such as the choice that removes NaN, may be FURTHEST.
-    """
-
-    def reaches_product(op: Any, steps: int) -> bool:
-        readers = [i.get_node() for output in op.outputs() for i in output.get_target_inputs()]
-        return any(r.get_type_name() == "MatMul" or (steps > 1 and reaches_product(r, steps - 1)) for r in readers)
-
-    kinds = {"ScaledDotProductAttention", "Softmax"}
-    found = [op for op in network.get_ops() if op.get_type_name() in kinds]
-    return any(op.get_type_name() != "Softmax" or reaches_product(op, FURTHEST) for op in found)

@@ -45,7 +45,8 @@ MEASURED = ("src", "csrc", "bench", "zoo", "recipes", "tests/zoo.py", "CMakeList
 
 ENGINE = ("csrc", "CMakeLists.txt", "src/rarefy/compiler", "src/rarefy/runtime")
 DECODER = (*ENGINE, "src/rarefy/generation", "src/rarefy/formats")
-PEERS = ("bench/peers.py", "bench/runtime.py", "src/rarefy/onnx/runtimes.py")
+TIMING = ("bench/runtime.py", "src/rarefy/evaluation/profiling.py")
+PEERS = ("bench/peers.py", *TIMING, "src/rarefy/onnx/runtimes.py", "src/rarefy/onnx/engines.py")
 TEXTS = ("bench/texts.py", "src/rarefy/evaluation/retrieval.py", "src/rarefy/data/text_pairs.py")
 PRUNING = ("src/rarefy/prune", "src/rarefy/calibration")
 CUTTING = ("src/rarefy/structured", "src/rarefy/dependency")
@@ -111,7 +112,7 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "language": _script("language", "", 25, *DECODER, *QUANTIZING, case=("engine", "build", "file")),
     "large_language": _script("large_language", "", 15, *DECODER, case=("model", "file", "engine")),
     "memory": _script("memory", "", 1, *DECODER, timed=False, case=("model",)),
-    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", "bench/runtime.py", case=_MODELS),
+    "models": _script("models", "", 8, "csrc", "src/rarefy/runtime", *TIMING, case=_MODELS),
     "models/engines": _script("models", "--engines", 10, "csrc", "src/rarefy/runtime", *PEERS, case=_MODELS),
     "oneshot": _script("oneshot", "", None, *PRUNING, timed=False, case=("model", "method", "setting", "seed")),
     "onnx_changes": _script("onnx_changes", "", 35, *ENGINE, *PEERS, "src/rarefy/onnx", *CUTTING, case=("model",)),
@@ -121,7 +122,7 @@ BENCHMARKS: dict[str, Benchmark] = {  # by file in results/, or FILE/RUN where a
     "onnx_models/ocr": _script("ocr", "", 10, *ENGINE, *PEERS, "src/rarefy/onnx", case=("model",)),
     "patterns": _script("patterns", "", 20, *ENGINE, *PRUNING, case=("pattern", "sparsity")),
     "permute": _script("permute", "", 5, "src/rarefy/prune", timed=False),
-    "runtime": _script("runtime", "", 5, "csrc", "CMakeLists.txt", "src/rarefy/runtime", case=_KERNELS),
+    "runtime": _script("runtime", "", 5, "csrc", "CMakeLists.txt", "src/rarefy/runtime", *TIMING, case=_KERNELS),
     "speculation": _script("speculation", "", 2, *DECODER),
     "spread": _script("spread", "", 20, *_FRONTIER, timed=False, case=("name", "seed")),
     "train/fashion": _script("train", "fashion --seeds 0 1", None, "src/rarefy/train", *PRUNING, timed=False),

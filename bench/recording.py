@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import provenance
 from rarefy.evaluation.profiling import machine
 
 Line = dict[str, Any]
+ENGINES = ("torch", "onnxruntime", "openvino", "nncf", "xllamacpp")  # packages; xllamacpp holds llama.cpp
 
 
 def start(results: Path) -> Line:
@@ -19,8 +22,20 @@ def start(results: Path) -> Line:
 
 
 def recorded(line: Line) -> Line:
-    """Return a record with its run and machine."""
-    return {**line, **provenance.begin(), "machine": machine()}
+    """Return a record with its run, machine and the versions of engines."""
+    return {**line, **provenance.begin(), "machine": machine(), "versions": versions()}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of ENGINES that are installed."""
+    found: dict[str, str] = {}
+    for name in ENGINES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def append(results: Path, line: Line) -> None:

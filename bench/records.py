@@ -196,31 +196,44 @@ def model_name(name: str) -> str:
     return name
 
 
-MAX_WORSE = 0.05  # cosine below the most exact setting at which peers.py refuses one
-
-
 def tried(rows: Iterable[Row]) -> str:
-    """Return a sentence about the settings of other engines, and how often each was chosen; "" for older records."""
-    chosen: dict[str, Counter[str]] = {}
+    """Return a sentence about the settings of other engines, and for which sizes, and how often, each was chosen; ""
+    for older records."""
+    chosen: dict[str, dict[str, Counter[str]]] = {}  # engine, setting: number of cases by size
     inexact: dict[tuple[str, str], float] = {}  # engine and setting: cosine of those that do not count
     for row in rows:
         for name, settings in row.get("settings", {}).items():
-            cosines = settings.get("cosines", {})
-            far = {s: c for s, c in cosines.items() if c < max(cosines.values()) - MAX_WORSE}
-            inexact |= {(model_name(name), setting): cosine for setting, cosine in far.items()}
-            counts = chosen.setdefault(model_name(name), Counter(dict.fromkeys(settings["tried"], 0)))
-            counts[settings["setting"]] += 1
+            inexact |= {(model_name(name), s): cosine for s, cosine in settings.get("refused", {}).items()}
+            counts = chosen.setdefault(model_name(name), {})
+            counts |= {s: Counter() for s in settings["tried"] if s not in counts}
+            by_size = settings["setting"] if isinstance(settings["setting"], dict) else {"": settings["setting"]}
+            for size, setting in by_size.items():
+                counts[setting][size] += 1
     texts = []
     for name, counts in chosen.items():
         if len(counts) > 1:
-            cases = ", ".join(f"{setting} {count}" for setting, count in counts.most_common())
-            best, times = counts.most_common(1)[0]
+            used = sorted((s for s in counts if counts[s]), key=lambda s: -counts[s].total())
+            sizes = {size for s in used for size in counts[s]}
+            cases = (
+                ", ".join(used) if len(used) == 1 else ", ".join(f"{s} {_cases(counts[s], len(sizes))}" for s in used)
+            )
             notes = {s: f", refused: cosine {inexact[name, s]:.2f}" for s in counts if (name, s) in inexact}
-            others = " / ".join(f"{setting}{notes.get(setting, '')}" for setting in counts if setting != best)
-            texts.append(f"{name}: {best} (also tried: {others})" if times == counts.total() else f"{name}: {cases}")
-    differ = any(len(+counts) > 1 for counts in chosen.values())
-    head = f"Settings of other engines{', with the number of cases where they differ' if differ else ''}"
+            others = " / ".join(f"{s}{notes.get(s, '')}" for s in counts if s not in used)
+            texts.append(f"{name}: {cases}{f' (also tried: {others})' if others else ''}")
+    differ = any(sum(map(bool, counts.values())) > 1 for counts in chosen.values())
+    head = f"Settings of other engines{', with sizes or the number of cases where they differ' if differ else ''}"
     return f"{head}: {'; '.join(texts)}." if texts else ""
+
+
+def _cases(counts: Counter[str], sizes: int) -> str:
+    """Return for which sizes a setting was chosen; of one size, how often.
+
+    >>> _cases(Counter({"1 x 16": 1, "16 x 128": 2}), 3), _cases(Counter({"1": 3}), 1)
+    ('for 1 x 16, 16 x 128 (2)', '3')
+    """
+    if sizes == 1:
+        return str(counts.total())
+    return f"for {', '.join(f'{size} ({n})' if n > 1 else size for size, n in counts.items())}"
 
 
 def per_machine(rows: Iterable[Row], make: Callable[[list[Row]], str]) -> str:

@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.evaluation.profiling import quartiles
+from rarefy.evaluation.profiling import compare
 from rarefy.runtime import bindings
 from rarefy.runtime.huge_pages import last_cache
 from rarefy.runtime.kernel import Kernel
@@ -35,7 +34,6 @@ from recording import append, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runtime.jsonl"
-PAUSE = 0.08  # seconds between calls of engines: threads of ONNX Runtime spin for 50 ms after a call
 WARMUP = 3  # rounds that are not timed
 CACHE = max(100 << 20, last_cache())  # bytes of distinct weights at batch 1
 SHAPES = [(4096, 1024), (768, 3072)]
@@ -66,23 +64,8 @@ def random(O: int, C: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> 
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Any]:
-    """Return quartiles in milliseconds of runs that take turns, after WARMUP rounds.
-
-    During `pause` seconds before each, threads of the others fall asleep, and a call that is not timed wakes its own.
-    """
-
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for round_ in range(-WARMUP, repeats):
-            for name, run in runs.items():
-                if pause:
-                    time.sleep(pause)
-                    run()
-                began = time.perf_counter()
-                run()
-                if round_ >= 0:
-                    seconds[name].append(time.perf_counter() - began)
-    times = {name: quartiles(values) for name, values in seconds.items()}
+    """Return quartiles in milliseconds of runs that take turns, after WARMUP rounds; `pause` as in `compare`."""
+    times = compare(runs, repeats=repeats, warmup=WARMUP, pause=pause)
     return {name: [1000 * s for s in (t.low, t.median, t.high)] for name, t in times.items()}
 
 

@@ -49,7 +49,7 @@ def broken(x):
 
 def test_the_fastest_setting_counts_and_all_are_recorded():
     found = peers.fastest({"slow": engine(0.01), "fast": engine(0.0), "broken": broken}, EXAMPLES)
-    assert found.settings["setting"] == "fast"
+    assert found.settings["setting"] == {"1": "fast", "4": "fast"}
     assert found.settings["tried"]["broken"] == "ValueError: no such kernel"
     assert set(found.settings["tried"]["slow"]) == {"1", "4"} and found.settings["tried"]["slow"]["1"] >= 10
 
@@ -57,8 +57,26 @@ def test_the_fastest_setting_counts_and_all_are_recorded():
 def test_a_fast_setting_with_other_outputs_does_not_count():
     starts = {"exact": engine(0.01), "wrong": engine(0.0, error=1e4)}
     found = peers.fastest(starts, EXAMPLES, want=torch.full((4,), 48.0))
-    assert found.settings["setting"] == "exact" and found.settings["cosines"]["wrong"] < 0.9
-    assert peers.fastest(starts, EXAMPLES).settings["setting"] == "wrong"
+    assert found.settings["setting"] == {"1": "exact", "4": "exact"} and found.settings["cosines"]["exact"] > 0.999
+    assert list(found.settings["refused"]) == ["wrong"] and found.settings["refused"]["wrong"] < 0.9
+    assert peers.fastest(starts, EXAMPLES).settings["setting"] == {"1": "wrong", "4": "wrong"}
+
+
+def test_each_size_has_the_fastest_setting_and_the_largest_is_judged():
+    def start(factor, slow_at):
+        def started(x):
+            def run(arrays):
+                time.sleep(0.01 if len(arrays["x"]) == slow_at else 0.0)
+                return factor * arrays["x"].sum((1, 2, 3))
+
+            return run
+
+        return started
+
+    found = peers.fastest({"a": start(1, slow_at=4), "b": start(2, slow_at=1)}, EXAMPLES)
+    assert found.settings["setting"] == {"1": "a", "4": "b"}
+    assert (found.timed["1"]()[0], found.timed["4"]()[0]) == (48, 96)
+    assert torch.equal(found.encode(EXAMPLES["4"]), torch.full((4,), 96.0))
 
 
 def test_engines_that_do_not_run_are_an_error():
@@ -109,31 +127,52 @@ def test_onnx_runtime_and_openvino_run_a_model_with_attention(tmp_path):
     torch.manual_seed(0)
     model, x = Attention().eval(), torch.randn(2, 8, 4, 4)
     peers.exported(model, x, tmp_path / "m.onnx")
-    network = __import__("openvino").Core().read_model(str(tmp_path / "m.onnx"))
-    assert peers.has_attention(network)
     found = peers.engines(tmp_path / "m.onnx", [torch.randn(1, 8, 4, 4) for _ in range(4)], {"1": x[:1], "2": x})
     with torch.no_grad():
         for name, other in found.items():
             assert peers.cosine(other.encode(x), model(x)) > (0.9 if "int8" in name else 0.999), name
     tried = found["onnxruntime int8"].settings["tried"]
-    assert {"static, threads spin", "static, threads sleep", "dynamic, threads spin", "dynamic, threads sleep"} == {
-        *tried
-    }
+    files = ("static", "static, weights", "dynamic")
+    assert {f"{file}, threads {wait}" for file in files for wait in ("spin", "sleep")} == {*tried}
+    assert all(isinstance(ms, dict) for ms in tried.values())
+    assert set(found["openvino int8"].settings["setting"]) == {"1", "2"}
     assert "precision f32" in found["openvino int8"].settings["tried"]
 
 
-def test_a_classifier_with_a_softmax_at_its_end_has_no_attention(tmp_path):
-    openvino = pytest.importorskip("openvino")
+def test_layers_with_weights_alone_leave_products_of_activations_as_they_are(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4)
+    peers.exported(Attention().eval(), x, tmp_path / "m.onnx")
+    counts = {}
+    for label, make in peers.in_8_bits(tmp_path / "m.onnx", [{"x": x[:1].numpy()}]).items():
+        counts[label] = [n.op_type for n in onnx.load(make()).graph.node].count("QuantizeLinear")
+    assert counts["dynamic"] == 0 < counts["static, weights"] < counts["static"]
+
+
+def test_attention_is_recognized_in_a_file(tmp_path):
+    pytest.importorskip("onnx")
+    peers.exported(Attention().eval(), torch.randn(2, 8, 4, 4), tmp_path / "a.onnx")
+    assert peers.has_attention(tmp_path / "a.onnx")
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Softmax(-1)).eval()
     peers.exported(model, torch.randn(2, 3, 4, 4), tmp_path / "m.onnx")
-    assert not peers.has_attention(openvino.Core().read_model(str(tmp_path / "m.onnx")))
+    assert not peers.has_attention(tmp_path / "m.onnx")
+
+
+def test_records_name_the_versions_of_engines():
+    import recording
+
+    line = recording.recorded({"model": "a"})
+    assert line["versions"]["torch"] == torch.__version__ and line["model"] == "a"
+    assert set(line["versions"]) <= set(recording.ENGINES)
 
 
 # Tables
 
 
 def settings(setting: str) -> dict:
-    return {"setting": setting, "tried": {"threads spin": {"1": 1.0}, "threads sleep": {"1": 1.1}}}
+    return {"setting": {"1": setting}, "tried": {"threads spin": {"1": 1.0}, "threads sleep": {"1": 1.1}}}
 
 
 def test_tables_say_which_settings_were_tried():
@@ -143,14 +182,12 @@ def test_tables_say_which_settings_were_tried():
     )
     other = {"settings": {"onnxruntime int8": settings("threads sleep")}}
     assert records.tried([one, one, other]) == (
-        "Settings of other engines, with the number of cases where they differ: "
+        "Settings of other engines, with sizes or the number of cases where they differ: "
         "ONNX Runtime, 8 bits: threads spin 2, threads sleep 1."
     )
-    refused = {
-        "setting": "dynamic",
-        "tried": {"static": {}, "dynamic": {}},
-        "cosines": {"static": 0.4, "dynamic": 0.99},
-    }
+    by_size = {"setting": {"1 x 16": "a", "1 x 128": "b", "16 x 128": "b"}, "tried": {"a": {}, "b": {}, "c": {}}}
+    assert "x: b for 1 x 128, 16 x 128, a for 1 x 16 (also tried: c)." in records.tried([{"settings": {"x": by_size}}])
+    refused = {"setting": {"1": "dynamic"}, "tried": {"static": {}, "dynamic": {}}, "refused": {"static": 0.4}}
     assert "dynamic (also tried: static, refused: cosine 0.40)." in records.tried([{"settings": {"a": refused}}])
     assert records.tried([{}]) == ""
 

@@ -231,6 +231,7 @@ def test_engines_side_by_side(run, place):
     assert list(rows) == engines
     assert rows["ONNX Runtime"]["difference"] is None and rows["ONNX Runtime"]["speed"] == 1
     assert rows["Rarefy"]["difference"] < 1e-4 < rows["Rarefy, int8"]["difference"] < 0.1
+    assert rows["ONNX Runtime"]["setting"] in ("threads spin", "threads sleep") and rows["Rarefy"]["setting"] == ""
     for r in rows.values():
         assert 0 < r["low"] <= r["median"] <= r["high"] and r["repeats"] == 3
         assert r["samples_per_second"] == pytest.approx(4000 / r["median"])
@@ -243,6 +244,7 @@ def test_the_table_of_engines(run, place):
     assert ran.code == 0, ran.err
     head = next(line for line in ran.out.splitlines() if line.startswith("engine"))
     assert head.split() == ["engine", "ms", "a", "call", "quartiles", "samples/s", "speed", "difference"]
+    assert "ONNX Runtime, threads s" in ran.out
     assert "inputs: input_ids int64 1x16, attention_mask int64 1x16" in ran.out and "note: inputs are random" in ran.out
 
 
@@ -524,7 +526,7 @@ def test_engines_that_do_not_run_a_file_are_notes():
 
     works = Engine("works", lambda streams, threads: [lambda: [streams]] * streams)
     runs, notes = _ready([works, Engine("a", missing), Engine("b", broken)], 2, 1)
-    assert list(runs) == ["works"] and len(runs["works"]) == 2
+    assert list(runs) == [("works", "")] and len(runs["works", ""]) == 2
     assert notes == ["a is not installed", "b does not run the file: operator X"]
     with pytest.raises(rarefy.RarefyError, match="ONNX Runtime does not run the file: operator X"):
         _ready([Engine("ONNX Runtime", broken)], 1, 1)

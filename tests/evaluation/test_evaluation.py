@@ -180,6 +180,14 @@ def test_runs_take_turns_after_warm_up():
     assert list(found) == ["a", "b", "c"] and all(t.repeats == 4 for t in found.values())
 
 
+def test_after_a_pause_a_call_wakes_the_threads_and_is_not_timed(monkeypatch):
+    events = []
+    monkeypatch.setattr(profiling.time, "sleep", lambda seconds: events.append(seconds))
+    runs = {name: lambda name=name: events.append(name) for name in ("a", "b")}
+    found = profiling.compare(runs, repeats=2, warmup=1, pause=0.5)
+    assert events == ["a", "b", *[0.5, "a", "a", 0.5, "b", "b"] * 2] and found["a"].repeats == 2
+
+
 def test_times_are_seconds():
     found = profiling.compare({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, repeats=3, warmup=0)
     assert 0.02 <= found["slow"].low <= found["slow"].median <= found["slow"].high < 0.2

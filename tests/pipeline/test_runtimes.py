@@ -43,6 +43,9 @@ def test_quality_and_times_are_in_the_receipt():
     assert first["quality"] == receipt.quality["after"] == accuracy(net, data) < 1
     assert all(r["quality"] == first["quality"] and set(r["milliseconds"]) == {"1", "3"} for r in receipt.runtimes)
     assert all(t["low"] <= t["median"] <= t["high"] for r in receipt.runtimes for t in r["milliseconds"].values())
+    assert set(others[0]["settings"]) == {"1", "3"}
+    assert set(others[0]["settings"].values()) <= {"threads spin", "threads sleep"}
+    assert any(n.startswith("ONNX Runtime was timed with its fastest setting: threads s") for n in receipt.notes)
     text = receipt.summary()
     assert "accuracy, ONNX Runtime" in text and "accuracy, OpenVINO" in text and "forward, batch 3, ms" in text
     again = receipt_from_dict(json.loads(receipt.to_json()))

@@ -17,6 +17,11 @@ from zoo import lively
 ENGINES = ["ONNX Runtime, fp32", "ONNX Runtime, int8"] + ["OpenVINO, fp32"] * (find_spec("openvino") is not None)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(other_engines, "PAUSE", 0.002)
+
+
 class Pair(nn.Module):
     """Two inputs, and outputs by name and nested."""
 
@@ -66,6 +71,9 @@ def test_quality_and_times_of_each_engine(case):
         assert set(row["milliseconds"]) == set(row["speedup"]) == {"1", "3"}
         for time in row["milliseconds"].values():
             assert 0 < time["low"] <= time["median"] <= time["high"]
+        settings = {"threads spin", "threads sleep"} if "ONNX" in name else {""}
+        assert set(row["settings"]) == {"1", "3"} and set(row["settings"].values()) <= settings
+    assert any(n.startswith("ONNX Runtime, int8 was timed with its fastest setting: threads s") for n in notes)
 
 
 def test_an_engine_returns_what_the_model_returns():
@@ -170,7 +178,29 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(other_engines, "find_spec", lambda name: None if name != "onnxruntime" else find_spec(name))
     rows, notes = rows_of(net, example, data)
     assert set(rows) == {"ONNX Runtime, fp32", "ONNX Runtime, int8"}
-    assert notes == ["other engines need packages that are not installed: onnxscript, openvino, nncf"]
+    assert notes[:1] == ["other engines need packages that are not installed: onnxscript, openvino, nncf"]
+
+
+def test_the_fastest_setting_of_an_engine_counts_at_each_batch_size(monkeypatch):
+    net, example, data = images()
+    calls = {"1": {"threads spin": 9.0, "threads sleep": 2.0}, "3": {"threads spin": 1.0, "threads sleep": 8.0}}
+
+    def times(runs, pause):
+        size = "1" if times.count == 0 else "3"
+        times.count += 1
+        assert pause > 0 and ("ONNX Runtime, fp32", "threads sleep") in runs
+        ms = {key: calls[size].get(key[1], 4.0) for key in runs}
+        return {key: {"low": t, "median": t, "high": t} for key, t in ms.items()}
+
+    times.count = 0
+    monkeypatch.setattr(other_engines, "times_in_turns", times)
+    rows, notes = rows_of(net, example, data)
+    row = rows["ONNX Runtime, fp32"]
+    assert row["settings"] == {"1": "threads sleep", "3": "threads spin"} and row["speedup"] == {"1": 2.0, "3": 4.0}
+    assert (
+        "ONNX Runtime, fp32 was timed with its fastest setting: threads sleep at batch 1; threads spin at batch 3"
+        in notes
+    )
 
 
 def test_a_search_reports_and_remembers_them(tmp_path, monkeypatch):

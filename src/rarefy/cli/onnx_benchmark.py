@@ -24,7 +24,7 @@ from rarefy.evaluation.streams import compare_streams
 from rarefy.model.compare import relative_distance
 from rarefy.model.forward import describe_batch
 from rarefy.model.signature import get_signature
-from rarefy.onnx.runtimes import session_for_timing
+from rarefy.onnx.runtimes import THREADS, session_for_timing
 
 REFERENCE = "ONNX Runtime"
 SECONDS, REPEATS = 3.0, (10, 200)  # of timing of one engine; at least and at most that many calls
@@ -33,6 +33,7 @@ SMALLEST = 5e-4  # a reference whose largest entry is smaller is compared absolu
 
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[], Sequence[Any]]  # returns all outputs
+Key = tuple[str, str]  # the name of an engine, and its setting
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class Engine:
         name: what the report calls it.
         make: returns a function for each of n streams, each of which may use that many threads.
         is_ours: a compiled model of Rarefy, whose errors are raised.
+        setting: one of several, of which the fastest counts.
     """
 
     name: str
     make: Callable[[int, int], list[Run]]
     is_ours: bool = False
+    setting: str = ""
 
 
 def bench_file(
@@ -81,12 +84,12 @@ def bench_file(
     with profiling.threads(threads):  # what is chosen by timing is chosen for as many
         engines = _engines(net, example, path, feed, precision, against)
         runs, notes = _ready(engines, streams, threads)
-        outputs = {name: each[0]() for name, each in runs.items()}
-        differences = {n: _difference(n, outputs[n], outputs[REFERENCE]) for n in runs if n != REFERENCE}
+        outputs = {name: each[0]() for (name, _), each in runs.items()}
+        differences = {n: _difference(n, outputs[n], outputs[REFERENCE]) for n in outputs if n != REFERENCE}
         not_finite = [n for n, difference in differences.items() if difference is None]
         times = _times(runs, streams, repeats, progress)
     samples = next((len(a) for a in feed.values() if a.ndim), 1)
-    rows = [_row(name, times[name], samples, times[REFERENCE][1], differences.get(name)) for name in runs]
+    rows = [_row(n, *times[n], samples, times[REFERENCE][1][1], differences.get(n)) for n in outputs]
     machine = profiling.machine()
     summary = {
         "inputs": ", ".join(f"{n} {describe_batch(torch.from_numpy(a))}" for n, a in feed.items()),
@@ -115,20 +118,21 @@ def _engines(
     if against is not None:
         makers[against[0]] = partial(_same, against[1])
     engines = [Engine(name, partial(_compiled_streams, make, feed), True) for name, make in makers.items()]
-    engines.append(Engine(REFERENCE, partial(_onnxruntime_streams, path, feed)))
+    for setting, spins in THREADS.items():
+        engines.append(Engine(REFERENCE, partial(_onnxruntime_streams, path, feed, spins), setting=setting))
     engines.append(Engine("OpenVINO", partial(_openvino_streams, path, feed, "f32")))
     if precision == "bf16" and profiling.native_bf16():
         engines.append(Engine("OpenVINO, bf16", partial(_openvino_streams, path, feed, "bf16")))
     return engines
 
 
-def _ready(engines: Sequence[Engine], streams: int, threads: int) -> tuple[dict[str, list[Run]], list[str]]:
+def _ready(engines: Sequence[Engine], streams: int, threads: int) -> tuple[dict[Key, list[Run]], list[str]]:
     """Return the functions of all engines that run the file, each called once, and why others do not.
 
     Raises:
         RarefyError: if ours or ONNX Runtime does not run it.
     """
-    runs: dict[str, list[Run]] = {}
+    runs: dict[Key, list[Run]] = {}
     notes: list[str] = []
     for engine in engines:
         try:
@@ -144,7 +148,7 @@ def _ready(engines: Sequence[Engine], streams: int, threads: int) -> tuple[dict[
                 raise ModelError(f"{engine.name} {reason}") from None
             notes.append(f"{engine.name} {reason}")
         else:
-            runs[engine.name] = calls
+            runs[engine.name, engine.setting] = calls
     return runs, notes
 
 
@@ -164,8 +168,9 @@ def _compiled_streams(make: Callable[[], Compiled], feed: Feed, streams: int, th
     return [run] * streams
 
 
-def _onnxruntime_streams(path: Path, feed: Feed, streams: int, threads: int) -> list[Run]:
-    return [partial(session_for_timing(path, threads).run, None, feed) for _ in range(streams)]
+def _onnxruntime_streams(path: Path, feed: Feed, spins: bool, streams: int, threads: int) -> list[Run]:
+    sessions = [session_for_timing(path, threads, spinning=spins) for _ in range(streams)]
+    return [partial(session.run, None, feed) for session in sessions]
 
 
 def _openvino_streams(path: Path, feed: Feed, precision: str, streams: int, threads: int) -> list[Run]:
@@ -204,25 +209,38 @@ def _difference(name: str, outputs: Sequence[Any], expected: Sequence[Any]) -> f
 
 
 def _times(
-    runs: Mapping[str, list[Run]], streams: int, repeats: int | None, progress: bool
-) -> dict[str, tuple[profiling.Times, float]]:
-    """Return for each engine quartiles of seconds, and calls per second."""
+    runs: Mapping[Key, list[Run]], streams: int, repeats: int | None, progress: bool
+) -> dict[str, tuple[str, tuple[profiling.Times, float]]]:
+    """Return for each engine its fastest setting, and with it quartiles of seconds, and calls per second."""
+    return profiling.fastest_settings(_times_of_settings(runs, streams, repeats, progress), lambda t: 1 / t[1])
+
+
+def _times_of_settings(
+    runs: Mapping[Key, list[Run]], streams: int, repeats: int | None, progress: bool
+) -> dict[Key, tuple[profiling.Times, float]]:
+    pause = profiling.PAUSE  # for threads that spin
     alone = {name: each[0] for name, each in runs.items()}
     if streams > 1:
-        return compare_streams(runs, seconds=SECONDS / ROUNDS, rounds=ROUNDS, progress=progress)
+        return compare_streams(runs, seconds=SECONDS / ROUNDS, rounds=ROUNDS, progress=progress, pause=pause)
     if repeats is None:
         slowest = max(t.median for t in profiling.compare(alone, repeats=2, warmup=1).values())
-        repeats = round(min(max(SECONDS / max(slowest, 1e-6), REPEATS[0]), REPEATS[1]))
-    times = profiling.compare(alone, repeats=repeats, progress=progress)
+        repeats = round(min(max(SECONDS / (2 * slowest + pause), REPEATS[0]), REPEATS[1]))
+    times = profiling.compare(alone, repeats=repeats, progress=progress, pause=pause)
     return {name: (t, 1 / t.median) for name, t in times.items()}
 
 
 def _row(
-    name: str, times: tuple[profiling.Times, float], samples: int, reference: float, difference: float | None
+    name: str,
+    setting: str,
+    times: tuple[profiling.Times, float],
+    samples: int,
+    reference: float,
+    difference: float | None,
 ) -> dict[str, Any]:
     quartiles, rate = times
     return {
         "of": name,
+        "setting": setting,
         "unit": "ms",
         "median": 1e3 * quartiles.median,
         "low": 1e3 * quartiles.low,
@@ -237,7 +255,7 @@ def _row(
 def _printed(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as it is printed."""
     return {
-        "engine": row["of"],
+        "engine": ", ".join(filter(None, (row["of"], row["setting"]))),
         "ms a call": three_digits(row["median"]),
         "quartiles": f"{three_digits(row['low'])} to {three_digits(row['high'])}",
         "samples/s": three_digits(row["samples_per_second"]),

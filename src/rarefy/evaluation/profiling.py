@@ -9,13 +9,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from rarefy.common.progress import track
 from rarefy.model.mha import without_mha_fastpath
 
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (ids, cache or None) -> (logits, cache)
+PAUSE = 0.08  # seconds between calls of engines: threads of ONNX Runtime spin for 50 ms after a call
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no count_nonzero for these types
 
 
@@ -98,32 +101,49 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def compare(
-    runs: Mapping[str, Callable[[], Any]],
+    runs: Mapping[K, Callable[[], Any]],
     *,
     repeats: int = 20,
     warmup: int = 3,
     progress: bool = False,
     before: Callable[[], Any] = lambda: None,
-) -> dict[str, Times]:
+    pause: float = 0.0,
+) -> dict[K, Times]:
     """Time runs alternately after warm-up, so that drift affects all of them equally; return quartiles for each.
 
-    `before` is called before each run and is not timed.
+    `before` is called before each run and is not timed. During `pause` seconds before each, threads of the others fall
+    asleep, and a call that is not timed wakes its own.
 
     >>> compare({"nothing": lambda: None}, repeats=5)["nothing"].repeats
     5
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[K, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
         for _ in range(warmup):
             for run in runs.values():
                 run()
         for _ in track(range(repeats), "timing", progress):
             for name, run in runs.items():
+                if pause:
+                    time.sleep(pause)
+                    run()
                 before()
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)
     return {name: quartiles(values) for name, values in seconds.items()}
+
+
+def fastest_settings(times: Mapping[tuple[K, str], T], seconds: Callable[[T], float]) -> dict[K, tuple[str, T]]:
+    """Return the fastest setting of each engine and its times, from those of all engines and settings.
+
+    >>> fastest_settings({("a", "spin"): 2.0, ("a", "sleep"): 1.0, ("b", ""): 3.0}, lambda t: t)
+    {'a': ('sleep', 1.0), 'b': ('', 3.0)}
+    """
+    of_engine: dict[K, dict[str, T]] = {}
+    for (name, setting), t in times.items():
+        of_engine.setdefault(name, {})[setting] = t
+    return {n: min(settings.items(), key=lambda item: seconds(item[1])) for n, settings in of_engine.items()}
 
 
 def quartiles(seconds: list[float]) -> Times:

@@ -9,14 +9,19 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 from rarefy.common.progress import track
-from rarefy.evaluation.profiling import Times, quartiles
+from rarefy.evaluation.profiling import K, Times, quartiles
 
 Run = Callable[[], Any]
 
 
 def compare_streams(
-    runs: Mapping[str, Sequence[Run]], *, seconds: float = 1.0, rounds: int = 5, progress: bool = False
-) -> dict[str, tuple[Times, float]]:
+    runs: Mapping[K, Sequence[Run]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 5,
+    progress: bool = False,
+    pause: float = 0.0,
+) -> dict[K, tuple[Times, float]]:
     """Return quartiles of the time of a call, and calls per second, of engines that several threads call at once.
 
     Engines take turns, so that drift affects all of them equally. In each turn every stream calls in a thread of its
@@ -27,15 +32,17 @@ def compare_streams(
         seconds: length of a turn, at least one call.
         rounds: turns of each engine.
         progress: show a progress bar.
+        pause: seconds before each turn, in which threads of other engines fall asleep.
 
     >>> times, rate = compare_streams({"sleep": [lambda: time.sleep(0.01)] * 4}, seconds=0.05, rounds=2)["sleep"]
     >>> times.median >= 0.01, rate > 150
     (True, True)
     """
-    spent: dict[str, list[float]] = {name: [] for name in runs}
+    spent: dict[K, list[float]] = {name: [] for name in runs}
     elapsed = dict.fromkeys(runs, 0.0)
     for _ in track(range(rounds), "timing", progress):
         for name, streams in runs.items():
+            time.sleep(pause)
             calls, whole = _turn(streams, seconds)
             spent[name] += calls
             elapsed[name] += whole

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from torch.utils import _pytree as pytree
 from rarefy.common.errors import ModelError
 from rarefy.model.forward import call, evaluating
 from rarefy.onnx.example_calls import example_call
-from rarefy.onnx.runtimes import session_for_timing
+from rarefy.onnx.runtimes import THREADS, session_for_timing
 
 Feed = Mapping[str, np.ndarray]
 Outputs = Sequence[Any]  # arrays
+Call = Callable[[], Any]
+ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")
+FURTHEST = 4  # operators from a softmax to the product of matrices in attention
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class Started:
 
     Attributes:
         run: returns the outputs for inputs of any batch size.
-        fixed: returns a call on inputs whose sizes may be fixed.
+        fixed: returns calls on inputs whose sizes may be fixed, by the engine's setting; "" where there is one alone.
     """
 
     run: Callable[[Feed], Outputs]
-    fixed: Callable[[Feed], Callable[[], Any]]
+    fixed: Callable[[Feed], Mapping[str, Call]]
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ def feed_of(dense: nn.Module, inputs: Any) -> dict[str, np.ndarray]:
 
 
 def onnx_runtime(file: Path) -> Started:
-    """Return ONNX Runtime with a file."""
-    session = session_for_timing(file, torch.get_num_threads(), exact_sums=True)
-    return Started(partial(session.run, None), lambda feed: partial(session.run, None, feed))
+    """Return ONNX Runtime with a file: with threads that sleep, and where sizes are fixed also with those that spin."""
+    session = cache(partial(session_for_timing, file, torch.get_num_threads(), True))
+    return Started(
+        partial(session(False).run, None),
+        lambda feed: {setting: partial(session(spins).run, None, feed) for setting, spins in THREADS.items()},
+    )
 
 
 def openvino(file: Path, precision: str = "f32", change: Callable[[Any], Any] = lambda network: network) -> Started:
@@ -95,12 +101,47 @@ def openvino(file: Path, precision: str = "f32", change: Callable[[Any], Any] = 
     }
     compiled = core.compile_model(network, "CPU", settings)
 
-    def fixed(feed: Feed) -> Callable[[], Any]:
+    def fixed(feed: Feed) -> Mapping[str, Call]:
         copy = network.clone()
         copy.reshape({n: list(a.shape) for n, a in feed.items()})
-        return partial(core.compile_model(copy, "CPU", settings), feed, share_outputs=True)
+        return {"": partial(core.compile_model(copy, "CPU", settings), feed, share_outputs=True)}
 
     return Started(lambda feed: [np.array(y) for y in compiled(feed).values()], fixed)
+
+
+def settings_note(name: str, settings: Mapping[str, str]) -> list[str]:
+    """Return a note on the fastest setting of an engine at each batch size; none where it has one setting alone.
+
+    >>> settings_note("ONNX Runtime", {"1": "threads spin", "8": "threads sleep", "16": "threads spin"})
+    ['ONNX Runtime was timed with its fastest setting: threads spin at batch 1, 16; threads sleep at batch 8']
+    """
+    sizes = {s: ", ".join(b for b, other in settings.items() if other == s) for s in settings.values() if s}
+    text = "; ".join(f"{setting} at batch {where}" for setting, where in sizes.items())
+    return [f"{name} was timed with its fastest setting: {text}"] if text else []
+
+
+def has_attention(file: Path) -> bool:
+    """Return whether a file has an operator for attention, or multiplies matrices with a softmax.
+
+    Operators between the two, such as the choice that removes NaN, may be FURTHEST.
+    """
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    return any(_attends(nodes) for nodes in (model.graph.node, *(f.node for f in model.functions)))
+
+
+def _attends(nodes: Iterable[Any]) -> bool:
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def reaches_product(node: Any, steps: int) -> bool:
+        following = [r for name in node.output for r in readers.get(name, [])]
+        return any(r.op_type == "MatMul" or (steps > 1 and reaches_product(r, steps - 1)) for r in following)
+
+    return any(n.op_type in ATTENTION or (n.op_type == "Softmax" and reaches_product(n, FURTHEST)) for n in nodes)
 
 
 @contextmanager

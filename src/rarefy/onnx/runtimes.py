@@ -21,6 +21,7 @@ from rarefy.onnx.verify import SMALLEST, TOLERANCE
 Feeds = Mapping[str, Tensor]
 Run = Callable[[Feeds], list[Tensor]]
 MODEL = "the exported model"
+THREADS = {"threads spin": True, "threads sleep": False}  # settings of ONNX Runtime: whether they wait in loops
 
 
 def compare_with_runtimes(

@@ -18,7 +18,7 @@ from rarefy.evaluation.quality import Metric
 from rarefy.model import hf
 from rarefy.model.batches import count_samples
 from rarefy.model.forward import call, evaluating, without_targets
-from rarefy.onnx.engines import Callee, Started, feed_of, nesting_of, onnx_runtime, openvino, quietly
+from rarefy.onnx.engines import Callee, Started, feed_of, nesting_of, onnx_runtime, openvino, quietly, settings_note
 from rarefy.onnx.export import export_onnx
 from rarefy.pipeline.speed import resize_batch
 from rarefy.recipe.schema import Evaluate
@@ -63,13 +63,13 @@ def measured_runtimes(
         quality: of that model.
 
     Returns:
-        Rows of runtime, quality and milliseconds, that of the subject first; and notes on runtimes that do not run the
-        model.
+        Rows of runtime, quality, milliseconds and the fastest setting, that of the subject first; and notes on settings
+        and on runtimes that do not run the model.
     """
     example = without_targets(next(iter(held_out)))
     sizes = evaluate.latency.batch if evaluate.latency else (count_samples(example),)
     repeats = evaluate.latency.repeats if evaluate.latency else REPEATS
-    rows: list[dict[str, Any]] = [{"runtime": subject[0], "quality": quality, "milliseconds": {}}]
+    rows: list[dict[str, Any]] = [{"runtime": subject[0], "quality": quality, "milliseconds": {}, "settings": {}}]
     started: dict[str, Started] = {}
     notes: list[str] = []
     with TemporaryDirectory() as place, evaluating(model), evaluating(subject[1]):
@@ -83,23 +83,26 @@ def measured_runtimes(
                 with quietly():
                     started[name] = start(file)
                     value = metric.measure(Callee(model, started[name].run, spec))
-                rows.append({"runtime": name, "quality": value, "milliseconds": {}})
+                rows.append({"runtime": name, "quality": value, "milliseconds": {}, "settings": {}})
             except Exception as error:  # runtimes have their own classes
                 started.pop(name, None)
                 notes.append(f"{name} does not run the model: {first_line(error)}")
         for size in sizes:
             inputs = resize_batch(example, size)
-            runs: dict[str, Callable[[], Any]] = {subject[0]: partial(call, subject[1], inputs)}
+            runs: dict[tuple[str, str], Callable[[], Any]] = {(subject[0], ""): partial(call, subject[1], inputs)}
             for name in started:
                 try:
                     with quietly():
-                        run = started[name].fixed(feed_of(model, inputs))
-                        run()
-                    runs[name] = run
+                        calls = started[name].fixed(feed_of(model, inputs))
+                        for run in calls.values():
+                            run()
+                    runs |= {(name, setting): run for setting, run in calls.items()}
                 except Exception as error:
                     notes.append(f"{name} does not run batch {size}: {first_line(error)}")
-            times = profiling.compare(runs, repeats=repeats)
+            every = profiling.compare(runs, repeats=repeats, pause=profiling.PAUSE)
+            times = profiling.fastest_settings(every, lambda t: t.median)
             for row in (r for r in rows if r["runtime"] in times):
-                t = times[row["runtime"]]
+                row["settings"][str(size)], t = times[row["runtime"]]
                 row["milliseconds"][str(size)] = {"median": 1e3 * t.median, "low": 1e3 * t.low, "high": 1e3 * t.high}
+    notes += [note for row in rows for note in settings_note(row["runtime"], row["settings"])]
     return tuple(rows), tuple(notes)

@@ -20,7 +20,7 @@ from rarefy.compiler.compile import compile
 from rarefy.compiler.executor import Compiled
 from rarefy.compiler.kernel_selection import fits_int16
 from rarefy.evaluation.outputs import named_output, output_tensor, pool, token_mask
-from rarefy.evaluation.profiling import compare, rates
+from rarefy.evaluation.profiling import K, compare, rates
 from rarefy.generation.decoder import decoder
 from rarefy.model import hf
 from rarefy.model.forward import call, evaluating, without_targets
@@ -164,11 +164,12 @@ def timed_tokens(limit: int | None) -> tuple[int, int]:
     return prompt, max(1, limit - prompt)
 
 
-def times_in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """Return quartiles of milliseconds of calls that take turns, a second or two of each."""
+def times_in_turns(runs: Mapping[K, Callable[[], Any]], pause: float = 0.0) -> dict[K, dict[str, float]]:
+    """Return quartiles of milliseconds of calls that take turns, a second or two of each; `pause` as in `compare`."""
     once = max(t.median for t in compare(runs, repeats=2, warmup=1).values())
-    repeats = round(min(max(SECONDS / max(once, 1e-6), REPEATS[0]), REPEATS[1]))
-    times = compare(runs, repeats=repeats, warmup=1)
+    each = pause + (1 + bool(pause)) * once  # a pause comes with a call that is not timed
+    repeats = round(min(max(SECONDS / max(each, 1e-6), REPEATS[0]), REPEATS[1]))
+    times = compare(runs, repeats=repeats, warmup=1, pause=pause)
     return {n: {"median": 1e3 * t.median, "low": 1e3 * t.low, "high": 1e3 * t.high} for n, t in times.items()}
 
 
