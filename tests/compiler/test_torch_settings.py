@@ -111,6 +111,26 @@ def test_compiling_under_settings_that_change_the_model_is_refused(setting, mess
         rarefy.compile(MODELS["linear"]().eval(), call_of("linear", 4))
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_later_branches_do_not_depend_on_settings_of_torch(setting):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x) * (3 if x.shape[0] % 4 == 0 else 1)
+
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(6, 8)
+    fast = rarefy.compile(model, torch.randn(4, 8))
+    with torch.no_grad():
+        want = model(x)
+    with SETTINGS[setting]():
+        got = fast(x)
+    assert distance(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_negated_views_are_read_as_their_values(name):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import nn
 
 from rarefy.common.errors import DataError, OtherSizesError, first_line
@@ -86,9 +87,10 @@ class Branches:
 
     def _compile(self, model: nn.Module, args: Any, kwargs: Any, error: OtherSizesError) -> Any:
         try:
-            compiled = self.compile(model, args, kwargs)
-            if not takes(compiled, args, kwargs):  # sizes of 1, which open sizes do not include
-                compiled = self.compile(model, args, kwargs, dynamic=False)
+            with torch.autocast("cpu", enabled=False), torch.device("cpu"):  # as outside of the settings of this call
+                compiled = self.compile(model, args, kwargs)
+                if not takes(compiled, args, kwargs):  # sizes of 1, which open sizes do not include
+                    compiled = self.compile(model, args, kwargs, dynamic=False)
         except MODEL_ERRORS as reason:
             self.failures += not isinstance(reason, DataError)  # which a model that cannot be called takes no time for
             raise OtherSizesError(f"{error} (compiling it again failed: {first_line(reason)})") from reason

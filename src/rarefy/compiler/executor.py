@@ -105,8 +105,7 @@ class Compiled:
         """Return a compiled model of the same constants, and the same graph or another one, that runs other kernels."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.exported = exported or self.exported
-        other.kernels = dict(kernels)
+        other.exported, other.kernels = exported or self.exported, dict(kernels)
         other.reschedule()
         return other
 
