@@ -303,6 +303,33 @@ def test_sizes_of_other_branches_are_refused_also_when_compiled(condition, says,
             run(torch.randn(2, 9), torch.randn(3, 6))
 
 
+class Caught(nn.Module):
+    def forward(self, x):
+        try:
+            return x.view(-1, 8)
+        except RuntimeError:
+            return x * 2
+
+
+def test_a_call_whose_error_the_model_caught_is_left_out(tmp_path):
+    program = torch.export.export(Caught().eval(), (torch.randn(3, 5),), strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    x = torch.randn(3, 5)
+    assert torch.equal(rarefy.load(tmp_path / "model.pt2")(x), x * 2)
+
+
+def test_a_size_whose_text_the_model_asks_for_is_fixed_in_files_that_export_writes(tmp_path):
+    class Text(nn.Module):
+        def forward(self, x):
+            return x * len(f"{x.shape[1]}")
+
+    export(Text().eval(), tmp_path / "model.pt2", to="pt2", example=torch.randn(3, 5))
+    model, x = rarefy.load(tmp_path / "model.pt2"), torch.randn(4, 5)
+    assert torch.equal(model(x), x) and torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), x)
+    with pytest.raises(DataError, match="were fixed when the model was exported"):
+        model(torch.randn(4, 12))
+
+
 def test_a_condition_that_cannot_be_checked_is_refused(tmp_path):
     auto = [torch.export.Dim.AUTO] * 2
     program = torch.export.export(nn.Sequential(nn.Linear(8, 4)).eval(), (torch.randn(2, 8),), dynamic_shapes=(auto,))

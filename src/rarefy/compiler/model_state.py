@@ -73,7 +73,7 @@ class _Note:
         if isinstance(value, Tensor):
             return (value.dtype, value.shape, _of_bytes(value)) if _is_plain(value) else id(value)
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            return value.dtype.str, value.shape, zlib.crc32(np.ascontiguousarray(value))
+            return value.dtype.str, value.shape, zlib.crc32(value.tobytes())
         if isinstance(value, SEQUENCES):
             return self.each(value)
         if isinstance(value, set | frozenset):
@@ -123,4 +123,4 @@ def _is_plain(t: Tensor) -> bool:
 def _of_bytes(t: Tensor) -> int:
     with torch.no_grad():
         values = t.detach().resolve_conj().resolve_neg().contiguous().flatten()
-        return zlib.crc32(values.view(torch.uint8).numpy()) if values.numel() else 0
+        return zlib.crc32(values.view(torch.uint8).numpy().data) if values.numel() else 0
