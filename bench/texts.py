@@ -33,16 +33,31 @@ DEBIAN = {  # package of Debian: licence
     "r-cran-janeaustenr": "MIT, public domain",
     "wordnet-base": "WordNet licence",
     "apache2-doc": "Apache-2.0",
+    "autoconf-doc": "GFDL-1.3",
+    "bash-doc": "GFDL-1.3",
     "bind9-doc": "MPL-2.0",
     "cmake-doc": "BSD-3-Clause",
     "debian-policy": "GPL-2",
     "debian-reference-en": "GPL-2",
     "developers-reference": "GPL-2",
+    "exim4-doc-html": "GPL-2",
+    "libvirt-doc": "LGPL-2.1",
     "nodejs-doc": "MIT",
+    "ntpsec-doc": "NTP, BSD-2-Clause",
     "php-doc": "CC-BY-3.0",
+    "postfix-doc": "IPL-1.0, EPL-2.0",
     "python-django-doc": "BSD-3-Clause",
+    "python-hypothesis-doc": "MPL-2.0",
+    "python-pandas-doc": "BSD-3-Clause",
+    "python-tornado-doc": "Apache-2.0",
     "python3.13-doc": "PSF-2.0",
     "rust-doc": "MIT, Apache-2.0",
+    "scons-doc": "MIT",
+    "slurm-wlm-doc": "GPL-2",
+    "swi-prolog-doc": "BSD-2-Clause",
+    "tomcat10-docs": "Apache-2.0",
+    "valgrind": "GPL-2, GFDL-1.2",
+    "varnish-doc": "BSD-2-Clause",
     "zsh-doc": "MIT",
     "git-doc": "GPL-2",
     "postgresql-doc-17": "PostgreSQL",
@@ -59,22 +74,38 @@ PACKAGES = {  # file: (command that fetches it, licence)
 JUDGED_MANUALS = ("git-doc", "postgresql-doc-17", "python-sqlalchemy-doc", "sqlite3-doc")  # never learned from
 MANUALS = {  # package: its pages
     "apache2-doc": r"/manual/en/.*\.html$",
+    "autoconf-doc": r"\.html$",
+    "bash-doc": r"\.html$",
     "bind9-doc": r"\.html$",
     "cmake-doc": r"\.html$",
     "debian-policy": r"\.html$",
     "debian-reference-en": r"\.html$",
     "developers-reference": r"\.html$",
+    "exim4-doc-html": r"\.html$",
+    "libvirt-doc": r"/html/.*\.html$",
+    "ntpsec-doc": r"\.html$",
+    "postfix-doc": r"\.html$",
+    "scons-doc": r"\.html$",
+    "slurm-wlm-doc": r"\.html$",
+    "tomcat10-docs": r"\.html$",
+    "valgrind": r"\.html$",
+    "varnish-doc": r"\.html$",
     "zsh-doc": r"\.html$",
 }
 CODE_MANUALS = {
     "nodejs-doc": r"\.html$",
     "php-doc": r"\.html$",
     "python-django-doc": r"/html/(?!_modules).*\.html$",
+    "python-hypothesis-doc": r"/html/(?!_modules).*\.html$",
+    "python-pandas-doc": r"/html/(development|getting_started|user_guide)/.*\.html$",
+    "python-tornado-doc": r"/html/(?!_modules).*\.html$",
     "python3.13-doc": r"\.html$",
     "rust-doc": r"/html/(book|cargo|core|reference|rustc)/.*\.html$",
+    "swi-prolog-doc": r"\.html$",
 }
 JUDGED = 1000  # articles with descriptions, the first of the package, and passages of Brown and of manuals
 SHORTEST = 20  # characters of a text
+LONGEST = 200  # words of a passage of a page to learn from
 PASSAGE = (40, 80)  # words of a text that look for the next ones
 
 
@@ -235,10 +266,12 @@ def definitions() -> Iterator[str]:
 
 
 def pages(wanted_of: Mapping[str, str]) -> Iterator[str]:
-    """Yield paragraphs of the HTML pages of Debian packages whose paths match a regular expression."""
+    """Yield passages of the HTML pages of Debian packages whose paths match a regular expression: their paragraphs,
+    joined and cut, so that a text can cross paragraphs as the judged passages do."""
     for name, wanted in wanted_of.items():
         for content in debian(name, wanted):
-            yield from paragraphs(content)
+            words = " ".join(paragraphs(content)).split()
+            yield from (" ".join(words[at : at + LONGEST]) for at in range(0, len(words), LONGEST))
 
 
 def cookies() -> Iterator[str]:
