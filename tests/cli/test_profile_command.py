@@ -65,9 +65,9 @@ def test_a_language_model_and_its_decoder(tmp_path, run):
     for folder in ("model", "decoder"):
         ran = run("profile", tmp_path / folder, "--tokens", 20, "--repeats", 1, "--json")
         assert ran.code == 0, ran.err
-        prompt, token = json.loads(ran.out).items()  # prompts are padded to whole tiles
+        prompt, token = json.loads(ran.out).items()  # prompts are padded to whole vectors
         assert prompt[0] == "prompt of 1 x 20 tokens" and token[0] == "next token"
-        assert " x 64 x 64 x " in rows_of(prompt[1], "attention")[0]["sizes"]
+        assert " x 32 x 32 x " in rows_of(prompt[1], "attention")[0]["sizes"]
         assert " x 1 x 21 x " in rows_of(token[1], "attention")[0]["sizes"]
 
 
