@@ -12,7 +12,7 @@ from checkpoint.test_gguf_export import IDS, build, eager, far
 from helpers.marks import slow_case
 from rarefy.checkpoint.streamed_decoder import streamed_weights
 from rarefy.common.errors import ContainerError, ModelError
-from rarefy.formats import container
+from rarefy.formats import held_files
 from rarefy.model import hf
 
 TEXT = torch.tensor([IDS])
@@ -158,7 +158,7 @@ def test_hashes_of_a_folder_are_checked_when_its_weights_are_read(tmp_path, monk
     model = build("Llama")
     rarefy.save(model, tmp_path / "saved")
     rarefy.save(rarefy.decoder(model), tmp_path / "decoder")
-    monkeypatch.setattr(container, "sha256_of", lambda file: "0" * 64)  # as if each file had changed
+    monkeypatch.setattr(held_files, "sha256_of", lambda file: "0" * 64)  # as if each file had changed
     assert streamed_weights(tmp_path / "decoder") is None  # it is left to `load`, which checks them
     with pytest.raises(ContainerError, match="weights-00001.safetensors"):
         rarefy.decoder_from_files(tmp_path / "saved", precision="int8")

@@ -1,6 +1,8 @@
 """Images of folders and of the library datasets: the same pictures, classes and order, and what is wrong with them."""
 
 import io
+import struct
+import zlib
 
 import pytest
 import torch
@@ -131,3 +133,16 @@ def test_top_5_beside_the_accuracy():
     assert list(accuracies(torch.nn.Identity(), [(torch.eye(5), torch.arange(5))])) == ["accuracy"]
     with pytest.raises(DataError, match="none has a class; name folders of images by the model's classes"):
         accuracies(torch.nn.Identity(), [(torch.eye(8), torch.full((8,), -100))])
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])  # Pillow only warns of the first
+def test_a_picture_of_billions_of_pixels(side, tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    (tmp_path / "cat").mkdir()
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "cat" / "1.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"1.png: it has more than 89,478,485 pixels: give it in a smaller size"):
+        batches(str(tmp_path), Take())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from conftest import sample
 from rarefy.common.errors import DataError
-from rarefy.data import builtin
+from rarefy.data import builtin, images
 from rarefy.data.sources import READERS, Take, batches
 from rarefy.model.batches import count_samples
 from rarefy.model.image_config import ImageConfig
@@ -412,3 +412,13 @@ def test_fewer_samples_are_the_first_of_more(folder, name):
 
     for few, many in zip(samples(5), samples(11)):
         assert torch.equal(few, many[:5])
+
+
+def test_an_archive_that_expands_to_gigabytes(tmp_path, monkeypatch):
+    """Zeros: a file of a few megabytes becomes 4 GB in memory. Sizes in its directory tell before."""
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((8, 1 << 16), np.float32))
+    monkeypatch.setattr(images, "EXPANSION_SLACK", 1 << 16)
+    with pytest.raises(DataError, match=r"a.npz would become 2,097,\d+ bytes when it is expanded, at most"):
+        batches(str(tmp_path / "a.npz"), Take())
+    np.savez(tmp_path / "b.npz", x=np.zeros((8, 1 << 16), np.float32))
+    assert len(batches(str(tmp_path / "b.npz"), Take())) == 1

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -438,3 +439,68 @@ def test_a_slow_mutation_is_not_blamed_on_the_next(tmp_path, monkeypatch):
     finally:
         runner.close()
     assert not runner.findings
+
+
+def test_many_constants_of_onnx_files(tmp_path, monkeypatch):
+    """Each is below the limit of one value; together they fill the memory."""
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, save
+
+    import rarefy
+    from rarefy.onnx import graph as onnx_graph
+
+    monkeypatch.setattr(onnx_graph, "MAX_FOLDED", 1 << 20)
+    one = helper.make_tensor("v", 1, [1], [1.0])
+    nodes = [helper.make_node("ConstantOfShape", ["size"], [f"c{i}"], value=one) for i in range(6)]
+    nodes += [helper.make_node("Add", [f"s{i}" if i else "x", f"c{i}"], [f"s{i + 1}"]) for i in range(6)]
+    nodes.append(helper.make_node("ReduceMax", ["s6"], ["y"], keepdims=0))
+    ends = [helper.make_tensor_value_info(n, 1, s) for n, s in (("x", [1, 4]), ("y", []))]
+    size = helper.make_tensor("size", TensorProto.INT64, [2], [1 << 14, 4])
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [size])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=r"the file's constants become more than 1,048,576 bytes, and more than 16"):
+        rarefy.from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute"])
+@pytest.mark.parametrize(
+    ("entries", "error"),
+    [
+        ({"location": "../secret"}, "stored outside the file's folder"),
+        ({"location": "/etc/hostname"}, "stored outside the file's folder"),
+        ({"location": "link"}, "stored outside the file's folder"),
+        ({"location": "pipe"}, "which is missing or no plain file"),
+        ({"location": "data", "offset": "-4"}, "expected numbers"),
+        ({"location": "data", "offset": "8", "length": "64"}, "ends at byte 72 of 'data', which has 64"),
+        ({"location": "data", "offset": "80"}, "ends at byte 80 of 'data', which has 64"),
+        ({"location": "data", "repeated": "9"}, "its tensors read 640 bytes of files of 64 bytes"),
+    ],
+)
+def test_data_outside_of_onnx_files(entries, error, place, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, save
+
+    from rarefy.onnx.read import read
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(64))
+    (folder / "data").write_bytes(bytes(64))
+    (folder / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "pipe")
+
+    def outside(name):
+        tensor = TensorProto(name=name, data_type=1, dims=[4, 4], data_location=TensorProto.EXTERNAL)
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=value)
+        return tensor
+
+    names = [f"w{i}" for i in range(int(entries.get("repeated", 0)) + 1)]
+    held = [outside(n) for n in names] if place == "initializer" else []
+    nodes = [helper.make_node("Constant", [], [n], value=outside(n)) for n in names if not held]
+    nodes.append(helper.make_node("Sum", ["x", *names], ["y"]))
+    ends = [helper.make_tensor_value_info(n, 1, [4, 4]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "net.onnx")
+    with pytest.raises(ContainerError, match=error):
+        read(folder / "net.onnx")

@@ -8,6 +8,7 @@ images.parquet                       a table with images as bytes, as data sets 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from rarefy.common.plain_file import plain_file, usable_path
 from rarefy.model.image_config import NO_CLASS, ImageConfig, class_ids
 
 IN_MEMORY = 1 << 30  # bytes of prepared images that are held; more are read again in each pass
+MAX_PIXELS = 89_478_485  # of one picture: 256 MiB in RGB, the limit from which Pillow warns
+MAX_EXPANSION, EXPANSION_SLACK = 64, 1 << 30  # bytes that a byte of a compressed file may become, and of any file
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 DATASET_FILES = ("state.json", "dataset_info.json")  # of a split; of several splits DICT_FILE
 DICT_FILE = "dataset_dict.json"
@@ -207,8 +210,12 @@ def _opened(source: str | Path, datasets: Any, what: str) -> Any:
         if path.is_file():
             from pyarrow import parquet  # a dependency of datasets
 
+            groups = parquet.ParquetFile(path).metadata
+            check_expansion(sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)), path)
             return datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(path)))
         return datasets.Dataset.load_from_disk(str(path))
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
     except Exception as error:  # each library raises its own errors
         raise DataError(f"{what}: {path} is not readable as a data set: {first_line(error)}") from None
 
@@ -217,11 +224,28 @@ def _decoded(content: bytes, transform: Callable[[Any], Tensor], failed: str) ->
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(content))  # its header alone
+        with opened as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             return transform(image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{failed}: it has more than {MAX_PIXELS:,} pixels: give it in a smaller size") from None
     except Exception as error:  # damaged images make each plugin of Pillow raise its own errors
         unknown = "it is damaged, or of a kind that Pillow does not read"
         raise DataError(f"{failed}: {unknown if 'BytesIO' in str(error) else error}") from None
+
+
+def check_expansion(expanded: int, path: Path) -> None:
+    """Raise DataError where the header of a compressed file announces far more bytes than the file has."""
+    limit = MAX_EXPANSION * path.stat().st_size + EXPANSION_SLACK
+    if expanded > limit:
+        raise DataError(
+            f"{path} would become {expanded:,} bytes when it is expanded, at most {limit:,} are read: give fewer "
+            "samples, or a file that is not compressed"
+        )
 
 
 def _batches(

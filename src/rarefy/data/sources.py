@@ -11,6 +11,7 @@ wiki, fashion-mnist             built-in data (`rarefy.data.builtin`); the suffi
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from rarefy.common.errors import DataError, nearest
 from rarefy.common.plain_file import read_text, usable_path
 from rarefy.data import builtin
-from rarefy.data.images import dataset_batches, folder_batches, is_dataset
+from rarefy.data.images import check_expansion, dataset_batches, folder_batches, is_dataset
 from rarefy.model.image_config import ImageConfig
 
 DEFAULT_IMAGES = ImageConfig()  # 224 pixels, statistics of ImageNet
@@ -128,6 +129,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    if zipfile.is_zipfile(path):  # else numpy says what is wrong
+        with zipfile.ZipFile(path) as archive:
+            check_expansion(sum(e.file_size for e in archive.infolist()), path)
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 

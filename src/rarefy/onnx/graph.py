@@ -15,6 +15,8 @@ from rarefy.model.quant_grid import Grid
 from rarefy.onnx.binding import evaluate, node_label
 from rarefy.onnx.dtypes import stored_array, to_array, to_tensor
 
+MAX_FOLDED, MAX_EXPANSION = 1 << 30, 16  # bytes that constants may become: any, and for each stored byte
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -156,7 +158,12 @@ def _constant(node: Any) -> np.ndarray:
 
 
 def fold_constants(graph: Graph) -> Iterable[Any]:
-    """Compute nodes that depend on constants alone; a transposed constant keeps its grid."""
+    """Compute nodes that depend on constants alone; a transposed constant keeps its grid.
+
+    Raises:
+        ModelError: the results are far larger than the constants that the file stores.
+    """
+    left = MAX_FOLDED + MAX_EXPANSION * sum(a.nbytes for a in graph.constants.values())
     for node in graph.nodes:
         known = bool(node.input) and all(n in graph.constants or not n for n in node.input)
         stays = node.op_type == "DequantizeLinear" or is_lookup(node, graph.initializers, graph.constants)
@@ -164,6 +171,12 @@ def fold_constants(graph: Graph) -> Iterable[Any]:
         if results is None:
             yield node
             continue
+        left -= sum(r.nbytes for r in results)
+        if left < 0:
+            raise ModelError(
+                f"{node_label(node)}: the file's constants become more than {MAX_FOLDED:,} bytes, and more than "
+                f"{MAX_EXPANSION} times as many as are stored: make large constants inputs"
+            )
         graph.constants.update({n: to_array(r) for n, r in zip(node.output, results) if n})
         if node.op_type in ("Transpose", "Identity") and node.input[0] in graph.grids:
             rank = results[0].dim()

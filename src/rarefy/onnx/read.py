@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rarefy.onnx.runtime_operators import split_fused_
 from rarefy.onnx.shape_inference import check_sizes, infer_kinds, without_weights
 
 MAX_NODES = 200_000  # with functions expanded
+MAX_REPEATS = 4  # bytes that tensors may have together, for each byte of the files they are stored in
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -44,16 +46,7 @@ def read(path: Any) -> Any:
         if opset.domain in ("", "ai.onnx") and opset.version > newest:
             raise ContainerError(f"{path}: opset {opset.version}; those up to {newest} are read")
     folder = os.path.realpath(path.parent)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            location = os.path.realpath(os.path.join(folder, entry.value))
-            if entry.key == "location" and not location.startswith(folder + os.sep):
-                raise ContainerError(f"{path}: {tensor.name} is stored outside the file's folder: {entry.value!r}")
-            if entry.key == "location" and not os.path.isfile(location):
-                raise ContainerError(
-                    f"{path}: {tensor.name} is stored in {entry.value!r}, which is missing: both files belong into one "
-                    "folder"
-                )
+    _check_external_data(model, path, folder)
     try:
         onnx.load_external_data_for_model(model, folder)
         split_fused_(model)
@@ -64,6 +57,51 @@ def read(path: Any) -> Any:
         raise ContainerError(f"{path}: not a sound ONNX file: {first_line(error)}") from None
     _check_sizes(model, path)
     return model
+
+
+def _check_external_data(model: Any, path: Path, folder: str) -> None:
+    """Raise ContainerError unless all tensors outside of the file are whole in plain files of its folder.
+
+    O(tensors).
+    """
+    sizes, read = dict[str, int](), 0
+    for tensor in _tensors(model):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entries, name = {e.key: e.value for e in tensor.external_data}, tensor.name
+        value = entries.get("location", "")
+        location = os.path.realpath(os.path.join(folder, value))
+        if not location.startswith(folder + os.sep):
+            raise ContainerError(f"{path}: {name} is stored outside the file's folder: {value!r}")
+        if not os.path.isfile(location):
+            raise ContainerError(
+                f"{path}: {name} is stored in {value!r}, which is missing or no plain file: both files belong into one "
+                "folder"
+            )
+        sizes[location] = os.path.getsize(location)
+        offset, length = (entries.get(key, default) for key, default in (("offset", "0"), ("length", "")))
+        if not all(re.fullmatch("[0-9]{1,18}", n) for n in (offset, length or "0")):
+            raise ContainerError(f"{path}: {name} is stored at byte {offset!r}, {length!r} bytes: expected numbers")
+        num_bytes = int(length) if length else sizes[location] - int(offset)
+        if num_bytes < 0 or int(offset) + num_bytes > sizes[location]:
+            raise ContainerError(
+                f"{path}: {name} ends at byte {int(offset) + max(num_bytes, 0):,} of {value!r}, which has "
+                f"{sizes[location]:,}: copy both files again"
+            )
+        read += num_bytes
+    if read > MAX_REPEATS * sum(sizes.values()):
+        raise ContainerError(f"{path}: its tensors read {read:,} bytes of files of {sum(sizes.values()):,} bytes")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Yield all tensors of a message: weights, attributes, and those of subgraphs and functions. O(fields)."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                if field.message_type.name == "TensorProto":
+                    yield inner
+                else:
+                    yield from _tensors(inner)
 
 
 def _has_undecoded_text(message: Any) -> bool:
