@@ -245,9 +245,9 @@ def _check_aten_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         repeated = argument.N is not None and type(value) is int  # one number stands for N equal ones
         if argument.name in values and not repeated and not _fits(kind, value, nodes):
             raise ValueError(f"argument {argument.name}: expected {kind}, got {_short(value)}")
-        if kind in TENSOR_LISTS and type(value) in LISTS and all(v is None for v in value):
-            raise ValueError(f"argument {argument.name}: expected at least one tensor, got {_short(value)}")
         numbers: Any = value if type(value) in LISTS else [value]
+        if kind in TENSOR_LISTS and type(value) in LISTS and all(n is None for n in numbers):
+            raise ValueError(f"argument {argument.name}: expected at least one tensor, got {_short(value)}")
         if argument.name in SIZES and any(type(n) is int and abs(n) > MAX_PIXELS for n in numbers):
             raise ValueError(f"argument {argument.name}: expected sizes of at most {MAX_PIXELS:,}, got {_short(value)}")
     for name, pure in PURE_WITH.get(str(target), {}).items():
