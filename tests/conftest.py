@@ -276,11 +276,9 @@ def run(monkeypatch, capsys) -> Run:
 
 @pytest.fixture(autouse=True)
 def _choices(request, monkeypatch):
-    """Fix what runs where: nothing is timed, decoders leave zeros out wherever they can. `tuned` tests run as users do."""
+    """Let tests that are marked `tuned` time what runs where, as users do; nothing is timed in others."""
     if request.node.get_closest_marker("tuned"):
         monkeypatch.delenv("RAREFY_TUNE")
-    else:
-        monkeypatch.setattr("rarefy.generation.weight_format.skipping_zeros_is_faster", lambda *_: True)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ from rarefy.runtime import bindings, tuning_cache
 from rarefy.runtime.packed_formats import Bitmask, QuantizedPanels
 from rarefy.runtime.packing import unpack
 
-measured = weight_format.skipping_zeros_is_faster  # before tests replace it
-
 
 def weight_of(zeros: float, bits: int = 8, groups: int = 1, zero: bool = False) -> tuple[torch.Tensor, Grid]:
     torch.manual_seed(0)
@@ -51,6 +49,7 @@ def test_what_is_not_quantized_is_in_8_bits_or_as_it_is(monkeypatch):
 
 
 @pytest.mark.skipif(bindings.missing() is not None, reason="no kernels")
+@pytest.mark.tuned
 def test_what_is_faster_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
     asked: list[tuple[object, ...]] = []
@@ -60,6 +59,7 @@ def test_what_is_faster_is_measured_once(monkeypatch, tmp_path):
         return {BITMASK: 1.0, PANELS: case[2] * 2}  # faster from 60 % zeros on
 
     monkeypatch.setattr(weight_format, "_seconds", seconds)
+    measured = weight_format.skipping_zeros_is_faster
     for _ in range(2):
         assert [measured("int8", 8, z, True) for z in (0.25, 0.49, 0.61, 0.69)] == [False, False, True, True]
     assert asked == [("int8", 8, 0.2, True), ("int8", 8, 0.4, True), ("int8", 8, 0.6, True)]

@@ -464,7 +464,9 @@ def test_weights_beside_the_file(tmp_path):
     with pytest.raises(ContainerError, match="w ends at byte 48 of .*, which has 3: copy both files again"):
         rarefy.from_onnx(tmp_path / "net.onnx")
     (tmp_path / "net.data").unlink()
-    with pytest.raises(ContainerError, match="w is stored in 'net.data', which is missing or no plain file: both files belong"):
+    with pytest.raises(
+        ContainerError, match="w is stored in 'net.data', which is missing or no plain file: both files belong"
+    ):
         rarefy.from_onnx(tmp_path / "net.onnx")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.compiler import tuning
 from rarefy.evaluation.profiling import compare
 from rarefy.model.quant_grid import Grid, OffsetGrid
-from rarefy.runtime import bindings, tuning_cache
+from rarefy.runtime import tuning_cache
 from rarefy.runtime.autotune import FLUSH_BYTES, SAME_SPEED
 from rarefy.runtime.candidates import MIN_ZEROS, why_not_quantized
 from rarefy.runtime.kernel import Kernel
@@ -56,10 +57,10 @@ def skipping_zeros_is_faster(precision: str | None, bits: int, zeros: float, two
     """Return whether one token is multiplied faster by a bitmask than by panels of so many bits with so many zeros.
 
     Measured once on a machine for each tenth of zeros, on random weights that come from memory; the tuning cache keeps
-    it. Panels round inputs more finely, so a bitmask has to be a tenth faster. Cost: half a second. Without kernels it
-    is True.
+    it. Panels round inputs more finely, so a bitmask has to be a tenth faster. Cost: half a second. Without kernels, or
+    with RAREFY_TUNE=0 in the environment, nothing is timed and it is True.
     """
-    if bindings.missing() is not None:
+    if not tuning.is_enabled():
         return True
     file, tenths = tuning_cache.default_file(), int(10 * zeros)
     key = f"zeros of a decoder {precision} {bits} {tenths} {two_terms}"
