@@ -23,6 +23,7 @@ pytest.importorskip("timm")
 
 CASES = zoo.transformers_cases() | zoo.torchvision_cases() | zoo.timm_cases() | zoo.held_out_cases()
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+IN_TORCH = ("s3d",)  # convolutions and pools of videos alone, which torch runs
 REFUSED: dict[str, str] = {}  # what does not compile, and what the message says
 
 
@@ -37,7 +38,7 @@ def test_compiled_equals_eager(name):
             rarefy.compile(model, x)
         return
     made = rarefy.compile(model, x)
-    assert any(isinstance(i, FusedSubgraph | SingleOp) for i in made.schedule)
+    assert any(isinstance(i, FusedSubgraph | SingleOp) for i in made.schedule) == (name not in IN_TORCH)
     assert verify.distance(model, made, *pytree.tree_flatten(compile.split_example(x))) < 1e-4
     made.branches = None  # other branches are other graphs: this one alone answers, or refuses
     wrong, refused = wrong_answers(model, made, x)
