@@ -290,3 +290,17 @@ def test_a_layer_that_no_data_reach_is_left_out_alone(net: nn.Module, data: list
     assert joint({("1x4", "net.b"): 0.5}) == pytest.approx(alone({("1x4", "b"): 0.5}))
     with pytest.raises(RarefyError, match="unused"):
         joint({("1x4", "unused"): 0.5})
+
+
+@pytest.mark.parametrize("method", ["1x4", RANK])
+def test_without_data_the_loss_is_that_of_magnitudes_on_the_example(net, data, method) -> None:
+    joint = JointLoss(net, data[0], [part(method, "b", 64 * 32, (0.5,))], {}, [])
+    smaller = copy.deepcopy(net)
+    layer = {l.full_name: l for l in all_layers(smaller)}["b"]
+    if method == RANK:
+        smaller.b.weight.data = space.factorized_weight(layer, 0.5, {})
+    else:
+        smaller.b.weight.data = compressed_weight(layer, space.setting_of(method, 0.5), joint.stats, "magnitude")
+    with torch.no_grad():
+        want = (smaller(data[0]) - net(data[0])).square().sum() / net(data[0]).square().sum()
+    assert joint({(method, "b"): 0.5}) == pytest.approx(float(want), rel=1e-4)

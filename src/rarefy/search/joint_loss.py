@@ -158,11 +158,11 @@ class JointLoss:
 
     @cached_property
     def stats(self) -> dict[str, LayerStats]:
-        """What scores read of the inputs of layers that may be pruned or factorized, by name; empty without data."""
+        """What scores read of the inputs of layers that may be pruned or factorized, by name; nothing of them without data."""
         names = {p.name for p in self.parts if p.method not in (BITS, BLOCK, *CUTS)}
         layers = [l for name, l in self.layers.items() if name in names]
         try:
-            return calibrate(self.dense, layers, self.score, self.fitted, None, 0) if self.fitted else {}
+            return calibrate(self.dense, layers, self.score, self.fitted, None, 0)
         except RarefyError:  # of one layer, which is then left out alone
             return {}
 
@@ -170,7 +170,7 @@ class JointLoss:
         """Return a layer's weight in a pattern, in fewer bits, or of low rank."""
         method, name = key
         layer, stats = self.layers[name], {} if method == BITS else self.stats
-        if method != BITS and self.fitted and name not in stats:
+        if method != BITS and name not in stats:
             stats |= calibrate(self.dense, [layer], self.score, self.fitted, None, 0)
         if method == RANK:
             return [(layer.original, space.factorized_weight(layer, amount, stats))]
