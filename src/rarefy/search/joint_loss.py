@@ -158,7 +158,7 @@ class JointLoss:
 
     @cached_property
     def stats(self) -> dict[str, LayerStats]:
-        """What scores read of the inputs of layers that may be pruned or factorized, by name; nothing of them without data."""
+        """What scores read of the inputs of layers that may be pruned or factorized, by name: without data nothing."""
         names = {p.name for p in self.parts if p.method not in (BITS, BLOCK, *CUTS)}
         layers = [l for name, l in self.layers.items() if name in names]
         try:
