@@ -326,7 +326,7 @@ def test_an_encoder_whose_attention_has_groups_of_one_name():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(32, 6, 32)
-    found = optimize(encoder, x[:2], list(x.split(8)), max_loss=0.3, minutes=0.15)
+    found = optimize(encoder, x[:2], list(x.split(8)), max_loss=0.3, minutes=0.4)
     assert found.best is not None and len(found.points) > 1
 
 

@@ -214,7 +214,7 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("search")
     options = {"max_loss": 0.02, "minutes": 9, "batch": (256,), "resume_dir": place}
     train = torch.randn(512, 16, generator=torch.Generator().manual_seed(5)).split(32)
-    frontier = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.1, train_data=train, **options)
+    frontier = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.25, train_data=train, **options)
     return wide, train, frontier, options, likeness
 
 
@@ -247,7 +247,7 @@ def test_the_recipe_of_a_trained_point_gives_the_same_weights(trained):
 
 def test_a_search_with_training_resumes_to_the_same_points(trained):
     wide, train, frontier, options, likeness = trained
-    again = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.1, train_data=train, **options)
+    again = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.25, train_data=train, **options)
     assert [p.name for p in again.points] == [p.name for p in frontier.points]
     assert again.best_point.quality == frontier.best_point.quality
 
