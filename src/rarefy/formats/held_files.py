@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ class HeldFiles:
         self.folder = folder
         self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if BY_HANDLE else None
         self._handles: dict[str, int] = {}
-        handles = self._handles if self._root is None else {"": self._root}
-        weakref.finalize(self, _close, [handles, self._handles])
+        weakref.finalize(self, _close, self._root, self._handles)
         for name in [] if self._root is None else sorted(os.listdir(self._root))[:MAX_HELD]:
             with suppress(OSError):  # a folder, or no plain file
                 self.path(name)
@@ -92,6 +91,6 @@ class HeldFiles:
         return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
 
 
-def _close(groups: Iterable[dict[str, int]]) -> None:
-    for handle in {h for group in groups for h in group.values()}:
+def _close(root: int | None, handles: Mapping[str, int]) -> None:
+    for handle in (*([] if root is None else [root]), *handles.values()):
         os.close(handle)
