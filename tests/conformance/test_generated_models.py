@@ -10,7 +10,7 @@ from helpers.compiled_folders import needs_kernels
 from helpers.generated_models import describe, search
 from rarefy.compiler import branches
 
-CHUNK = 100
+CHUNK = 20
 pytestmark = needs_kernels
 
 

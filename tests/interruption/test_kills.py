@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from interruption import commands
+
 TESTS = Path(__file__).parents[1]
+JOBS = ("compress", "optimize", "fit_", "save", "save compressed", "compile decoder", "compile encoder", "push")
 CONDITIONS = ("full disk", "read-only folder", "ulimit -v", "clock set back")
 
 
@@ -53,10 +56,15 @@ def test_a_machine_that_lacks_something_loses_nothing(short_run, condition):
 
 
 @pytest.mark.slow
-def test_all_commands_are_killed(tmp_path):
-    status, figures, printed = interrupt(tmp_path, "--kills", "40", "--first-seed", "1000")
+@pytest.mark.parametrize("job", JOBS)
+def test_all_commands_are_killed(job, tmp_path):
+    status, figures, printed = interrupt(tmp_path, "--kills", "5", "--first-seed", "1000", "--job", job)
     assert status == 0 and not figures["findings"], printed
-    assert len(figures["jobs"]) == 8
+    assert [row["kills"] for row in figures["jobs"].values()] == [5]
+
+
+def test_every_job_is_killed():
+    assert tuple(job.name for job in commands.JOBS) == JOBS
 
 
 @pytest.mark.slow
