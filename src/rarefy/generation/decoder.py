@@ -148,14 +148,13 @@ def _build(model: Any, precision: str | None, rounded: frozenset[str], notes: tu
     return Decoder(Compiled(exported, kernels, specs), **numbers)
 
 
-def _why_no_cache(model: Any) -> str:
-    """Return why a model's graph has no cached attention."""
+def _check_attention(model: Any) -> None:
+    """Raise ModelError for a model whose attention cannot use a KV cache; its export would fail or say less."""
     name, kind = type(model).__name__, getattr(model.config, "model_type", "")
     if kind in RECURRENT:
-        return f"{name} has recurrent layers in place of attention, which decoders do not support"
+        raise ModelError(f"{name} has recurrent layers in place of attention, which decoders do not support")
     if getattr(model.config, "alibi", False):
-        return f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support"
-    return f"{name} has no attention that can use a KV cache"
+        raise ModelError(f"{name} adds position biases (ALiBi) in attention of its own, which decoders do not support")
 
 
 class LazyWeights(Protocol):
@@ -206,12 +205,13 @@ def _values(t: Tensor, weights: LazyWeights) -> Tensor:
 def _export(model: Any, again: bool = True) -> ExportedGraph:
     """Return the graph of a model's decoding step, `again` one that an earlier model had; ModelError if it cannot use a
     KV cache."""
+    _check_attention(model)
     tokens = EXAMPLE_TOKENS
     example = torch.arange(2 * tokens).view(2, tokens), torch.arange(tokens).repeat(2, 1), torch.arange(3)
     with hf.attending(model, _attend), torch.no_grad():
         exported = export_graph(_Step(model), example, {}, PASSES, type(model).__name__, again=again)
     if not exported.cache_features:
-        raise ModelError(_why_no_cache(model))
+        raise ModelError(f"{type(model).__name__} has no attention that can use a KV cache")
     if exported.guards or any(low > 1 for low, _ in exported.ranges.values()):
         names = ("input_ids", "position_ids", "logits_to_keep")
         inputs = [(n, input_spec(i.meta.get("val"))) for n, i in zip(names, exported.inputs)]
