@@ -79,19 +79,18 @@ def read_text(
         raise error(f"{shown(path)} cannot be read: {_reason(problem)}") from None
 
 
-def open_plain(path: str | os.PathLike[str], *, links: bool = True, folder: int | None = None) -> int:
-    """Return the handle of a plain file that is open for reading. Nothing is waited for.
+def open_plain(path: str | os.PathLike[str], *, folder: int | None = None) -> int:
+    """Return the handle of a plain file, not of a link, that is open for reading. Nothing is waited for.
 
     Args:
         path: the file.
-        links: whether a link to a plain file will do.
         folder: the handle of the folder in which `path` is a name.
 
     Raises:
         OSError: it is anything else, or cannot be opened.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)), dir_fd=folder)
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+    handle = os.open(path, sum(flags, os.O_RDONLY), dir_fd=folder)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)

@@ -48,10 +48,10 @@ class HeldFiles:
             OSError: there is no such plain file.
         """
         if self._root is None:
-            os.close(open_plain(self.folder / name, links=False))
+            os.close(open_plain(self.folder / name))
             return self.folder / name
         if name not in self._handles:
-            handle = open_plain(name, links=False, folder=self._root)
+            handle = open_plain(name, folder=self._root)
             if len(self._handles) >= MAX_HELD:
                 os.close(handle)
                 return Path(f"/proc/self/fd/{self._root}/{name}")
