@@ -160,6 +160,7 @@ for name, options in eval(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_names_of_embedding_models(source, tmp_path):
     pytest.importorskip("sentence_transformers")
     texts = {"modules.json": b"[]", "config.json": b"{}", "README.md": CARD}

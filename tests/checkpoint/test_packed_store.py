@@ -88,6 +88,7 @@ rarefy.decoder_from_files(sys.argv[1], precision="int4", out=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_to_the_same_bytes(whole, model, monkeypatch):
     for file in model.iterdir():  # the same files as those of the whole run
         assert file.read_bytes() == (whole[0] / "model" / file.name).read_bytes()

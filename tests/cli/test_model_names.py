@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_from_a_name_to_a_folder(folder):
     photos, out = folder / "photos", folder / "out"
     weights = ("--checkpoint", folder / "lite0.safetensors")

@@ -500,6 +500,7 @@ def test_batches_fit_the_file():
         onnx_files.fit_batches(text, [(x, y)], "--data")
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.real
 def test_a_trained_file_of_an_ocr_system(run, tmp_path):

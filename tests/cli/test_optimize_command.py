@@ -43,6 +43,7 @@ def ran(place):
     return result, out
 
 
+@pytest.mark.slow
 def test_the_folder_has_the_model_its_recipe_and_all_points(ran, place):
     result, out = ran
     assert result.returncode == 0, result.stderr
@@ -120,6 +121,7 @@ def test_wrong_use_is_one_line(run, place, tmp_path, options, message):
     assert "Traceback" not in result.err and not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_refused(run, ran, place):
     _, out = ran
     result = run("optimize", place / "model", "--data", place / "text.txt", "-o", out, *TIMES)

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rarefy
 from conftest import tiny_llama
+from helpers.marks import slow_case
 from rarefy.common.errors import DataError, ModelError
 from rarefy.runtime.kernel import Kernel
 from rarefy.runtime.packing import pack_tiles
@@ -67,7 +68,7 @@ def distance(got, want):
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, slow_case("int8")])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_calls_do_not_depend_on_settings_of_torch(name, setting, precision):
@@ -85,7 +86,7 @@ def test_calls_do_not_depend_on_settings_of_torch(name, setting, precision):
         assert torch.equal(fast(*call), inside[batch])  # nothing that was made inside stays wrong
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [slow_case(None), "int8"])
 @pytest.mark.parametrize("setting", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_compiled_and_loaded_under_other_defaults(name, setting, precision, tmp_path):

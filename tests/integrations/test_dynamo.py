@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rarefy
 import zoo
 from conftest import Net, tiny_bert, tiny_llama
+from helpers.marks import slow_except
 from rarefy.integrations.dynamo import backend, subgraph
 from rarefy.integrations.dynamo import weights as weight_guard
 from rarefy.model.compare import relative_distance
@@ -445,7 +446,7 @@ ALIASES = {  # made before a model is compiled
 }
 
 
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", slow_except(ALIASES, "data", "numpy", "a file", "shared by processes"))
 def test_writes_through_what_was_made_before(alias, places, tmp_path):
     net, a = Mlp(64).eval(), x()
     with torch.no_grad():

@@ -118,6 +118,7 @@ def test_a_checkpoint_without_the_sparsifier_is_said(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_said(tmp_path):
     from rarefy.integrations.hf_trainer import FILE, SparsifyCallback
 

@@ -42,11 +42,12 @@ def input_names(path: Path) -> list[str]:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        slow_case("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)),
-        slow_case("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)),
+        ("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)),
+        ("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)),
         ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192)),
     ],
 )

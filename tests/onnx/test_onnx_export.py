@@ -292,6 +292,7 @@ def test_no_open_sizes(tmp_path):
     ] == ["the example"]
 
 
+@pytest.mark.slow
 def test_a_size_that_the_model_fixes(tmp_path):
     x = torch.randn(2, 3)
     report = rarefy.export_onnx(Flat().eval(), x, tmp_path / "net.onnx")

@@ -61,6 +61,7 @@ class First(nn.Module):
         return self.model(x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["vit", "gpt2", "llama", "gemma"], "gpt2"))
 def test_models_of_torch_s_exporter(tmp_path, name):
     make, inputs = zoo.transformers_cases()[name]

@@ -41,7 +41,7 @@ class Stem(nn.Module):
 
 
 @needs_kernels
-@pytest.mark.parametrize("opset", [12, 17, slow_case("dynamo")])
+@pytest.mark.parametrize("opset", [slow_case(12), 17, slow_case("dynamo")])
 def test_an_image_network_is_compiled_cut_trained_and_exported(opset, tmp_path):
     model, x = zoo.lively(Stem()), torch.randn(2, 3, 16, 16)
     net = rarefy.from_onnx(export(model, x, tmp_path / "net.onnx", opset))
@@ -80,7 +80,7 @@ def test_an_encoder_keeps_batch_and_length_open(opset, tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), slow_case("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)), ("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))],
+    [("ch_PP-OCRv4_det_infer", (1, 3, 64, 96)), slow_case("ch_PP-OCRv4_rec_infer", (1, 3, 48, 96)), slow_case("ch_ppocr_mobile_v2.0_cls_infer", (1, 3, 48, 192))],
 )  # fmt: skip
 def test_trained_files_of_an_ocr_system(name, shape):
     path, x = ocr_file(name), torch.rand(shape)

@@ -52,6 +52,7 @@ def test_quality_and_times_are_in_the_receipt():
     assert str(again) == str(receipt) and again.runtimes[1]["runtime"] == "ONNX Runtime"
 
 
+@pytest.mark.slow
 def test_on_the_engine_and_at_the_size_of_the_example():
     net, data = net_and_data()
     receipt = rarefy.compress_(net, recipe("onnxruntime", engine=True), {"evaluate": data})

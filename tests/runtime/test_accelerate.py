@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 import rarefy
 from conftest import tiny_llama
+from helpers.marks import slow_except
 from rarefy.common.errors import ModelError, RarefyError
 from rarefy.formats.quantized_encodings import check
 from rarefy.formats.quantized_encodings import encode as encode_values
@@ -833,7 +834,7 @@ def together(monkeypatch, model, x, best=None):
 
 
 @needs_kernels
-@pytest.mark.parametrize("how", ["plain", "another", "in between", "sometimes"])
+@pytest.mark.parametrize("how", slow_except(["plain", "another", "in between", "sometimes"], "plain", "sometimes"))
 def test_layers_on_the_same_inputs_run_in_one_call(monkeypatch, how):
     model, calls = Attention(how), []
     dense, x = copy.deepcopy(model), torch.randn(3, 9, 70)

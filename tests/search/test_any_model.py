@@ -71,6 +71,7 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
+@pytest.mark.slow
 def test_models_that_run_but_cannot_be_saved():
     torch.manual_seed(0)
     x = torch.randn(16, 5, 8)
@@ -259,6 +260,7 @@ def test_training_that_did_not_happen_has_a_note():
     assert any(n.startswith("nothing was trained") for n in frontier.notes)
 
 
+@pytest.mark.slow
 def test_the_model_that_is_found_keeps_keys_and_values_as_before():
     model, ids = tiny_llama(), torch.randint(0, 60, (4, 8))
     assert model.config.use_cache

@@ -94,6 +94,7 @@ def test_a_limit_of_bytes_that_only_8_bits_can_keep_is_searched_in_8_bits():
     assert frontier.best_point.precision == "int8" and "fewer neurons" in frontier.best_point.name
 
 
+@pytest.mark.slow
 def test_a_gain_is_no_negative_loss():
     frontier = run(lambda net: 1.5 if (net(X) - NET(X)).abs().max() > 1e-4 else 1.0, minutes=0.2)
     assert frontier.best_point.loss == -0.5 and "50 % of the metric gained" in frontier.verdict
@@ -169,6 +170,7 @@ def test_a_limit_that_the_dense_model_keeps_is_met_at_once():
     assert frontier.met and frontier.points[frontier.best_index].loss <= 0
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
     frontier = run(speedup=1000.0)
     assert not frontier.met and frontier.best is not None
@@ -181,6 +183,7 @@ def test_what_misses_a_loss_is_said_in_its_unit():
     assert "misses max_loss by 15" in frontier.verdict and "points" in frontier.verdict.partition("max_loss")[2]
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_used_is_left_out(monkeypatch):
     def refused(plain):
         def loss(model, part, *arguments, **options):
@@ -216,6 +219,7 @@ def test_a_lower_number_can_be_better():
     assert frontier.met and frontier.points[frontier.best_index].quality <= 1.05
 
 
+@pytest.mark.slow
 def test_a_constant_number_is_named():
     frontier = run(lambda m: 1.0)
     assert frontier.met and "is the same for all models" in frontier.notes[0]
@@ -312,6 +316,7 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     assert "interrupted" in frontier.verdict
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_search_that_continues_counts_what_was_measured(monkeypatch, tmp_path):
     def interrupted(self, *arguments):
         raise KeyboardInterrupt
@@ -332,6 +337,7 @@ print(run(resume_dir={work!r}).to_json())
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(tmp_path):
     code = KILLED.format(folder=str(__file__).rsplit("/", 1)[0], work=str(tmp_path / "work"))
     file = tmp_path / "work" / "search.jsonl"

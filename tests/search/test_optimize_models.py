@@ -70,6 +70,7 @@ def searched(language_model):
     return optimize(language_model, TEXTS[0], TEXTS, minutes=5, layers="model.layers.0.self_attn.q_proj")
 
 
+@pytest.mark.slow
 def test_a_language_model_is_judged_by_its_perplexity(language_model, searched):
     assert searched.metric["name"] == "perplexity" and not searched.metric["higher_is_better"]
     dense, int8 = (next(p for p in searched.points if p.name == f"dense, {n}") for n in ("fp32", "int8"))
@@ -320,6 +321,7 @@ def test_options_without_effect_are_refused(evaluate, options, error, message):
         optimize(Net().eval(), X[:2], X.split(8), evaluate, **options)
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_attention_has_groups_of_one_name():
     """Heads and the three parts of in_proj are groups of the same parameter and dimension."""
     torch.manual_seed(0)

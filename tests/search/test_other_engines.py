@@ -92,6 +92,7 @@ def test_an_engine_returns_what_the_model_returns():
     assert len(seen) >= 2 and seen[0] < 1e-5 < seen[1] < 0.1  # fp32, then 8 bits
 
 
+@pytest.mark.slow
 def test_without_data_nothing_is_calibrated():
     net, example, data = images()
     rows, _ = rows_of(net, example, [], metric_of("similarity", net, data))
@@ -130,6 +131,7 @@ def test_an_engine_that_fails_is_a_note():
     assert [n for n in notes if n.startswith("ONNX Runtime, fp32 does not run the model: ") and "no module" in n]
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_at_a_batch_size_loses_its_row(monkeypatch):
     plain = other_engines.onnx_runtime
 
@@ -173,6 +175,7 @@ def test_engines_that_no_time_is_left_for_are_named():
     assert asked[0] == 0 < asked[1]
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named(monkeypatch):
     net, example, data = images()
     monkeypatch.setattr(other_engines, "find_spec", lambda name: None if name != "onnxruntime" else find_spec(name))

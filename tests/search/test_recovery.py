@@ -176,6 +176,7 @@ def test_batches_and_epochs_fill_the_time():
     assert fitting(0.1, 1.0, 20) == fitting(-5.0, 1.0, 20) == (0, 0)
 
 
+@pytest.mark.slow
 def test_training_that_does_not_fit_is_left_out_and_tried_again_with_more_time(tmp_path):
     labels = NET(X).argmax(1)
 
@@ -218,6 +219,7 @@ def trained(tmp_path_factory):
     return wide, train, frontier, options, likeness
 
 
+@pytest.mark.slow
 def test_a_trained_point_loses_less_than_before(trained):
     _, _, frontier, _, _ = trained
     after = [p for p in frontier.points if "trained" in p.name]
@@ -245,6 +247,7 @@ def test_the_recipe_of_a_trained_point_gives_the_same_weights(trained):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_search_with_training_resumes_to_the_same_points(trained):
     wide, train, frontier, options, likeness = trained
     again = rarefy.optimize(wide, X, X.split(64), likeness, train_minutes=0.25, train_data=train, **options)

@@ -283,6 +283,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(searches, "fitting", searches.fitting)
 
 
+@pytest.mark.slow
 def test_two_processes_search_what_one_goes_on_with(tmp_path, quick):
     begun = search(tmp_path / "begun")
     before = (tmp_path / "begun" / "search.jsonl").read_bytes()

@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-from helpers.marks import slow_except
 from rarefy.compiler.step_structs import NAMES
 from rarefy.runtime import bindings
 from rarefy.runtime.kernel import Kernel
@@ -129,7 +128,8 @@ def test_reports_of_races():
     assert not Races(output="text: 40 calls, 1 differ\n").passed and not Races().passed
 
 
-@pytest.mark.parametrize("name", slow_except(["text in int8", "images"], "images"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text in int8", "images"])
 def test_short_soak(name):
     result = soak(name, 300, rounds=2, inputs=6)
     assert result.calls == 300 and not result.wrong and not result.errors, str(result)
