@@ -82,6 +82,7 @@ def test_models_that_run_but_cannot_be_saved():
     assert not limited.met
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_saved_leaves_its_recipe_and_all_points(tmp_path):
     x = torch.randn(16, 5, 8)
     frontier = optimize(Recurrent().eval(), x[:2], [*x.split(4)], "similarity", max_loss="20%", minutes=0.1)

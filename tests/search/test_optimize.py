@@ -178,6 +178,7 @@ def test_a_limit_that_nothing_keeps_ends_with_the_nearest_model():
     assert "The fastest model tried is" in frontier.verdict
 
 
+@pytest.mark.slow
 def test_what_misses_a_loss_is_said_in_its_unit():
     frontier = run(speedup=1000.0, max_loss="-150 points", minutes=0.1)
     assert "misses max_loss by 15" in frontier.verdict and "points" in frontier.verdict.partition("max_loss")[2]
@@ -225,6 +226,7 @@ def test_a_constant_number_is_named():
     assert frontier.met and "is the same for all models" in frontier.notes[0]
 
 
+@pytest.mark.slow
 def test_evaluation_that_fails_on_a_candidate_is_a_point_with_an_error():
     calls = []
 

@@ -76,6 +76,7 @@ def test_quality_and_times_of_each_engine(case):
     assert any(n.startswith("ONNX Runtime, int8 was timed with its fastest setting: threads s") for n in notes)
 
 
+@pytest.mark.slow
 def test_an_engine_returns_what_the_model_returns():
     net, example, data = pairs()
     seen = []
