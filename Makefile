@@ -11,7 +11,7 @@ SLOW_WORKERS = -n auto --maxprocesses 4 --dist worksteal  # few files have most 
 demo: $(VENV)/demo.done  ## compress a real language model and print the receipt
 	$(BIN)/rarefy compress smollm2-135m --recipe smollm2-demo --out $(DEMO) --force
 
-test: $(VENV)/dev.done lint  ## lint, types and all quick tests, 15 minutes on two idle cores
+test: $(VENV)/dev.done lint  ## lint, types and all quick tests, about 15 minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(VENV)/slow.done  ## the slow tests; with SIXTH=0 to SIXTH=5 a sixth of them, with LIMIT=30 those that begin in 30 minutes

@@ -18,7 +18,7 @@ from fuzz.targets import available
 from rarefy.common.errors import RarefyError
 
 SECONDS = 20.0  # without a sign of life
-QUICK = 2  # files of a target that are replaced
+QUICK = 3  # files of a target that are replaced
 
 
 def pipe(path):

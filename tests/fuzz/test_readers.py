@@ -24,7 +24,7 @@ def fuzz(place: Path, *options: str) -> tuple[int, dict, str]:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    return fuzz(tmp_path_factory.mktemp("fuzz"), "--count", "40")
+    return fuzz(tmp_path_factory.mktemp("fuzz"), "--count", "60")
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
@@ -36,11 +36,11 @@ def test_changed_files_are_read_or_refused(target, short_run):
     _, result, printed = short_run
     assert not [f for f in result["findings"] if f["target"] == target.name], printed
     count = result["targets"][target.name]
-    assert count["total"] == 40, printed
+    assert count["total"] == 60, printed
     assert count["accepted"] > 0  # else the mutations are too wild to test anything beyond a parser
 
 
 @pytest.mark.slow
 def test_changed_files_for_five_minutes(tmp_path):
-    status, result, printed = fuzz(tmp_path, "--minutes", "5", "--first-seed", "40")
+    status, result, printed = fuzz(tmp_path, "--minutes", "5", "--first-seed", "60")
     assert status == 0 and not result["findings"], printed

@@ -31,7 +31,6 @@ def short_run(tmp_path_factory):
     return interrupt(place, "--kills", "9", "--machines", "--job", "fit_", "--job", "save", "--job", "push")
 
 
-@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_output_or_the_new_one_and_the_next_run_ends_in_the_same_bits(short_run):
     status, figures, printed = short_run
     assert status == 0 and not figures["findings"], printed
@@ -42,7 +41,6 @@ def test_a_killed_run_leaves_the_old_output_or_the_new_one_and_the_next_run_ends
     assert len(phases) >= 3, printed  # else all kills are at the same place
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_machine_that_lacks_something_loses_nothing(short_run, condition):
     status, figures, printed = short_run

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import rarefy
 import zoo
-from helpers.marks import slow_except
 from helpers.onnx_files import apart, bert, export, run
 from rarefy.onnx.shape_inference import MAX_INFERRED
 
@@ -62,7 +61,7 @@ class First(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_except(["vit", "gpt2", "llama", "gemma"], "gpt2"))
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama", "gemma"])
 def test_models_of_torch_s_exporter(tmp_path, name):
     make, inputs = zoo.transformers_cases()[name]
     x = next(iter(inputs.values()))

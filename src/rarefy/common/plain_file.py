@@ -1,6 +1,7 @@
 """Paths that a user or a file names: plain files and folders alone, and errors of one line that name the path.
 
-A named pipe, a device or a socket would keep a reader waiting forever. Links to plain files count as these files.
+A named pipe, a device or a socket would keep a reader waiting forever. Links to plain files count as these files,
+except in `open_plain`.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ def open_plain(path: str | os.PathLike[str], *, folder: int | None = None) -> in
     Raises:
         OSError: it is anything else, or cannot be opened.
     """
-    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
-    handle = os.open(path, sum(flags, os.O_RDONLY), dir_fd=folder)
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):  # of which no system has all
+        flags |= getattr(os, name, 0)
+    handle = os.open(path, flags, dir_fd=folder)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
