@@ -37,11 +37,14 @@ import peers
 import rarefy
 import tables
 import texts
+from rarefy.checkpoint import compiled_model
 from rarefy.data import builtin
 from rarefy.data.text_pairs import token_batches
 from rarefy.evaluation.profiling import PAUSE
 from rarefy.evaluation.retrieval import embed, recall
+from rarefy.formats import container
 from rarefy.model import hf
+from rarefy.runtime.packing import unpack
 from recording import keep
 from runtime import alternate, keep_memory
 
@@ -149,23 +152,19 @@ DO: dict[str, Callable[..., Any]] = {
 }
 
 
-def checkpoint(name: str) -> Path | None:
-    """Return the folder in which recover.py left a student in fp32; None if it is not here.
+def unpacked(dense: Any, folder: Path) -> Any:
+    """Return a student of zoo/ in PyTorch, for other engines: the weights that are deployed, as fp32 numbers.
 
-    Raises:
-        SystemExit: the student of this name in zoo/ is of another training.
+    A weight's row has at most 255 multiples of one scale, so that other engines can have the same 8 bits.
     """
-    folder = STUDENTS / name.removesuffix(", trained, int8")
-    if not folder.is_dir():
-        print(f"{name}: not in other engines, since {folder} is not here: run recover.py first")
-        return None
-    ready = points()[name][0][0][1]["folder"] / "student.json"
-    if (
-        ready.is_file()
-        and not json.loads(folder.with_suffix(".json").read_text()).items() <= json.loads(ready.read_text()).items()
-    ):
-        raise SystemExit(f"{folder} and {ready.parent} are of different trainings: run zoo.py, or remove one")
-    return folder
+    parts = compiled_model.read(container.read(folder))
+    weights = parts.constants | {name: unpack(packed) for name, packed in parts.packed.items()}
+    model = copy.deepcopy(dense)
+    for name, _ in dense.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        weight = weights[f"p_{name.replace('.', '_').lower()}"]
+        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model
 
 
 def made(dense: Any, steps: Steps, data: list[dict[str, Tensor]]) -> Any:
@@ -197,11 +196,13 @@ def minilm(only: list[str], seed: int) -> Iterator[dict[str, Any]]:
         peers.exported(dense, data[0], file)
         others = peers.engines(file, data, examples)
         for name in [n for n in only if n.endswith(", trained, int8")]:
-            if folder := checkpoint(name):
-                student, file = name.removesuffix(", int8"), Path(place) / f"{folder.name}.onnx"
-                rarefy.export_onnx(made(dense, [("load", {"folder": folder})], data), data[0], file)
-                more = peers.engines(file, data, examples, peers.IN_8_BITS)
-                others |= {f"{engine}, {student}": other for engine, other in more.items()}
+            steps, _ = points()[name]
+            ready = steps[0][0] == READY
+            student, file = name.removesuffix(", int8"), Path(place) / f"{name.partition(',')[0]}.onnx"
+            cut = unpacked(dense, steps[0][1]["folder"]) if ready else made(dense, steps, data)
+            rarefy.export_onnx(cut, data[0], file)
+            more = peers.engines(file, data, examples, peers.IN_8_BITS)
+            others |= {f"{engine}, {student}": other for engine, other in more.items()}
         for name, other in others.items():
             told[name], _ = judge(other.encode, tokenizer, want)
             print(name, told[name], flush=True)
